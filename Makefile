@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up .venv by themselves; everything else assumes nothing either.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow test-gpu lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python recipes/demo.py --output_dir outputs/demo
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow --durations 15
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "gpu or multi_gpu"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The CPU build of torch has no matching torchvision on the package index; one that arrives as somebody's dependency
+# fails to import and takes transformers' image code with it, so it goes unless it works.
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev]"
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

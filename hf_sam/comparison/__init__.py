@@ -1,0 +1,1 @@
+"""Run records, paired statistics, plots and the report of a comparison."""

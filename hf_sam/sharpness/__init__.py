@@ -1,0 +1,1 @@
+"""Measures of how flat the loss is around a trained checkpoint."""
