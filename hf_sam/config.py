@@ -140,11 +140,13 @@ class SAMConfig:
                 f"method={self.method!r} is unknown.{_nearest(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
         for field in self.fields():
-            if getattr(self, field) is not None and not self.row.uses(field):
+            is_neutral = getattr(self, field) in (None, DEFAULTS.get(field))
+            if not is_neutral and not self.row.uses(field):
+                users = [name for name, row in METHODS.items() if row.uses(field)]
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} has no meaning for method={self.method!r}, which uses: "
                     f"{', '.join(name for name in self.fields() if self.row.uses(name))}. Leave {field} out, or choose "
-                    f"a method that uses it: {', '.join(name for name, row in METHODS.items() if row.uses(field)) or 'none'}."
+                    f"a method that uses it: {', '.join(users) or 'none'}."
                 )
         for field, default in {**DEFAULTS, **self.row.defaults}.items():
             if getattr(self, field) is None and self.row.uses(field):
@@ -196,9 +198,8 @@ class SAMConfig:
         """
         for key in values:
             if key not in cls.fields():
-                raise ValueError(
-                    f"{key!r} is no field of SAMConfig.{_nearest(key, cls.fields())} Allowed: {', '.join(cls.fields())}."
-                )
+                hint = _nearest(key, cls.fields())
+                raise ValueError(f"{key!r} is no field of SAMConfig.{hint} Allowed: {', '.join(cls.fields())}.")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -221,7 +222,7 @@ def _nearest(name: Any, known) -> str:
 
 def _number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False, inf: bool = False):
     """A finite number (or inf where `inf`) in [low, high], open at `low` where `above` and at `high` where `below`."""
-    interval = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf and not below or inf else ')'}"
+    interval = f"{'(' if above else '['}{low:g}, {high:g}{']' if (high < math.inf and not below) or inf else ')'}"
 
     def check(field: str, value: Any) -> float:
         try:

@@ -14,10 +14,23 @@ from typing import Any
 
 # Fields that mean the same for every method.
 UNIVERSAL_FIELDS = frozenset(
-    "method rho scope m interval start end rho_schedule rho_min perturb replay_rng stochastic_rounding".split()
+    [
+        "method",
+        "rho",
+        "scope",
+        "m",
+        "interval",
+        "start",
+        "end",
+        "rho_schedule",
+        "rho_min",
+        "perturb",
+        "replay_rng",
+        "stochastic_rounding",
+    ]
 )
 # Fields of the methods that climb along a gradient which a first pass computes.
-GRADIENT_FIELDS = frozenset("p adaptive eta ascent_steps ascent_fraction weight_decay_in_ascent".split())
+GRADIENT_FIELDS = frozenset(["p", "adaptive", "eta", "ascent_steps", "ascent_fraction", "weight_decay_in_ascent"])
 
 
 @dataclass(frozen=True)
