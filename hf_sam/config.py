@@ -140,8 +140,11 @@ class SAMConfig:
                 f"method={self.method!r} is unknown.{_nearest(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
         for field in self.fields():
-            is_neutral = getattr(self, field) in (None, DEFAULTS.get(field))
-            if not is_neutral and not self.row.uses(field):
+            if self.row.uses(field):
+                continue
+            if getattr(self, field) == DEFAULTS.get(field):  # a neutral value may be said aloud
+                setattr(self, field, None)
+            elif getattr(self, field) is not None:
                 users = [name for name, row in METHODS.items() if row.uses(field)]
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} has no meaning for method={self.method!r}, which uses: "
