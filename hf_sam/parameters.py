@@ -1,0 +1,147 @@
+"""Which parameters; gradients put aside and back; perturb and restore exactly."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+Gradients = dict[Parameter, Tensor]
+
+
+# --- which ---------------------------------------------------------------------------------------------------------
+
+
+def select(model: nn.Module, perturb: str | Sequence[str]) -> dict[str, Parameter]:
+    """The trainable parameters that are perturbed, by name; a tied parameter appears once.
+
+    Args:
+        model (`nn.Module`): The model, not wrapped for distributed training, so that names are the user's own.
+        perturb (`str` or `list[str]`): `SAMConfig.perturb`.
+
+    Raises:
+        ValueError: Nothing is selected, or a pattern matches no trainable parameter.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    norms = {
+        id(p)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for p in module._parameters.values()
+    }
+    if perturb == "all":
+        selected = trainable
+    elif perturb == "norm":
+        selected = {name: p for name, p in trainable.items() if id(p) in norms}
+    elif perturb == "no-norm-no-bias":
+        selected = {
+            name: p for name, p in trainable.items() if id(p) not in norms and name.rpartition(".")[2] != "bias"
+        }
+    else:
+        patterns = [perturb] if isinstance(perturb, str) else perturb
+        for pattern in patterns:
+            if not fnmatch.filter(trainable, pattern):
+                raise ValueError(
+                    f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters; they "
+                    f"have names such as {', '.join(list(trainable)[:3])}. Shell patterns match the whole name."
+                )
+        selected = {n: p for n, p in trainable.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+    if not selected:
+        raise ValueError(
+            f"perturb={perturb!r} selects none of the {len(trainable)} trainable parameters of this model."
+        )
+    return selected
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+def take_gradients(parameters: Iterable[Parameter]) -> Gradients:
+    """Move the gradients out of `p.grad`, which is left at None, as after `zero_grad`."""
+    taken = {p: p.grad for p in parameters if p.grad is not None}
+    for p in taken:
+        p.grad = None
+    return taken
+
+
+def put_gradients(gradients: Gradients) -> None:
+    """The inverse of `take_gradients`."""
+    for p, gradient in gradients.items():
+        p.grad = gradient
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+class Perturbation:
+    """Moves weights away and puts them back bitwise: `with Perturbation() as eps: eps.add(...)`.
+
+    The saved copy of the weights is written into the memory of the directions (the ascent gradient's, for the plain
+    method), so that one copy of the perturbed parameters is all that is held beyond stock training. Weights are
+    restored from that copy, never by subtraction, whatever the block raises.
+
+    Args:
+        generator (`torch.Generator`, *optional*):
+            Round `w + eps` stochastically to the parameters' 16-bit type with this generator.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None):
+        self._saved: dict[Parameter, Tensor] = {}
+        self._generator = generator
+
+    def __enter__(self) -> Perturbation:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with torch.no_grad():
+            for p, original in self._saved.items():
+                p.copy_(original)
+        self._saved.clear()
+        torch.clear_autocast_cache()  # it may hold 16-bit copies of the perturbed weights
+
+    @torch.no_grad()
+    def add(self, parameters: list[Parameter], directions: list[Tensor], scale: Tensor) -> None:
+        """`w <- w + scale * directions`; the directions' memory is taken over.
+
+        Where `scale` is 0 nothing moves, not even where a direction is NaN or infinite.
+        """
+        # Parameter by parameter rather than foreach: each one stays in cache through the four operations.
+        for p, direction in zip(parameters, directions, strict=True):
+            moved = self._moved(p, direction, scale)
+            if p not in self._saved:
+                direction.copy_(p)
+                self._saved[p] = direction  # from here on an interruption is undone
+            p.copy_(moved)
+        torch.clear_autocast_cache()
+
+    def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """What was really added to each parameter after rounding, `(w + eps) - w`, one at a time."""
+        for p, original in self._saved.items():
+            yield p, p.detach().to(torch.promote_types(p.dtype, torch.float32)) - original
+
+    def _moved(self, p: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
+        exact = torch.promote_types(p.dtype, torch.float32)
+        eps = torch.nan_to_num_(direction.to(exact) * scale, nan=0.0, posinf=0.0, neginf=0.0)
+        moved = eps.add_(p)
+        if p.dtype == exact or self._generator is None:
+            return moved
+        return round_stochastically(moved, p.dtype, self._generator)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Round float32 `values` to one of the two neighbours in `dtype`, the nearer one more often, so that E[out] = in.
+
+    Args:
+        values (`Tensor`): float32, any shape.
+        dtype (`torch.dtype`): `torch.bfloat16` or `torch.float16`.
+        generator (`torch.Generator`): Source of the random numbers, on the device of `values`.
+    """
+    nearest = values.to(dtype)
+    other = torch.nextafter(nearest, torch.where(values > nearest, torch.inf, -torch.inf).to(dtype))
+    gap = (other.float() - nearest.float()).abs()
+    share = (values - nearest.float()).abs() / gap  # of the way from the nearest to the other neighbour
+    draw = torch.rand(values.shape, generator=generator, device=values.device)
+    return torch.where(draw < share, other, nearest)

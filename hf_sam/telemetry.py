@@ -1,0 +1,94 @@
+"""What a step logs: gathered on the device, read by the host only when the Trainer logs."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class Telemetry:
+    """Means of scalars between two log entries.
+
+    Args:
+        device (`torch.device`): Where tensors are added up.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self._step: dict[str, Tensor] = {}
+
+    def record(self, **values: Tensor | float) -> None:
+        """Add one observation of each named scalar; tensors stay on their device."""
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
+
+    def add(self, **values: Tensor) -> None:
+        """Add to sums that run over the micro-batches of one optimizer step."""
+        for name, value in values.items():
+            self._step[name] = self._step[name] + value if name in self._step else value
+
+    def close_step(self) -> dict[str, Tensor]:
+        """The sums of the step that ends here."""
+        sums, self._step = self._step, {}
+        return sums
+
+    def drain(self) -> tuple[list[str], Tensor]:
+        """Names, and means as float32 of shape `(n,)` on the device, of all that came since the last call."""
+        names = sorted(self._sums)
+        means = torch.zeros(len(names), device=self._device)
+        for i, name in enumerate(names):
+            means[i] = self._sums[name] / self._counts[name]
+        self._sums.clear()
+        self._counts.clear()
+        return names, means
+
+
+class Stopwatch:
+    """Adds up the time of enclosed blocks: on the host for the CPU, by events that need no waiting elsewhere.
+
+    Args:
+        device (`torch.device`): The device that does the work.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._seconds = 0.0
+        self._pending: list[tuple[torch.Event, torch.Event]] = []
+
+    def __enter__(self) -> Stopwatch:
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._device.type == "cpu":
+            self._seconds += self._now() - self._start
+        else:
+            self._pending.append((self._start, self._now()))
+
+    def reset(self) -> None:
+        """Forget what was measured so far."""
+        self._seconds = 0.0
+        self._pending.clear()
+
+    def seconds(self) -> float:
+        """The sum so far; waits for the last event."""
+        for start, end in self._pending:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1e3
+        self._pending.clear()
+        return self._seconds
+
+    def _now(self):
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self._device.type, enable_timing=True)
+        event.record()
+        return event
