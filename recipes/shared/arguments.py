@@ -1,0 +1,178 @@
+"""One YAML file and `--key value` overrides become dataclasses; an unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from argparse import Action
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_sam.config import SAMConfig
+
+from .errors import UserError, as_user_error, one_line
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """
+    Fill one instance of each dataclass from `[CONFIG.yaml ...] [--key value ...]`; what comes later wins.
+
+    A configuration file may start from another one, `base: FILE`, relative to itself. A key that is `null` keeps its
+    default. Every value, from a file or the command line, takes the same path through `argparse`.
+
+    Args:
+        dataclass_types (`Sequence[type]`): The classes to fill; a key must be a field of one of them.
+        argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
+
+    Raises:
+        UserError: A file that cannot be read, an unknown key, or a value of the wrong kind or out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    files, options = split_command_line(argv)
+    tokens = [token for file in files for token in _file_tokens(Path(file), parser)]
+    namespace, rest = parser.parse_known_args([*tokens, *options])
+    if rest:
+        raise UserError(unknown_key(rest[0], parser.actions))
+    values = vars(namespace)
+    with as_user_error(ValueError, TypeError, ImportError):
+        return tuple(
+            kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
+            for kind in dataclass_types
+        )
+
+
+def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The configuration files that lead the command line, and the options that follow."""
+    count = next((i for i, word in enumerate(argv) if not word.endswith(CONFIG_SUFFIXES)), len(argv))
+    return list(argv[:count]), list(argv[count:])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """
+    The keys of a configuration file, those of its `base` first. Scalars stay the text that the file has, so that `no`
+    is no boolean and `5e-5` no surprise; mappings are typed.
+
+    Raises:
+        UserError: The file does not exist, is no mapping, or is its own base.
+    """
+    return _read_config(path, ())
+
+
+def _read_config(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path} is its own base; remove that `base:`.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        words, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+    except OSError:
+        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES)
+        there = f" {path.parent} has: {', '.join(others)}." if others else ""
+        raise UserError(f"Configuration file {path} cannot be read.{there}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {one_line(error)}") from None
+    if not isinstance(typed, dict):
+        raise UserError(f"{path} must hold lines of the form `key: value`.")
+    values = {key: typed[key] if isinstance(typed[key], dict) else words[key] for key in words if key in typed}
+    values = {key: None if typed[key] is None else value for key, value in values.items()}
+    if "base" in values:
+        base = path.parent / str(values.pop("base"))
+        values = {**_read_config(base, (*seen, path.resolve())), **values}
+    return values
+
+
+def _file_tokens(path: Path, parser: _Parser) -> Iterator[str]:
+    """A configuration file as command-line words."""
+    for key, value in read_config(path).items():
+        action = parser.actions.get(key)
+        if action is None:
+            raise UserError(f"{path}: {unknown_key(key, parser.actions)}")
+        if value is None:
+            continue
+        if isinstance(value, list) and action.nargs == "+":
+            yield from (f"--{key}", *map(str, value))
+        elif isinstance(value, list):
+            yield f"--{key}={','.join(map(str, value))}"
+        else:
+            yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+def unknown_key(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """The message for a word on the command line, or a key of a file, that is no argument."""
+    name = word.split("=")[0].lstrip("-").replace("-", "_")
+    if not word.startswith("--") and name not in known and not re.fullmatch(r"\w+", word):
+        return f"{word!r} is no argument: give `--key value` pairs, after the configuration file."
+    found = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {found[0]!r}?" if found else " --help lists all arguments."
+    return f"{name!r} is no argument of this recipe.{hint}"
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` that reports a mistake as a `UserError` and knows its arguments by name."""
+
+    actions: dict[str, Action]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.actions = {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+# --- SAM's fields, once, from SAMConfig ----------------------------------------------------------------------------
+
+
+class _SAMArguments:
+    """The fields of `SAMConfig` with the prefix `sam_`."""
+
+    def to_config(self) -> SAMConfig:
+        """
+        The configuration.
+
+        Raises:
+            UserError: What `SAMConfig` says, under the name that the user wrote.
+        """
+        values = {name: getattr(self, f"sam_{name}") for name in SAMConfig.fields()}
+        for name in ("start", "end"):  # an int is a step, a float a fraction of the run
+            text = values[name]
+            if text is not None:
+                with as_user_error(ValueError, prefix=f"sam_{name}: "):
+                    values[name] = int(text) if re.fullmatch(r"\d+", text) else float(text)
+        if values["perturb"] is not None:
+            patterns = [pattern.strip() for pattern in values["perturb"].split(",")]
+            values["perturb"] = patterns[0] if len(patterns) == 1 else patterns
+        with as_user_error(ValueError, prefix="sam_"):
+            return SAMConfig(**values)
+
+
+def _argument_type(hint: Any) -> Any:
+    """What `argparse` reads for a `SAMConfig` field: the type itself where there is one, else text."""
+    kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
+    return kinds[0] | None if len(kinds) == 1 else str | None
+
+
+_HINTS = get_type_hints(SAMConfig)
+SAMArguments = dataclasses.make_dataclass(
+    "SAMArguments",
+    [
+        (
+            f"sam_{field.name}",
+            _argument_type(_HINTS[field.name]),
+            dataclasses.field(
+                default="sam" if field.name == "method" else None, metadata={"help": f"SAMConfig({field.name}=...)"}
+            ),
+        )
+        for field in dataclasses.fields(SAMConfig)
+    ],
+    bases=(_SAMArguments,),
+)

@@ -1,0 +1,222 @@
+"""From a name to train, validation and test splits, with readable errors and a record of what was done."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from .errors import UserError, one_line
+from .options import DataArguments
+from .sampling import stratified_sample, stratified_split
+
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+Split = Dataset | IterableDataset
+Splits = dict[str, Split]
+
+
+def load_splits(args: DataArguments) -> Splits:
+    """
+    The splits `"train"`, `"test"` and, where asked for, `"validation"`, before any label is looked at.
+
+    Where the source has no test split and is not streamed, `make_splits` makes one later, by class.
+
+    Raises:
+        UserError: The source cannot be read, or has no split of that name.
+    """
+    found = _load(args)
+    if isinstance(found, (Dataset, IterableDataset)):
+        found = {args.train_split: found}
+    splits = {"train": _named(found, args.train_split, "train_split")}
+    if args.validation_split:
+        splits["validation"] = _named(found, args.validation_split, "validation_split")
+    test = args.test_split or next((name for name in ("test", "validation") if name in found), None)
+    if test and test not in (args.train_split, args.validation_split):
+        splits["test"] = _named(found, test, "test_split")
+    elif args.test_split:
+        raise UserError(f"test_split={test} is the same split as train_split or validation_split; name another one.")
+    elif args.streaming:
+        raise UserError("Streaming cannot split off a test split: name one of the data set's own by test_split.")
+    for name, split in splits.items():
+        if isinstance(split, Dataset) and len(split) == 0:
+            raise UserError(f"The {name} split of {args.dataset} is empty.")
+    return splits
+
+
+def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Splits:
+    """
+    Split off what is missing and keep what was asked for, each by the classes in the column `strata` and each with a
+    seed of its own, so that neither depends on the training seed.
+
+    Raises:
+        UserError: A share or count that the data cannot give.
+    """
+    if args.streaming:
+        return splits
+    splits = dict(splits)
+    if "test" not in splits:
+        splits["train"], splits["test"] = _split(splits["train"], args.test_size, args.split_seed, strata)
+    if args.validation_size:
+        splits["train"], splits["validation"] = _split(splits["train"], args.validation_size, args.split_seed, strata)
+    train = splits["train"]
+    if args.train_samples or args.train_samples_per_class:
+        classes = column(train, strata) if strata else np.zeros(len(train), dtype=int)
+        kept = stratified_sample(classes, args.train_samples, args.train_samples_per_class, args.subset_seed)
+        splits["train"] = train.select(kept)
+    if args.test_samples:
+        classes = column(splits["test"], strata) if strata else np.zeros(len(splits["test"]), dtype=int)
+        splits["test"] = splits["test"].select(stratified_sample(classes, args.test_samples, None, args.subset_seed))
+    return splits
+
+
+def column(dataset: Dataset, name: str) -> np.ndarray:
+    """All values of one column, `(len(dataset),)`."""
+    return np.asarray(dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist())
+
+
+def pick_column(
+    splits: Splits, given: str | None, candidates: Sequence[str], argument: str, taken: Sequence[str] = ()
+) -> str:
+    """
+    The column the user named, else the first of `candidates` that exists.
+
+    Raises:
+        UserError: It does not exist in every split; the message lists those that do.
+    """
+    names = column_names(splits["train"])
+    name = given or next((name for name in candidates if name in names and name not in taken), None)
+    if name is None:
+        raise UserError(f"No column found for {argument}. The data set has: {', '.join(names)}. Give --{argument}.")
+    for split, dataset in splits.items():
+        if name not in column_names(dataset):
+            there = ", ".join(column_names(dataset))
+            raise UserError(f"{argument}={name} is no column of the {split} split, which has: {there}.")
+    return name
+
+
+def column_names(dataset: Split) -> list[str]:
+    """The columns; a streamed data set that does not say is asked for its first row."""
+    return list(dataset.column_names or next(iter(dataset)))
+
+
+def description(splits: Splits, args: DataArguments) -> dict[str, Any]:
+    """What a run record says about the data."""
+    sizes = {name: len(split) for name, split in splits.items() if isinstance(split, Dataset)}
+    asked = {name: value for name, value in vars(args).items() if value not in (None, False, 0.0)}
+    return {"sizes": sizes, **asked}
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict | Split:
+    if args.dataset is None:
+        raise UserError("Give --dataset: a hub id, a local file or folder, or digits.")
+    if args.dataset == "digits":
+        return digits()
+    path = Path(args.dataset).expanduser()
+    if path.exists():
+        return _load_local(path, args)
+    looks_local = path.suffix in BUILDERS or args.dataset.startswith((".", "/", "~")) or args.dataset.count("/") > 1
+    if looks_local:
+        raise UserError(f"dataset={args.dataset} does not exist.{_neighbours(path)}")
+    try:
+        return datasets.load_dataset(
+            args.dataset, args.dataset_config, revision=args.dataset_revision, streaming=args.streaming
+        )
+    except (ConnectionError, OSError) as error:
+        raise UserError(
+            f"dataset={args.dataset} is no local file or folder and cannot be had from the hub "
+            f"(is this machine offline?): {one_line(error)}"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"dataset={args.dataset}: {one_line(error)}") from error
+
+
+def _load_local(path: Path, args: DataArguments) -> DatasetDict | IterableDatasetDict | Split:
+    if path.is_file():
+        builder = BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            raise UserError(f"dataset={path} has no known suffix. Allowed: {', '.join(BUILDERS)}, or a folder.")
+        if path.stat().st_size == 0:
+            raise UserError(f"dataset={path} is empty.")
+        _check_text_file(path)
+        source: dict[str, Any] = {"path": builder, "data_files": {args.train_split: str(path)}}
+    else:
+        files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        kinds = {BUILDERS[file.suffix.lower()] for file in files if file.suffix.lower() in BUILDERS}
+        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+            kinds = {"imagefolder"}
+        if not kinds:
+            raise UserError(f"dataset={path} holds no images and no csv, json or parquet files.")
+        if len(kinds) > 1:
+            raise UserError(f"dataset={path} holds files of several kinds ({', '.join(sorted(kinds))}); name one file.")
+        source = {"path": kinds.pop(), "data_dir": str(path)}
+    if Path(path).suffix.lower() == ".tsv":
+        source["delimiter"] = "\t"
+    try:
+        return datasets.load_dataset(**source, streaming=args.streaming)
+    except Exception as error:  # the readers below `datasets` raise what they like; all of it is about this file
+        cause = error.__cause__ or error
+        raise UserError(f"dataset={path} cannot be read as {source['path']}: {one_line(cause)}") from error
+
+
+def _check_text_file(path: Path) -> None:
+    """The readers underneath report a broken text file at length; the first bytes often say it in a line."""
+    if path.suffix.lower() == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            first = path.read_text(encoding="utf-8").lstrip().splitlines()[:1]
+            if not first or not _is_json(first[0]):  # one object a line is fine
+                raise UserError(f"dataset={path} is no JSON: {error}.") from None
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","), [])
+        if len(set(header)) < len(header):
+            raise UserError(f"dataset={path} has two columns of the same name in its first line: {', '.join(header)}.")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _neighbours(path: Path) -> str:
+    parent = path.parent
+    names = sorted(p.name for p in parent.iterdir())[:10] if parent.is_dir() else []
+    return f" {parent} has: {', '.join(names)}." if names else ""
+
+
+def _named(found: dict[str, Split], name: str, argument: str) -> Split:
+    if name not in found:
+        raise UserError(f"{argument}={name} does not exist. The data set has: {', '.join(found)}.")
+    return found[name]
+
+
+def _split(dataset: Dataset, share: float, seed: int, strata: str | None) -> tuple[Dataset, Dataset]:
+    classes = column(dataset, strata) if strata else np.zeros(len(dataset), dtype=int)
+    kept, held_out = stratified_split(classes, share, seed)
+    return dataset.select(kept), dataset.select(held_out)
+
+
+def digits() -> Dataset:
+    """The 1,797 handwritten digits, 8 x 8, that come with scikit-learn: `image`, `label`."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    images = [Image.fromarray(pixels) for pixels in np.round(source.images * 255 / 16).astype("uint8")]
+    names = [str(digit) for digit in source.target_names]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return Dataset.from_dict({"image": images, "label": source.target.tolist()}, features=features)
