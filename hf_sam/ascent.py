@@ -75,6 +75,28 @@ def adaptive_direction(
     return directions, scale
 
 
+def remove_average(gradients: list[Tensor], averages: list[Tensor], sigma: float, loss_scale: Tensor | float) -> None:
+    """Friendly SAM's `g - sigma m` in place, the batch's own part of the gradient (Li et al. 2024, Equation 10).
+
+    `averages` are in units of the loss; the gradients may be `loss_scale` times larger.
+    """
+    torch._foreach_sub_(gradients, torch._foreach_mul(averages, sigma * loss_scale))
+
+
+def momentum_direction(momenta: list[Tensor], rho: float, reductions: Reductions) -> tuple[list[Tensor], Tensor]:
+    """`eps = -rho v / ||v||`: ahead, where the momentum is about to carry the weights (Becker et al. 2024, Alg. 1)."""
+    directions, scale = dual_norm_direction([v.clone() for v in momenta], rho, 2, reductions)
+    return directions, -scale
+
+
+def random_direction(
+    weights: list[Tensor], rho: float, generator: torch.Generator, reductions: Reductions
+) -> tuple[list[Tensor], Tensor]:
+    """`eps = rho z / ||z||`, `z` standard normal: uniform on the sphere, the control for every other direction."""
+    noise = [torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype) for w in weights]
+    return dual_norm_direction(noise, rho, 2, reductions)
+
+
 def add_weight_decay(gradients: list[Tensor], weights: list[Tensor], decay: list[float], loss_scale: Tensor | float):
     """`g + weight_decay * w` in place: the gradient with the paper's L2 term (Foret et al. 2021, Equation 1)."""
     for g, w, factor in zip(gradients, weights, decay, strict=True):

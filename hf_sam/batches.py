@@ -34,6 +34,9 @@ class MicroBatch:
     accumulation_steps: float
     random_states: RandomStates | None = None
     fraction: float = 1.0
+    # What the clean pass leaves for a descent pass with a changed loss: the loss of each example, or the gradient at
+    # the logits.
+    clean: Tensor | None = None
 
     def fresh_inputs(self) -> Mapping[str, Any]:
         """A shallow copy, so that a `compute_loss` that pops labels leaves them to the next pass."""
@@ -44,35 +47,38 @@ class MicroBatch:
         size = find_batch_size(self.inputs)
         if m is None or size is None or size <= m:
             return [self]
-        return [self._part(first, min(first + m, size), size) for first in range(0, size, m)]
+        return [self._part(slice(first, min(first + m, size)), size) for first in range(0, size, m)]
 
     def share(self, fraction: float) -> MicroBatch:
         """The first `fraction` of the examples, with the loss scaled to estimate the whole one's."""
         size = find_batch_size(self.inputs)
         if fraction == 1 or not size:
             return self
-        count = math.ceil(fraction * size)
-        part = self._part(0, count, size)
-        part.accumulation_steps = self.accumulation_steps
+        return self.sample(torch.arange(math.ceil(fraction * size)))
+
+    def sample(self, indices: Tensor) -> MicroBatch:
+        """The examples at `indices`, shape `(k,)`, with the loss scaled to estimate the whole one's."""
+        size = find_batch_size(self.inputs)
+        part = self._part(indices, size)
+        part.accumulation_steps, part.random_states = self.accumulation_steps, self.random_states
         if self.num_items_in_batch is not None:
-            part.num_items_in_batch = self.num_items_in_batch * _labelled_share(self.inputs, part.inputs, count / size)
+            part.num_items_in_batch = self.num_items_in_batch * _labelled_share(self.inputs, part.inputs)
         return part
 
-    def _part(self, first: int, last: int, size: int) -> MicroBatch:
+    def _part(self, index: slice | Tensor, size: int) -> MicroBatch:
         inputs = self.fresh_inputs()
         for name, value in inputs.items():
-            if isinstance(value, Tensor | list | tuple) and not _is_scalar(value) and len(value) == size:
-                inputs[name] = value[first:last]
-        fraction = (last - first) / size
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
+                inputs[name] = value[index if isinstance(index, slice) else index.to(value.device)]
+            elif isinstance(value, list | tuple) and len(value) == size:
+                inputs[name] = value[index] if isinstance(index, slice) else [value[i] for i in index.tolist()]
+        count = len(range(size)[index]) if isinstance(index, slice) else len(index)
+        fraction = count / size
         steps = self.accumulation_steps / fraction
         return MicroBatch(inputs, self.num_items_in_batch, steps, fraction=self.fraction * fraction)
 
 
-def _labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], default: float) -> Tensor | float:
+def _labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any]) -> Tensor | float:
     if not isinstance(whole.get("labels"), Tensor):
-        return default
+        return find_batch_size(part) / find_batch_size(whole)
     return part["labels"].ne(-100).sum() / whole["labels"].ne(-100).sum()
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 0

@@ -84,6 +84,11 @@ class Engine:
         self._accelerator = accelerator
         self.reductions = Reductions()
 
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self._accelerator.process_index
+
     def scope(self, config: SAMConfig) -> str:
         """`config.scope` with `"auto"` resolved."""
         if config.scope != "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -73,6 +74,20 @@ def put_gradients(gradients: Gradients) -> None:
         p.grad = gradient
 
 
+@contextlib.contextmanager
+def gradients_only_for(chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
+    """Backward passes inside compute no gradients of the other trainable parameters."""
+    wanted = {id(p) for p in chosen}
+    others = [p for p in trainable if id(p) not in wanted]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +116,11 @@ class Perturbation:
                 p.copy_(original)
         self._saved.clear()
         torch.clear_autocast_cache()  # it may hold 16-bit copies of the perturbed weights
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether any weight has been moved."""
+        return bool(self._saved)
 
     @torch.no_grad()
     def add(self, parameters: list[Parameter], directions: list[Tensor], scale: Tensor) -> None:

@@ -23,8 +23,8 @@ class Schedule:
     end: int
 
     @classmethod
-    def resolve(cls, config: SAMConfig, max_steps: int) -> Schedule:
-        """Fractions become steps of a run of `max_steps`.
+    def resolve(cls, config: SAMConfig, max_steps: int, warmup_steps: int = 0) -> Schedule:
+        """Fractions become steps of a run of `max_steps`; momentum is trusted only after `warmup_steps`.
 
         Raises:
             ValueError: No step of this run would perturb.
@@ -32,6 +32,8 @@ class Schedule:
         start, end = (
             moment if isinstance(moment, int) else round(moment * max_steps) for moment in (config.start, config.end)
         )
+        if config.row.ascent == "momentum":
+            start = max(start, warmup_steps)
         if config.rho > 0 and not start < min(end, max_steps):
             raise ValueError(
                 f"start={config.start} and end={config.end} leave no step to perturb in a run of {max_steps} steps "
@@ -41,8 +43,11 @@ class Schedule:
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 0, takes the sharpness-aware update."""
-        inside = self.start <= step < self.end
-        return self.config.rho > 0 and inside and (step - self.start) % self.config.interval == 0
+        return self.is_inside(step) and (step - self.start) % self.config.interval == 0
+
+    def is_inside(self, step: int) -> bool:
+        """Whether `step` lies between start and end, perturbed or between two steps that are."""
+        return self.config.rho > 0 and self.start <= step < self.end
 
     def rho(self, step: int, lr_fraction: float = 1.0) -> float:
         """Size of the perturbation at `step`, always in [rho_min, rho].

@@ -1,12 +1,19 @@
-"""SAM's own part of the Trainer's checkpoints: the configuration a run was made with."""
+"""SAM's own part of the Trainer's checkpoints: the configuration of the run, and what its method carries on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
 from .config import SAMConfig
+from .update import SharpnessAwareUpdate
 
 CONFIG_NAME = "sam_config.json"
+STATE_NAME = "sam_state_{rank}.safetensors"
+
+logger = logging.get_logger(__name__)
 
 
 def save_config(folder: str, config: SAMConfig) -> None:
@@ -38,3 +45,28 @@ def check_config(folder: str, config: SAMConfig) -> bool:
             f"same configuration; to go on under the new one on purpose, delete {CONFIG_NAME} from the checkpoint."
         )
     return True
+
+
+def save_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
+    """Write this rank's `sam_state_{rank}.safetensors`; nothing for a method without state.
+
+    Where every rank perturbs for itself its state is its own, so each one writes a file.
+    """
+    tensors = {name: update.state[p].contiguous() for name, p in update.names.items() if p in update.state}
+    if tensors:
+        save_file(tensors, Path(folder) / STATE_NAME.format(rank=rank))
+
+
+def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
+    """The inverse of `save_state`. On more ranks than the checkpoint has, the first ones' state is shared out."""
+    files = sorted(Path(folder).glob(STATE_NAME.format(rank="*")))
+    if not files:
+        return
+    own = Path(folder) / STATE_NAME.format(rank=rank)
+    if own not in files:
+        own = Path(folder) / STATE_NAME.format(rank=rank % len(files))
+        logger.warning(
+            f"{folder} holds the SAM state of {len(files)} processes: process {rank} goes on with {own.name}."
+        )
+    tensors = load_file(own, device=str(update.device))
+    update.state = {update.names[name]: tensor for name, tensor in tensors.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -92,3 +94,50 @@ class Stopwatch:
         event = torch.Event(self._device.type, enable_timing=True)
         event.record()
         return event
+
+
+class Cost:
+    """Counts the passes of a run, and times them against its whole training steps.
+
+    Args:
+        device (`torch.device`): The device that does the work.
+    """
+
+    def __init__(self, device: torch.device):
+        self.ascent_passes = self.full_passes = self._micro_batches = 0.0
+        self._step_clock, self._pass_clock = Stopwatch(device), Stopwatch(device)
+        self._timed_passes = self._timed_micro_batches = 0.0
+        self._first_step: int | None = None
+        self._is_warm = False
+
+    @contextlib.contextmanager
+    def micro_batch(self, step: int) -> Iterator[None]:
+        """Encloses one `training_step`; the run's first optimizer step, in which much happens once, is not timed."""
+        if self._first_step is None:
+            self._first_step = step
+        if step > self._first_step and not self._is_warm:
+            self._is_warm, self._timed_passes, self._timed_micro_batches = True, 0.0, 0.0
+            self._step_clock.reset()
+            self._pass_clock.reset()
+        with self._step_clock:
+            yield
+        self._micro_batches += 1
+        self._timed_micro_batches += 1
+
+    @contextlib.contextmanager
+    def full_pass(self, fraction: float) -> Iterator[None]:
+        """Encloses a forward and backward over `fraction` of a micro-batch, all trainable parameters' gradients taken."""
+        with self._pass_clock:
+            yield
+        self.full_passes += fraction
+        self._timed_passes += fraction
+
+    def summary(self) -> dict[str, float]:
+        """Passes per micro-batch, and the measured time of `training_step` relative to that of one full pass."""
+        if not self._timed_passes:
+            return {}
+        one_pass = self._pass_clock.seconds() / self._timed_passes
+        return {
+            "sam_passes": (self.ascent_passes + self.full_passes) / self._micro_batches,
+            "sam_cost": self._step_clock.seconds() / self._timed_micro_batches / one_pass,
+        }

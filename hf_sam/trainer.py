@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
@@ -14,11 +17,13 @@ from transformers.utils import logging
 
 from .batches import MicroBatch
 from .config import SAMConfig
+from .descent import hardest_hit
 from .engines import Engine, refuse_unsupported
-from .parameters import put_gradients, take_gradients
+from .parameters import gradients_only_for, put_gradients, take_gradients
 from .replay import RandomStates, bookkeeping_kept
-from .state import check_config, save_config
-from .update import SharpnessAwareUpdate
+from .second_order import add_hessian_vector_product, loss_instead_of_backward, twice_differentiable_attention
+from .state import check_config, load_state, save_config, save_state
+from .update import FORWARD_SHARE, HESSIAN_PASSES, SharpnessAwareUpdate
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +53,8 @@ class SAMTrainerMixin:
             raise TypeError(f"sam_config must be a SAMConfig, not {type(sam_config).__name__}: {sam_config!r}.")
         self.sam_config = sam_config
         self._sam: SharpnessAwareUpdate | None = None
+        self._sam_checkpoint: str | None = None
+        self._examine: Callable | None = None
         super().__init__(*args, **kwargs)
         if sam_config.rho > 0:
             refuse_unsupported(self)
@@ -65,76 +72,113 @@ class SAMTrainerMixin:
         """
         if self.sam_config.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
+        if self._sam is None:  # called outside `train`
+            self.start_update()
+        sam, step, is_last = self._sam, self.state.global_step, self.accelerator.sync_gradients
         whole = MicroBatch(inputs, num_items_in_batch, self.current_gradient_accumulation_steps)
-        if not self._sam.schedule.perturbs(self.state.global_step):
-            with self._sam.micro_batch(self.state.global_step):
-                return self._passes(model, [whole], synced=True)
-
-        parts = whole.split(self.sam_config.m)
-        with self._sam.micro_batch(self.state.global_step):
-            clean_losses = [
-                self._sharpness_aware_step(model, part, is_last=self.accelerator.sync_gradients and part is parts[-1])
-                for part in parts
-            ]
+        with sam.cost.micro_batch(step):
+            if not sam.schedule.perturbs(step):
+                loss = self._plain_step(model, whole, is_last)
+            elif not sam.config.row.has_clean_pass:
+                loss = self._one_pass_step(model, whole, is_last)
+            else:
+                parts = whole.split(sam.config.m)
+                losses = [self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]
+                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self.current_gradient_accumulation_steps = whole.accumulation_steps
-        return clean_losses[0] if len(clean_losses) == 1 else torch.stack(clean_losses).sum()
+        return loss
 
-    def _sharpness_aware_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+    def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """`is_last`: whether gradients are synchronised, and the optimizer steps, after this batch."""
-        sam, config = self._sam, self.sam_config
+        sam, step = self._sam, self.state.global_step
         accumulated = take_gradients(sam.trainable) if sam.scope == "micro" else {}
-
         clean_loss = self._ascent_pass(model, batch, is_last)  # g = grad L(w), in p.grad
         sam.window.append(batch)
         if sam.scope != "micro" and not is_last:
             return clean_loss
 
-        measured = self._is_measured_step() and not accumulated
+        window, rho, measured = sam.close_window(), self._rho(), self._is_measured_step() and not accumulated
         after_clean_pass = RandomStates(sam.device)
-        try:
-            with (
-                sam.statistics.kept(),
-                bookkeeping_kept(self, self.sam_bookkeeping),
-                sam.perturbation(self.state.global_step) as eps,  # leaving it restores w bitwise
-            ):
-                sam.climb(eps, take_gradients(sam.trainable), self._rho(), measured=measured)  # w + eps
-                for _ in range(1, config.ascent_steps):
-                    self._passes(model, sam.window, synced=is_last and sam.scope == "global")
-                    sam.climb(eps, take_gradients(sam.trainable), self._rho())
+        with (
+            sam.statistics.kept(),
+            bookkeeping_kept(self, self.sam_bookkeeping),
+            sam.perturbation(step) as eps,  # leaving it restores w bitwise
+        ):
+            sam.climb(eps, take_gradients(sam.trainable), rho, measured=measured)  # w + eps
+            for _ in range(1, sam.config.ascent_steps or 1):
+                self._passes(model, window, synced=is_last and sam.scope == "global")
+                sam.climb(eps, take_gradients(sam.trainable), rho)
+            if not sam.keeps_clean_gradient:
                 put_gradients(accumulated)
-                perturbed_loss = self._passes(model, sam.window, synced=is_last)  # g_s = grad L(w + eps), in p.grad
-                if measured:
-                    sam.observe(eps, {p: p.grad for p in sam.trainable if p.grad is not None})
-        finally:
-            sam.window.clear()
-        if config.replay_rng:
+            perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
+            if measured:
+                sam.observe(eps, {p: p.grad for p in sam.trainable if p.grad is not None})
+        if sam.keeps_clean_gradient:
+            sam.combine(accumulated, rho, is_last, partial(self._hessian_vector_product, window))
+        if sam.config.replay_rng:
             after_clean_pass.restore()
         sam.telemetry.add(perturbed_loss=perturbed_loss)
         if is_last:
             sam.close_step()
         return clean_loss
 
+    def _one_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """For directions known without a clean pass; the loss returned is the perturbed one."""
+        sam, step = self._sam, self.state.global_step
+        with sam.perturbation(step) as eps:
+            sam.step_aside(eps, self._rho(), step, self.optimizer)
+            loss = self._passes(model, [batch], synced=True)
+            if self._is_measured_step():
+                sam.observe(eps, {})
+        sam.telemetry.add(perturbed_loss=loss)
+        if is_last:
+            sam.close_step()
+        return loss
+
+    def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """The stock step: outside the schedule, or between two steps that perturb."""
+        sam = self._sam
+        reuses = sam.config.row.descent == "reused" and sam.schedule.is_inside(self.state.global_step)
+        loss = self._passes(model, [batch], synced=not reuses or sam.scope == "global")
+        if reuses:
+            sam.reuse(is_last)
+        return loss
+
+    # --- passes ----------------------------------------------------------------------------------------------------
+
     def _ascent_pass(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """The clean pass: the only one that moves running statistics and metrics."""
         sam = self._sam
-        if self.sam_config.replay_rng:
+        if sam.config.replay_rng:
             batch.random_states = RandomStates(sam.device)
-        with sam.statistics.watch():
-            seen = batch.share(self.sam_config.ascent_fraction)
+        seen = batch.share(sam.config.ascent_fraction or 1.0)
+        chosen = sam.ascent_parameters(self.state.global_step)
+        with (
+            sam.statistics.watch(),
+            gradients_only_for(chosen, sam.trainable),
+            self._examined(batch, sam.examine_clean),
+        ):
             loss = self._pass(model, seen, synced=is_last and sam.scope == "global")
         sam.telemetry.add(clean_loss=loss)
-        sam.ascent_passes += seen.fraction
+        sam.cost.ascent_passes += seen.fraction
         return loss
+
+    def _descent_passes(self, model: nn.Module, window: list[MicroBatch], is_last: bool) -> Tensor:
+        """The passes at `w + eps`, of the examples and the loss that the method descends on."""
+        sam = self._sam
+        if sam.config.row.descent == "hardest-hit" and sam.config.gamma < 1:
+            window = [self._hardest_hit(batch) for batch in window]
+        synced = is_last and (not sam.keeps_clean_gradient or sam.scope == "global")
+        return self._passes(model, window, synced)
 
     def _passes(self, model: nn.Module, window: list[MicroBatch], synced: bool) -> Tensor:
         """Run the window again as the clean pass saw it; returns the sum of its losses."""
-        losses = []
+        sam, losses = self._sam, []
         for batch in window:
             if batch.random_states is not None:
                 batch.random_states.restore()
-            with self._sam.pass_clock:
+            with sam.cost.full_pass(batch.fraction), self._examined(batch, sam.examine_perturbed):
                 losses.append(self._pass(model, batch, synced=synced and batch is window[-1]))
-            self._sam.full_passes += batch.fraction
         return torch.stack(losses).sum()
 
     def _pass(self, model: nn.Module, batch: MicroBatch, synced: bool) -> Tensor:
@@ -145,6 +189,54 @@ class SAMTrainerMixin:
         self.current_gradient_accumulation_steps = batch.accumulation_steps
         with contextlib.nullcontext() if synced else self._sam.engine.without_sync(model):
             return super().training_step(model, batch.fresh_inputs(), batch.num_items_in_batch)
+
+    def _hardest_hit(self, batch: MicroBatch) -> MicroBatch:
+        """ESAM's choice of examples, by one forward pass at `w + eps`."""
+        sam, after = self._sam, batch.sample(torch.arange(find_batch_size(batch.inputs)))
+        if batch.random_states is not None:
+            batch.random_states.restore()
+        with torch.no_grad(), self._examined(after, sam.examine_clean), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(after.fresh_inputs())
+            self.compute_loss(self.model, inputs, num_items_in_batch=batch.num_items_in_batch)
+        sam.cost.ascent_passes += FORWARD_SHARE * batch.fraction
+        return batch.sample(hardest_hit(batch.clean, after.clean, sam.config.gamma))
+
+    def _hessian_vector_product(
+        self, window: list[MicroBatch], vector: dict[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """`H v` at `w`, of the loss of the window as the clean pass saw it."""
+        sam = self._sam
+        product = {p: torch.zeros_like(p) for p in sam.trainable}
+        for batch in window:
+            if batch.random_states is not None:
+                batch.random_states.restore()
+            with (
+                sam.statistics.kept(),
+                bookkeeping_kept(self, self.sam_bookkeeping),
+                twice_differentiable_attention(self.model),
+                loss_instead_of_backward(self.accelerator) as losses,
+            ):
+                self._pass(self.model, batch, synced=False)
+                add_hessian_vector_product(losses[0], vector, product)
+            sam.cost.ascent_passes += HESSIAN_PASSES * batch.fraction
+        return product
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        """The base trainer's own; methods that change the loss see the model's output on the way."""
+        if self._examine is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return self._examine(loss, outputs, labels, shifted=getattr(self, "_loss_shifts_labels", False))
+
+    @contextlib.contextmanager
+    def _examined(self, batch: MicroBatch, examine: Callable) -> Iterator[None]:
+        changes_loss = self._sam.config.row.descent in ("hardest-hit", "functional")
+        self._examine = partial(examine, batch) if changes_loss else None
+        try:
+            yield
+        finally:
+            self._examine = None
 
     def _rho(self) -> float:
         group = self.optimizer.param_groups[0]
@@ -159,14 +251,20 @@ class SAMTrainerMixin:
         if self.sam_config.rho == 0:
             return
         refuse_unsupported(self)
+        if self.optimizer is None:
+            self.create_optimizer()
+        max_steps = max(self.state.max_steps, 1)
         self._sam = SharpnessAwareUpdate(
             self.sam_config,
             self.model,
             self.optimizer,
             Engine(self.accelerator),
-            max_steps=self.state.max_steps,
+            max_steps=max_steps,
             seed=self.args.seed,
+            warmup_steps=self.args.get_warmup_steps(max_steps),
         )
+        if self._sam_checkpoint is not None:
+            load_state(self._sam_checkpoint, self._sam, self.args.process_index)
         m = self._sam.effective_m(self._train_batch_size, self.args.gradient_accumulation_steps, self.args.world_size)
         logger.info(f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for m = {m} examples")
 
@@ -182,7 +280,7 @@ class SAMTrainerMixin:
         if self._sam is not None and "loss" in logs:
             logs.update(self._read_telemetry())
         if self._sam is not None and "train_runtime" in logs:
-            logs.update(self._sam.cost())
+            logs.update(self._sam.cost.summary())
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -194,7 +292,13 @@ class SAMTrainerMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not check_config(checkpoint, self.sam_config):
             logger.info(f"{checkpoint} was made by a stock Trainer: sharpness-aware minimization begins here.")
+        self._sam_checkpoint = checkpoint
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._sam is not None:
+            save_state(output_dir, self._sam, self.args.process_index)
 
     def _is_measured_step(self) -> bool:
         """Whether to measure what costs memory bandwidth: on the last perturbing step before the Trainer logs.

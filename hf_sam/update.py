@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Parameter
 from transformers.utils import logging
 
-from .ascent import adaptive_direction, add_weight_decay, dual_norm_direction
+from .ascent import (
+    adaptive_direction,
+    add_weight_decay,
+    dual_norm_direction,
+    momentum_direction,
+    random_direction,
+    remove_average,
+)
 from .batches import MicroBatch
 from .config import SAMConfig
+from .descent import (
+    add_orthogonal_part,
+    functional_loss,
+    orthogonal_part,
+    per_example_losses,
+    surrogate_gap,
+    weighted_sharpness,
+)
 from .engines import Engine
-from .parameters import Gradients, Perturbation, select
+from .parameters import Gradients, Perturbation, put_gradients, select, take_gradients
 from .replay import RunningStatistics
 from .schedule import Schedule
-from .telemetry import Stopwatch, Telemetry
+from .telemetry import Cost, Telemetry
 
 logger = logging.get_logger(__name__)
+
+# A backward pass costs about twice a forward pass, and a Hessian-vector product two of both.
+FORWARD_SHARE = 1 / 3
+HESSIAN_PASSES = 2.0
 
 
 class SharpnessAwareUpdate:
@@ -31,7 +51,8 @@ class SharpnessAwareUpdate:
         optimizer (`torch.optim.Optimizer`): The base optimizer; read for its weight decay, never stepped here.
         engine (`Engine`): How gradients are synchronised and norms are taken.
         max_steps (`int`): Optimizer steps of the whole run.
-        seed (`int`): For stochastic rounding; the same on every rank, so that ranks round alike.
+        warmup_steps (`int`, *optional*, defaults to 0): Those in which the learning rate warms up.
+        seed (`int`): For whatever the method draws; the same on every rank, so that ranks decide alike.
 
     Raises:
         ValueError: `config.perturb` selects nothing, or no step of the run would perturb.
@@ -45,32 +66,45 @@ class SharpnessAwareUpdate:
         engine: Engine,
         max_steps: int,
         seed: int,
+        warmup_steps: int = 0,
     ):
         self.config = config
         self.engine = engine
         self.scope = engine.scope(config)
-        self.schedule = Schedule.resolve(config, max_steps)
+        self.schedule = Schedule.resolve(config, max_steps, warmup_steps)
         self.selected = select(model, config.perturb)
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trainable = list(self.names.values())
         self.device = self.trainable[0].device
         self.statistics = RunningStatistics(model)
         self.telemetry = Telemetry(self.device)
-        self.pass_clock, self.step_clock = Stopwatch(self.device), Stopwatch(self.device)
-        self.ascent_passes = self.full_passes = self._micro_batches = 0.0
-        self._first_step, self._is_warming_up = None, True
+        self.cost = Cost(self.device)
         self.window: list[MicroBatch] = []
         self._weight_decay = {
             p: group.get("weight_decay", 0.0) for group in optimizer.param_groups for p in group["params"]
         }
         self._seed = seed
         self._clean: Gradients = {}
+        # What the method carries from step to step, one tensor per parameter: Friendly SAM's average gradient, LookSAM's
+        # orthogonal part.
+        self.state: dict[Parameter, Tensor] = {}
 
     def perturbation(self, step: int) -> Perturbation:
-        """A context in which `climb` moves the weights, and after which they are bitwise what they were."""
-        if not self.config.stochastic_rounding:
-            return Perturbation()
-        generator = torch.Generator(self.device).manual_seed(hash((self._seed, step)) % 2**63)
-        return Perturbation(generator)
+        """A context in which weights can be moved, and after which they are bitwise what they were."""
+        return Perturbation(self._generator(step) if self.config.stochastic_rounding else None)
+
+    # --- where to look -------------------------------------------------------------------------------------------------
+
+    def ascent_parameters(self, step: int) -> list[Parameter]:
+        """The parameters whose gradients the ascent pass of optimizer step `step` has to compute."""
+        if self.keeps_clean_gradient:
+            return self.trainable
+        chosen = list(self.selected.values())
+        if self.config.beta is not None and self.config.beta < 1:
+            # The same tensors on every rank and in every micro-batch of the step (Du et al. 2022, Section 3.1).
+            dice = random.Random(f"{self._seed} {step}")
+            chosen = [p for p in chosen if dice.random() < self.config.beta] or [dice.choice(chosen)]
+        return chosen
 
     def climb(self, perturbation: Perturbation, gradients: Gradients, rho: float, *, measured: bool = False) -> None:
         """`w <- w + eps`, one inner ascent step of size `rho / ascent_steps` along `gradients`, which are consumed.
@@ -82,27 +116,142 @@ class SharpnessAwareUpdate:
             measured (`bool`, *optional*, defaults to `False`): Keep what `observe` needs afterwards.
         """
         config, reductions = self.config, self.engine.reductions
+        is_first = not perturbation.is_applied
+        if is_first and self.keeps_clean_gradient:
+            self._clean = {p: g.clone() for p, g in gradients.items()}
         parameters = [p for p in self.selected.values() if p in gradients]
         if not parameters:  # nothing perturbed took part in this pass
             return
         directions = [gradients[p] for p in parameters]
         loss_scale = self.engine.loss_scale(self.device)
-        self.telemetry.record(sam_rho=rho, sam_ascent_grad_norm=reductions.norm(directions) / loss_scale)
-        if measured and not self._is_parallel_to_gradient():
+        if is_first:
+            self.telemetry.record(sam_rho=rho, sam_ascent_grad_norm=reductions.norm(directions) / loss_scale)
+        if measured and not self.keeps_clean_gradient and not self._is_parallel_to_gradient():
             self._clean = {p: g.clone() for p, g in zip(parameters, directions, strict=True)}
-        with torch.no_grad():
-            if config.weight_decay_in_ascent:
-                decay = [self._weight_decay.get(p, 0.0) for p in parameters]
-                add_weight_decay(directions, parameters, decay, loss_scale)
-            rho = rho / config.ascent_steps
-            if config.adaptive:
-                found = adaptive_direction(directions, parameters, rho, config.p, config.eta, reductions)
-            else:
-                found = dual_norm_direction(directions, rho, config.p, reductions)
-            directions, scale = found
-            if measured and config.ascent_steps == 1:
-                self.telemetry.record(_intended_norm=scale * reductions.norm(directions))
-            perturbation.add(parameters, directions, scale)
+        if config.weight_decay_in_ascent:
+            decay = [self._weight_decay.get(p, 0.0) for p in parameters]
+            add_weight_decay(directions, parameters, decay, loss_scale)
+        if config.row.ascent == "friendly":
+            self._remove_average(parameters, directions, loss_scale)
+        size = rho / config.ascent_steps if config.ascent_steps else rho
+        if config.adaptive:
+            directions, scale = adaptive_direction(directions, parameters, size, config.p, config.eta, reductions)
+        else:
+            directions, scale = dual_norm_direction(directions, size, config.p, reductions)
+        if config.beta is not None:
+            scale = scale / config.beta
+        if measured and config.ascent_steps in (None, 1):
+            self.telemetry.record(_intended_norm=scale * reductions.norm(directions))
+        perturbation.add(parameters, directions, scale)
+
+    def step_aside(self, perturbation: Perturbation, rho: float, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """`w <- w + eps` for an `eps` that needs no pass; nothing while the optimizer has no momentum yet."""
+        reductions = self.engine.reductions
+        parameters = list(self.selected.values())
+        if self.config.row.ascent == "random":
+            rank = 0 if self.scope == "global" else self.engine.rank
+            directions, scale = random_direction(parameters, rho, self._generator(step, rank), reductions)
+        else:
+            momenta = {p: momentum_of(optimizer, p) for p in parameters}
+            parameters = [p for p in parameters if momenta[p] is not None]
+            if not parameters:
+                return
+            directions, scale = momentum_direction([momenta[p] for p in parameters], rho, reductions)
+        self.telemetry.record(sam_rho=rho)
+        perturbation.add(parameters, directions, scale)
+
+    def _remove_average(self, parameters: list[Parameter], gradients: list[Tensor], loss_scale: Tensor | float) -> None:
+        averages = [self.state.setdefault(p, torch.zeros_like(p)) for p in parameters]
+        own = [g.clone() for g in gradients]
+        remove_average(gradients, averages, self.config.sigma, loss_scale)
+        torch._foreach_mul_(averages, self.config.ema_decay)
+        torch._foreach_add_(averages, torch._foreach_mul(own, (1 - self.config.ema_decay) / loss_scale))
+
+    def _generator(self, step: int, rank: int = 0) -> torch.Generator:
+        """Random numbers that depend on nothing but seed, step and rank, so that a resumed run draws the same ones."""
+        return torch.Generator(self.device).manual_seed(random.Random(f"{self._seed} {step} {rank}").getrandbits(63))
+
+    # --- what to step along --------------------------------------------------------------------------------------------
+
+    @property
+    def keeps_clean_gradient(self) -> bool:
+        """Whether the descent combines `g` with `g_s`: one more copy of the parameters."""
+        return self.config.row.combines or bool(self.config.second_order)
+
+    def combine(
+        self,
+        accumulated: Gradients,
+        rho: float,
+        is_last: bool,
+        hessian_vector_product: Callable[[dict[Parameter, Tensor]], dict[Parameter, Tensor]],
+    ) -> None:
+        """`p.grad` from `g_s` to what the optimizer steps along, added to the earlier micro-batches' `accumulated`.
+
+        Where `g` and `g_s` are this rank's own, so is the combination, and the ranks' mean is taken at the end.
+        """
+        config, reductions = self.config, self.engine.reductions
+        perturbed = take_gradients(self.trainable)
+        parameters = [p for p in self.trainable if p in perturbed or p in self._clean]
+        g = [self._clean[p] if p in self._clean else torch.zeros_like(p) for p in parameters]
+        g_s = [perturbed[p] if p in perturbed else torch.zeros_like(p) for p in parameters]
+        self._clean = {}
+        if config.row.descent == "surrogate-gap":
+            surrogate_gap(g, g_s, config.alpha, reductions)
+        elif config.row.descent == "weighted":
+            weighted_sharpness(g, g_s, config.gamma)
+        elif config.row.descent == "reused":
+            self.state = dict(zip(parameters, orthogonal_part(g, g_s, reductions), strict=True))
+        if config.second_order:
+            self._add_second_order(parameters, g, g_s, rho, hessian_vector_product)
+        for p, gradient in zip(parameters, g_s, strict=True):
+            p.grad = accumulated[p].add_(gradient) if p in accumulated else gradient
+        put_gradients({p: gradient for p, gradient in accumulated.items() if p.grad is None})
+        self._average(is_last)
+
+    def examine_clean(self, batch: MicroBatch, loss: Tensor, outputs, labels: Tensor | None, shifted: bool) -> Tensor:
+        """Leave with `batch` what a descent with a changed loss needs of the clean pass; returns the loss unchanged."""
+        logits = logits_of(outputs, self.config.method)
+        if self.config.row.descent == "functional":
+            (batch.clean,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        else:
+            batch.clean = per_example_losses(logits.detach(), labels, shifted)
+        return loss
+
+    def examine_perturbed(
+        self, batch: MicroBatch, loss: Tensor, outputs, labels: Tensor | None, shifted: bool
+    ) -> Tensor:
+        """The loss to descend on."""
+        if self.config.row.descent == "functional" and batch.clean is not None:
+            return functional_loss(loss, logits_of(outputs, self.config.method), batch.clean)
+        return loss
+
+    def reuse(self, is_last: bool) -> None:
+        """LookSAM's steps between: `p.grad` of a plain pass, led along the part of `g_s` that was kept."""
+        parameters = [p for p in self.trainable if p.grad is not None and p in self.state]
+        if not is_last or not parameters:
+            return
+        kept = [self.state[p] for p in parameters]
+        add_orthogonal_part([p.grad for p in parameters], kept, self.config.alpha, self.engine.reductions)
+        self._average(is_last)
+
+    def _add_second_order(self, parameters, g, g_s, rho, hessian_vector_product) -> None:
+        reductions = self.engine.reductions
+        perturbed = [i for i, p in enumerate(parameters) if any(p is q for q in self.selected.values())]
+        g, v = [g[i] for i in perturbed], [g_s[i] for i in perturbed]
+        norm = reductions.norm(g) / self.engine.loss_scale(self.device)
+        v = orthogonal_part(g, v, reductions)
+        product = hessian_vector_product({parameters[i]: v_i for i, v_i in zip(perturbed, v, strict=True)})
+        plain = [gradient.clone() for gradient in g_s]
+        for p, gradient in zip(parameters, g_s, strict=True):
+            gradient.add_(torch.nan_to_num(product[p] * (rho / norm), nan=0.0, posinf=0.0, neginf=0.0))
+        cosine = reductions.dot(plain, g_s) / (reductions.norm(plain) * reductions.norm(g_s))
+        self.telemetry.record(sam_second_order_cosine=cosine)
+
+    def _average(self, is_last: bool) -> None:
+        if is_last and self.scope != "global":
+            self.engine.average_gradients(self.trainable)
+
+    # --- what a run logs -----------------------------------------------------------------------------------------------
 
     def observe(self, perturbation: Perturbation, perturbed: Gradients) -> None:
         """Record the realised `||(w + eps) - w||` and `cos(g, g_s)`.
@@ -119,7 +268,8 @@ class SharpnessAwareUpdate:
                 dots.append(torch.sum(clean * perturbed[p]))
                 g.append(torch.linalg.vector_norm(clean))
                 g_s.append(torch.linalg.vector_norm(perturbed[p].to(clean.dtype)))
-        self._clean = {}
+        if not self.keeps_clean_gradient:
+            self._clean = {}
         if norms:
             self.telemetry.record(sam_perturbation_norm=reductions.sum(torch.stack(norms) ** 2).sqrt())
         if dots:
@@ -127,13 +277,17 @@ class SharpnessAwareUpdate:
             cosine = reductions.sum(torch.stack(dots)) / (squares[0] * squares[1]).sqrt()
             self.telemetry.record(sam_cosine=cosine)
 
+    def close_window(self) -> list[MicroBatch]:
+        """The micro-batches that share one perturbation; the next one starts a new window."""
+        window, self.window = self.window, []
+        return window
+
     def close_step(self) -> None:
         """Record the losses of the optimizer step whose last micro-batch this was."""
         losses = self.telemetry.close_step()
-        self.telemetry.record(
-            sam_perturbed_loss=losses["perturbed_loss"],
-            sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"],
-        )
+        self.telemetry.record(sam_perturbed_loss=losses["perturbed_loss"])
+        if "clean_loss" in losses:  # a one-pass method never sees it
+            self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
 
     def check_realised(self, logs: dict[str, float]) -> dict[str, float]:
         """Warn, once, where rounding the weights has changed the size of the perturbation by more than a tenth.
@@ -159,32 +313,44 @@ class SharpnessAwareUpdate:
     @property
     def passes_per_step(self) -> float:
         """Forward-backward passes over the batch in a step that perturbs; the last one is the descent pass."""
-        return 1 + (self.config.ascent_steps - 1) + self.config.ascent_fraction
-
-    @contextlib.contextmanager
-    def micro_batch(self, step: int) -> Iterator[None]:
-        """Count and time one `training_step`; the run's first step, in which much happens once, is not timed."""
-        if self._first_step is None:
-            self._first_step = step
-        elif step == self._first_step + 1 and self._is_warming_up:
-            self._is_warming_up = False
-            self.ascent_passes = self.full_passes = self._micro_batches = 0.0
-            self.step_clock.reset()
-            self.pass_clock.reset()
-        with self.step_clock:
-            yield
-        self._micro_batches += 1
-
-    def cost(self) -> dict[str, float]:
-        """Passes per micro-batch, and the measured time of `training_step` relative to that of one full pass."""
-        if not self.full_passes:
-            return {}
-        one_pass = self.pass_clock.seconds() / self.full_passes
-        return {
-            "sam_passes": (self.ascent_passes + self.full_passes) / self._micro_batches,
-            "sam_cost": self.step_clock.seconds() / self._micro_batches / one_pass,
-        }
+        config = self.config
+        if not config.row.has_clean_pass:
+            return 1.0
+        inner = (config.ascent_steps or 1) - 1
+        descent = 1.0 if config.row.descent != "hardest-hit" or config.gamma == 1 else config.gamma + FORWARD_SHARE
+        return (config.ascent_fraction or 1.0) + inner + descent + (HESSIAN_PASSES if config.second_order else 0)
 
     def _is_parallel_to_gradient(self) -> bool:
         config = self.config
-        return config.p == 2 and not config.adaptive and config.ascent_steps == 1 and not config.weight_decay_in_ascent
+        single = config.ascent_steps in (None, 1) and config.row.ascent == "gradient"
+        return config.p == 2 and not config.adaptive and single and not config.weight_decay_in_ascent
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> Tensor | None:
+    """The optimizer's average of past gradients, or None before its first step.
+
+    Raises:
+        ValueError: The optimizer keeps none.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return None
+    for name in ("exp_avg", "momentum_buffer"):
+        if state.get(name) is not None:
+            return state[name]
+    raise ValueError(
+        f"method='msam' perturbs along the optimizer's momentum, and {type(optimizer).__name__} keeps none. Use an "
+        "optimizer with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (optim='sgd', optim_args='momentum=0.9')."
+    )
+
+
+def logits_of(outputs, method: str) -> Tensor:
+    """The model's logits.
+
+    Raises:
+        ValueError: The output has none.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if logits is None:
+        raise ValueError(f"method={method!r} needs a model whose output has `logits`; this one returned none.")
+    return logits

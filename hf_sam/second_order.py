@@ -1,0 +1,57 @@
+"""The Hessian-vector product behind `second_order=True`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextlib.contextmanager
+def loss_instead_of_backward(accelerator) -> Iterator[list[Tensor]]:
+    """Collect the losses that `training_step` hands to `accelerator.backward`, normalised as it does, and go no further."""
+    losses: list[Tensor] = []
+    accelerator.backward = lambda loss, **kwargs: losses.append(loss)
+    try:
+        yield losses
+    finally:
+        del accelerator.backward  # the class's own method shows again
+
+
+@contextlib.contextmanager
+def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
+    """Attention by plain matrix products, the kernel that has a second derivative.
+
+    Raises:
+        ValueError: The model uses an attention implementation that cannot be switched from outside.
+    """
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if implementation not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f"second_order=True differentiates twice, which attn_implementation={implementation!r} cannot. Load the model "
+            "with attn_implementation='eager' or 'sdpa'."
+        )
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def add_hessian_vector_product(loss: Tensor, vector: dict[Parameter, Tensor], product: dict[Parameter, Tensor]) -> None:
+    """Add `H v` to `product`, in place: the gradient of `<grad loss, v>` (Pearlmutter 1994).
+
+    Args:
+        loss (`Tensor`): Scalar, with its graph.
+        vector (`dict[Parameter, Tensor]`): `v`; parameters that it leaves out count as 0.
+        product (`dict[Parameter, Tensor]`): One tensor for every parameter to differentiate with respect to.
+    """
+    directions = list(vector)
+    gradients = torch.autograd.grad(loss, directions, create_graph=True, allow_unused=True)
+    terms = [(g * vector[p]).sum() for p, g in zip(directions, gradients, strict=True) if g is not None]
+    parameters = list(product)
+    curvatures = torch.autograd.grad(sum(terms), parameters, allow_unused=True)
+    for p, curvature in zip(parameters, curvatures, strict=True):
+        if curvature is not None:
+            product[p].add_(curvature)
