@@ -151,17 +151,20 @@ class SAMConfig:
                     f"{', '.join(name for name in self.fields() if self.row.uses(name))}. Leave {field} out, or choose "
                     f"a method that uses it: {', '.join(users) or 'none'}."
                 )
-        for field, default in {**DEFAULTS, **self.row.defaults}.items():
-            if getattr(self, field) is None and self.row.uses(field):
+        dependent = {field for field, *_ in _DEPENDENT}
+        defaults = {**DEFAULTS, **self.row.defaults}
+        for field, default in defaults.items():
+            if getattr(self, field) is None and self.row.uses(field) and field not in dependent:
                 setattr(self, field, default)
         for field, default, switch, is_on in _DEPENDENT:
-            if self.row.uses(field):
-                if not is_on(self) and getattr(self, field) is not None:
-                    raise ValueError(
-                        f"{field}={getattr(self, field)!r} is used only with {switch}. Leave it out or set that."
-                    )
-                if is_on(self) and getattr(self, field) is None:
-                    setattr(self, field, default)
+            if not is_on(self) and getattr(self, field) is not None:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} is used only with {switch}. Leave it out or set that."
+                )
+            if is_on(self) and getattr(self, field) is None:
+                setattr(self, field, defaults.get(field, default))
+                if field == "rho_min" and isinstance(self.rho, int | float):
+                    self.rho_min = min(self.rho_min, self.rho)  # a default gives way to the rho that the user chose
         for field in self.fields():
             if getattr(self, field) is not None:
                 setattr(self, field, _CHECKS[field](field, getattr(self, field)))

@@ -107,15 +107,15 @@ class Cost:
         self.ascent_passes = self.full_passes = self._micro_batches = 0.0
         self._step_clock, self._pass_clock = Stopwatch(device), Stopwatch(device)
         self._timed_passes = self._timed_micro_batches = 0.0
-        self._first_step: int | None = None
+        self.first_step: int | None = None
         self._is_warm = False
 
     @contextlib.contextmanager
     def micro_batch(self, step: int) -> Iterator[None]:
         """Encloses one `training_step`; the run's first optimizer step, in which much happens once, is not timed."""
-        if self._first_step is None:
-            self._first_step = step
-        if step > self._first_step and not self._is_warm:
+        if self.first_step is None:
+            self.first_step = step
+        if step > self.first_step and not self._is_warm:
             self._is_warm, self._timed_passes, self._timed_micro_batches = True, 0.0, 0.0
             self._step_clock.reset()
             self._pass_clock.reset()

@@ -154,7 +154,12 @@ class SharpnessAwareUpdate:
         else:
             momenta = {p: momentum_of(optimizer, p) for p in parameters}
             parameters = [p for p in parameters if momenta[p] is not None]
-            if not parameters:
+            if not parameters and step > self.cost.first_step:
+                raise ValueError(
+                    f"method='msam' perturbs along the optimizer's momentum, and {type(getattr(optimizer, 'optimizer', optimizer)).__name__} keeps none. Use "
+                    "one with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
+                )
+            if not parameters:  # the optimizer has not stepped yet
                 return
             directions, scale = momentum_direction([momenta[p] for p in parameters], rho, reductions)
         self.telemetry.record(sam_rho=rho)
@@ -327,21 +332,9 @@ class SharpnessAwareUpdate:
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> Tensor | None:
-    """The optimizer's average of past gradients, or None before its first step.
-
-    Raises:
-        ValueError: The optimizer keeps none.
-    """
-    state = optimizer.state.get(parameter)
-    if not state:
-        return None
-    for name in ("exp_avg", "momentum_buffer"):
-        if state.get(name) is not None:
-            return state[name]
-    raise ValueError(
-        f"method='msam' perturbs along the optimizer's momentum, and {type(optimizer).__name__} keeps none. Use an "
-        "optimizer with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (optim='sgd', optim_args='momentum=0.9')."
-    )
+    """The optimizer's average of past gradients of `parameter`, None where it has none."""
+    state = optimizer.state.get(parameter, {})
+    return state.get("exp_avg", state.get("momentum_buffer"))
 
 
 def logits_of(outputs, method: str) -> Tensor:
