@@ -1,0 +1,342 @@
+"""From records to the tables of a report: which runs belong together, what they scored, how the arms compare."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from .records import RunRecord
+from .statistics import (
+    Estimate,
+    PairedComparison,
+    compare_paired,
+    holm,
+    interquartile_mean,
+    probability_of_improvement,
+)
+
+TUNING = "tuning"  # the budget of a trial, which is counted in the set-up and compared nowhere
+LEVEL = 0.05
+BUDGETS = {"steps": "equal steps", "passes": "equal passes"}  # a pass: one gradient of the whole effective batch
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is called and shown: its unit, and which way is better."""
+
+    label: str
+    higher_is_better: bool = True
+    scale: float = 1.0
+    unit: str = ""
+    digits: int = 3
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", scale=100, unit="%", digits=1),
+    "macro_f1": Metric("macro F1", scale=100, unit="%", digits=1),
+    "f1": Metric("F1", scale=100, unit="%", digits=1),
+    "mcc": Metric("MCC"),
+    "pearson": Metric("Pearson r"),
+    "spearman": Metric("Spearman r"),
+    "perplexity": Metric("perplexity", higher_is_better=False),
+    "loss": Metric("loss", higher_is_better=False),
+    "nll": Metric("NLL", higher_is_better=False),
+    "brier": Metric("Brier score", higher_is_better=False),
+    "ece": Metric("ECE", higher_is_better=False, scale=100, unit="%", digits=1),
+    "train_test_gap": Metric("train-test gap", higher_is_better=False),
+}
+_LOWER = re.compile(r"loss|error|perplexity|nll|ece|brier|mse|mae|gap", re.IGNORECASE)
+
+
+def metric_of(name: str) -> Metric:
+    """The row of `METRICS`, or for an unknown name one that goes by the name."""
+    return METRICS.get(name) or Metric(name.replace("_", " "), higher_is_better=not _LOWER.search(name))
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    What a comparison asks, fixed before its runs are looked at.
+
+    Args:
+        control (`str`): The arm that all others are compared with.
+        treatment (`str`): The arm that the one-sentence answer is about.
+        metric (`str`): What is compared.
+    """
+
+    control: str
+    treatment: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The finished runs of one task under one condition and budget."""
+
+    task: str
+    condition: str
+    budget: str
+    runs: dict[str, list[RunRecord]] = field(compare=False)  # by arm
+
+    @property
+    def title(self) -> str:
+        return self.task if self.condition == "clean" else f"{self.task}, {self.condition}"
+
+    def scores(self, arm: str, metric: str) -> dict[int, float]:
+        """Seed to score, over the runs of our own that have a finite one."""
+        return {
+            run.seed: run.metrics[metric]
+            for run in self.runs.get(arm, [])
+            if run.status == "finished" and run.seed is not None and run.metrics.get(metric) is not None
+        }
+
+    def values(self, arm: str, name: str) -> list[float]:
+        """A metric, a measure of sharpness or a cost over all runs of an arm that have it."""
+        found = (value_of(run, name) for run in self.runs.get(arm, []))
+        return [value for value in found if value is not None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against the control in one cell, with the p-value adjusted over the tasks of the same arm and budget."""
+
+    cell: Cell
+    arm: str
+    control: str
+    metric: str
+    paired: PairedComparison
+    p_holm: float | None = None
+    family: int = 1
+
+    @property
+    def verdict(self) -> str:
+        """
+        `"better"` or `"worse"` where Student's interval excludes zero and the adjusted exact test agrees at 5 %,
+        `"leans better"` or `"leans worse"` where only the interval does, `"no difference seen"`, or `"one seed"`.
+        """
+        low, high = self.paired.t_low, self.paired.t_high
+        if low is None:
+            return "one seed"
+        if low <= 0 <= high:
+            return "no difference seen"
+        word = "better" if (low > 0) == metric_of(self.metric).higher_is_better else "worse"
+        return word if self.p_holm is not None and self.p_holm <= LEVEL else f"leans {word}"
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One arm against the control across all tasks of one budget; gains, so that more is better for every metric."""
+
+    arm: str
+    control: str
+    budget: str
+    tasks: int
+    gain: Estimate
+    probability: Estimate
+
+
+def value_of(run: RunRecord, name: str) -> float | None:
+    """A metric, a sharpness measure (`sharpness.<name>`) or a cost of a run, by name; `None` where it has none."""
+    if name.startswith("sharpness."):
+        return run.sharpness.get(name.removeprefix("sharpness."))
+    if name in ("steps", "passes", "seconds", "samples_per_second", "peak_memory"):
+        return getattr(run, name)
+    return run.metrics.get(name)
+
+
+def noise_level(condition: str) -> float | None:
+    """The share of wrong training labels that a condition's name states: `"noise 0.4"` is 0.4, `"clean"` is 0."""
+    if condition == "clean":
+        return 0.0
+    match = re.fullmatch(r"noise (\d*\.?\d+)", condition)
+    return float(match[1]) if match else None
+
+
+def natural(text: str) -> list:
+    """Sort key that puts `noise 0.4` before `noise 0.10` only where the number says so, and `clean` first."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [
+        text != "clean",
+        *((0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)),
+    ]
+
+
+def in_budget(run: RunRecord, budget: str) -> bool:
+    """Whether a run counts under `budget`; one that costs the same under both says `steps+passes`."""
+    return budget in run.budget.split("+")
+
+
+def arm_order(records: Iterable[RunRecord], first: Sequence[str] = ()) -> list[str]:
+    """All arms: those of `first` in its order, then the others as they come."""
+    found = dict.fromkeys(run.arm for run in records)
+    return [arm for arm in first if arm in found] + [arm for arm in found if arm not in first]
+
+
+def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
+    """Groups finished and foreign runs by task, condition and budget."""
+    groups: dict[tuple[str, str, str], dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
+    for run in records:
+        if run.status in ("finished", "foreign"):
+            for budget in run.budget.split("+"):
+                if budget != TUNING:
+                    groups[run.task, run.condition, budget][run.arm].append(run)
+    keys = sorted(
+        groups,
+        key=lambda key: (natural(key[0]), natural(key[1]), list(BUDGETS).index(key[2]) if key[2] in BUDGETS else 9),
+    )
+    return [Cell(*key, dict(groups[key])) for key in keys]
+
+
+def guess_question(records: Sequence[RunRecord], control: str | None, treatment: str | None, metric: str | None):
+    """
+    Completes a question from the records: AdamW or the first arm as control, `sam` or the next arm as treatment, and
+    the first of `METRICS` that most runs have.
+
+    Raises:
+        ValueError: A name that no record has.
+    """
+    done = [run for run in records if run.status in ("finished", "foreign") and run.budget != TUNING]
+    arms = arm_order(done)
+    for name, arm in (("control", control), ("treatment", treatment)):
+        if arm is not None and arms and arm not in arms:
+            raise ValueError(f"{name}={arm!r} is no arm of these records, which have: {', '.join(arms)}.")
+    without_sam = [run.arm for run in done if run.status == "finished" and run.config.get("sam") is None]
+    control = control or next(
+        (arm for arm in arms if arm.lower() == "adamw"), next(iter([*without_sam, *arms]), "adamw")
+    )
+    others = [arm for arm in arms if arm != control]
+    treatment = treatment or next((arm for arm in others if arm.lower() == "sam"), next(iter(others), control))
+    counts: dict[str, int] = defaultdict(int)
+    for run in done:
+        for name, value in run.metrics.items():
+            counts[name] += value is not None
+    if metric is not None and counts and metric not in counts:
+        raise ValueError(f"metric={metric!r} is in no record; there are: {', '.join(counts)}.")
+    most = max(counts.values(), default=0)
+    known = [name for name in [*METRICS, *counts] if counts.get(name) == most > 0]
+    return Question(control, treatment, metric or next(iter(known), "accuracy"))
+
+
+def compare_arms(
+    cells: Sequence[Cell], control: str, metric: str, arms: Sequence[str], rng: np.random.Generator
+) -> list[Comparison]:
+    """Every arm against the control in every cell, Holm-adjusted over the cells of the same arm and budget."""
+    found = []
+    for cell in cells:
+        scores = cell.scores(control, metric)
+        for arm in arms:
+            paired = compare_paired(cell.scores(arm, metric), scores, rng) if arm != control else None
+            if paired is not None:
+                found.append(Comparison(cell, arm, control, metric, paired))
+    families: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, comparison in enumerate(found):
+        families[comparison.arm, comparison.cell.budget].append(index)
+    for members in families.values():
+        adjusted = holm([found[index].paired.p_value for index in members])
+        for index, p_holm in zip(members, adjusted, strict=True):
+            entry = found[index]
+            found[index] = Comparison(
+                entry.cell, entry.arm, entry.control, entry.metric, entry.paired, p_holm, len(members)
+            )
+    return found
+
+
+def compare_overall(comparisons: Sequence[Comparison], rng: np.random.Generator) -> list[Overall]:
+    """Interquartile mean of the gains and probability of improvement, per arm and budget, over two or more cells."""
+    groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
+    for comparison in comparisons:
+        groups[comparison.arm, comparison.cell.budget].append(comparison)
+    overall = []
+    for (arm, budget), members in groups.items():
+        if len(members) < 2:
+            continue
+        sign = 1 if metric_of(members[0].metric).higher_is_better else -1
+        gains, pairs = [], []
+        for entry in members:
+            treated, control = entry.cell.scores(arm, entry.metric), entry.cell.scores(entry.control, entry.metric)
+            gains.append(sign * np.array(entry.paired.differences))
+            pairs.append(tuple([sign * scores[seed] for seed in entry.paired.seeds] for scores in (treated, control)))
+        gain, probability = interquartile_mean(gains, rng), probability_of_improvement(pairs, rng)
+        overall.append(Overall(arm, members[0].control, budget, len(members), gain, probability))
+    return overall
+
+
+def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
+    """One message for each task, condition and seed whose runs did not start from the same model or the same data."""
+    groups: dict[tuple, list[RunRecord]] = defaultdict(list)
+    for run in records:
+        if run.status == "finished" and run.budget != TUNING:
+            groups[run.task, run.condition, run.seed].append(run)
+    problems = []
+    for (task, condition, seed), runs in groups.items():
+        for what, prints in (
+            ("initial weights", {run.arm: run.model.get("fingerprint") for run in runs}),
+            ("training data", {run.arm: (run.data.get("train") or {}).get("fingerprint") for run in runs}),
+            ("test data", {run.arm: (run.data.get("eval") or {}).get("fingerprint") for run in runs}),
+        ):
+            if len({value for value in prints.values() if value is not None}) > 1:
+                problems.append(f"{task}, {condition}, seed {seed}: the arms did not have the same {what}.")
+    return problems
+
+
+def runs_table(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """One row per record, with every metric, cost and sharpness measure as a column."""
+    return pd.DataFrame(
+        {
+            "task": run.task,
+            "condition": run.condition,
+            "budget": run.budget,
+            "arm": run.arm,
+            "seed": run.seed,
+            "status": run.status,
+            **run.metrics,
+            **{f"sharpness.{name}": value for name, value in run.sharpness.items()},
+            "steps": run.steps,
+            "passes": run.passes,
+            "seconds": run.seconds,
+            "samples_per_second": run.samples_per_second,
+            "peak_memory": run.peak_memory,
+            "error": run.error and f"{run.error.get('type')}: {run.error.get('message')}",
+            "record": run.path and str(run.path),
+        }
+        for run in records
+    )
+
+
+def comparisons_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
+    """One row per comparison, in the metric's own unit (accuracy between 0 and 1)."""
+    return pd.DataFrame(
+        {
+            "task": entry.cell.task,
+            "condition": entry.cell.condition,
+            "budget": entry.cell.budget,
+            "arm": entry.arm,
+            "control": entry.control,
+            "metric": entry.metric,
+            "seeds": len(entry.paired.seeds),
+            "difference": entry.paired.difference.value,
+            "bootstrap_low": entry.paired.difference.low,
+            "bootstrap_high": entry.paired.difference.high,
+            "student_low": entry.paired.t_low,
+            "student_high": entry.paired.t_high,
+            "sign_flip_p": entry.paired.p_value,
+            "p_floor": entry.paired.p_floor,
+            "p_holm": entry.p_holm,
+            "family": entry.family,
+            "verdict": entry.verdict,
+        }
+        for entry in comparisons
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for fewer than two values)."""
+    if not values:
+        return math.nan, math.nan
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

@@ -1,0 +1,106 @@
+"""What could make the answer wrong, as far as the records themselves show it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from .document import Block, Listing
+from .results import TUNING, in_budget, metric_of, pairing_problems
+from .study import Study
+
+FEW_SEEDS = 10
+MAX_LISTED = 10
+
+
+def threats(study: Study) -> list[Block]:
+    """The section "Threats to validity": what this set of runs, and not comparisons in general, has against it."""
+    found = [
+        *_about_seeds(study),
+        *_about_tuning(study),
+        *_about_runs(study),
+        *_about_pairs(study),
+        *_about_machines(study),
+        *_shortened([f"Left out, since it could not be read: {problem}" for problem in study.problems]),
+        "The test split was read once per run, but a person who looks at many arms and reports the best one has "
+        "still selected on it: the answer is about the arm that was named before.",
+    ]
+    return [Listing(found)]
+
+
+def _about_seeds(study: Study) -> list[str]:
+    counts = sorted({len(entry.paired.seeds) for entry in study.comparisons})
+    if not counts:
+        return ["Nothing could be paired: there is no interval and no test in this report."]
+    found = []
+    if counts[0] == 1:
+        found.append("Some comparisons rest on one seed: they have no interval, and none of them shows anything.")
+    if counts[-1] > 1 and counts[0] < FEW_SEEDS:
+        least = min(n for n in counts if n > 1)
+        found.append(
+            f"Few seeds (from {least}): the sign-flip test cannot go below p = {2.0 ** (1 - least):g}, and a percentile "
+            f"bootstrap over so few is too narrow (in simulation, five normal differences are covered 83 % of the "
+            f"time, not 95 %). Verdicts therefore go by Student's interval, which assumes normal differences."
+        )
+    return found
+
+
+def _about_tuning(study: Study) -> list[str]:
+    trials = Counter(run.arm for run in study.records if run.budget == TUNING and run.status == "finished")
+    arms = {run.arm for run in study.records if run.status == "finished" and run.budget != TUNING}
+    if not trials:
+        return ["Nothing was tuned here: every arm ran with the settings it was given, which may suit some better."]
+    counts = {trials[arm] for arm in arms}
+    if len(counts) > 1:
+        listed = ", ".join(f"{arm} {trials[arm]}" for arm in sorted(arms))
+        return [f"Arms were tuned with unequal numbers of trials ({listed})."]
+    return [f"Each arm was tuned with {counts.pop()} trials; a larger search could change the order."]
+
+
+def _about_runs(study: Study) -> list[str]:
+    status = Counter(run.status for run in study.records)
+    metric = study.question.metric
+    found = []
+    if status["failed"]:
+        found.append(f"{status['failed']} runs failed; they are listed with their errors and count nowhere.")
+    if status["running"] or study.missing:
+        found.append(f"{status['running']} runs are unfinished and {study.missing} have not begun: this is a part.")
+    if status["foreign"]:
+        found.append(
+            f"{status['foreign']} runs were written by something else. They are shown beside the others but not "
+            f"paired or tested, since nothing says that they had the same head, order, noise and splits."
+        )
+    without = [run for run in study.records if run.status == "finished" and run.metrics.get(metric) is None]
+    if without:
+        found.append(f"{len(without)} finished runs have no finite {metric_of(metric).label} and count nowhere.")
+    return found
+
+
+def _about_pairs(study: Study) -> list[str]:
+    found = _shortened([f"Not a true pair: {problem}" for problem in pairing_problems(study.records)])
+    by_size: dict[tuple, set] = {}
+    for run in study.records:
+        if run.status == "finished" and in_budget(run, "steps"):
+            by_size.setdefault((run.task, run.condition), set()).add(run.steps)
+    uneven = [f"{task}, {condition}" for (task, condition), steps in by_size.items() if len(steps) > 1]
+    return found + [f"Equal steps were not equal in {where}." for where in uneven[:MAX_LISTED]]
+
+
+def _about_machines(study: Study) -> list[str]:
+    done = [run for run in study.records if run.status == "finished"]
+    found = []
+    git = [run.environment.get("git") or {} for run in done]
+    if any(entry.get("dirty") for entry in git):
+        found.append("Some runs were made from a working copy with uncommitted changes.")
+    for what, values in (
+        ("commits of the code", {entry.get("commit") for entry in git}),
+        ("versions of torch", {(run.environment.get("packages") or {}).get("torch") for run in done}),
+        ("kinds of machine", {str((run.environment.get("hardware") or {}).get("accelerators")) for run in done}),
+    ):
+        if len(values) > 1:
+            found.append(f"The runs come from {len(values)} {what}.")
+    return found
+
+
+def _shortened(messages: list[str]) -> list[str]:
+    more = len(messages) - MAX_LISTED
+    return messages[:MAX_LISTED] + ([f"... and {more} more of this kind."] if more > 0 else [])
