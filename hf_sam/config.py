@@ -175,6 +175,29 @@ class SAMConfig:
             raise ValueError(
                 f"m={self.m} splits micro-batches and needs scope='micro' (or 'auto'), not {self.scope!r}."
             )
+        if self.method == "looksam" and self.scope == "micro":
+            raise ValueError(
+                "scope='micro' does not go with method='looksam', which reuses one component of the whole step's gradient: "
+                "choose 'device', 'global' or 'auto'."
+            )
+        if self.method == "wsam" and self.gamma == 1:
+            raise ValueError("gamma=1.0 must be a number in [0, 1) for method='wsam', whose weights are 1/(1 - gamma).")
+        if self.method == "esam" and self.gamma == 0:
+            raise ValueError(
+                "gamma=0.0 must be a number in (0, 1] for method='esam', which keeps that share of examples."
+            )
+        if self.second_order:
+            for field, needed in (
+                ("p", 2.0),
+                ("adaptive", False),
+                ("ascent_steps", 1),
+                ("ascent_fraction", 1.0),
+                ("weight_decay_in_ascent", False),
+            ):
+                if getattr(self, field) != needed:
+                    raise ValueError(
+                        f"second_order=True is derived for plain sam: {field}={getattr(self, field)!r} must be {needed!r}."
+                    )
         if self.rho_min is not None and self.rho_min > self.rho:
             raise ValueError(f"rho_min={self.rho_min} must be at most rho={self.rho}.")
         if type(self.start) is type(self.end) and self.start >= self.end:

@@ -32,23 +32,32 @@ class RandomStates:
 
 
 class RunningStatistics:
-    """The buffers that a forward pass moves, such as BatchNorm's, told from constants by their version counters.
+    """The buffers that a forward pass moves, such as BatchNorm's, told from constants by watching the clean pass.
 
-    Watch the clean pass with `watch`; run every other pass inside `kept`, which puts those buffers back.
+    Run the clean pass inside `watch` and every other pass inside `kept`, which puts those buffers back.
     """
 
     def __init__(self, model: nn.Module):
         self._model = model
         self._moving: dict[str, nn.Module] = {}
+        self._has_watched = False
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Note which buffers the enclosed pass moves."""
+        """Note which buffers the enclosed pass moves.
+
+        The first time by their values, since BatchNorm's kernels do not count as changes of version; later ones, which
+        wait for no device, by version and identity.
+        """
         before = {name: (buffer, buffer._version) for name, buffer in self._model.named_buffers()}
+        values = {} if self._has_watched else {name: buffer.clone() for name, (buffer, _) in before.items()}
         yield
         for name, buffer in self._model.named_buffers():
-            if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version:
+            known, version = before.get(name, (None, 0))
+            is_same = known is buffer and version == buffer._version
+            if not is_same or (name in values and not torch.equal(values[name], buffer)):
                 self._moving[name] = self._model.get_submodule(name.rpartition(".")[0])
+        self._has_watched = True
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
