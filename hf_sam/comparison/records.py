@@ -65,6 +65,8 @@ class RunRecord:
         passes (`float`, *optional*): Gradient evaluations of the whole effective batch; the stock Trainer: one a step.
         seconds, samples_per_second (`float`, *optional*): Of the training loop alone.
         peak_memory (`int`, *optional*): In bytes; of the accelerator where there is one, else of the process.
+        resumed_from (`int`, *optional*):
+            The step at which the run went on after an interruption: seconds and peak memory are those of the rest.
         curves (`list[dict]`, *optional*): The Trainer's `log_history`, one dict per log call, each with a `"step"`.
         sharpness (`dict[str, float]`, *optional*): Measures of the trained weights, where asked for.
         predictions (`str`, *optional*):
@@ -91,6 +93,7 @@ class RunRecord:
     seconds: float | None = None
     samples_per_second: float | None = None
     peak_memory: int | None = None
+    resumed_from: int | None = None
     curves: list[dict[str, Any]] = field(default_factory=list)
     sharpness: dict[str, float | None] = field(default_factory=dict)
     predictions: str | None = None
@@ -121,12 +124,16 @@ class RunRecord:
     def take_costs(self, trainer) -> None:
         """Reads steps, passes, time, memory and curves off a `Trainer` whose `train()` has returned or raised."""
         self.steps = trainer.state.global_step
-        self.passes = trainer_passes(trainer)
         self.curves = trainer.state.log_history
         self.peak_memory = peak_memory()
+        passes_per_step = 1.0  # what the stock Trainer spends
         for entry in self.curves:
             self.seconds = entry.get("train_runtime", self.seconds)
             self.samples_per_second = entry.get("train_samples_per_second", self.samples_per_second)
+            passes_per_step = entry.get("sam_passes", passes_per_step)
+        self.passes = self.steps * passes_per_step
+        checkpoint = re.search(r"checkpoint-(\d+)/*$", str(trainer.args.resume_from_checkpoint))
+        self.resumed_from = int(checkpoint[1]) if checkpoint else None
 
 
 @contextmanager
@@ -158,7 +165,7 @@ def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | N
     record.model = describe_model(trainer.model)
     record.data = {
         split: describe_data(dataset)
-        for split, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset))
+        for split, dataset in (("train", trainer.train_dataset), ("test", trainer.eval_dataset))
         if dataset is not None
     }
     record.environment = describe_environment()
@@ -177,12 +184,6 @@ def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | N
     finally:
         if is_writer and record.status != "running":
             record.write()
-
-
-def trainer_passes(trainer) -> float:
-    """Gradient evaluations per effective batch that `trainer` has spent: its own count, else one per step."""
-    count = getattr(trainer, "sam_passes", None)
-    return float(count if count is not None else trainer.state.global_step)
 
 
 def read_record(path: str | os.PathLike) -> RunRecord:
@@ -237,7 +238,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("task", "arm", "condition", "budget", "status"), str),
     **dict.fromkeys(("config", "model", "data", "environment", "metrics", "sharpness"), dict),
-    **dict.fromkeys(("seed", "steps", "peak_memory"), (int, type(None))),
+    **dict.fromkeys(("seed", "steps", "peak_memory", "resumed_from"), (int, type(None))),
     **dict.fromkeys(("passes", "seconds", "samples_per_second"), (int, float, type(None))),
     **dict.fromkeys(("predictions", "started", "ended"), (str, type(None))),
     "curves": list,

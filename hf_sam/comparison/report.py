@@ -22,6 +22,7 @@ from .wording import answer, number, overall_sentence, p_value, value_and_spread
 MAX_ANSWERS = 12
 MAX_DRAWN = 60
 MAX_EXTRA_METRICS = 4
+OTHER_METRICS = ("f1_macro", "mcc", "spearman")  # shown beside the one that is compared
 
 
 def write_report(
@@ -127,6 +128,20 @@ def _result_blocks(study: Study, budget: str, rng: np.random.Generator) -> list[
     floors = {len(entry.paired.seeds): entry.paired.p_floor for entry in found.values() if entry.paired.p_floor}
     caption = "; ".join(f"{n} seeds cannot give a p below {p_value(p)}" for n, p in sorted(floors.items()))
     blocks: list[Block] = [Table(columns, rows, caption and f"{caption}.", numeric_from=2)]
+    others = [
+        name
+        for name in (*OTHER_METRICS, f"gap.{metric}")
+        if any(cell.values(a, name) for cell in cells for a in study.arms)
+    ]
+    if others := [name for name in others if name != metric]:
+        rows = [
+            [cell.title, arm, *(value_and_spread(cell.values(arm, name), name) for name in others)]
+            for cell in cells
+            for arm in study.arms
+            if any(cell.values(arm, name) for name in others)
+        ]
+        labels = [metric_of(name).label for name in others]
+        blocks.append(Table(["task", "arm", *labels], rows, "Beside it, mean ± sd", 2))
     if found:
         drawn = list(found.values())[:MAX_DRAWN]
         caption = f"Paired differences from {study.question.control} at {BUDGETS[budget]}: mean, bootstrap interval (thick) and Student's (thin)."
@@ -148,9 +163,8 @@ def _result_blocks(study: Study, budget: str, rng: np.random.Generator) -> list[
 
 def _run_blocks(study: Study) -> list[Block]:
     runs, metric = study.records, study.question.metric
-    extra = [name for name in dict.fromkeys(n for run in runs for n in run.metrics) if name != metric][
-        :MAX_EXTRA_METRICS
-    ]
+    names = dict.fromkeys(name for run in runs for name in run.metrics if not name.startswith("train_"))
+    extra = [name for name in names if name != metric][:MAX_EXTRA_METRICS]
     rows = [
         [run.task, run.condition, run.budget, run.arm, "-" if run.seed is None else str(run.seed), run.status]
         + [

@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -39,8 +39,8 @@ class Metric:
 
 METRICS = {
     "accuracy": Metric("accuracy", scale=100, unit="%", digits=1),
-    "macro_f1": Metric("macro F1", scale=100, unit="%", digits=1),
-    "f1": Metric("F1", scale=100, unit="%", digits=1),
+    "f1_macro": Metric("macro F1", scale=100, unit="%", digits=1),
+    "subset_accuracy": Metric("subset accuracy", scale=100, unit="%", digits=1),
     "mcc": Metric("MCC"),
     "pearson": Metric("Pearson r"),
     "spearman": Metric("Spearman r"),
@@ -49,13 +49,16 @@ METRICS = {
     "nll": Metric("NLL", higher_is_better=False),
     "brier": Metric("Brier score", higher_is_better=False),
     "ece": Metric("ECE", higher_is_better=False, scale=100, unit="%", digits=1),
-    "train_test_gap": Metric("train-test gap", higher_is_better=False),
+    "mse": Metric("squared error", higher_is_better=False),
 }
 _LOWER = re.compile(r"loss|error|perplexity|nll|ece|brier|mse|mae|gap", re.IGNORECASE)
 
 
 def metric_of(name: str) -> Metric:
-    """The row of `METRICS`, or for an unknown name one that goes by the name."""
+    """The row of `METRICS`, or for an unknown name one that goes by the name; `gap.<metric>` is train minus test."""
+    if name.startswith("gap."):
+        metric = metric_of(name.removeprefix("gap."))
+        return replace(metric, label=f"train-test gap in {metric.label}", higher_is_better=not metric.higher_is_better)
     return METRICS.get(name) or Metric(name.replace("_", " "), higher_is_better=not _LOWER.search(name))
 
 
@@ -142,9 +145,13 @@ class Overall:
 
 
 def value_of(run: RunRecord, name: str) -> float | None:
-    """A metric, a sharpness measure (`sharpness.<name>`) or a cost of a run, by name; `None` where it has none."""
+    """A metric, its gap between train and test (`gap.<name>`), a sharpness measure (`sharpness.<name>`) or a cost."""
     if name.startswith("sharpness."):
         return run.sharpness.get(name.removeprefix("sharpness."))
+    if name.startswith("gap."):
+        name = name.removeprefix("gap.")
+        train, test = run.metrics.get(f"train_{name}"), run.metrics.get(name)
+        return train - test if train is not None and test is not None else None
     if name in ("steps", "passes", "seconds", "samples_per_second", "peak_memory"):
         return getattr(run, name)
     return run.metrics.get(name)
@@ -278,7 +285,7 @@ def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
         for what, prints in (
             ("initial weights", {run.arm: run.model.get("fingerprint") for run in runs}),
             ("training data", {run.arm: (run.data.get("train") or {}).get("fingerprint") for run in runs}),
-            ("test data", {run.arm: (run.data.get("eval") or {}).get("fingerprint") for run in runs}),
+            ("test data", {run.arm: (run.data.get("test") or {}).get("fingerprint") for run in runs}),
         ):
             if len({value for value in prints.values() if value is not None}) > 1:
                 problems.append(f"{task}, {condition}, seed {seed}: the arms did not have the same {what}.")

@@ -79,7 +79,7 @@ def _fact_rows(study: Study, done: list[RunRecord]) -> list[list[str]]:
         "parameters": span("model", "parameters"),
         "trainable": span("model", "trainable_parameters"),
         "training examples": span("data", "train", "examples"),
-        "test examples": span("data", "eval", "examples"),
+        "test examples": span("data", "test", "examples"),
         "software": ", ".join(f"{name} {span('environment', 'packages', name)}" for name in packages),
         "commit": span("environment", "git", "commit"),
         "accelerators": span("environment", "hardware", "accelerators"),

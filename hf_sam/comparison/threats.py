@@ -69,6 +69,9 @@ def _about_runs(study: Study) -> list[str]:
             f"{status['foreign']} runs were written by something else. They are shown beside the others but not "
             f"paired or tested, since nothing says that they had the same head, order, noise and splits."
         )
+    resumed = sum(run.resumed_from is not None for run in study.records)
+    if resumed:
+        found.append(f"{resumed} runs were interrupted and resumed: their seconds and passes are those of the rest.")
     without = [run for run in study.records if run.status == "finished" and run.metrics.get(metric) is None]
     if without:
         found.append(f"{len(without)} finished runs have no finite {metric_of(metric).label} and count nowhere.")

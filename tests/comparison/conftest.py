@@ -30,10 +30,15 @@ def linear_data(examples=32, seed=0):
 def make_trainer(tmp_path):
     def make(seed=0, output_dir=tmp_path / "run", **arguments):
         torch.manual_seed(seed)
-        arguments = {"max_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True, **arguments}
-        args = TrainingArguments(
-            output_dir=str(output_dir), seed=seed, disable_tqdm=True, save_strategy="no", **arguments
-        )
+        arguments = {
+            "max_steps": 4,
+            "logging_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+            "save_strategy": "no",
+            **arguments,
+        }
+        args = TrainingArguments(output_dir=str(output_dir), seed=seed, disable_tqdm=True, **arguments)
         return Trainer(model=Linear(), args=args, train_dataset=linear_data(), eval_dataset=linear_data(16, seed=1))
 
     return make

@@ -77,7 +77,7 @@ def fabricate_run(path, task, condition, noise, budget, arm, seed, entries=10) -
         },
         data={
             "train": {"examples": 500, "fingerprint": f"train-{task}-{condition}-{seed}"},
-            "eval": {"examples": 400, "fingerprint": f"eval-{task}"},
+            "test": {"examples": 400, "fingerprint": f"eval-{task}"},
         },
         environment={
             "packages": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"},
