@@ -1,5 +1,6 @@
 """Measures of how flat the loss is around a trained checkpoint."""
 
+from .callback import SharpnessCallback
 from .estimators import (
     Eigenvalues,
     Estimate,
@@ -13,6 +14,7 @@ from .landscape import Line, filter_normalised_direction, line_between, slice_1d
 from .loss import SubsetLoss
 from .measures import Objective, average_sharpness, m_sharpness, objective, sam_sharpness, worst_case_sharpness
 from .operators import GaussNewton, Hessian
+from .profile import SharpnessConfig, measure, scalars
 from .subset import Subset
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "Hessian",
     "Line",
     "Objective",
+    "SharpnessCallback",
+    "SharpnessConfig",
     "SpectralDensity",
     "Subset",
     "SubsetLoss",
@@ -30,9 +34,11 @@ __all__ = [
     "hutchinson_trace",
     "line_between",
     "m_sharpness",
+    "measure",
     "most_negative_eigenvalue",
     "objective",
     "sam_sharpness",
+    "scalars",
     "slice_1d",
     "slice_2d",
     "spectral_density",

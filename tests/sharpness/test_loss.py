@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import BertForSequenceClassification
 
 from hf_sam.sharpness import GaussNewton, Hessian, Subset, SubsetLoss, m_sharpness, sam_sharpness
@@ -115,23 +116,6 @@ def state_of(model) -> dict:
     }
 
 
-def assert_same(before, after):
-    if isinstance(before, torch.Tensor):
-        assert torch.equal(before, after)
-    elif isinstance(before, dict):
-        assert before.keys() == after.keys()
-        for key in before:
-            assert_same(before[key], after[key])
-    elif isinstance(before, (list, tuple)):
-        assert len(before) == len(after)
-        for a, b in zip(before, after, strict=True):
-            assert_same(a, b)
-    elif isinstance(before, np.ndarray):
-        np.testing.assert_array_equal(before, after)
-    else:
-        assert before == after
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_left_exactly_as_it_was_found(model_and_examples, dtype):
     model, examples = model_and_examples
@@ -141,7 +125,7 @@ def test_the_model_is_left_exactly_as_it_was_found(model_and_examples, dtype):
         p.grad = torch.full_like(p, 0.5) if i % 2 else None
     before = state_of(model)
     numbers(model, examples, batch_size=3)
-    assert_same(before, state_of(model))
+    toys.assert_same(before, state_of(model))
 
 
 def test_the_model_is_left_as_it_was_found_when_a_pass_fails(monkeypatch):
@@ -161,16 +145,23 @@ def test_the_model_is_left_as_it_was_found_when_a_pass_fails(monkeypatch):
     monkeypatch.setattr(model.classifier, "forward", fail)
     with pytest.raises(KeyboardInterrupt):
         loss.gradient()
-    assert_same(before, state_of(model))
+    toys.assert_same(before, state_of(model))
 
 
-def test_a_model_prepared_for_mixed_precision_is_measured_in_float32():
+@pytest.fixture
+def fresh_accelerate():
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_a_model_prepared_for_mixed_precision_is_measured_in_float32(fresh_accelerate):
     model, examples = toys.bert()
     expected = SubsetLoss(model, Subset(examples, toys.collate))()
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(copy.deepcopy(model))
     before = state_of(prepared)
     assert SubsetLoss(prepared, Subset(examples, toys.collate))() == expected
-    assert_same(before, state_of(prepared))
+    toys.assert_same(before, state_of(prepared))
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -148,3 +149,21 @@ def _continuations(vocabulary: int) -> list[dict]:
 def _text(length: int, vocabulary: int) -> dict:
     ids = torch.randint(1, vocabulary, (length,))
     return {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+
+
+def assert_same(before, after) -> None:
+    """Bitwise equality of nested states."""
+    if isinstance(before, torch.Tensor):
+        assert torch.equal(before, after)
+    elif isinstance(before, dict):
+        assert before.keys() == after.keys()
+        for key in before:
+            assert_same(before[key], after[key])
+    elif isinstance(before, (list, tuple)):
+        assert len(before) == len(after)
+        for a, b in zip(before, after, strict=True):
+            assert_same(a, b)
+    elif isinstance(before, np.ndarray):
+        np.testing.assert_array_equal(before, after)
+    else:
+        assert before == after
