@@ -16,6 +16,7 @@ from transformers.utils import is_torchvision_available
 
 from .errors import UserError
 
+KEPT_BYTES = 2**28
 Augment = Callable[[Image.Image, int, np.random.Generator], Image.Image]
 
 
@@ -24,7 +25,8 @@ class ImageDataset(torch.utils.data.Dataset):
     A split as `{"pixel_values": (channels, height, width), "labels": int}`.
 
     What is drawn for an example depends on the seed, the epoch and the example alone, not on the process's random
-    state: the same for every arm of a comparison, for any number of workers, and after a resume.
+    state: the same for every arm of a comparison, for any number of workers, and after a resume. Where nothing is drawn
+    and the split is small, tensors are kept in memory instead of being made anew in every epoch.
 
     Args:
         dataset (`datasets.Dataset`): With an image column and a column of class numbers.
@@ -44,12 +46,16 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int = 0,
     ):
         self.dataset = undecoded(dataset, image_column)
-        self.labels = self.dataset[label_column]
+        self.labels = list(self.dataset[label_column])
         self.image_column = image_column
         self.transform = transform
         self.split = split
         self.seed = seed
         self.epoch = 0
+        size_in_bytes = len(dataset) * 3 * transform.size**2 * 4
+        self.kept: dict[int, torch.Tensor] | None = (
+            {} if transform.augment is None and size_in_bytes < KEPT_BYTES else None
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Accelerate's DataLoader at the start of each epoch."""
@@ -59,9 +65,15 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.kept is None:
+            return {"pixel_values": self._pixels(index), "labels": self.labels[index]}
+        if index not in self.kept:
+            self.kept[index] = self._pixels(index)
+        return {"pixel_values": self.kept[index], "labels": self.labels[index]}
+
+    def _pixels(self, index: int) -> torch.Tensor:
         image = open_image(self.dataset[index][self.image_column], f"{self.split} image {index}")
-        rng = np.random.default_rng((self.seed, self.epoch, index))
-        return {"pixel_values": self.transform(image, rng), "labels": int(self.labels[index])}
+        return self.transform(image, np.random.default_rng((self.seed, self.epoch, index)))
 
 
 def stream_images(
