@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Optimizers of `TrainingArguments.optim` that step inside `backward`: the clean pass would already move the weights.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
+# Trainers whose batches stack chosen above rejected answers: a part of such a batch is no batch.
+STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer")
 REPLICATED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -39,8 +41,36 @@ def _steps_in_backward(trainer: Trainer) -> bool:
     return optim in STEPS_IN_BACKWARD or optim.endswith("layerwise") or optimizer in STEPS_IN_BACKWARD
 
 
+def _static_graph_meets_two_passes(trainer: Trainer) -> bool:
+    config, args = trainer.sam_config, trainer.args
+    is_same_graph_and_synced = config.scope == "global" and config.perturb == "all"
+    return bool(args.ddp_static_graph) and args.world_size > 1 and not is_same_graph_and_synced
+
+
+def _parts_of_pairs(trainer: Trainer) -> bool:
+    config = trainer.sam_config
+    takes_parts = config.m is not None or (config.ascent_fraction or 1) < 1 or config.method == "esam"
+    bases = {base.__name__ for base in type(trainer).__mro__}
+    return takes_parts and (not trainer.sam_splits_batches or not bases.isdisjoint(STACKS_PAIRS))
+
+
 # What is refused, when it is so, and the remedy.
 _REFUSALS: list[tuple[Callable[[Trainer], bool], str]] = [
+    (
+        lambda trainer: hasattr(trainer, "_buffered_inputs"),
+        "{trainer.__class__.__name__} generates its inputs inside the training step, so that a second pass would see other "
+        "ones. Sharpness-aware minimization needs a trainer with a fixed batch, such as SFTTrainer or DPOTrainer.",
+    ),
+    (
+        _parts_of_pairs,
+        "m, ascent_fraction and method='esam' take parts of a batch, and {trainer.__class__.__name__} stacks pairs of "
+        "answers in one. Leave them out.",
+    ),
+    (
+        _static_graph_meets_two_passes,
+        "ddp_static_graph=True needs every backward pass to be the same and synchronised, which only scope='global' with "
+        "perturb='all' is. Set ddp_static_graph=False, or choose that scope.",
+    ),
     (
         _steps_in_backward,
         "optim={trainer.args.optim}: this optimizer steps inside backward, so the first pass would already change the "
@@ -123,3 +153,32 @@ class Engine:
         for p, is_unused in zip(parameters, unused_everywhere.tolist(), strict=True):
             if is_unused:
                 p.grad = None
+
+
+@contextlib.contextmanager
+def loss_instead_of_backward(accelerator) -> Iterator[list[Tensor]]:
+    """Collect the losses that `training_step` hands to `accelerator.backward`, normalised as it does, and go no further."""
+    losses: list[Tensor] = []
+    with _replaced_backward(accelerator, lambda loss, **kwargs: losses.append(loss)):
+        yield losses
+
+
+def backward_where_needed(accelerator) -> contextlib.AbstractContextManager:
+    """No backward pass where the loss does not depend on any parameter that requires a gradient."""
+    backward = accelerator.backward
+    return _replaced_backward(
+        accelerator, lambda loss, **kwargs: backward(loss, **kwargs) if loss.requires_grad else None
+    )
+
+
+@contextlib.contextmanager
+def _replaced_backward(accelerator, backward: Callable) -> Iterator[None]:
+    before = vars(accelerator).get("backward")  # None: the class's own
+    accelerator.backward = backward
+    try:
+        yield
+    finally:
+        if before is None:
+            del accelerator.backward
+        else:
+            accelerator.backward = before

@@ -61,10 +61,15 @@ def select(model: nn.Module, perturb: str | Sequence[str]) -> dict[str, Paramete
 
 
 def take_gradients(parameters: Iterable[Parameter]) -> Gradients:
-    """Move the gradients out of `p.grad`, which is left at None, as after `zero_grad`."""
-    taken = {p: p.grad for p in parameters if p.grad is not None}
-    for p in taken:
-        p.grad = None
+    """Move the gradients out of `p.grad`, which is left at None, as after `zero_grad`.
+
+    What is taken belongs to the caller alone: a gradient that lies in a buffer of DDP's is copied out of it.
+    """
+    taken = {}
+    for p in parameters:
+        if p.grad is not None:
+            taken[p] = p.grad.clone() if p.grad.untyped_storage().nbytes() > p.grad.nbytes else p.grad
+            p.grad = None
     return taken
 
 
@@ -111,11 +116,19 @@ class Perturbation:
         return self
 
     def __exit__(self, *_) -> None:
-        with torch.no_grad():
-            for p, original in self._saved.items():
-                p.copy_(original)
-        self._saved.clear()
-        torch.clear_autocast_cache()  # it may hold 16-bit copies of the perturbed weights
+        try:
+            self._restore()
+        except BaseException:  # a second Ctrl-C, while restoring
+            self._restore()
+            raise
+        finally:
+            self._saved.clear()
+            torch.clear_autocast_cache()  # it may hold 16-bit copies of the perturbed weights
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for p, original in self._saved.items():
+            p.copy_(original)
 
     @property
     def is_applied(self) -> bool:

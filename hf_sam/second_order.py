@@ -12,17 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextlib.contextmanager
-def loss_instead_of_backward(accelerator) -> Iterator[list[Tensor]]:
-    """Collect the losses that `training_step` hands to `accelerator.backward`, normalised as it does, and go no further."""
-    losses: list[Tensor] = []
-    accelerator.backward = lambda loss, **kwargs: losses.append(loss)
-    try:
-        yield losses
-    finally:
-        del accelerator.backward  # the class's own method shows again
-
-
-@contextlib.contextmanager
 def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
     """Attention by plain matrix products, the kernel that has a second derivative.
 

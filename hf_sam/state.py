@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import SAMConfig
@@ -70,3 +73,21 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
         )
     tensors = load_file(own, device=str(update.device))
     update.state = {update.names[name]: tensor for name, tensor in tensors.items()}
+
+
+def reload_renamed_weights(model: nn.Module, folder: str) -> None:
+    """Load the weights that `Trainer` has just missed, if it has.
+
+    `save_pretrained` writes some architectures (ViT and DINOv2 among them) under the names of their original release,
+    and `Trainer` reads checkpoints back by the model's present names, leaving the rest at their initial values with a
+    warning. `from_pretrained` knows both.
+    """
+    if not isinstance(model, PreTrainedModel) or (Path(folder) / "adapter_config.json").exists():
+        return
+    saved = set()
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved.update(file.keys())
+    if saved <= model.state_dict().keys():
+        return
+    model.load_state_dict(type(model).from_pretrained(folder, config=model.config, dtype="auto").state_dict())

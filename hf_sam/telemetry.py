@@ -18,6 +18,18 @@ class Telemetry:
         device (`torch.device`): Where tensors are added up.
     """
 
+    # All that can be recorded, in the order in which ranks exchange it; `_intended_norm` is read, not logged.
+    NAMES = (
+        "sam_rho",
+        "sam_ascent_grad_norm",
+        "sam_perturbation_norm",
+        "sam_perturbed_loss",
+        "sam_sharpness",
+        "sam_cosine",
+        "sam_second_order_cosine",
+        "_intended_norm",
+    )
+
     def __init__(self, device: torch.device):
         self._device = device
         self._sums: dict[str, Tensor | float] = {}
@@ -42,15 +54,21 @@ class Telemetry:
         sums, self._step = self._step, {}
         return sums
 
-    def drain(self) -> tuple[list[str], Tensor]:
-        """Names, and means as float32 of shape `(n,)` on the device, of all that came since the last call."""
-        names = sorted(self._sums)
-        means = torch.zeros(len(names), device=self._device)
-        for i, name in enumerate(names):
-            means[i] = self._sums[name] / self._counts[name]
+    def drain(self) -> Tensor:
+        """Sums and counts of `NAMES` since the last call, float32 of shape `(2, n)`: the same shape on every rank."""
+        table = torch.zeros(2, len(self.NAMES), device=self._device)
+        for i, name in enumerate(self.NAMES):
+            if name in self._sums:
+                table[0, i], table[1, i] = self._sums[name], self._counts[name]
         self._sums.clear()
         self._counts.clear()
-        return names, means
+        return table
+
+    @classmethod
+    def means(cls, tables: Tensor) -> dict[str, float]:
+        """The means over all ranks' tables, shape `(2 * ranks, n)`, of what was recorded; waits for the device."""
+        sums, counts = tables.reshape(-1, 2, len(cls.NAMES)).sum(0).tolist()
+        return {name: total / count for name, total, count in zip(cls.NAMES, sums, counts, strict=True) if count}
 
 
 class Stopwatch:

@@ -18,11 +18,12 @@ from transformers.utils import logging
 from .batches import MicroBatch
 from .config import SAMConfig
 from .descent import hardest_hit
-from .engines import Engine, refuse_unsupported
+from .engines import Engine, loss_instead_of_backward, refuse_unsupported
 from .parameters import gradients_only_for, put_gradients, take_gradients
 from .replay import RandomStates, bookkeeping_kept
-from .second_order import add_hessian_vector_product, loss_instead_of_backward, twice_differentiable_attention
-from .state import check_config, load_state, save_config, save_state
+from .second_order import add_hessian_vector_product, twice_differentiable_attention
+from .state import check_config, load_state, reload_renamed_weights, save_config, save_state
+from .telemetry import Telemetry
 from .update import FORWARD_SHARE, HESSIAN_PASSES, SharpnessAwareUpdate
 
 logger = logging.get_logger(__name__)
@@ -45,6 +46,8 @@ class SAMTrainerMixin:
     # Attributes in which the base trainer counts examples or metrics during `compute_loss` (TRL's trainers do): only
     # the clean pass moves them. A subclass that keeps more extends this.
     sam_bookkeeping: tuple[str, ...] = ("_metrics", "_total_train_tokens")
+    # Whether a part of a batch is a batch. It is not where a collator stacks chosen above rejected answers.
+    sam_splits_batches: bool = True
 
     def __init__(self, *args, sam_config: SAMConfig | None = None, **kwargs):
         if sam_config is None:
@@ -289,6 +292,14 @@ class SAMTrainerMixin:
         if self.args.should_save:
             save_config(output_dir or self.args.output_dir, self.sam_config)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        reload_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        reload_renamed_weights(self.model, self.state.best_model_checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not check_config(checkpoint, self.sam_config):
             logger.info(f"{checkpoint} was made by a stock Trainer: sharpness-aware minimization begins here.")
@@ -312,11 +323,8 @@ class SAMTrainerMixin:
 
     def _read_telemetry(self) -> dict[str, float]:
         """Means since the last entry, over steps and ranks; the one place that waits for the device."""
-        names, means = self._sam.telemetry.drain()
-        if not names:
-            return {}
-        values = nested_gather(means, self.args.parallel_mode).reshape(-1, len(names)).mean(0).tolist()
-        return self._sam.check_realised(dict(zip(names, values, strict=True)))
+        tables = nested_gather(self._sam.telemetry.drain(), self.args.parallel_mode)
+        return self._sam.check_realised(Telemetry.means(tables))
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
