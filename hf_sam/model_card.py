@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
+from transformers.modelcard import TASK_MAPPING
 
 from .config import DEFAULTS, SAMConfig
 
@@ -77,7 +78,7 @@ class SAMCard:
             m=update.effective_m(*batch) if update else None,
             passes=_last(history, "sam_passes"),
             cost=_last(history, "sam_cost"),
-            task=_listed(task)[0] if task else None,
+            task=_listed(task)[0] if task else _task_of(trainer.accelerator.unwrap_model(trainer.model)),
             datasets=_listed(dataset),
             metrics=_last_results(history, "test_") or _last_results(history, "eval_"),
             is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
@@ -215,6 +216,15 @@ def _dataset_type(name: str) -> str:
     """The hub's id of the data set; the last part of the path of a local one."""
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
     return name if is_hub_id else Path(name).name
+
+
+def _task_of(model: Any) -> str | None:
+    """The pipeline for a model of this class, by the table that the Trainer's own card uses."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for task, classes in TASK_MAPPING.items():
+        if type(base).__name__ in classes.values():
+            return task
+    return None
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:

@@ -122,7 +122,7 @@ class _Parser(HfArgumentParser):
     actions: dict[str, Action]
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, conflict_handler="resolve", **kwargs)  # a field of two classes is one argument
         self.actions = {action.dest: action for action in self._actions if action.dest != "help"}
 
     def error(self, message: str):

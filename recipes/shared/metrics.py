@@ -182,29 +182,8 @@ def multi_label_metrics(prediction: EvalPrediction, hub: Sequence[evaluate.Evalu
 
 
 def perplexity_metrics(prediction: EvalPrediction, hub: Sequence[evaluate.EvaluationModule] = ()) -> dict:
-    """Token-weighted loss and perplexity from what [`sequence_nll`] keeps, `(n, 2)`."""
-    sums, counts = logits_of(prediction.predictions).astype(float).T
-    return _compute((Perplexity(), *hub), sums, counts.astype(int))
-
-
-def sequence_nll(logits, labels):
-    """
-    `preprocess_logits_for_metrics` of a causal language model, so that the logits need not be kept.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, tokens, vocabulary)`): Or a tuple that starts with it.
-        labels (`torch.Tensor` of shape `(batch, tokens)`): -100 where no loss is taken.
-
-    Returns:
-        `(batch, 2)`: summed negative log-likelihood, number of predicted tokens.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    targets = labels[:, 1:]
-    loss = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return torch.stack([loss.sum(dim=1), (targets != -100).sum(dim=1).to(loss.dtype)], dim=1)
+    """Token-weighted loss and perplexity from what `TokenWeightedEvaluation` predicts, both `(n,)`."""
+    return _compute((Perplexity(), *hub), prediction.predictions, prediction.label_ids)
 
 
 def logits_of(predictions) -> np.ndarray:

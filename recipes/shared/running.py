@@ -214,10 +214,9 @@ def multi_label_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
     return {"label": list(labels), "probabilities": list(1 / (1 + np.exp(-logits_of(predictions).astype(float))))}
 
 
-def perplexity_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
+def perplexity_table(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Columns of kept predictions: summed negative log-likelihood and number of tokens."""
-    sums, counts = logits_of(predictions).T
-    return {"nll": sums, "tokens": counts.astype(int)}
+    return {"nll": predictions, "tokens": labels}
 
 
 def save(trainer: Trainer) -> None:
