@@ -157,6 +157,8 @@ class SAMConfig:
             if getattr(self, field) is None and self.row.uses(field) and field not in dependent:
                 setattr(self, field, default)
         for field, default, switch, is_on in _DEPENDENT:
+            if not self.row.uses(field):
+                continue
             if not is_on(self) and getattr(self, field) is not None:
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} is used only with {switch}. Leave it out or set that."

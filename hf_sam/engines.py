@@ -121,7 +121,7 @@ class Engine:
 
     def scope(self, config: SAMConfig) -> str:
         """`config.scope` with `"auto"` resolved."""
-        if config.scope != "auto":
+        if config.scope not in (None, "auto"):
             return config.scope
         return "device" if config.m is None else "micro"
 

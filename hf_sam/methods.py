@@ -12,14 +12,20 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-# Fields that mean the same for every method.
-UNIVERSAL_FIELDS = frozenset(
-    ["method", "rho", "interval", "start", "end", "rho_schedule", "rho_min", "perturb", "stochastic_rounding"]
-)
+# Fields that mean the same for every method, and those of methods that move the weights themselves.
+SCHEDULE_FIELDS = frozenset(["method", "rho", "start", "end", "rho_schedule", "rho_min"])
+WEIGHT_FIELDS = SCHEDULE_FIELDS | {"interval", "perturb", "stochastic_rounding"}
 # Fields of the methods that look where a gradient of the batch, from a pass of its own, points.
-CLEAN_PASS_FIELDS = frozenset(
-    ["scope", "m", "p", "adaptive", "eta", "ascent_steps", "weight_decay_in_ascent", "replay_rng"]
-)
+CLEAN_PASS_FIELDS = WEIGHT_FIELDS | {
+    "scope",
+    "m",
+    "p",
+    "adaptive",
+    "eta",
+    "ascent_steps",
+    "weight_decay_in_ascent",
+    "replay_rng",
+}
 # Those whose ascent pass may see fewer examples than the descent pass.
 GRADIENT_FIELDS = CLEAN_PASS_FIELDS | {"ascent_fraction"}
 
@@ -33,10 +39,10 @@ class Method:
         paper (`str`): Authors, year and arXiv number.
         summary (`str`): The update in one sentence.
         ascent (`str`): Where to look: along the `"gradient"` of a clean pass, the `"friendly"` part of it, or without
-            such a pass along the optimizer's `"momentum"` or a `"random"` direction.
+            such a pass along the optimizer's `"momentum"`, a `"random"` direction or with an `"auxiliary"` adapter.
         descent (`str`): What to step along: the `"perturbed"` gradient, a combination with the clean one
             (`"surrogate-gap"`, `"weighted"`, `"reused"`), or that of a changed loss (`"hardest-hit"`, `"functional"`).
-        fields (`frozenset[str]`): The `SAMConfig` fields it uses beside `UNIVERSAL_FIELDS`.
+        fields (`frozenset[str]`): The `SAMConfig` fields it uses.
         defaults (`Mapping[str, Any]`): Its own defaults, from its paper where the paper states one.
     """
 
@@ -60,7 +66,7 @@ class Method:
 
     def uses(self, name: str) -> bool:
         """Whether the method reads the `SAMConfig` field `name`."""
-        return name in UNIVERSAL_FIELDS or name in self.fields
+        return name in self.fields
 
 
 _ROWS = [
@@ -121,7 +127,7 @@ _ROWS = [
         "Becker et al. 2024, arXiv 2401.12033, Algorithm 1",
         "One pass, at w - rho v / ||v||, v the base optimizer's momentum; none during warm-up.",
         ascent="momentum",
-        fields=frozenset(),
+        fields=WEIGHT_FIELDS,
         defaults={"rho": 3.0},
     ),
     Method(
@@ -156,11 +162,18 @@ _ROWS = [
         fields=CLEAN_PASS_FIELDS,
     ),
     Method(
+        "bilora",
+        "Liu et al. 2025, arXiv 2508.19564",
+        "One pass, with a second LoRA pair that climbs while the adapter descends; ||B2 A2|| at most rho; PEFT only.",
+        ascent="auxiliary",
+        fields=SCHEDULE_FIELDS,
+    ),
+    Method(
         "random",
         "control",
         "One pass, at w + rho z / ||z||, z Gaussian: what any perturbation of this size does.",
         ascent="random",
-        fields=frozenset(["scope"]),
+        fields=WEIGHT_FIELDS | {"scope"},
     ),
 ]
 

@@ -43,7 +43,7 @@ class Schedule:
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 0, takes the sharpness-aware update."""
-        return self.is_inside(step) and (step - self.start) % self.config.interval == 0
+        return self.is_inside(step) and (step - self.start) % (self.config.interval or 1) == 0
 
     def is_inside(self, step: int) -> bool:
         """Whether `step` lies between start and end, perturbed or between two steps that are."""

@@ -55,7 +55,7 @@ def save_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
 
     Where every rank perturbs for itself its state is its own, so each one writes a file.
     """
-    tensors = {name: update.state[p].contiguous() for name, p in update.names.items() if p in update.state}
+    tensors = {name: tensor.contiguous() for name, tensor in update.state_dict().items()}
     if tensors:
         save_file(tensors, Path(folder) / STATE_NAME.format(rank=rank))
 
@@ -71,8 +71,7 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
         logger.warning(
             f"{folder} holds the SAM state of {len(files)} processes: process {rank} goes on with {own.name}."
         )
-    tensors = load_file(own, device=str(update.device))
-    update.state = {update.names[name]: tensor for name, tensor in tensors.items()}
+    update.load_state_dict(load_file(own, device=str(update.device)))
 
 
 def reload_renamed_weights(model: nn.Module, folder: str) -> None:

@@ -61,7 +61,7 @@ class SAMTrainerMixin:
         super().__init__(*args, **kwargs)
         if sam_config.rho > 0:
             refuse_unsupported(self)
-        self.add_callback(_StartUpdate(self))
+        self.add_callback(_UpdateCallback(self))
 
     # --- Algorithm 1 -----------------------------------------------------------------------------------------------
 
@@ -127,12 +127,18 @@ class SAMTrainerMixin:
 
     def _one_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """For directions known without a clean pass; the loss returned is the perturbed one."""
-        sam, step = self._sam, self.state.global_step
-        with sam.perturbation(step) as eps:
-            sam.step_aside(eps, self._rho(), step, self.optimizer)
-            loss = self._passes(model, [batch], synced=True)
-            if self._is_measured_step():
-                sam.observe(eps, {})
+        sam, step, rho = self._sam, self.state.global_step, self._rho()
+        if sam.auxiliary is not None:
+            with sam.auxiliary.active():
+                loss = self._passes(model, [batch], synced=True)
+            if is_last:
+                sam.climb_beside(rho, self.optimizer)
+        else:
+            with sam.perturbation(step) as eps:
+                sam.step_aside(eps, rho, step, self.optimizer)
+                loss = self._passes(model, [batch], synced=True)
+                if self._is_measured_step():
+                    sam.observe(eps, {})
         sam.telemetry.add(perturbed_loss=loss)
         if is_last:
             sam.close_step()
@@ -250,6 +256,7 @@ class SAMTrainerMixin:
 
     def start_update(self) -> None:
         """Bind the update to the model, optimizer and number of steps of the run that begins."""
+        self.end_update()
         self._sam = None
         if self.sam_config.rho == 0:
             return
@@ -270,6 +277,11 @@ class SAMTrainerMixin:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)
         m = self._sam.effective_m(self._train_batch_size, self.args.gradient_accumulation_steps, self.args.world_size)
         logger.info(f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for m = {m} examples")
+
+    def end_update(self) -> None:
+        """Leave nothing on the model; what the run has measured stays readable."""
+        if self._sam is not None and self._sam.auxiliary is not None:
+            self._sam.auxiliary.remove()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Floating-point operations of one micro-batch, all passes of the present step included."""
@@ -336,7 +348,7 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
     """
 
 
-class _StartUpdate(TrainerCallback):
+class _UpdateCallback(TrainerCallback):
     """Calls `start_update` when the model is wrapped, the optimizer exists and the number of steps is known."""
 
     def __init__(self, trainer: SAMTrainerMixin):
@@ -344,3 +356,6 @@ class _StartUpdate(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer.start_update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._trainer.end_update()

@@ -19,6 +19,7 @@ from .ascent import (
     random_direction,
     remove_average,
 )
+from .auxiliary_lora import AuxiliaryLora
 from .batches import MicroBatch
 from .config import SAMConfig
 from .descent import (
@@ -72,7 +73,7 @@ class SharpnessAwareUpdate:
         self.engine = engine
         self.scope = engine.scope(config)
         self.schedule = Schedule.resolve(config, max_steps, warmup_steps)
-        self.selected = select(model, config.perturb)
+        self.selected = select(model, config.perturb or "all")
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.trainable = list(self.names.values())
         self.device = self.trainable[0].device
@@ -88,6 +89,7 @@ class SharpnessAwareUpdate:
         # What the method carries from step to step, one tensor per parameter: Friendly SAM's average gradient, LookSAM's
         # orthogonal part.
         self.state: dict[Parameter, Tensor] = {}
+        self.auxiliary = AuxiliaryLora(model, seed) if config.row.ascent == "auxiliary" else None
 
     def perturbation(self, step: int) -> Perturbation:
         """A context in which weights can be moved, and after which they are bitwise what they were."""
@@ -165,6 +167,12 @@ class SharpnessAwareUpdate:
         self.telemetry.record(sam_rho=rho)
         perturbation.add(parameters, directions, scale)
 
+    def climb_beside(self, rho: float, optimizer: torch.optim.Optimizer) -> None:
+        """Bi-LoRA's ascent, at the base optimizer's learning rate."""
+        loss_scale = self.engine.loss_scale(self.device)
+        norm = self.auxiliary.climb(rho, optimizer.param_groups[0]["lr"], loss_scale)
+        self.telemetry.record(sam_rho=rho, sam_perturbation_norm=norm)
+
     def _remove_average(self, parameters: list[Parameter], gradients: list[Tensor], loss_scale: Tensor | float) -> None:
         averages = [self.state.setdefault(p, torch.zeros_like(p)) for p in parameters]
         own = [g.clone() for g in gradients]
@@ -175,6 +183,19 @@ class SharpnessAwareUpdate:
     def _generator(self, step: int, rank: int = 0) -> torch.Generator:
         """Random numbers that depend on nothing but seed, step and rank, so that a resumed run draws the same ones."""
         return torch.Generator(self.device).manual_seed(random.Random(f"{self._seed} {step} {rank}").getrandbits(63))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the method carries from step to step, by name, for a checkpoint."""
+        if self.auxiliary is not None:
+            return self.auxiliary.state_dict()
+        return {name: self.state[p] for name, p in self.names.items() if p in self.state}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(state)
+        else:
+            self.state = {self.names[name]: tensor for name, tensor in state.items()}
 
     # --- what to step along --------------------------------------------------------------------------------------------
 

@@ -276,7 +276,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTS)
 def test_number_of_passes(tmp_path, method):
     extra = {"interval": 2} if method in ("looksam", "periodic") else {}
     model, seen = tiny_classifier(), {"forward": 0, "backward": 0, "examples": 0}

@@ -1,0 +1,119 @@
+"""Bi-LoRA's second pair of low-rank factors, which climbs while the adapter descends (Liu et al. 2025, arXiv 2508.19564)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class AuxiliaryLora:
+    """One pair `(A2, B2)` beside each linear LoRA layer of a PEFT model; not part of the model, so never saved with it.
+
+    Inside `active`, every such layer also adds `s B2 A2 x`, `s` the adapter's own scaling, and `backward` gives the pair
+    its gradient together with everybody else's. `climb` then moves the pair along it and keeps `||s B2 A2||_F`, over
+    all layers together, within rho.
+
+    Args:
+        model (`nn.Module`): A PEFT model whose active adapter is LoRA.
+        seed (`int`): Of the initial `A2`; `B2` begins at zero, as in LoRA.
+
+    Raises:
+        ValueError: The model has no linear LoRA layer.
+    """
+
+    def __init__(self, model: nn.Module, seed: int):
+        self._layers = {name: module for name, module in model.named_modules() if _is_linear_lora(module)}
+        if not self._layers:
+            raise ValueError(
+                "method='bilora' climbs with a second LoRA pair beside the first, and this model has no linear LoRA layer. "
+                "Wrap it with peft.get_peft_model(model, LoraConfig(...)), or choose another method."
+            )
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._is_active = False
+        generator = torch.Generator().manual_seed(seed)
+        for name, layer in self._layers.items():
+            adapter = layer.active_adapters[0]
+            first, second = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # (r, in), (out, r)
+            a, b = torch.empty(first.shape), torch.zeros(second.shape)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+            self._pairs[name] = tuple(t.to(first).requires_grad_(True) for t in (a, b))
+        self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Passes inside run at the perturbed weights, recomputation in the backward pass included."""
+        self._is_active = True
+        try:
+            yield
+        finally:
+            self._is_active = False
+
+    @torch.no_grad()
+    def climb(self, rho: float, lr: float, loss_scale: Tensor | float) -> Tensor:
+        """`theta2 <- clip_rho(theta2 + lr grad)`; the gradients are consumed. Returns the norm of the perturbation."""
+        for factor in self._factors():
+            if factor.grad is not None:
+                factor.add_(torch.nan_to_num(factor.grad * (lr / loss_scale), nan=0.0, posinf=0.0, neginf=0.0))
+                factor.grad = None
+        norm = self.norm()
+        shrink = torch.clamp(rho / norm, max=1.0).nan_to_num(nan=1.0)
+        for _, b in self._pairs.values():
+            b.mul_(shrink)
+        return norm * shrink
+
+    def norm(self) -> Tensor:
+        """`||s B2 A2||_F` over all layers, from the r x r matrices alone: `||B A||^2 = <B^T B, A A^T>`."""
+        squares = []
+        for name, (a, b) in self._pairs.items():
+            a, b = (factor.detach().to(torch.promote_types(factor.dtype, torch.float32)) for factor in (a, b))
+            squares.append(self._scaling(name) ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+        return torch.stack(squares).sum().clamp(min=0).sqrt()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The factors by layer, for a checkpoint."""
+        return {
+            f"{letter}2.{name}": factor.detach()
+            for name, pair in self._pairs.items()
+            for letter, factor in zip("AB", pair, strict=True)
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        for name, factor in self.state_dict().items():
+            factor.copy_(state[name])
+
+    def _factors(self) -> Iterator[Tensor]:
+        for pair in self._pairs.values():
+            yield from pair
+
+    def _scaling(self, name: str) -> float:
+        layer = self._layers[name]
+        return layer.scaling[layer.active_adapters[0]]
+
+    def _hook(self, name: str):
+        def add_auxiliary(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not self._is_active:
+                return output
+            a, b = self._pairs[name]
+            x = inputs[0].to(a.dtype)
+            return output + (self._scaling(name) * (x @ a.T) @ b.T).to(output.dtype)
+
+        return add_auxiliary
+
+
+def _is_linear_lora(module: nn.Module) -> bool:
+    adapters = getattr(module, "active_adapters", None)
+    layers = getattr(module, "lora_A", None)
+    if not adapters or not isinstance(layers, nn.ModuleDict) or adapters[0] not in layers:
+        return False
+    return isinstance(layers[adapters[0]], nn.Linear)
