@@ -59,10 +59,6 @@ class SpectralDensity:
         bumps = np.exp(-0.5 * z**2) / (width * math.sqrt(2 * math.pi))
         return bumps @ self.weights.ravel() / len(self.nodes)
 
-    def share_below(self, value: float = 0.0) -> Estimate:
-        """The share of eigenvalues below `value`."""
-        return Estimate.of(list((self.weights * (self.nodes < value)).sum(axis=1)))
-
     def mean(self) -> Estimate:
         """The mean eigenvalue, trace / P."""
         return Estimate.of(list((self.weights * self.nodes).sum(axis=1)))

@@ -249,7 +249,8 @@ def _density(loss: SubsetLoss, config: SharpnessConfig) -> Result:
     return {
         "nodes": density.nodes.tolist(),
         "weights": density.weights.tolist(),
-        "negative_share": _estimate(density.share_below(0.0)),
+        "parameters": loss.weights.numel(),
+        "mean": _estimate(density.mean()),
     }
 
 
@@ -320,5 +321,4 @@ _SCALARS: dict[str, Callable[[Result], dict[str, float | None]]] = {
     "average": lambda r: {"average": r["plain"]["mean"], "average_adaptive": r["adaptive"]["mean"]},
     "hessian": _curvature_scalars,
     "gauss_newton": lambda r: _curvature_scalars(r, "gauss_newton_"),
-    "density": lambda r: {"negative_share": r["negative_share"]["mean"]},
 }
