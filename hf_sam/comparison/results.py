@@ -182,7 +182,12 @@ def in_budget(run: RunRecord, budget: str) -> bool:
 def arm_order(records: Iterable[RunRecord], first: Sequence[str] = ()) -> list[str]:
     """All arms: those of `first` in its order, then the others as they come."""
     found = dict.fromkeys(run.arm for run in records)
-    return [arm for arm in first if arm in found] + [arm for arm in found if arm not in first]
+    return [arm for arm in dict.fromkeys([*first, *found]) if arm in found]
+
+
+def uses_sam(run: RunRecord) -> bool:
+    """Whether the record states a sharpness-aware method that does something."""
+    return bool((run.config.get("sam") or {}).get("rho"))
 
 
 def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
@@ -213,7 +218,7 @@ def guess_question(records: Sequence[RunRecord], control: str | None, treatment:
     for name, arm in (("control", control), ("treatment", treatment)):
         if arm is not None and arms and arm not in arms:
             raise ValueError(f"{name}={arm!r} is no arm of these records, which have: {', '.join(arms)}.")
-    without_sam = [run.arm for run in done if run.status == "finished" and run.config.get("sam") is None]
+    without_sam = [run.arm for run in done if run.status == "finished" and not uses_sam(run)]
     control = control or next(
         (arm for arm in arms if arm.lower() == "adamw"), next(iter([*without_sam, *arms]), "adamw")
     )

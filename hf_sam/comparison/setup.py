@@ -8,7 +8,7 @@ from typing import Any
 from ..config import DEFAULTS
 from .document import Block, Table, Text
 from .records import RunRecord
-from .results import BUDGETS, TUNING, natural
+from .results import BUDGETS, TUNING, natural, uses_sam
 from .study import Study
 from .wording import NOTHING
 
@@ -43,7 +43,7 @@ def _arm_table(study: Study, done: list[RunRecord]) -> Table:
     rows = []
     for arm in study.arms:
         runs = [run for run in done if run.arm == arm]
-        sams = [run.config.get("sam") or {} for run in runs]
+        sams = [run.config["sam"] for run in runs if uses_sam(run)]
         settings = [name for name in dict.fromkeys(key for sam in sams for key in sam) if name not in ("method", "rho")]
         others = [f"{name} {_span(sam.get(name) for sam in sams)}" for name in settings if _matters(name, sams)]
         method = _span(sam.get("method") for sam in sams)

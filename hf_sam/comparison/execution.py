@@ -1,0 +1,145 @@
+"""One run in a process of its own: a crash, a leak or a killed worker takes nothing else with it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import trainer as trainer_module
+
+from .plan import averaging_of
+from .records import RECORD_NAME, RecordError, RunRecord, read_record
+
+JOB_NAME, LOG_NAME = "run.json", "log.txt"
+PRELOADED = ["transformers.trainer", "datasets", "evaluate", "sklearn.metrics", "pandas", "hf_sam", __name__]
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+
+
+def start(folder: Path, recipes: Path, launcher: Sequence[str]) -> multiprocessing.Process | subprocess.Popen:
+    """
+    Starts the run whose `run.json` is in `folder`.
+
+    Args:
+        folder (`Path`): Of the run.
+        recipes (`Path`): Where the recipes are.
+        launcher (`Sequence[str]`): Command that starts it; none: a child of a process that has the libraries loaded.
+    """
+    if launcher:
+        script = recipes / "compare.py"
+        words = [*launcher, str(script), "--execute", str(folder), "--parent", str(os.getpid())]
+        with open(folder / LOG_NAME, "ab") as log:
+            return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_child, args=(folder, recipes))
+    process.start()
+    return process
+
+
+def is_running(process: multiprocessing.Process | subprocess.Popen) -> bool:
+    """Whether it has not ended."""
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+
+
+def exit_code(process: multiprocessing.Process | subprocess.Popen) -> int:
+    """How it ended; negative: by that signal."""
+    return process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
+
+
+def stop(process: multiprocessing.Process | subprocess.Popen) -> None:
+    """Ends it, politely first."""
+    process.terminate()
+    deadline = time.monotonic() + 5
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if is_running(process):
+        process.kill()
+    process.wait() if isinstance(process, subprocess.Popen) else process.join()
+
+
+def _child(folder: Path, recipes: Path) -> None:
+    """What a process of our own does first: write to the log, and end when the worker does."""
+    with open(folder / LOG_NAME, "ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    threading.Thread(target=_end_with_worker, daemon=True).start()
+    execute(folder, recipes)
+
+
+def _end_with_worker() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # nobody is left to keep the claim alive
+
+
+def end_with(parent: int) -> None:
+    """The same under a launcher, by the worker's process number."""
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def execute(folder: Path, recipes: Path) -> None:
+    """
+    Runs the recipe as `run.json` says, and sees to it that a record is left even where the recipe did not get so far.
+
+    A trial's test split is its validation split: the real one is not read while settings are chosen.
+    """
+    job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+    sys.path.insert(0, str(recipes))
+    try:
+        module = importlib.import_module(job["recipe"])
+        if job["is_trial"]:
+            finish = module.finish
+            module.finish = lambda trainer, record, splits, *rest, **named: finish(
+                trainer, record, {**splits, "test": splits["validation"]}, *rest, **named
+            )
+        averaging = averaging_of(job["average"])
+        if averaging is not None:
+            trainer_module.DEFAULT_CALLBACKS.append(averaging)
+        trainer = module.main(job["argv"])
+        if trainer.is_world_process_zero():
+            _finish(folder, job, trainer)
+    except Exception as error:
+        traceback.print_exc()
+        if int(os.environ.get("RANK", "0")) == 0:
+            mark_failed(folder, job["names"], error)
+
+
+def _finish(folder: Path, job: dict[str, Any], trainer: Any) -> None:
+    if not job["keep_model"]:
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        for pattern in WEIGHTS:
+            for path in folder.glob(pattern):
+                path.unlink()
+
+
+def mark_failed(folder: Path, names: dict[str, Any], error: Exception) -> None:
+    """Leaves a failed record, unless the recipe has done so itself."""
+    try:
+        record = read_record(folder / RECORD_NAME)
+    except RecordError:
+        record = RunRecord(**names, path=folder / RECORD_NAME)
+    if record.status == "running":
+        record.fail(error)
+        record.write()

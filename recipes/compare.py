@@ -1,0 +1,235 @@
+"""Compare arms (AdamW, SGD, any SAM method, averaged weights) on tasks, paired over seeds, and write the report.
+
+    python recipes/compare.py configs/comparison/digits.yaml --plan      # what would run
+    python recipes/compare.py configs/comparison/digits.yaml             # run what is missing, then report
+
+The same command again goes on where it stopped; the same command elsewhere on a shared folder helps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from shared.arguments import parse_arguments
+from shared.errors import UserError, run
+from transformers import TrainingArguments
+
+from hf_sam.comparison.execution import end_with, execute
+from hf_sam.comparison.foreign import find_foreign_records
+from hf_sam.comparison.plan import AVERAGE_KEYS, Plan, Run, command_line, describe, final_runs, mean_passes, read_plan
+from hf_sam.comparison.records import write_json
+from hf_sam.comparison.report import write_report
+from hf_sam.comparison.results import BUDGETS
+from hf_sam.comparison.worker import Workshop, counts, estimate, records_of, retry_failed, work
+
+RECIPES = Path(__file__).parent
+PLAN_NAME = "comparison.json"
+
+
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    args = _parser().parse_args(argv)
+    if args.execute:
+        if args.parent:
+            end_with(args.parent)
+        return execute(args.execute, RECIPES)
+    if not args.study:
+        raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
+    plan = read_plan(args.study, args.output_dir)
+    if args.seeds:
+        plan = dataclasses.replace(plan, seeds=args.seeds)
+    workshop = open_workshop(plan)
+    workshop.check_unchanged()
+    print_plan(workshop, args.workers)
+    if args.plan:
+        return None
+    if args.retry_failed:
+        print(f"{retry_failed(workshop)} failed runs are made again.")
+    if not args.report:
+        write_json(plan.output_dir / PLAN_NAME, describe(plan))
+        make_all(args, workshop)
+    report = report_on(workshop, args.foreign)
+    print(f"\nReport: {report}")
+    return report
+
+
+def open_workshop(plan: Plan) -> Workshop:
+    """
+    The plan with all its runs; every arm of every task is parsed as its recipe would parse it.
+
+    Raises:
+        UserError: An arm that its recipe would refuse; names task and arm.
+    """
+    parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
+
+    def passes(task: str, arm: str) -> float:
+        args, sam_config = parsed[task, arm]
+        steps = args.max_steps if args.max_steps > 0 else 1000  # with epochs, only the share of steps matters
+        return mean_passes(sam_config, steps, args.get_warmup_steps(steps))
+
+    def length(run: Run) -> dict[str, Any]:
+        args, _ = parsed[run.task, run.arm]
+        return {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
+
+    return Workshop(plan, final_runs(plan, passes), length, RECIPES)
+
+
+def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, Any]:
+    """What the recipe makes of an arm under every condition; returns its training and its SAM arguments."""
+    settings = plan.tasks[task].get("settings") or {}
+    overrides = {key: value for key, value in plan.arms[arm].items() if key not in AVERAGE_KEYS}
+    types = argument_types(plan.tasks[task]["recipe"])
+    for name, condition in plan.conditions.items():
+        words = command_line(
+            plan.tasks[task].get("config"), {**plan.settings, **settings, **condition, **overrides}, plan.output_dir
+        )
+        try:
+            parsed = parse_arguments(types, words)
+            by_name = {kind.__name__: values for kind, values in zip(types, parsed, strict=True)}
+            sam_config = by_name.pop("SAMArguments").to_config()
+        except (UserError, ValueError) as error:
+            raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error
+    return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config
+
+
+@lru_cache
+def argument_types(recipe: str) -> tuple[type, ...]:
+    """
+    The dataclasses that a recipe parses its command line into.
+
+    Raises:
+        UserError: There is no such recipe.
+    """
+    if not (RECIPES / f"{recipe}.py").is_file():
+        there = sorted(path.stem for path in RECIPES.glob("*.py") if "def main(argv" in path.read_text())
+        raise UserError(f"recipe {recipe!r} does not exist. There are: {', '.join(there)}.")
+    found = vars(importlib.import_module(recipe)).values()
+    return tuple(
+        dict.fromkeys(
+            kind
+            for kind in found
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__name__.endswith("Arguments")
+        )
+    )
+
+
+def make_all(args: argparse.Namespace, workshop: Workshop) -> None:
+    """Makes the runs with as many workers as asked for; this process is one of them."""
+    context = multiprocessing.get_context("spawn")
+    settings = (args.study, args.output_dir, args.seeds, args.stale_after)
+    helpers = [context.Process(target=_help, args=settings) for _ in range(args.workers - 1)]
+    for helper in helpers:
+        helper.start()
+    try:
+        _work(workshop, args.stale_after, args.workers)
+        for helper in helpers:
+            helper.join()
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        for helper in helpers:
+            helper.terminate()
+
+
+def _help(study: Path, output_dir: Path | None, seeds: list[int] | None, stale_after: float) -> None:
+    plan = read_plan(study, output_dir)
+    _work(open_workshop(dataclasses.replace(plan, seeds=seeds) if seeds else plan), stale_after)
+
+
+def _work(workshop: Workshop, stale_after: float, workers: int = 1) -> None:
+    def tell(run: Run, what: str) -> None:
+        name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
+        print(f"{what:>10}  {name}", flush=True)
+        if what in ("finished", "failed"):
+            print(f"{'':>10}  {progress(workshop, workers)}", flush=True)
+
+    work(workshop, stale_after, tell)
+
+
+def progress(workshop: Workshop, workers: int = 1) -> str:
+    """One line: how far it is, and how long it will take."""
+    count = counts(workshop)
+    total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
+    line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
+    time = estimate(workshop)
+    if time is None:
+        return f"{line}; time is estimated after the first."
+    seconds, known = time
+    minutes = seconds / workers / 60
+    rest = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
+    of = f", of {workers} workers" if workers > 1 else ""
+    return f"{line}; about {rest}{of} to go, judging by {known} finished."
+
+
+def print_plan(workshop: Workshop, workers: int) -> None:
+    """What is compared, and how many runs that takes."""
+    plan, count = workshop.plan, counts(workshop)
+    rows = [("arm", "budget", "steps x", "passes x", "settings")]
+    for arm in plan.arms:
+        first = {run.budget: run for run in workshop.runs if run.arm == arm}
+        for budget, run_ in first.items():
+            name = " and ".join(BUDGETS[part] for part in budget.split("+"))
+            settings = ", ".join(f"{key}={value}" for key, value in plan.arms[arm].items()) or "as the base"
+            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    print(f"{plan.name}: {plan.question.treatment} against {plan.question.control}, by {plan.question.metric}")
+    print(f"tasks {', '.join(plan.tasks)}; conditions {', '.join(plan.conditions)}; seeds {plan.seeds}")
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    trials = f" and {count['trials']} trials" if count["trials"] else ""
+    print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
+
+
+def report_on(workshop: Workshop, foreign: Sequence[Path] = ()) -> Path:
+    """The report of what there is."""
+    plan, records = workshop.plan, records_of(workshop)
+    problems: list[str] = []
+    for folder in foreign:
+        if not folder.is_dir():
+            raise UserError(f"foreign={folder} is no folder.")
+        found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
+        records, problems = records + found, problems + messages
+    final = records_of(workshop, workshop.runs)
+    done = {entry.arm for entry in final if entry.status == "finished"}
+    question = dataclasses.asdict(plan.question)
+    if not {question["control"], question["treatment"]} <= done:  # too early for the question: show what there is
+        question = {}
+    elif not any(record.metrics.get(plan.question.metric) is not None for record in final):
+        raise UserError(f"question.metric={plan.question.metric!r} is in no record; see metrics in {plan.output_dir}.")
+    return write_report(
+        records,
+        plan.output_dir / "report",
+        title=plan.name,
+        arms=list(plan.arms),
+        problems=problems,
+        missing=len(workshop.runs) - len(final),
+        **question,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?", help="YAML of the comparison.")
+    parser.add_argument("--output_dir", type=Path, help="Where everything goes, instead of where the YAML says.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds, instead of those of the YAML.")
+    parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
+    parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
+    parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
+    parser.add_argument("--workers", type=int, default=1, help="Runs at the same time on this machine.")
+    parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
+    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
+    parser.add_argument("--execute", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,174 @@
+"""Whole studies of runs that take milliseconds, by one worker, by two, and by one that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_sam.comparison.claims import Claims
+from hf_sam.comparison.records import RECORD_NAME, find_records, read_record
+from hf_sam.comparison.worker import StudyChangedError, counts, estimate, records_of, retry_failed, work
+
+from .toy_worker import open_workshop
+
+STUDY = {"recipe": "toy", "task": "toy", "arms": {"adamw": {}, "sam": {}}, "seeds": [0, 1]}
+
+
+@pytest.fixture
+def study(tmp_path):
+    def write(**changes):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({**STUDY, "output_dir": str(tmp_path / "out"), **changes}))
+        return path
+
+    return write
+
+
+def begun(folder):
+    """How often each run began, by its folder."""
+    return {str(path.parent): len(path.read_text().splitlines()) for path in sorted(Path(folder).rglob("begun.txt"))}
+
+
+def start_worker(study, tmp_path, stale_after):
+    script = Path(__file__).parent / "toy_worker.py"
+    words = [sys.executable, str(script), str(study), str(tmp_path / "out"), str(stale_after)]
+    return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_a_study_runs_once_and_a_second_time_does_nothing(study, tmp_path):
+    workshop = open_workshop(study())
+    work(workshop)
+    records = records_of(workshop)
+    assert [(run.arm, run.seed, run.status) for run in records] == [
+        (arm, seed, "finished") for seed in (0, 1) for arm in ("adamw", "sam")
+    ]
+    assert records[0].model["fingerprint"] == records[1].model["fingerprint"] != records[2].model["fingerprint"]
+    assert set(begun(tmp_path).values()) == {1}
+    assert not list(tmp_path.rglob("*.safetensors"))  # keep_models is off
+    seconds, known = estimate(workshop)
+    assert (seconds, known) == (0.0, 4)
+    work(open_workshop(study()))
+    assert set(begun(tmp_path).values()) == {1}
+    work(open_workshop(study(seeds=[0, 1, 2])))  # more seeds: only what is new
+    assert list(begun(tmp_path).values()) == [1] * 6
+
+
+def test_failed_runs_keep_their_error_and_the_others_go_on(study, tmp_path):
+    arms = {"early": {"trouble": "early"}, "late": {"trouble": "late"}, "death": {"trouble": "death"}, "sam": {}}
+    path = study(arms=arms, seeds=[0])
+    workshop = open_workshop(path)
+    work(workshop)
+    found = {run.arm: run for run in records_of(workshop)}
+    assert found["sam"].status == "finished"
+    assert found["early"].status == found["late"].status == found["death"].status == "failed"
+    assert found["early"].error["message"] == "nothing to train on"
+    assert found["late"].error["message"] == "loss is nan"
+    assert found["death"].error["message"].startswith("ended 3 times without a result, last: killed by signal 9")
+    assert list(begun(tmp_path).values()) == [3, 1, 1, 1]
+    work(open_workshop(path))
+    assert list(begun(tmp_path).values()) == [3, 1, 1, 1]  # failed runs are not made again by themselves
+    again = open_workshop(path)
+    assert retry_failed(again) == 3
+    assert counts(again)["waiting"] == 3
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint_or_from_the_start(study, tmp_path):
+    workshop = open_workshop(study(seeds=[0], arms={"sam": {}}))
+    work(workshop)
+    record = read_record(next(tmp_path.rglob(RECORD_NAME)))
+    record.status = "running"  # what a kill leaves behind
+    record.write()
+    work(open_workshop(study(seeds=[0], arms={"sam": {}})))
+    again = read_record(record.path)
+    assert again.status == "finished"
+    assert again.metrics == record.metrics
+
+
+def test_changed_settings_are_refused_for_runs_that_are_done(study):
+    work(open_workshop(study(seeds=[0])))
+    with pytest.raises(StudyChangedError, match=r"--sleep=0\.0.*output_dir, or delete that folder"):
+        open_workshop(study(seeds=[0], arms={"adamw": {}, "sam": {"sleep": 0.0}})).check_unchanged()
+    open_workshop(study(seeds=[0, 5])).check_unchanged()
+
+
+def test_two_workers_share_a_study_without_making_a_run_twice_or_losing_one(study, tmp_path):
+    path = study(seeds=list(range(5)))
+    workers = [start_worker(path, tmp_path, 30) for _ in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    records, problems = find_records(tmp_path / "out")
+    assert not problems
+    assert len(records) == 10
+    assert {run.status for run in records} == {"finished"}
+    assert list(begun(tmp_path).values()) == [1] * 10
+    assert not list(tmp_path.rglob("claim.json"))
+
+
+def test_the_run_of_a_killed_worker_is_taken_over(study, tmp_path):
+    path = study(arms={"adamw": {"sleep": 600.0}, "sam": {}}, seeds=[0])
+    first = start_worker(path, tmp_path, 600)
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.rglob(RECORD_NAME)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child = int(next(tmp_path.rglob("begun.txt")).read_text())
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    for _ in range(100):  # its run ends with it, so that it cannot be made twice at a time
+        if not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the killed worker's run goes on")
+    claim = next(tmp_path.rglob("claim.json"))
+    killed = claim.parent
+    assert Claims(tmp_path / "out", stale_after=600).is_taken(killed)  # nobody knows yet
+    os.utime(claim, (0, 0))  # as if it had been silent for long
+    script = (killed / "run.json").read_text()
+    path = study(arms={"adamw": {"sleep": 0.0}, "sam": {}}, seeds=[0])
+    work(open_workshop(path), stale_after=600)
+    records, _ = find_records(tmp_path / "out")
+    assert {run.arm: run.status for run in records} == {"adamw": "finished", "sam": "finished"}
+    assert begun(tmp_path) == {str(killed): 2, str(killed.parent.parent / "sam" / "seed-0"): 1}
+    assert "--sleep=600.0" in script
+    assert not list(tmp_path.rglob("claim.json"))
+
+
+def test_a_claim_that_was_lost_is_noticed_and_not_given_up_twice(tmp_path):
+    run = tmp_path / "run"
+    mine, theirs = Claims(tmp_path, stale_after=0.6), Claims(tmp_path, stale_after=0.6)
+    mine.take(run)
+    with mine.kept_alive(run) as lost:
+        assert mine.is_taken(run)
+        time.sleep(1.0)
+        assert theirs.is_taken(run)  # renewed meanwhile
+        theirs.take(run)  # as if this worker had been suspended
+        assert lost.wait(2)
+    mine.release(run)
+    assert theirs.owns(run)
+    theirs.release(run)
+    assert not mine.is_taken(run)
+
+
+def test_trials_come_first_choose_on_validation_and_win(study, tmp_path):
+    tuning = {"trials": 6, "space": {"learning_rate": {"low": 0.0001, "high": 1.0, "log": True}}}
+    path = study(tuning=tuning, seeds=[0])
+    workshop = open_workshop(path)
+    work(workshop)
+    trials = [run for run in records_of(workshop) if run.budget == "tuning"]
+    assert [run.arm for run in trials] == ["adamw"] * 6 + ["sam"] * 6
+    assert {run.metrics["examples"] for run in trials} == {8}  # of the validation split
+    rates = [run.config["training_arguments"]["learning_rate"] for run in trials]
+    assert rates[:6] == rates[6:]  # the same search for both arms, since both score alike
+    assert len(set(rates)) == 6
+    best = max(trials[:6], key=lambda run: run.metrics["accuracy"])
+    for run in records_of(workshop, workshop.runs):
+        assert run.metrics["examples"] == 16
+        assert run.config["training_arguments"]["learning_rate"] == best.config["training_arguments"]["learning_rate"]
+    before = begun(tmp_path)
+    work(open_workshop(path))
+    open_workshop(path).check_unchanged()
+    assert begun(tmp_path) == before
