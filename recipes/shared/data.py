@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from .sampling import stratified_sample, stratified_split
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+SHARD = re.compile(r"(?P<split>.+)-\d{5}(-of-\d{5})?")  # files as the hub names them: validation_matched-00000-of-00001
 Split = Dataset | IterableDataset
 Splits = dict[str, Split]
 
@@ -159,13 +162,18 @@ def _load_local(path: Path, args: DataArguments) -> DatasetDict | IterableDatase
         if len(kinds) > 1:
             raise UserError(f"dataset={path} holds files of several kinds ({', '.join(sorted(kinds))}); name one file.")
         source = {"path": kinds.pop(), "data_dir": str(path)}
+        sharded = {file: SHARD.fullmatch(file.stem) for file in files if file.suffix.lower() in BUILDERS}
+        if sharded and all(sharded.values()) and source["path"] != "imagefolder":
+            source = {"path": source["path"], "data_files": {}}
+            for file, match in sorted(sharded.items()):
+                source["data_files"].setdefault(match["split"], []).append(str(file))
     if Path(path).suffix.lower() == ".tsv":
         source["delimiter"] = "\t"
     try:
         return datasets.load_dataset(**source, streaming=args.streaming)
     except Exception as error:  # the readers below `datasets` raise what they like; all of it is about this file
         cause = error.__cause__ or error
-        raise UserError(f"dataset={path} cannot be read as {source['path']}: {one_line(cause)}") from error
+        raise UserError(f"dataset={path} cannot be read: {one_line(cause)}") from error
 
 
 def _check_text_file(path: Path) -> None:
@@ -193,9 +201,12 @@ def _is_json(line: str) -> bool:
 
 
 def _neighbours(path: Path) -> str:
-    parent = path.parent
-    names = sorted(p.name for p in parent.iterdir())[:10] if parent.is_dir() else []
-    return f" {parent} has: {', '.join(names)}." if names else ""
+    """What a folder has instead of `path`: the nearest name, else the first ones."""
+    names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    if nearest:
+        return f" Did you mean {nearest[0]!r}?"
+    return f" {path.parent} has: {', '.join(names[:10])}." if names else ""
 
 
 def _named(found: dict[str, Split], name: str, argument: str) -> Split:

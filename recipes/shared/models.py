@@ -66,7 +66,7 @@ def load_model(auto_class: type, args: ModelArguments, config: PretrainedConfig)
         kwargs["attn_implementation"] = args.attn_implementation
     if type(config) not in auto_class._model_mapping and not args.trust_remote_code:
         raise UserError(f"{config.model_type} has no {auto_class.__name__}; choose another model, or another recipe.")
-    with as_user_error(ValueError, ImportError, prefix="The model cannot be made: "):
+    with as_user_error(ValueError, KeyError, ImportError, prefix="The model cannot be made: "):
         if args.model_type is not None:
             model = auto_class.from_config(config, **kwargs)
         else:

@@ -1,0 +1,75 @@
+"""Every committed configuration loads, and trains two steps on a stand-in with the columns of its data set."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import stand_ins
+from conftest import ROOT
+from shared.arguments import read_config
+
+TASKS = ("image_classification", "text_classification", "causal_lm")
+CONFIGS = [path for task in TASKS for path in sorted((ROOT / "configs" / task).glob("*.yaml"))]
+TINY_RESNET = '{"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}'
+
+
+def stand_in_for(path: Path, values: dict) -> str:
+    if "glue_task" in values:
+        return f"glue/{values['glue_task']}"
+    if "dataset" not in values:
+        return {"image_classification": "images", "text_classification": "texts", "causal_lm": "corpus"}[
+            path.parent.name
+        ]
+    name = values["dataset"]
+    return f"{name}/{values['dataset_config']}" if name == "aps/super_glue" else name
+
+
+def overrides(path: Path, values: dict, folder: Path, request) -> list[str]:
+    """What makes a configuration small: other data with the same columns, another model, two steps."""
+    model = {"image_classification": "vision", "text_classification": "encoder", "causal_lm": "decoder"}[
+        path.parent.name
+    ]
+    data = folder / "data"
+    data.mkdir()
+    words = [
+        f"--dataset={stand_ins.write(stand_in_for(path, values), data)}",
+        f"--output_dir={folder / 'out'}",
+        "--max_steps=2",
+        "--per_device_train_batch_size=2",
+        "--gradient_accumulation_steps=1",
+        "--dataloader_num_workers=0",
+        "--train_samples=8",
+        "--save_strategy=no",
+        "--logging_steps=2",
+        "--disable_tqdm=true",
+        "--use_cpu=true",
+    ]
+    if values.get("model_type") == "resnet":
+        words.append(f"--config_overrides={TINY_RESNET}")
+    if "model_name_or_path" in values:
+        words.append(f"--model_name_or_path={request.getfixturevalue(model)}")
+    if "sam_m" in values:
+        words.append("--sam_m=1")
+    if int(values.get("image_size", 0)) > 32 or ("model_name_or_path" in values and model == "vision"):
+        words.append("--image_size=16")
+    return words
+
+
+def test_there_are_configurations_for_every_task():
+    assert {path.parent.name for path in CONFIGS} == set(TASKS)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_config_trains_two_steps_on_a_stand_in(path, tmp_path, request):
+    values = read_config(path)
+    recipe = importlib.import_module(path.parent.name)
+    trainer = recipe.main([str(path), *overrides(path, values, tmp_path, request)])
+    assert trainer.state.global_step == 2
+    assert trainer.sam_config.rho == float(values["sam_rho"])
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    assert results["test_loss"] > 0
+    assert results.get("sam_passes", 1.0) >= (2 if trainer.sam_config.rho else 1)
