@@ -1,27 +1,27 @@
-"""What Accelerate made of the model: gradient synchronisation, sharded norms, and what is refused."""
+"""What Accelerate or transformers made of the model: how gradients are synchronised, and where norms are taken."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from .config import SAMConfig
-from .reductions import Reductions
+from .parameters import Gradients, gradients_only_for, laid_out_as
+from .reductions import Reductions, ShardedReductions
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Optimizers of `TrainingArguments.optim` that step inside `backward`: the clean pass would already move the weights.
-STEPS_IN_BACKWARD = ("lomo", "adalomo")
-# Trainers whose batches stack chosen above rejected answers: a part of such a batch is no batch.
-STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer")
 REPLICATED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -35,99 +35,76 @@ REPLICATED = (
 )
 
 
-def _steps_in_backward(trainer: Trainer) -> bool:
-    optimizer = type(trainer.optimizer).__name__.lower() if trainer.optimizer is not None else ""
-    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    return optim in STEPS_IN_BACKWARD or optim.endswith("layerwise") or optimizer in STEPS_IN_BACKWARD
+def kind_of(trainer: Trainer) -> str:
+    """The engine's row in the table of what is supported; `"unknown"` where it has none."""
+    accelerator = trainer.accelerator
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return "FSDP2" if is_fsdp_managed_module(trainer.model) else "tensor parallel"
+    if accelerator.distributed_type in REPLICATED:
+        return "one process" if accelerator.num_processes == 1 else "DDP"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP2" if accelerator.is_fsdp2 else "FSDP1"
+    return "unknown"
 
 
-def _static_graph_meets_two_passes(trainer: Trainer) -> bool:
-    config, args = trainer.sam_config, trainer.args
-    is_same_graph_and_synced = config.scope == "global" and config.perturb == "all"
-    return bool(args.ddp_static_graph) and args.world_size > 1 and not is_same_graph_and_synced
-
-
-def _parts_of_pairs(trainer: Trainer) -> bool:
-    config = trainer.sam_config
-    takes_parts = config.m is not None or (config.ascent_fraction or 1) < 1 or config.method == "esam"
-    bases = {base.__name__ for base in type(trainer).__mro__}
-    return takes_parts and (not trainer.sam_splits_batches or not bases.isdisjoint(STACKS_PAIRS))
-
-
-# What is refused, when it is so, and the remedy.
-_REFUSALS: list[tuple[Callable[[Trainer], bool], str]] = [
-    (
-        lambda trainer: hasattr(trainer, "_buffered_inputs"),
-        "{trainer.__class__.__name__} generates its inputs inside the training step, so that a second pass would see other "
-        "ones. Sharpness-aware minimization needs a trainer with a fixed batch, such as SFTTrainer or DPOTrainer.",
-    ),
-    (
-        _parts_of_pairs,
-        "m, ascent_fraction and method='esam' take parts of a batch, and {trainer.__class__.__name__} stacks pairs of "
-        "answers in one. Leave them out.",
-    ),
-    (
-        _static_graph_meets_two_passes,
-        "ddp_static_graph=True needs every backward pass to be the same and synchronised, which only scope='global' with "
-        "perturb='all' is. Set ddp_static_graph=False, or choose that scope.",
-    ),
-    (
-        _steps_in_backward,
-        "optim={trainer.args.optim}: this optimizer steps inside backward, so the first pass would already change the "
-        "weights. Choose one that steps on `.grad`, such as adamw_torch or sgd.",
-    ),
-    (
-        lambda trainer: trainer.args.n_gpu > 1,
-        "{trainer.args.n_gpu} GPUs in one process (DataParallel) replicate the model anew in every forward pass. Start one "
-        "process per GPU with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0.",
-    ),
-    (
-        lambda trainer: trainer.accelerator.distributed_type not in REPLICATED,
-        "{trainer.accelerator.distributed_type} is not supported yet. Use one process or DDP.",
-    ),
-    (
-        lambda trainer: getattr(trainer, "is_distributed_loading_by_transformers", False),
-        "models sharded at load time (`DistributedConfig`) are not supported yet. Use one process or DDP.",
-    ),
-]
-
-
-def refuse_unsupported(trainer: Trainer) -> None:
-    """Stop before training where the update could not be right.
-
-    Raises:
-        ValueError: Says what cannot be supported and what to use instead.
-    """
-    for applies, reason in _REFUSALS:
-        if applies(trainer):
-            raise ValueError("SAMTrainer: " + reason.format(trainer=trainer))
+def engine_for(trainer: Trainer) -> Engine:
+    """The engine that the trainer's model runs on."""
+    kind = kind_of(trainer)
+    if kind == "tensor parallel":
+        return ShardedEngine(trainer)
+    if kind == "FSDP2":
+        return FullyShardedEngine(trainer)
+    return Engine(trainer)
 
 
 class Engine:
     """One process, or DDP: every rank holds all parameters.
 
     Args:
-        accelerator (`accelerate.Accelerator`): The Trainer's own.
+        trainer (`~transformers.Trainer`): Whose accelerator and model are read; it is never changed.
     """
 
-    def __init__(self, accelerator):
-        self._accelerator = accelerator
-        self.reductions = Reductions()
+    def __init__(self, trainer: Trainer):
+        self._accelerator = trainer.accelerator
 
     @property
     def rank(self) -> int:
         """This process's number."""
         return self._accelerator.process_index
 
+    @property
+    def batches(self) -> int:
+        """How many processes see different examples at the same time."""
+        parallelism = self._accelerator.parallelism_config
+        return self._accelerator.num_processes // (parallelism.non_data_parallel_size if parallelism else 1)
+
     def scope(self, config: SAMConfig) -> str:
         """`config.scope` with `"auto"` resolved."""
-        if config.scope not in (None, "auto"):
+        if config.scope != "auto":
             return config.scope
         return "device" if config.m is None else "micro"
+
+    def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
+        """Norms and inner products of lists that hold one tensor for each of `parameters`, in this order."""
+        return Reductions()
 
     def without_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Backward passes inside keep their gradients on this rank."""
         return self._accelerator.no_sync(model)
+
+    @contextlib.contextmanager
+    def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
+        """Backward passes inside leave no gradients at the other trainable parameters, and compute none if possible."""
+        with gradients_only_for(chosen, trainable), backward_where_needed(self._accelerator):
+            yield
+
+    def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
+        """The gradients there are, left where they are."""
+        return {p: laid_out_as(p, p.grad) for p in parameters if p.grad is not None}
+
+    def renew_copies(self) -> None:
+        """Drop what was derived from the weights, which have moved."""
+        torch.clear_autocast_cache()
 
     def loss_scale(self, device: torch.device) -> Tensor | float:
         """By how much gradients are larger than the loss's own, under fp16; read without waiting for the device."""
@@ -153,6 +130,87 @@ class Engine:
         for p, is_unused in zip(parameters, unused_everywhere.tolist(), strict=True):
             if is_unused:
                 p.grad = None
+
+
+class ShardedEngine(Engine):
+    """Tensor parallelism: some parameters are `DTensor`s, and every rank of the mesh sees the same examples."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self._shares: dict[Parameter, Tensor] = {}
+
+    def scope(self, config: SAMConfig) -> str:
+        return "global" if config.scope == "auto" and config.m is None else super().scope(config)
+
+    def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
+        for p in parameters:
+            if p not in self._shares:  # made once: moving a number to the device waits for it
+                self._shares[p] = torch.tensor(1 / replicas(p), dtype=torch.float64).to(p.device, torch.float32)
+        return ShardedReductions([self._shares[p] for p in parameters])
+
+    @contextlib.contextmanager
+    def without_sync(self, model: nn.Module) -> Iterator[None]:
+        # Hooks of the Trainer's own average the gradients of replicated parameters wherever this flag is set.
+        before, self._accelerator.sync_gradients = self._accelerator.sync_gradients, False
+        try:
+            yield
+        finally:
+            self._accelerator.sync_gradients = before
+
+    def average_gradients(self, parameters: list[Parameter]) -> None:
+        """Every rank has seen the same examples."""
+
+
+class FullyShardedEngine(ShardedEngine):
+    """FSDP2, by Accelerate's plugin or loaded sharded, HSDP and meshes with tensor parallelism included.
+
+    Gradients that wait for their synchronisation are held whole by FSDP itself and show in `p.grad` only after it.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self._trainer = trainer
+        self._sharded_at_load = trainer.is_distributed_loading_by_transformers
+        self._modules = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)]
+
+    @property
+    def batches(self) -> int:
+        return self._trainer.model.config.distributed_config.dp_size if self._sharded_at_load else super().batches
+
+    @contextlib.contextmanager
+    def without_sync(self, model: nn.Module) -> Iterator[None]:
+        deferred = (
+            self._trainer._defer_fsdp_gradient_reduction()
+            if self._sharded_at_load
+            else self._accelerator.no_sync(model)
+        )
+        with deferred, super().without_sync(model):
+            yield
+
+    @contextlib.contextmanager
+    def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
+        # FSDP fixes at its first pass which gradients it reduces, so all are computed.
+        yield
+        wanted = set(chosen)
+        for p in trainable:
+            if p not in wanted:
+                p.grad = None
+
+    def renew_copies(self) -> None:
+        super().renew_copies()
+        for module in self._modules:  # some keep their gathered weights from one forward pass to the next
+            module.reshard()
+
+
+def replicas(p: Tensor) -> int:
+    """How many processes of the world hold the same part of `p`."""
+    world = dist.get_world_size()
+    if not isinstance(p, DTensor):
+        return world
+    for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+        if not placement.is_replicate():
+            world //= size
+    return world
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 Gradients = dict[Parameter, Tensor]
@@ -60,6 +61,19 @@ def select(model: nn.Module, perturb: str | Sequence[str]) -> dict[str, Paramete
 # --- gradients -----------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter or gradient, sharing its memory: the whole of it unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
+    """The gradient, divided among processes as its parameter is."""
+    if isinstance(gradient, DTensor) and gradient.placements != p.placements:
+        return gradient.redistribute(placements=p.placements)
+    return gradient
+
+
 def take_gradients(parameters: Iterable[Parameter]) -> Gradients:
     """Move the gradients out of `p.grad`, which is left at None, as after `zero_grad`.
 
@@ -68,7 +82,8 @@ def take_gradients(parameters: Iterable[Parameter]) -> Gradients:
     taken = {}
     for p in parameters:
         if p.grad is not None:
-            taken[p] = p.grad.clone() if p.grad.untyped_storage().nbytes() > p.grad.nbytes else p.grad
+            in_bucket = not isinstance(p.grad, DTensor) and p.grad.untyped_storage().nbytes() > p.grad.nbytes
+            taken[p] = p.grad.clone() if in_bucket else laid_out_as(p, p.grad)
             p.grad = None
     return taken
 
@@ -106,11 +121,19 @@ class Perturbation:
     Args:
         generator (`torch.Generator`, *optional*):
             Round `w + eps` stochastically to the parameters' 16-bit type with this generator.
+        renew_copies (`Callable[[], None]`, *optional*, defaults to `torch.clear_autocast_cache`):
+            Called whenever weights have moved: what was derived from them is stale.
     """
 
-    def __init__(self, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        generator: torch.Generator | None = None,
+        renew_copies: Callable[[], None] = torch.clear_autocast_cache,
+    ):
         self._saved: dict[Parameter, Tensor] = {}
         self._generator = generator
+        self._scratch: Tensor | None = None
+        self._renew_copies = renew_copies
 
     def __enter__(self) -> Perturbation:
         return self
@@ -123,12 +146,12 @@ class Perturbation:
             raise
         finally:
             self._saved.clear()
-            torch.clear_autocast_cache()  # it may hold 16-bit copies of the perturbed weights
+            self._renew_copies()  # autocast's cache may hold 16-bit copies of the perturbed weights
 
     @torch.no_grad()
     def _restore(self) -> None:
         for p, original in self._saved.items():
-            p.copy_(original)
+            local(p).copy_(original)
 
     @property
     def is_applied(self) -> bool:
@@ -137,26 +160,34 @@ class Perturbation:
 
     @torch.no_grad()
     def add(self, parameters: list[Parameter], directions: list[Tensor], scale: Tensor) -> None:
-        """`w <- w + scale * directions`; the directions' memory is taken over.
+        """`w <- w + scale * directions`; the directions' memory is taken over. They are local parts.
 
         Where `scale` is 0 nothing moves, not even where a direction is NaN or infinite.
         """
-        # Parameter by parameter rather than foreach: each one stays in cache through the four operations.
+        # Parameter by parameter rather than foreach: each one stays in cache through its three operations.
         for p, direction in zip(parameters, directions, strict=True):
-            moved = self._moved(p, direction, scale)
+            weight = local(p)
+            moved = self._moved(weight, direction, scale)
             if p not in self._saved:
-                direction.copy_(p)
+                direction.copy_(weight)
                 self._saved[p] = direction  # from here on an interruption is undone
-            p.copy_(moved)
-        torch.clear_autocast_cache()
+            weight.copy_(moved)
+        self._renew_copies()
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
         """What was really added to each parameter after rounding, `(w + eps) - w`, one at a time."""
         for p, original in self._saved.items():
-            yield p, p.detach().to(torch.promote_types(p.dtype, torch.float32)) - original
+            weight = local(p).detach()
+            yield p, weight.to(torch.promote_types(p.dtype, torch.float32)) - original
 
     def _moved(self, p: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
         exact = torch.promote_types(p.dtype, torch.float32)
+        if p.dtype == exact and p.device.type == "cpu":
+            if scale == 0:  # reading it waits for nothing here
+                return p
+            if self._scratch is None or self._scratch.numel() < p.numel() or self._scratch.dtype != p.dtype:
+                self._scratch = torch.empty(p.numel(), dtype=p.dtype)  # fresh memory for each would cost as much again
+            return torch.addcmul(p, direction, scale.to(p.dtype), out=self._scratch[: p.numel()].view(p.shape))
         eps = torch.nan_to_num_(direction.to(exact) * scale, nan=0.0, posinf=0.0, neginf=0.0)
         moved = eps.add_(p)
         if p.dtype == exact or self._generator is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -10,7 +11,7 @@ class Reductions:
     """Global norms and inner products of lists of tensors that this process holds whole.
 
     Every method returns a 0-dim tensor on the device of the first argument and does not synchronise with the host.
-    Engines that shard parameters override `sum` and `max`, through which every other method goes.
+    `ShardedReductions` overrides `sum` and `max`, through which every other method goes.
     """
 
     def sum(self, parts: Tensor) -> Tensor:
@@ -23,9 +24,12 @@ class Reductions:
 
     def norm(self, tensors: list[Tensor], order: float = 2.0) -> Tensor:
         """`||v||_order` of the concatenation `v` of all tensors, for `order` in [1, inf]."""
-        parts = _stack(torch._foreach_norm(tensors, order, dtype=accumulation_dtype(tensors)))
-        if order == float("inf"):
-            return self.max(parts)
+        dtype = accumulation_dtype(tensors)
+        if order == float("inf"):  # which an empty shard does not have
+            return self.max(
+                _stack([t.abs().amax().to(dtype) if t.numel() else t.new_zeros((), dtype=dtype) for t in tensors])
+            )
+        parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
         return self.sum(parts**order) ** (1 / order)
 
     def dot(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
@@ -38,6 +42,29 @@ class Reductions:
     def count(self, masks: list[Tensor]) -> Tensor:
         """How many elements of the boolean masks are true."""
         return self.sum(_stack([mask.sum() for mask in masks]).to(torch.float64))
+
+
+class ShardedReductions(Reductions):
+    """The same where each process holds a part of every tensor: one all-reduce of one number for each reduction.
+
+    Args:
+        shares (`list[Tensor]`):
+            For each tensor of the lists to come one 0-dim tensor: 1 over the number of processes that hold the same
+            part of it, so that what is replicated counts once.
+    """
+
+    def __init__(self, shares: list[Tensor]):
+        self._shares = shares
+
+    def sum(self, parts: Tensor) -> Tensor:
+        total = torch.sum(parts * torch.stack(self._shares).to(parts.dtype))
+        dist.all_reduce(total)
+        return total
+
+    def max(self, parts: Tensor) -> Tensor:
+        largest = parts.max()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
 
 
 def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:

@@ -18,8 +18,9 @@ from transformers.utils import logging
 from .batches import MicroBatch
 from .config import SAMConfig
 from .descent import hardest_hit
-from .engines import Engine, loss_instead_of_backward, refuse_unsupported
-from .parameters import gradients_only_for, put_gradients, take_gradients
+from .engines import engine_for, loss_instead_of_backward
+from .parameters import put_gradients, take_gradients
+from .refusals import refuse_unsupported
 from .replay import RandomStates, bookkeeping_kept
 from .second_order import add_hessian_vector_product, twice_differentiable_attention
 from .state import check_config, load_state, reload_renamed_weights, save_config, save_state
@@ -164,7 +165,7 @@ class SAMTrainerMixin:
         chosen = sam.ascent_parameters(self.state.global_step)
         with (
             sam.statistics.watch(),
-            gradients_only_for(chosen, sam.trainable),
+            sam.engine.gradients_only_for(chosen, sam.trainable),
             self._examined(batch, sam.examine_clean),
         ):
             loss = self._pass(model, seen, synced=is_last and sam.scope == "global")
@@ -268,14 +269,16 @@ class SAMTrainerMixin:
             self.sam_config,
             self.model,
             self.optimizer,
-            Engine(self.accelerator),
+            engine_for(self),
             max_steps=max_steps,
             seed=self.args.seed,
             warmup_steps=self.args.get_warmup_steps(max_steps),
         )
         if self._sam_checkpoint is not None:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)
-        m = self._sam.effective_m(self._train_batch_size, self.args.gradient_accumulation_steps, self.args.world_size)
+        m = self._sam.effective_m(
+            self._train_batch_size, self.args.gradient_accumulation_steps, self._sam.engine.batches
+        )
         logger.info(f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for m = {m} examples")
 
     def end_update(self) -> None:

@@ -31,7 +31,7 @@ from .descent import (
     weighted_sharpness,
 )
 from .engines import Engine
-from .parameters import Gradients, Perturbation, put_gradients, select, take_gradients
+from .parameters import Gradients, Perturbation, local, put_gradients, select, take_gradients
 from .replay import RunningStatistics
 from .schedule import Schedule
 from .telemetry import Cost, Telemetry
@@ -93,7 +93,8 @@ class SharpnessAwareUpdate:
 
     def perturbation(self, step: int) -> Perturbation:
         """A context in which weights can be moved, and after which they are bitwise what they were."""
-        return Perturbation(self._generator(step) if self.config.stochastic_rounding else None)
+        generator = self._generator(step) if self.config.stochastic_rounding else None
+        return Perturbation(generator, self.engine.renew_copies)
 
     # --- where to look -------------------------------------------------------------------------------------------------
 
@@ -117,14 +118,15 @@ class SharpnessAwareUpdate:
             rho (`float`): Radius of the whole perturbation.
             measured (`bool`, *optional*, defaults to `False`): Keep what `observe` needs afterwards.
         """
-        config, reductions = self.config, self.engine.reductions
+        config = self.config
         is_first = not perturbation.is_applied
         if is_first and self.keeps_clean_gradient:
-            self._clean = {p: g.clone() for p, g in gradients.items()}
+            self._clean = {p: local(g).clone() for p, g in gradients.items()}
         parameters = [p for p in self.selected.values() if p in gradients]
         if not parameters:  # nothing perturbed took part in this pass
             return
-        directions = [gradients[p] for p in parameters]
+        reductions = self.engine.reductions(parameters)
+        weights, directions = [local(p) for p in parameters], [local(gradients[p]) for p in parameters]
         loss_scale = self.engine.loss_scale(self.device)
         if is_first:
             self.telemetry.record(sam_rho=rho, sam_ascent_grad_norm=reductions.norm(directions) / loss_scale)
@@ -132,12 +134,12 @@ class SharpnessAwareUpdate:
             self._clean = {p: g.clone() for p, g in zip(parameters, directions, strict=True)}
         if config.weight_decay_in_ascent:
             decay = [self._weight_decay.get(p, 0.0) for p in parameters]
-            add_weight_decay(directions, parameters, decay, loss_scale)
+            add_weight_decay(directions, weights, decay, loss_scale)
         if config.row.ascent == "friendly":
             self._remove_average(parameters, directions, loss_scale)
         size = rho / config.ascent_steps if config.ascent_steps else rho
         if config.adaptive:
-            directions, scale = adaptive_direction(directions, parameters, size, config.p, config.eta, reductions)
+            directions, scale = adaptive_direction(directions, weights, size, config.p, config.eta, reductions)
         else:
             directions, scale = dual_norm_direction(directions, size, config.p, reductions)
         if config.beta is not None:
@@ -148,10 +150,10 @@ class SharpnessAwareUpdate:
 
     def step_aside(self, perturbation: Perturbation, rho: float, step: int, optimizer: torch.optim.Optimizer) -> None:
         """`w <- w + eps` for an `eps` that needs no pass; nothing while the optimizer has no momentum yet."""
-        reductions = self.engine.reductions
         parameters = list(self.selected.values())
         if self.config.row.ascent == "random":
             rank = 0 if self.scope == "global" else self.engine.rank
+            reductions = self.engine.reductions(parameters)
             directions, scale = random_direction(parameters, rho, self._generator(step, rank), reductions)
         else:
             momenta = {p: momentum_of(optimizer, p) for p in parameters}
@@ -163,7 +165,8 @@ class SharpnessAwareUpdate:
                 )
             if not parameters:  # the optimizer has not stepped yet
                 return
-            directions, scale = momentum_direction([momenta[p] for p in parameters], rho, reductions)
+            reductions = self.engine.reductions(parameters)
+            directions, scale = momentum_direction([local(momenta[p]) for p in parameters], rho, reductions)
         self.telemetry.record(sam_rho=rho)
         perturbation.add(parameters, directions, scale)
 
@@ -174,7 +177,7 @@ class SharpnessAwareUpdate:
         self.telemetry.record(sam_rho=rho, sam_perturbation_norm=norm)
 
     def _remove_average(self, parameters: list[Parameter], gradients: list[Tensor], loss_scale: Tensor | float) -> None:
-        averages = [self.state.setdefault(p, torch.zeros_like(p)) for p in parameters]
+        averages = [self.state.setdefault(p, torch.zeros_like(local(p))) for p in parameters]
         own = [g.clone() for g in gradients]
         remove_average(gradients, averages, self.config.sigma, loss_scale)
         torch._foreach_mul_(averages, self.config.ema_decay)
@@ -215,11 +218,13 @@ class SharpnessAwareUpdate:
 
         Where `g` and `g_s` are this rank's own, so is the combination, and the ranks' mean is taken at the end.
         """
-        config, reductions = self.config, self.engine.reductions
+        config = self.config
         perturbed = take_gradients(self.trainable)
         parameters = [p for p in self.trainable if p in perturbed or p in self._clean]
-        g = [self._clean[p] if p in self._clean else torch.zeros_like(p) for p in parameters]
-        g_s = [perturbed[p] if p in perturbed else torch.zeros_like(p) for p in parameters]
+        reductions = self.engine.reductions(parameters)
+        g = [self._clean[p] if p in self._clean else torch.zeros_like(local(p)) for p in parameters]
+        descents = [perturbed[p] if p in perturbed else torch.zeros_like(p) for p in parameters]
+        g_s = [local(gradient) for gradient in descents]
         self._clean = {}
         if config.row.descent == "surrogate-gap":
             surrogate_gap(g, g_s, config.alpha, reductions)
@@ -229,7 +234,7 @@ class SharpnessAwareUpdate:
             self.state = dict(zip(parameters, orthogonal_part(g, g_s, reductions), strict=True))
         if config.second_order:
             self._add_second_order(parameters, g, g_s, rho, hessian_vector_product)
-        for p, gradient in zip(parameters, g_s, strict=True):
+        for p, gradient in zip(parameters, descents, strict=True):
             p.grad = accumulated[p].add_(gradient) if p in accumulated else gradient
         put_gradients({p: gradient for p, gradient in accumulated.items() if p.grad is None})
         self._average(is_last)
@@ -257,12 +262,13 @@ class SharpnessAwareUpdate:
         if not is_last or not parameters:
             return
         kept = [self.state[p] for p in parameters]
-        add_orthogonal_part([p.grad for p in parameters], kept, self.config.alpha, self.engine.reductions)
+        gradients = [local(p.grad) for p in parameters]
+        add_orthogonal_part(gradients, kept, self.config.alpha, self.engine.reductions(parameters))
         self._average(is_last)
 
     def _add_second_order(self, parameters, g, g_s, rho, hessian_vector_product) -> None:
-        reductions = self.engine.reductions
         perturbed = [i for i, p in enumerate(parameters) if any(p is q for q in self.selected.values())]
+        reductions = self.engine.reductions([parameters[i] for i in perturbed])
         g, v = [g[i] for i in perturbed], [g_s[i] for i in perturbed]
         norm = reductions.norm(g) / self.engine.loss_scale(self.device)
         v = orthogonal_part(g, v, reductions)
@@ -270,6 +276,7 @@ class SharpnessAwareUpdate:
         plain = [gradient.clone() for gradient in g_s]
         for p, gradient in zip(parameters, g_s, strict=True):
             gradient.add_(torch.nan_to_num(product[p] * (rho / norm), nan=0.0, posinf=0.0, neginf=0.0))
+        reductions = self.engine.reductions(parameters)
         cosine = reductions.dot(plain, g_s) / (reductions.norm(plain) * reductions.norm(g_s))
         self.telemetry.record(sam_second_order_cosine=cosine)
 
@@ -285,20 +292,23 @@ class SharpnessAwareUpdate:
         For p = 2 without adaptive scaling the displacement is parallel to `g` and stands for it, so that no second copy
         is needed; otherwise `climb` has kept `g` for this step.
         """
-        reductions = self.engine.reductions
-        norms, dots, g, g_s = [], [], [], []
+        moved, norms, common, dots, g, g_s = [], [], [], [], [], []
         for p, displacement in perturbation.displacement():
+            moved.append(p)
             norms.append(torch.linalg.vector_norm(displacement))
             if p in perturbed:
+                common.append(p)
                 clean = displacement if self._is_parallel_to_gradient() else self._clean[p]
-                dots.append(torch.sum(clean * perturbed[p]))
+                dots.append(torch.sum(clean * local(perturbed[p])))
                 g.append(torch.linalg.vector_norm(clean))
-                g_s.append(torch.linalg.vector_norm(perturbed[p].to(clean.dtype)))
+                g_s.append(torch.linalg.vector_norm(local(perturbed[p]).to(clean.dtype)))
         if not self.keeps_clean_gradient:
             self._clean = {}
         if norms:
-            self.telemetry.record(sam_perturbation_norm=reductions.sum(torch.stack(norms) ** 2).sqrt())
+            norm = self.engine.reductions(moved).sum(torch.stack(norms) ** 2).sqrt()
+            self.telemetry.record(sam_perturbation_norm=norm)
         if dots:
+            reductions = self.engine.reductions(common)
             squares = [reductions.sum(torch.stack(parts) ** 2) for parts in (g, g_s)]
             cosine = reductions.sum(torch.stack(dots)) / (squares[0] * squares[1]).sqrt()
             self.telemetry.record(sam_cosine=cosine)

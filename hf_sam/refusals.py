@@ -1,0 +1,173 @@
+"""What is refused before training begins, because the update could not be right there, and what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from torch.distributed.tensor import DTensor
+
+from .engines import kind_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Optimizers of `TrainingArguments.optim` that step inside `backward`: the clean pass would already move the weights.
+STEPS_IN_BACKWARD = ("lomo", "adalomo")
+# Trainers whose batches stack chosen above rejected answers: a part of such a batch is no batch.
+STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer")
+
+# --- on any engine -------------------------------------------------------------------------------------------------
+
+
+def _steps_in_backward(trainer: Trainer) -> bool:
+    optimizer = type(trainer.optimizer).__name__.lower() if trainer.optimizer is not None else ""
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    return optim in STEPS_IN_BACKWARD or optim.endswith("layerwise") or optimizer in STEPS_IN_BACKWARD
+
+
+def _static_graph_meets_two_passes(trainer: Trainer) -> bool:
+    config, args = trainer.sam_config, trainer.args
+    is_same_graph_and_synced = config.scope == "global" and config.perturb == "all"
+    return bool(args.ddp_static_graph) and args.world_size > 1 and not is_same_graph_and_synced
+
+
+def _parts_of_pairs(trainer: Trainer) -> bool:
+    config = trainer.sam_config
+    takes_parts = config.m is not None or (config.ascent_fraction or 1) < 1 or config.method == "esam"
+    bases = {base.__name__ for base in type(trainer).__mro__}
+    return takes_parts and (not trainer.sam_splits_batches or not bases.isdisjoint(STACKS_PAIRS))
+
+
+def _splits_sequences(trainer: Trainer) -> bool:
+    parallelism = trainer.accelerator.parallelism_config
+    return parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
+
+
+def _splits_layers_or_experts(trainer: Trainer) -> bool:
+    config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    return config is not None and (config.pp_size > 1 or config.ep_size > 1)
+
+
+def _offloads(trainer: Trainer) -> bool:
+    config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return bool(config is not None and config.fsdp_cpu_offload) or bool(plugin is not None and plugin.cpu_offload)
+
+
+# When, and what the user reads.
+_ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
+    (
+        lambda trainer: hasattr(trainer, "_buffered_inputs"),
+        "{trainer.__class__.__name__} generates its inputs inside the training step, so that a second pass would see other "
+        "ones. Sharpness-aware minimization needs a trainer with a fixed batch, such as SFTTrainer or DPOTrainer.",
+    ),
+    (
+        _parts_of_pairs,
+        "m, ascent_fraction and method='esam' take parts of a batch, and {trainer.__class__.__name__} stacks pairs of "
+        "answers in one. Leave them out.",
+    ),
+    (
+        _static_graph_meets_two_passes,
+        "ddp_static_graph=True needs every backward pass to be the same and synchronised, which only scope='global' with "
+        "perturb='all' is. Set ddp_static_graph=False, or choose that scope.",
+    ),
+    (
+        _steps_in_backward,
+        "optim={trainer.args.optim}: this optimizer steps inside backward, so the first pass would already change the "
+        "weights. Choose one that steps on `.grad`, such as adamw_torch or sgd.",
+    ),
+    (
+        lambda trainer: trainer.args.n_gpu > 1,
+        "{trainer.args.n_gpu} GPUs in one process (DataParallel) replicate the model anew in every forward pass. Start one "
+        "process per GPU with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0.",
+    ),
+    (
+        lambda trainer: kind_of(trainer) == "FSDP1",
+        "FSDP version 1 flattens parameters, so that neither their norm nor a choice among them can be had. Set "
+        "`fsdp_version: 2` in the accelerate configuration.",
+    ),
+    (
+        lambda trainer: kind_of(trainer) == "unknown",
+        "{trainer.accelerator.distributed_type} is not supported. Use one process, DDP or FSDP2.",
+    ),
+    (
+        _splits_sequences,
+        "context and sequence parallelism cut the batch in place during the first pass, so that the second would see a part "
+        "of it. Use FSDP2 or tensor parallelism without them.",
+    ),
+    (
+        _splits_layers_or_experts,
+        "pipeline and expert parallelism (pp_size, ep_size > 1) keep other parameters on every rank, whose norm is not "
+        "supported. Use fsdp_size, dp_replicate_size and tp_size.",
+    ),
+    (
+        _offloads,
+        "parameters offloaded to the CPU are not supported: their gradients arrive there after the pass that made them. "
+        "Switch offloading off, and shard over more devices or train fewer parameters (LoRA) instead.",
+    ),
+]
+
+# --- by engine -----------------------------------------------------------------------------------------------------
+
+
+def _mixes_whole_and_sharded(trainer: Trainer) -> bool:
+    return len({isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad}) > 1
+
+
+# What a run may ask for, by the name in the table of the documentation: does this one?
+FEATURES: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
+    {
+        "scope='micro'": lambda trainer: trainer.sam_config.scope == "micro" or trainer.sam_config.m is not None,
+        "scope='device'": lambda trainer: trainer.sam_config.scope == "device",
+        "scope='global'": lambda trainer: trainer.sam_config.scope == "global",
+        "method='gsam', 'wsam', 'looksam'": lambda trainer: trainer.sam_config.row.combines,
+        "method='esam'": lambda trainer: trainer.sam_config.method == "esam",
+        "method='functional'": lambda trainer: trainer.sam_config.method == "functional",
+        "method='friendly'": lambda trainer: trainer.sam_config.method == "friendly",
+        "method='msam'": lambda trainer: trainer.sam_config.method == "msam",
+        "method='random'": lambda trainer: trainer.sam_config.method == "random",
+        "second_order=True": lambda trainer: bool(trainer.sam_config.second_order),
+        "weight_decay_in_ascent=True": lambda trainer: bool(trainer.sam_config.weight_decay_in_ascent),
+        "stochastic_rounding=True": lambda trainer: (
+            bool(trainer.sam_config.stochastic_rounding) and _mixes_whole_and_sharded(trainer)
+        ),
+    }
+)
+_DEFERRED = (
+    "FSDP2 holds unsynchronised gradients back, so that only the gradient of the whole batch can be seen. Choose "
+    "scope='global' (or 'auto')."
+)
+_SHARDED = {
+    "method='random'": "every process would draw the same noise for its own shard. Use one process or DDP.",
+    "second_order=True": "a Hessian-vector product does not pass through sharded parameters. Use one process or DDP.",
+    "stochastic_rounding=True": (
+        "where some trainable parameters are sharded and others replicated, the replicas would round differently. Leave it "
+        "out; parameters that are few can be kept in float32."
+    ),
+}
+# For each engine the features it lacks, and what the user reads.
+LACKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "one process": {},
+        "DDP": {},
+        "FSDP2": {"scope='micro'": _DEFERRED, "scope='device'": _DEFERRED, **_SHARDED},
+        "tensor parallel": _SHARDED,
+    }
+)
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Stop before training where the update could not be right.
+
+    Raises:
+        ValueError: Says what cannot be supported and what to use instead.
+    """
+    for applies, reason in _ALWAYS:
+        if applies(trainer):
+            raise ValueError("SAMTrainer: " + reason.format(trainer=trainer))
+    kind = kind_of(trainer)
+    for feature, reason in LACKS[kind].items():
+        if FEATURES[feature](trainer):
+            raise ValueError(f"SAMTrainer: {feature} is not supported under {kind}: {reason}")
