@@ -22,7 +22,7 @@ from .plan import averaging_of
 from .records import RECORD_NAME, RecordError, RunRecord, read_record
 
 JOB_NAME, LOG_NAME = "run.json", "log.txt"
-PRELOADED = ["transformers.trainer", "datasets", "evaluate", "sklearn.metrics", "pandas", "hf_sam", __name__]
+PRELOADED = ["datasets", "pandas", __name__]  # once for all runs of a worker
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
