@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from .config import SAMConfig
-from .parameters import Gradients, gradients_only_for, laid_out_as
+from .parameters import Gradients, gradients_only_for, laid_out_as, put_gradients
 from .reductions import Reductions, ShardedReductions
 
 if TYPE_CHECKING:
@@ -64,8 +65,15 @@ class Engine:
         trainer (`~transformers.Trainer`): Whose accelerator and model are read; it is never changed.
     """
 
+    # Whether parameters lie in memory that the engine knows by its address: they are then changed in place only.
+    parameters_are_views = False
+
     def __init__(self, trainer: Trainer):
         self._accelerator = trainer.accelerator
+        # DDP counts on every gradient, unless it looks for those that are missing.
+        wrapper, scope = trainer.model_wrapped, self.scope(trainer.sam_config)
+        counts = isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters
+        self._needs_all_gradients = counts and scope == "global"
 
     @property
     def rank(self) -> int:
@@ -95,6 +103,10 @@ class Engine:
     @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
         """Backward passes inside leave no gradients at the other trainable parameters, and compute none if possible."""
+        if self._needs_all_gradients:
+            yield
+            put_gradients(dict.fromkeys(set(trainable).difference(chosen)))
+            return
         with gradients_only_for(chosen, trainable), backward_where_needed(self._accelerator):
             yield
 
@@ -135,6 +147,8 @@ class Engine:
 class ShardedEngine(Engine):
     """Tensor parallelism: some parameters are `DTensor`s, and every rank of the mesh sees the same examples."""
 
+    parameters_are_views = True
+
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
         self._shares: dict[Parameter, Tensor] = {}
@@ -169,6 +183,7 @@ class FullyShardedEngine(ShardedEngine):
 
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
+        self._needs_all_gradients = True  # FSDP fixes at its first pass which ones it reduces
         self._trainer = trainer
         self._sharded_at_load = trainer.is_distributed_loading_by_transformers
         self._modules = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)]
@@ -186,15 +201,6 @@ class FullyShardedEngine(ShardedEngine):
         )
         with deferred, super().without_sync(model):
             yield
-
-    @contextlib.contextmanager
-    def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-        # FSDP fixes at its first pass which gradients it reduces, so all are computed.
-        yield
-        wanted = set(chosen)
-        for p in trainable:
-            if p not in wanted:
-                p.grad = None
 
     def renew_copies(self) -> None:
         super().renew_copies()

@@ -94,7 +94,8 @@ class SharpnessAwareUpdate:
     def perturbation(self, step: int) -> Perturbation:
         """A context in which weights can be moved, and after which they are bitwise what they were."""
         generator = self._generator(step) if self.config.stochastic_rounding else None
-        return Perturbation(generator, self.engine.renew_copies)
+        swaps_memory = self.device.type == "cpu" and not self.engine.parameters_are_views
+        return Perturbation(generator, self.engine.renew_copies, swaps_memory)
 
     # --- where to look -------------------------------------------------------------------------------------------------
 

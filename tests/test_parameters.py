@@ -58,24 +58,31 @@ def test_gradients_only_for_restores_requires_grad_after_an_error():
     assert all(p.requires_grad for p in model.parameters())
 
 
+# Both ways of putting weights back: copying, and pointing to where they have stayed.
+both_ways = pytest.mark.parametrize("swaps_memory", [False, True])
+
+
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_restored_bitwise_where_subtraction_would_not(dtype):
+def test_restored_bitwise_where_subtraction_would_not(dtype, swaps_memory):
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(10_000).to(dtype) * 0.02)
     before, step = p.detach().clone(), torch.randn(10_000).to(dtype)
-    eps = step.clone()
-    with Perturbation() as perturbation:
+    eps, address = step.clone(), p.data_ptr()
+    with Perturbation(swaps_memory=swaps_memory) as perturbation:
         perturbation.add([p], [step], torch.tensor(0.01))
         assert not torch.equal(p, before)
         moved = p.detach().clone()
     assert torch.equal(p, before)
+    assert p.data_ptr() == address
     assert not torch.equal(moved - eps * 0.01, before)
 
 
-def test_restored_after_an_exception_and_after_several_moves():
+@both_ways
+def test_restored_after_an_exception_and_after_several_moves(swaps_memory):
     p, q = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
     before = [p.detach().clone(), q.detach().clone()]
-    with pytest.raises(KeyboardInterrupt), Perturbation() as perturbation:
+    with pytest.raises(KeyboardInterrupt), Perturbation(swaps_memory=swaps_memory) as perturbation:
         perturbation.add([p], [torch.ones(5)], torch.tensor(0.1))
         perturbation.add([p, q], [torch.ones(5), torch.ones(5)], torch.tensor(0.1))
         torch.testing.assert_close(p.detach(), before[0] + 0.2)
@@ -110,20 +117,23 @@ def test_restored_when_interrupted_inside_the_move(fails_at, monkeypatch):
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
 
 
+@both_ways
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scale_zero_moves_nothing_even_with_a_bad_direction(bad):
+def test_scale_zero_moves_nothing_even_with_a_bad_direction(bad, swaps_memory):
     p = nn.Parameter(torch.randn(5))
     before = p.detach().clone()
-    with Perturbation() as perturbation:
+    with Perturbation(swaps_memory=swaps_memory) as perturbation:
         perturbation.add([p], [torch.full((5,), bad)], torch.tensor(0.0))
         assert torch.equal(p, before)
 
 
-def test_saved_copy_lives_in_the_directions_memory():
+@both_ways
+def test_no_memory_beyond_the_weights_and_the_directions(swaps_memory):
     p, direction = nn.Parameter(torch.randn(5)), torch.ones(5)
-    with Perturbation() as perturbation:
+    memories = {p.data_ptr(), direction.data_ptr()}
+    with Perturbation(swaps_memory=swaps_memory) as perturbation:
         perturbation.add([p], [direction], torch.tensor(0.1))
-        assert perturbation._saved[p] is direction
+        assert {p.data_ptr(), perturbation._saved[p].data_ptr()} == memories
 
 
 def test_displacement_is_what_rounding_left_of_eps():
