@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import causal_lm
-import image_classification
-import text_classification
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -181,10 +179,16 @@ def find_task(argv: Sequence[str]) -> str:
         with as_user_error(OSError, ValueError, prefix=f"{path} cannot be read (is this machine offline?): "):
             config = AutoConfig.from_pretrained(_adapter_base(path) or path)
         name = (config.architectures or [""])[0]
-        known.task = next((task for task, row in TASKS.items() if name.endswith(row.architecture)), None)
+        known.task = next((task for task, row in TASKS.items() if name in model_class_names(row.auto_class)), None)
     if known.task not in TASKS:
         raise UserError(f"task={known.task} is unknown. Give --checkpoints and --task: {', '.join(TASKS)}.")
     return known.task
+
+
+def model_class_names(auto_class: type) -> set[str]:
+    """The names of the classes that an auto class loads."""
+    names = auto_class._model_mapping._model_mapping.values()
+    return {name for entry in names for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def recorded_data(argv: Sequence[str]) -> list[str]:
@@ -314,33 +318,43 @@ def _tokenizer(model_args: ModelArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """How one recipe's data and models are read."""
+    """
+    How one recipe's data and models are read.
 
-    architecture: str
+    Args:
+        auto_class (`type`): What loads them.
+        recipe (`str`): The script that trains them; imported only where it is needed.
+        arguments_name (`str`): Its dataclass of the task's own data arguments.
+        prepare (`Callable`): From rows to examples and a collator.
+    """
+
     auto_class: type
-    arguments: type
-    read_data: Callable
+    recipe: str
+    arguments_name: str
     prepare: Callable
+
+    @property
+    def arguments(self) -> type:
+        return getattr(importlib.import_module(self.recipe), self.arguments_name)
+
+    def read_data(self, data_args: DataArguments, task_args: Any) -> tuple:
+        return importlib.import_module(self.recipe).read_data(data_args, task_args)
 
 
 TASKS = {
     "image-classification": Task(
-        "ForImageClassification",
         AutoModelForImageClassification,
-        image_classification.ImageArguments,
-        image_classification.read_data,
+        "image_classification",
+        "ImageArguments",
         prepare_images,
     ),
     "text-classification": Task(
-        "ForSequenceClassification",
         AutoModelForSequenceClassification,
-        text_classification.TextArguments,
-        text_classification.read_data,
+        "text_classification",
+        "TextArguments",
         prepare_texts,
     ),
-    "causal-lm": Task(
-        "ForCausalLM", AutoModelForCausalLM, causal_lm.LanguageArguments, causal_lm.read_data, prepare_language
-    ),
+    "causal-lm": Task(AutoModelForCausalLM, "causal_lm", "LanguageArguments", prepare_language),
 }
 
 
