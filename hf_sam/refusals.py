@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from .engines import kind_of
@@ -53,7 +54,8 @@ def _splits_layers_or_experts(trainer: Trainer) -> bool:
 def _offloads(trainer: Trainer) -> bool:
     config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    return bool(config is not None and config.fsdp_cpu_offload) or bool(plugin is not None and plugin.cpu_offload)
+    offloads_at_load = config is not None and config.fsdp_cpu_offload
+    return offloads_at_load or isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
 
 
 # When, and what the user reads.
