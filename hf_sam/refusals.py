@@ -77,7 +77,7 @@ _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     ),
     (
         _steps_in_backward,
-        "optim={trainer.args.optim}: this optimizer steps inside backward, so the first pass would already change the "
+        "optim={trainer.args.optim.value}: this optimizer steps inside backward, so the first pass would already change the "
         "weights. Choose one that steps on `.grad`, such as adamw_torch or sgd.",
     ),
     (

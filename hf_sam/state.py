@@ -30,12 +30,19 @@ def check_config(folder: str, config: SAMConfig) -> bool:
     """Whether the checkpoint was made by a SAM trainer; one by a stock Trainer is a fine start and returns False.
 
     Raises:
-        ValueError: It was made under another configuration; the message names every difference and the remedy.
+        ValueError: It was made under another configuration (the message names every difference and the remedy), or the
+            file is damaged.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         return False
-    before = SAMConfig.from_json(path.read_text(encoding="utf-8")).to_dict()
+    try:
+        before = SAMConfig.from_json(path.read_text(encoding="utf-8")).to_dict()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a SAM configuration ({error}). Restore it, or delete it to resume the checkpoint as one "
+            "of a stock Trainer's."
+        ) from error
     now = config.to_dict()
     differences = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
