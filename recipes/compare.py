@@ -96,28 +96,43 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, Any]:
             sam_config = by_name.pop("SAMArguments").to_config()
         except (UserError, ValueError) as error:
             raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error
+    named = [key for key in overrides if key.startswith("sam_") and key != "sam_rho"]
+    if named and sam_config.rho == 0:
+        raise UserError(
+            f"arm {arm}: {', '.join(named)} does nothing while sam_rho is 0, as the base has it; give sam_rho."
+        )
     return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config
 
 
 @lru_cache
 def argument_types(recipe: str) -> tuple[type, ...]:
     """
-    The dataclasses that a recipe parses its command line into.
+    The dataclasses that a recipe parses its command line into: what its `main` asks for first.
 
     Raises:
         UserError: There is no such recipe.
     """
     if not (RECIPES / f"{recipe}.py").is_file():
-        there = sorted(path.stem for path in RECIPES.glob("*.py") if "def main(argv" in path.read_text())
+        there = sorted(path.stem for path in RECIPES.glob("*.py") if "SAMArguments" in path.read_text())
         raise UserError(f"recipe {recipe!r} does not exist. There are: {', '.join(there)}.")
-    found = vars(importlib.import_module(recipe)).values()
-    return tuple(
-        dict.fromkeys(
-            kind
-            for kind in found
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__name__.endswith("Arguments")
-        )
-    )
+    module = importlib.import_module(recipe)
+    asked: list[type] = []
+
+    class Asked(Exception):
+        pass
+
+    def listen(types: Sequence[type], argv: Sequence[str] | None = None):
+        asked.extend(types)
+        raise Asked
+
+    parse, module.parse_arguments = module.parse_arguments, listen
+    try:
+        module.main([])
+    except Asked:
+        return tuple(asked)
+    finally:
+        module.parse_arguments = parse
+    raise UserError(f"recipe {recipe!r} parses no arguments.")
 
 
 def make_all(args: argparse.Namespace, workshop: Workshop) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import trainer as trainer_module
 
-from .plan import averaging_of
+from .plan import averaging_of, command_line
 from .records import RECORD_NAME, RecordError, RunRecord, read_record
 
 JOB_NAME, LOG_NAME = "run.json", "log.txt"
@@ -118,14 +118,21 @@ def execute(folder: Path, recipes: Path) -> None:
             trainer_module.DEFAULT_CALLBACKS.append(averaging)
         trainer = module.main(job["argv"])
         if trainer.is_world_process_zero():
-            _finish(folder, job, trainer)
+            _finish(folder, job)
     except Exception as error:
         traceback.print_exc()
         if int(os.environ.get("RANK", "0")) == 0:
             mark_failed(folder, job["names"], error)
 
 
-def _finish(folder: Path, job: dict[str, Any], trainer: Any) -> None:
+def _finish(folder: Path, job: dict[str, Any]) -> None:
+    """Measures what was asked of the trained model, then removes what need not stay."""
+    if job["sharpness"] is not None:
+        try:  # writes into the run's record
+            words = command_line(None, job["sharpness"], folder / "sharpness")
+            importlib.import_module("sharpness").main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
+        except Exception:  # the run itself is finished and stays so; the report says that this was not measured
+            traceback.print_exc()
     if not job["keep_model"]:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

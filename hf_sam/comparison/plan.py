@@ -65,7 +65,7 @@ class Plan:
         tuning (`Tuning` or `None`): How settings are found.
         checkpoint_every (`int` or `None`): Steps between checkpoints, from which a killed run goes on.
         keep_models (`bool`): Whether trained weights stay on disk.
-        sharpness (`dict` or `None`): What to measure on every trained model.
+        sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py` to measure every trained model with.
         launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; none: this Python.
         reference_passes (`float` or `None`): Passes per step that `"passes"` grants; those of the dearest arm if `None`.
     """

@@ -23,7 +23,7 @@ STUDY = {"recipe": "toy", "task": "toy", "arms": {"adamw": {}, "sam": {}}, "seed
 def study(tmp_path):
     def write(**changes):
         path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump({**STUDY, "output_dir": str(tmp_path / "out"), **changes}))
+        path.write_text(yaml.safe_dump({**STUDY, "output_dir": str(tmp_path / "out"), **changes}, sort_keys=False))
         return path
 
     return write

@@ -1,0 +1,129 @@
+"""`recipes/compare.py` with a real recipe on the embedded digits."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import compare  # noqa: E402
+from shared.errors import UserError  # noqa: E402
+
+from hf_sam.comparison.records import find_records  # noqa: E402
+
+STUDY = {
+    "recipe": "image_classification",
+    "config": str(ROOT / "configs/image_classification/digits.yaml"),
+    "task": "digits",
+    "settings": {"max_steps": 6, "train_samples": 64, "logging_steps": 2, "use_cpu": True},
+    "conditions": {"noise 0.4": {"label_noise": 0.4}},
+    "arms": {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.05}},
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    def write(**changes):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def numbers(folder):
+    """What a comparison measured, without what depends on the clock."""
+    records, problems = find_records(folder)
+    assert not problems
+    assert all(run.status == "finished" for run in records), [run.error for run in records]
+    losses = {(run.arm, run.seed): [entry["loss"] for entry in run.curves if "loss" in entry] for run in records}
+    return {(run.arm, run.seed): run for run in records}, losses
+
+
+def test_pairs_are_real_and_a_rerun_gives_the_same_numbers(study, tmp_path):
+    """
+    A perturbation of size 1e-30 changes no weight, so the arm that has it must end where AdamW does, to the last bit:
+    if it began from the same head, saw the same examples in the same order with the same wrong labels, and was tested
+    on the same split. Another seed ends elsewhere.
+    """
+    path = study(arms={"adamw": {"sam_rho": 0}, "none": {"sam_rho": 1e-30}}, seeds=[0, 1])
+    report = compare.main([path, "--output_dir", str(tmp_path / "first")])
+    compare.main([path, "--output_dir", str(tmp_path / "again")])
+    runs, losses = numbers(tmp_path / "first")
+    for seed in (0, 1):
+        assert losses["adamw", seed] == losses["none", seed]
+        assert runs["adamw", seed].metrics == runs["none", seed].metrics
+        assert runs["adamw", seed].model["fingerprint"] == runs["none", seed].model["fingerprint"]
+        assert runs["adamw", seed].data == runs["none", seed].data
+        assert (runs["adamw", seed].passes, runs["none", seed].passes) == (6, 12)
+    first, second = runs["adamw", 0], runs["adamw", 1]
+    assert losses["adamw", 0] != losses["adamw", 1]
+    assert first.model["fingerprint"] != second.model["fingerprint"]
+    assert first.data["train"]["fingerprint"] != second.data["train"]["fingerprint"]
+    assert first.data["test"]["fingerprint"] == second.data["test"]["fingerprint"]
+    again, losses_again = numbers(tmp_path / "again")
+    assert losses_again == losses
+    assert {key: run.metrics for key, run in again.items()} == {key: run.metrics for key, run in runs.items()}
+    text = report.with_name("report.md").read_text()
+    assert "accuracy under none is level with adamw (2 seeds" in text
+    assert "Not a true pair" not in text
+
+
+def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
+    arms = {
+        "adamw": {"sam_rho": 0},
+        "late": {"sam_method": "late", "sam_rho": 0.1, "sam_start": 0.5},
+        "sam": {"sam_rho": 0.1},
+    }
+    path = study(arms=arms, budgets=["steps", "passes"], seeds=[0, 1, 2])
+    assert compare.main([path, "--output_dir", str(tmp_path / "out"), "--plan"]) is None
+    printed = capsys.readouterr().out
+    assert "15 runs in" in printed  # 3 seeds x (adamw 2, late 2, sam 1 that serves both budgets)
+    assert "time is estimated after the first" in printed
+    rows = {tuple(line.split()[:3]): line.split() for line in printed.splitlines()}
+    assert rows["late", "equal", "passes"][3:5] == ["1.33", "2"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"arms": {"sam": {"sam_rhoo": 1}}},
+            "arm sam: 'sam_rhoo' is no argument of this recipe. Did you mean 'sam_rho'",
+        ),
+        ({"arms": {"sam": {"sam_rho": -1}}}, "arm sam: .*rho=-1"),
+        ({"arms": {"sam": {"sam_method": "asam"}}}, "arm sam: sam_method does nothing while sam_rho is 0"),
+        ({"arms": {"sam": {"sam_method": "sma"}}}, "arm sam: sam_method='sma' is unknown. Did you mean 'sam'"),
+        ({"conditions": {"noise": {"label_noise": 1.5}}}, "condition noise, arm adamw: label_noise=1.5"),
+        ({"recipe": "digits"}, "recipe 'digits' does not exist. There are: .*image_classification"),
+    ],
+)
+def test_an_arm_that_its_recipe_would_refuse_is_refused_before_anything_runs(study, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        compare.main([study(**changes), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
+    path = study(seeds=[0, 1])
+    compare.main([path, "--output_dir", str(tmp_path / "out"), "--seeds", "0"])
+    report = compare.main([path, "--output_dir", str(tmp_path / "out"), "--report"])
+    text = report.with_name("report.md").read_text()
+    assert "2 of 4 runs" in text
+    assert "0 runs are unfinished and 2 have not begun" in text
+    assert "one seed gives no interval" in text
+
+
+@pytest.mark.parametrize("study_path", sorted((ROOT / "configs/comparison").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_comparison_can_be_planned(study_path, capsys):
+    assert compare.main([str(study_path), "--plan"]) is None
+    assert " runs" in capsys.readouterr().out
+
+
+def test_no_study_is_a_message():
+    with pytest.raises(UserError, match="Give the YAML of a comparison"):
+        compare.main([])
