@@ -15,6 +15,8 @@ from .config import DEFAULTS, SAMConfig
 
 TAG = "sharpness-aware-minimization"
 _BEGIN, _END = "<!-- hf_sam: generated from here -->", "<!-- hf_sam: to here -->"
+# What the Trainer's card says of a model that comes from no checkpoint.
+_NAMELESS = "is a fine-tuned version of [](https://huggingface.co/) on"
 # The hub's own names of metrics that have one.
 _METRIC_TYPES = {
     "f1_macro": "f1",
@@ -87,7 +89,9 @@ class SAMCard:
     @property
     def tags(self) -> list[str]:
         """What the hub finds the model by; none for a run without perturbation."""
-        return [TAG, f"arxiv:{self._arxiv}"] if self.config.rho > 0 else []
+        if self.config.rho == 0:
+            return []
+        return [TAG, f"arxiv:{self._arxiv}"] if self._arxiv else [TAG]
 
     @property
     def eval_results(self) -> list[EvalResult]:
@@ -114,8 +118,9 @@ class SAMCard:
         return "\n\n".join([_BEGIN, *(part for part in parts if part), _END])
 
     @property
-    def _arxiv(self) -> str:
-        return re.search(r"\d{4}\.\d{5}", self.config.row.paper).group()
+    def _arxiv(self) -> str | None:
+        found = re.search(r"\d{4}\.\d{5}", self.config.row.paper)
+        return found and found.group()
 
     def _method(self) -> str:
         config = self.config
@@ -123,7 +128,7 @@ class SAMCard:
             return ""
         rows = {
             "method": f"`{config.method}`: {config.row.summary}",
-            "paper": f"[{config.row.paper}](https://arxiv.org/abs/{self._arxiv})",
+            "paper": f"[{config.row.paper}](https://arxiv.org/abs/{self._arxiv})" if self._arxiv else config.row.paper,
             "perturbation size rho": f"{config.rho:g}",
             "norm p": f"{config.p:g}" if config.p is not None else None,
             "scope": self.scope or config.scope,
@@ -181,7 +186,7 @@ def write_model_card(
         whole.data.pipeline_tag = card.task
     if card.eval_results:
         whole.data.model_name, whole.data.eval_results = card.name, card.eval_results
-    whole.text = insert_section(whole.text, card.text())
+    whole.text = insert_section(whole.text.replace(_NAMELESS, "was trained from scratch on"), card.text())
     whole.save(path)
     return path
 

@@ -20,7 +20,9 @@ from .sampling import stratified_sample, stratified_split
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-SHARD = re.compile(r"(?P<split>.+)-\d{5}(-of-\d{5})?")  # files as the hub names them: validation_matched-00000-of-00001
+SHARD = re.compile(
+    r"(?P<split>\w+)-\d{5}(-of-\d{5})?"
+)  # files as the hub names them: validation_matched-00000-of-00001
 Split = Dataset | IterableDataset
 Splits = dict[str, Split]
 
@@ -82,6 +84,12 @@ def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Spli
 def column(dataset: Dataset, name: str) -> np.ndarray:
     """All values of one column, `(len(dataset),)`."""
     return np.asarray(dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist())
+
+
+def replace_column(dataset: Dataset, name: str, values: list, feature: Any = None) -> Dataset:
+    """The data set with other values, of another type, in one column."""
+    old = f"replaced {name}"
+    return dataset.rename_column(name, old).add_column(name, values, feature=feature).remove_columns(old)
 
 
 def pick_column(

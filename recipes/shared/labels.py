@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from .data import Splits, column
+from .data import Splits, column, replace_column
 from .errors import UserError
 from .options import DataArguments
 from .sampling import symmetric_noise
@@ -109,7 +107,7 @@ def _names_found(train: Dataset, name: str) -> list[str]:
 def _encode(dataset: Dataset, name: str, names: list[str], split: str) -> Dataset:
     number = {text: index for index, text in enumerate(names)}
     values = [_number(value, number, name, names, split) for value in column(dataset, name).tolist()]
-    return dataset.remove_columns(name).add_column(name, values, feature=ClassLabel(names=names))
+    return replace_column(dataset, name, values, ClassLabel(names=names))
 
 
 def _number(value, number: dict[str, int], name: str, names: list[str], split: str = "streamed") -> int:
@@ -119,14 +117,6 @@ def _number(value, number: dict[str, int], name: str, names: list[str], split: s
             f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} of the train split."
         )
     return number[str(value)]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a text classifier predicts."""
-
-    problem_type: str
-    names: list[str]
 
 
 def multi_hot_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Splits, list[str]]:
@@ -149,7 +139,7 @@ def multi_hot_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Sp
         hot = np.zeros((len(dataset), len(names)), dtype=np.float32)
         for index, row in enumerate(rows[split]):
             hot[index, [_number(label, number, name, names, split) for label in row]] = 1.0
-        encoded[split] = dataset.remove_columns(name).add_column(name, hot.tolist())
+        encoded[split] = replace_column(dataset, name, hot.tolist())
     return encoded, names
 
 
@@ -170,7 +160,7 @@ def numeric_labels(splits: Splits, name: str) -> Splits:
             ) from None
         if not np.isfinite(values).all():
             raise UserError(f"The {split} split has empty or infinite values in {name}.")
-        encoded[split] = dataset.remove_columns(name).add_column(name, values.tolist(), feature=Value("float32"))
+        encoded[split] = replace_column(dataset, name, values.tolist(), Value("float32"))
     return encoded
 
 

@@ -123,7 +123,10 @@ def check_training_arguments(args: TrainingArguments, data_args: DataArguments, 
 
 
 def train(trainer: Trainer) -> None:
-    """Train, from the checkpoint that `prepare` settled on, and write the metrics where people look."""
+    """
+    Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. Timings and
+    `train_loss` cover, as the Trainer has it, the steps of this call: a resumed run counts those since its checkpoint.
+    """
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

@@ -1,0 +1,110 @@
+"""YAML files and command lines become dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from shared.arguments import SAMArguments, parse_arguments, read_config
+from shared.errors import UserError
+from shared.options import DataArguments, ModelArguments, RunArguments
+from transformers import TrainingArguments
+
+from hf_sam import SAMConfig
+
+KINDS = [ModelArguments, DataArguments, RunArguments, SAMArguments, TrainingArguments]
+
+
+def parse(*argv):
+    return parse_arguments(KINDS, [*argv, "--model_type=vit"])
+
+
+def sam(*argv) -> SAMConfig:
+    return parse(*argv)[3].to_config()
+
+
+def test_no_two_classes_share_a_field():
+    """The parser makes a field of two classes one argument, so it must be meant."""
+    names = [field.name for kind in KINDS for field in dataclasses.fields(kind)]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_every_field_of_the_configuration_is_an_argument():
+    fields = {f"sam_{name}" for name in SAMConfig.fields()}
+    assert {field.name for field in dataclasses.fields(SAMArguments)} == fields
+
+
+def test_nothing_said_is_the_default_configuration():
+    assert sam() == SAMConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--sam_rho", "0"], {"rho": 0}),
+        (["--sam_p", "inf"], {"p": float("inf")}),
+        (["--sam_start", "10"], {"start": 10}),
+        (["--sam_start", "0.5", "--sam_end", "0.9"], {"start": 0.5, "end": 0.9}),
+        (["--sam_perturb", "norm"], {"perturb": "norm"}),
+        (["--sam_perturb", "*.attention.*, *.mlp.*"], {"perturb": ["*.attention.*", "*.mlp.*"]}),
+        (["--sam_replay_rng", "false"], {"replay_rng": False}),
+        (["--sam_m=4", "--sam_scope=micro"], {"m": 4, "scope": "micro"}),
+        (["--sam_method", "asam", "--sam_eta", "0"], {"method": "asam", "eta": 0.0}),
+    ],
+)
+def test_sam_words(words, expected):
+    assert sam(*words) == SAMConfig(**expected)
+
+
+def test_a_step_and_a_fraction_stay_apart():
+    assert isinstance(sam("--sam_start", "1").start, int)
+    assert isinstance(sam("--sam_start", "0.1").start, float)
+
+
+def test_file_then_command_line(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "learning_rate: 5e-5\nsam_rho: 0.1\nsave_strategy: no\nseed: 3\nsam_perturb: [a, b]\n"
+    )
+    _, _, _, sam_args, args = parse(str(tmp_path / "a.yaml"), "--seed", "4", "--sam-rho=0.2")
+    assert (args.learning_rate, args.seed, args.save_strategy.value) == (5e-5, 4, "no")
+    assert sam_args.to_config() == SAMConfig(rho=0.2, perturb=["a", "b"])
+
+
+def test_a_file_starts_from_its_base_and_null_takes_a_key_back(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "seed: 1\nlearning_rate: 1\nmodel_type: vit\nconfig_overrides: {hidden_size: 8}\n"
+    )
+    (tmp_path / "top.yaml").write_text("base: base.yaml\nseed: 2\nlearning_rate: null\n")
+    model, *_, args = parse_arguments(KINDS, [str(tmp_path / "top.yaml")])
+    assert args.seed == 2
+    assert args.learning_rate == TrainingArguments().learning_rate
+    assert model.config_overrides == {"hidden_size": 8}
+
+
+def test_lists_and_mappings_keep_their_types(tmp_path):
+    (tmp_path / "a.yaml").write_text("class_names: [no, yes]\nlr_scheduler_kwargs: {num_cycles: 2}\n")
+    _, data, *_, args = parse(str(tmp_path / "a.yaml"))
+    assert data.class_names == ["no", "yes"]
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_the_word_no_is_no_boolean(tmp_path):
+    (tmp_path / "a.yaml").write_text("eval_strategy: no\n")
+    assert read_config(tmp_path / "a.yaml") == {"eval_strategy": "no"}
+
+
+def test_later_file_wins(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\ndata_seed: 5\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    args = parse(str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"))[-1]
+    assert (args.seed, args.data_seed) == (2, 5)
+
+
+def test_no_abbreviations():
+    with pytest.raises(UserError, match="'learning' is no argument"):
+        parse("--learning", "1")
+
+
+def test_message_has_the_users_own_name_for_a_sam_field():
+    with pytest.raises(UserError, match=r"^sam_m=4 splits micro-batches"):
+        sam("--sam_m=4", "--sam_scope=global")

@@ -1,0 +1,108 @@
+"""The scripts as programs of their own, started the way people start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import stand_ins
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+QUIET = ["--use_cpu=true", "--disable_tqdm=true", "--per_device_train_batch_size=2", "--save_strategy=no"]
+VIT = '{"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}'
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, *words]
+
+
+def finished(words: list[str], **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment(), **kwargs)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def recipe(name: str, folder: Path, request) -> list[str]:
+    """The words after the interpreter for a two-step run of each recipe."""
+    model, data = {
+        "image_classification": ("vision", "images"),
+        "text_classification": ("encoder", "texts"),
+        "causal_lm": ("decoder", "corpus"),
+    }[name]
+    (folder / "data").mkdir()
+    words = [
+        f"recipes/{name}.py",
+        f"--dataset={stand_ins.write(data, folder / 'data')}",
+        f"--output_dir={folder / 'out'}",
+    ]
+    words += [f"--model_name_or_path={request.getfixturevalue(model)}", "--max_steps=2", "--sam_rho=0.01", *QUIET]
+    return words + (["--activation_checkpointing=false", "--bf16=false"] if name == "causal_lm" else [])
+
+
+@pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
+def test_recipe_runs_as_a_program(name, tmp_path, request):
+    done = finished(command(*recipe(name, tmp_path, request)))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/all_results.json").read_text())["sam_passes"] == 2
+    assert "test metrics" in done.stdout
+    assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
+
+
+def test_mistake_prints_one_line_and_fails():
+    done = finished(command("recipes/image_classification.py", "--sam_roh=1"))
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: 'sam_roh' is no argument of this recipe. Did you mean 'sam_rho'?"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
+def test_two_processes(name, tmp_path, request):
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    done = finished(command(*launch, *recipe(name, tmp_path, request)))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out/run_record.json").read_text())
+    assert record["environment"]["hardware"]["processes"] == 2
+    assert record["metrics"]["loss"] > 0
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_by_the_same_command_is_the_uninterrupted_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    stand_ins.write("images", tmp_path / "data")
+    words = ["recipes/image_classification.py", f"--dataset={tmp_path / 'data'}", "--model_type=vit"]
+    words += [f"--config_overrides={VIT}", "--augmentation=crop", "--max_steps=400", "--save_steps=7", "--sam_rho=0.1"]
+    words += [*QUIET[:-1], "--resume_from_checkpoint=auto", "--save_total_limit=2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finished(command(*words, f"--output_dir={whole}")).returncode == 0
+
+    process = subprocess.Popen(
+        command(*words, f"--output_dir={broken}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(broken.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "all_results.json").exists()
+    assert json.loads((broken / "run_record.json").read_text())["status"] == "running"
+    assert finished(command(*words, f"--output_dir={broken}")).returncode == 0
+
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, broken)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, broken)]
+    assert results[0]["test_nll"] == results[1]["test_nll"]
+    assert results[0]["test_accuracy"] == results[1]["test_accuracy"]

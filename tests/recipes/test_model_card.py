@@ -1,0 +1,167 @@
+"""The card's section and metadata, whole, and as the hub's own library reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+from huggingface_hub import ModelCard, metadata_eval_result
+from huggingface_hub.repocard import metadata_load
+
+from hf_sam import METHODS, SAMConfig
+from hf_sam.model_card import SAMCard, insert_section, write_model_card
+
+CARD = SAMCard(
+    config=SAMConfig(rho=0.1, perturb="norm"),
+    name="cells",
+    path="me/cells",
+    optimizer="adamw_torch, learning rate 5e-05, weight decay 0.01",
+    scope="device",
+    m=32,
+    passes=2.0,
+    cost=2.07,
+    task="image-classification",
+    datasets=["me/solar"],
+    metrics={"test_accuracy": 0.8125, "test_f1_macro": 0.75},
+)
+SECTION = """\
+<!-- hf_sam: generated from here -->
+
+## Sharpness-aware minimization
+
+| | |
+|---|---|
+| method | `sam`: Step along the gradient at w + eps, eps = rho g / \\|\\|g\\|\\|. |
+| paper | [Foret et al. 2021, arXiv 2010.01412, Algorithm 1](https://arxiv.org/abs/2010.01412) |
+| perturbation size rho | 0.1 |
+| norm p | 2 |
+| scope | device |
+| examples a perturbation (m) | 32 |
+| passes a step | 2 |
+| measured cost of a step | 2.07 x one pass |
+| base optimizer | adamw_torch, learning rate 5e-05, weight decay 0.01 |
+| `perturb` | `norm` |
+
+## Results
+
+On the test split of me/solar:
+
+| | |
+|---|---|
+| accuracy | 0.8125 |
+| f1_macro | 0.7500 |
+
+## How to load
+
+```python
+from transformers import pipeline
+
+model = pipeline("image-classification", model="me/cells")
+```
+
+<!-- hf_sam: to here -->"""
+
+
+def fake_trainer(folder, config=None, first=True):
+    """What the card reads of a trainer that has been trained."""
+    args = types.SimpleNamespace(
+        output_dir=str(folder),
+        optim=types.SimpleNamespace(value="adamw_torch"),
+        learning_rate=5e-5,
+        weight_decay=0.0,
+        train_batch_size=4,
+        gradient_accumulation_steps=2,
+        world_size=1,
+    )
+    history = [
+        {"loss": 1.0, "step": 1},
+        {"eval_accuracy": 0.5, "eval_runtime": 1.0, "step": 1},
+        {"train_runtime": 3.0, "sam_passes": 2.0, "sam_cost": 2.25, "step": 2},
+        {"test_accuracy": 0.75, "test_runtime": 1.0, "test_samples_per_second": 3.0, "step": 2},
+    ]
+    return types.SimpleNamespace(
+        args=args,
+        sam_config=config or SAMConfig(),
+        state=types.SimpleNamespace(log_history=history),
+        model=object(),
+        accelerator=types.SimpleNamespace(unwrap_model=lambda model: model),
+        is_world_process_zero=lambda: first,
+        _sam=types.SimpleNamespace(scope="device", effective_m=lambda b, a, w: b * a * w),
+    )
+
+
+def test_section_whole():
+    assert CARD.text() == SECTION
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_names_its_paper_and_links_it(method):
+    card = dataclasses.replace(CARD, config=SAMConfig(method=method))
+    assert f"`{method}`" in card.text()
+    assert METHODS[method].paper in card.text()
+    for tag in card.tags[1:]:
+        assert f"https://arxiv.org/abs/{tag.removeprefix('arxiv:')}" in card.text()
+
+
+def test_tags_never_say_segment_anything():
+    assert "sharpness-aware-minimization" in CARD.tags
+    assert not {"sam", "SAM"} & set(CARD.tags)
+
+
+def test_stock_run_says_nothing_about_perturbations():
+    card = dataclasses.replace(CARD, config=SAMConfig(rho=0))
+    assert card.tags == []
+    assert "Sharpness" not in card.text()
+    assert "accuracy" in card.text()
+
+
+def test_what_is_not_known_is_left_out():
+    card = dataclasses.replace(CARD, scope=None, m=None, passes=None, cost=None, task=None, metrics={})
+    assert "None" not in card.text()
+    assert card.eval_results == []
+
+
+def test_written_card_is_what_the_hub_reads(tmp_path):
+    path = write_model_card(fake_trainer(tmp_path / "run"), dataset="me/solar", task="image-classification")
+    card = ModelCard.load(path)
+    assert card.data.pipeline_tag == "image-classification"
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("accuracy", 0.75)]
+    expected = metadata_eval_result(
+        model_pretty_name="run",
+        task_pretty_name=None,
+        task_id="image-classification",
+        metrics_pretty_name="accuracy",
+        metrics_id="accuracy",
+        metrics_value=0.75,
+        dataset_pretty_name="me/solar",
+        dataset_id="me/solar",
+        dataset_split="test",
+    )
+    written, wanted = metadata_load(path)["model-index"][0], expected["model-index"][0]
+    assert written["results"][0]["dataset"] == wanted["results"][0]["dataset"]
+    assert written["results"][0]["metrics"][0].items() <= wanted["results"][0]["metrics"][0].items()
+    assert "2.25 x one pass" in card.text
+    assert "| examples a perturbation (m) | 8 |" in card.text
+
+
+def test_what_others_wrote_stays_and_writing_twice_changes_nothing(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\ntags:\n- trl\n---\n\n# Mine\n\nMy words.\n\n## Training procedure\n\nTheirs.\n"
+    )
+    trainer = fake_trainer(tmp_path)
+    first = write_model_card(trainer, dataset="me/solar", task="image-classification").read_text()
+    assert "My words." in first
+    assert first.index("## Sharpness-aware") < first.index("## Training procedure") < first.index("Theirs.")
+    card = ModelCard(first)
+    assert (card.data.license, card.data.tags[0]) == ("mit", "trl")
+    assert write_model_card(trainer, dataset="me/solar", task="image-classification").read_text() == first
+
+
+def test_only_the_first_process_writes(tmp_path):
+    assert write_model_card(fake_trainer(tmp_path / "run", first=False)) is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_section_goes_to_the_end_where_there_is_no_training_procedure():
+    assert insert_section("# Title\n", "<!-- section -->").strip() == "# Title\n\n<!-- section -->"
