@@ -160,9 +160,10 @@ class SharpnessAwareUpdate:
             momenta = {p: momentum_of(optimizer, p) for p in parameters}
             parameters = [p for p in parameters if momenta[p] is not None]
             if not parameters and step > self.cost.first_step:
+                name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # inside Accelerate's wrapper
                 raise ValueError(
-                    f"method='msam' perturbs along the optimizer's momentum, and {type(getattr(optimizer, 'optimizer', optimizer)).__name__} keeps none. Use "
-                    "one with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
+                    f"method='msam' perturbs along the optimizer's momentum, and {name} keeps none. Use one with "
+                    " `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
                 )
             if not parameters:  # the optimizer has not stepped yet
                 return
@@ -263,17 +264,24 @@ class SharpnessAwareUpdate:
         if not is_last or not parameters:
             return
         kept = [self.state[p] for p in parameters]
-        gradients = [local(p.grad) for p in parameters]
-        add_orthogonal_part(gradients, kept, self.config.alpha, self.engine.reductions(parameters))
+        gradients = self.engine.gradients(parameters)
+        parts = [local(gradients[p]) for p in parameters]
+        add_orthogonal_part(parts, kept, self.config.alpha, self.engine.reductions(parameters))
+        put_gradients(gradients)
         self._average(is_last)
 
     def _add_second_order(self, parameters, g, g_s, rho, hessian_vector_product) -> None:
-        perturbed = [i for i, p in enumerate(parameters) if any(p is q for q in self.selected.values())]
+        selected = set(self.selected.values())
+        perturbed = [i for i, p in enumerate(parameters) if p in selected]
         reductions = self.engine.reductions([parameters[i] for i in perturbed])
         g, v = [g[i] for i in perturbed], [g_s[i] for i in perturbed]
         norm = reductions.norm(g) / self.engine.loss_scale(self.device)
         v = orthogonal_part(g, v, reductions)
         product = hessian_vector_product({parameters[i]: v_i for i, v_i in zip(perturbed, v, strict=True)})
+        if self.scope == "global":  # g and g_s are the ranks' means: so has the product to be
+            put_gradients(product)
+            self.engine.average_gradients(self.trainable)
+            product = take_gradients(self.trainable)
         plain = [gradient.clone() for gradient in g_s]
         for p, gradient in zip(parameters, g_s, strict=True):
             gradient.add_(torch.nan_to_num(product[p] * (rho / norm), nan=0.0, posinf=0.0, neginf=0.0))
