@@ -35,16 +35,14 @@ PLAN_NAME = "comparison.json"
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if args.execute:
         if args.parent:
             end_with(args.parent)
         return execute(args.execute, RECIPES)
     if not args.study:
         raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
-    plan = read_plan(args.study, args.output_dir)
-    if args.seeds:
-        plan = dataclasses.replace(plan, seeds=args.seeds)
+    plan = plan_of(args)
     workshop = open_workshop(plan)
     workshop.check_unchanged()
     print_plan(workshop, args.workers)
@@ -58,6 +56,16 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     report = report_on(workshop, args.foreign)
     print(f"\nReport: {report}")
     return report
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The YAML with what the command line overrides."""
+    plan = read_plan(args.study, args.output_dir)
+    for word in args.set:
+        if "=" not in word:
+            raise UserError(f"--set takes key=value pairs, not {word!r}.")
+    settings = {**plan.settings, **dict(word.split("=", 1) for word in args.set)}
+    return dataclasses.replace(plan, seeds=args.seeds or plan.seeds, settings=settings)
 
 
 def open_workshop(plan: Plan) -> Workshop:
@@ -138,8 +146,7 @@ def argument_types(recipe: str) -> tuple[type, ...]:
 def make_all(args: argparse.Namespace, workshop: Workshop) -> None:
     """Makes the runs with as many workers as asked for; this process is one of them."""
     context = multiprocessing.get_context("spawn")
-    settings = (args.study, args.output_dir, args.seeds, args.stale_after)
-    helpers = [context.Process(target=_help, args=settings) for _ in range(args.workers - 1)]
+    helpers = [context.Process(target=_help, args=(args,)) for _ in range(args.workers - 1)]
     for helper in helpers:
         helper.start()
     try:
@@ -154,9 +161,8 @@ def make_all(args: argparse.Namespace, workshop: Workshop) -> None:
             helper.terminate()
 
 
-def _help(study: Path, output_dir: Path | None, seeds: list[int] | None, stale_after: float) -> None:
-    plan = read_plan(study, output_dir)
-    _work(open_workshop(dataclasses.replace(plan, seeds=seeds) if seeds else plan), stale_after)
+def _help(args: argparse.Namespace) -> None:
+    _work(open_workshop(plan_of(args)), args.stale_after)
 
 
 def _work(workshop: Workshop, stale_after: float, workers: int = 1) -> None:
@@ -230,11 +236,12 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = ()) -> Path:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, nargs="?", help="YAML of the comparison.")
     parser.add_argument("--output_dir", type=Path, help="Where everything goes, instead of where the YAML says.")
     parser.add_argument("--seeds", type=int, nargs="+", help="Seeds, instead of those of the YAML.")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings of every run to override.")
     parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
     parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
     parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
