@@ -116,7 +116,7 @@ class SAMTrainerMixin:
                 put_gradients(accumulated)
             perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
             if measured:
-                sam.observe(eps, {p: p.grad for p in sam.trainable if p.grad is not None})
+                sam.observe(eps, sam.engine.gradients(sam.trainable))
         if sam.keeps_clean_gradient:
             sam.combine(accumulated, rho, is_last, partial(self._hessian_vector_product, window))
         if sam.config.replay_rng:

@@ -163,7 +163,7 @@ class SharpnessAwareUpdate:
                 name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # inside Accelerate's wrapper
                 raise ValueError(
                     f"method='msam' perturbs along the optimizer's momentum, and {name} keeps none. Use one with "
-                    " `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
+                    "`exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
                 )
             if not parameters:  # the optimizer has not stepped yet
                 return
