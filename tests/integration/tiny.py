@@ -272,3 +272,12 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def logged(trainer, key: str) -> list[float]:
     """The values of `key` in the order in which they were logged."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def assert_same_run(ours, stock, *, passes: int = 2):
+    """Both trainers took bitwise the same steps and logged the same, and ours ran `passes` times the passes."""
+    assert len(ours.passes) == passes * len(stock.passes)
+    assert torch.equal(torch.stack(ours.trajectory), torch.stack(stock.trajectory))
+    assert same_bits(state(ours.model), state(stock.model))
+    for key in ("loss", "grad_norm", "learning_rate", "epoch"):
+        assert logged(ours, key) == logged(stock, key)

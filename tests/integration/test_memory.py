@@ -1,0 +1,84 @@
+"""What the update holds beyond stock training, counted in bytes of live tensors."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from integration import tiny
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_sam import SAMConfig, SAMTrainer
+
+
+class Wide(nn.Module):
+    """Almost all memory is weights: activations of one example are small beside them."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(256, 256, bias=False, dtype=dtype) for _ in range(4))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return {"loss": x.float().square().mean(), "logits": x}
+
+
+def live_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct storages that some tensor refers to; a gradient is one once it has been looked at."""
+    gradients = [p.grad for p in model.parameters()]
+    sizes = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor):
+            storage = thing.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    del gradients
+    return sum(sizes.values())
+
+
+def peaks(tmp_path, sam: SAMConfig | None, dtype: torch.dtype, accumulation: int) -> list[float]:
+    """Live bytes in units of the weights at the end of each backward pass of the run, where most is live."""
+    weighed = []
+    model = Wide(dtype)
+    model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: weighed.append(live_bytes(model)))
+    data = [{"x": torch.randn(256, dtype=dtype), "labels": 0} for _ in range(8)]
+    args = tiny.arguments(
+        tmp_path, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, optim="sgd"
+    )
+    before = live_bytes(model)
+    trainer = (
+        Trainer(model, args, train_dataset=data)
+        if sam is None
+        else SAMTrainer(model, args, train_dataset=data, sam_config=sam)
+    )
+    trainer.train()
+    return [(size - before) / sum(p.nbytes for p in model.parameters()) for size in weighed]
+
+
+def peak_beyond_stock(tmp_path, sam: SAMConfig, dtype=torch.float32, accumulation: int = 1) -> float:
+    """How many copies of the weights more than the stock Trainer the update holds at its worst."""
+    stock = max(peaks(tmp_path, None, dtype, accumulation))
+    assert stock == pytest.approx(1, abs=0.05)  # the gradients
+    return max(peaks(tmp_path, sam, dtype, accumulation)) - stock
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("scope", ["micro", "device", "global"])
+def test_one_copy_of_the_weights(scope, accumulation, tmp_path):
+    assert peak_beyond_stock(tmp_path, SAMConfig(rho=0.1, scope=scope), accumulation=accumulation) <= 1.05
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 3, "inf"])
+def test_one_copy_for_every_norm(p, tmp_path):
+    """Also in the step that logs."""
+    assert peak_beyond_stock(tmp_path, SAMConfig(rho=0.1, p=p)) <= 1.05
+
+
+def test_one_copy_in_sixteen_bits(tmp_path):
+    assert peak_beyond_stock(tmp_path, SAMConfig(rho=10.0), dtype=torch.bfloat16) <= 1.05
+
+
+def test_only_what_is_perturbed_is_copied(tmp_path):
+    assert peak_beyond_stock(tmp_path, SAMConfig(rho=0.1, perturb=["layers.0.*"])) <= 0.3
