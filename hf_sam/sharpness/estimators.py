@@ -96,7 +96,8 @@ def most_negative_eigenvalue(
             As in `top_eigenvalues`.
     """
     if largest is None:
-        largest = max(top_eigenvalues(operator, 1, tolerance=1e-1, max_products=max_products, seed=seed).values)
+        top = top_eigenvalues(operator, 1, tolerance=1e-1, max_products=max_products, seed=seed)
+        largest = max(top.values, default=0.0)
     # Shifted so that all eigenvalues are at or below 0, the sought one near -(largest + |smallest|).
     matrix = operator.to_scipy()
     shifted = LinearOperator(matrix.shape, matvec=lambda v: matrix.matvec(v) - largest * v, dtype=matrix.dtype)

@@ -212,15 +212,18 @@ def _average(loss: SubsetLoss, config: SharpnessConfig) -> Result:
 def _hessian(loss: SubsetLoss, config: SharpnessConfig) -> Result:
     operator = Hessian(loss)
     result = _spectrum_and_trace(operator, config)
-    largest = max(result["eigenvalues"], default=None)
     lowest = most_negative_eigenvalue(
         operator,
-        largest=largest,
+        largest=max(result["eigenvalues"], default=None),
         tolerance=config.tolerance,
         max_products=config.max_products,
         seed=config.seed,
     )
-    return {**result, "most_negative": lowest.values[0] if lowest.values else None}
+    return {
+        **result,
+        "converged": result["converged"] and lowest.converged,
+        "most_negative": lowest.values[0] if lowest.values else None,
+    }
 
 
 def _gauss_newton(loss: SubsetLoss, config: SharpnessConfig) -> Result:

@@ -103,6 +103,8 @@ def _cell(entry: Record, key: str) -> str:
     elif key in ("trace", "gauss_newton_trace"):
         error = measures["hessian" if key == "trace" else "gauss_newton"]["trace"]["standard_error"]
     text = f"{entry['scalars'][key]:.4g}"
+    if "lambda_1" in key and not measures["gauss_newton" if "gauss" in key else "hessian"]["converged"]:
+        text += " (not all converged)"
     return text if error is None else f"{text} ± {error:.2g}"
 
 
