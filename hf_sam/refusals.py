@@ -142,6 +142,10 @@ _DEFERRED = (
     "scope='global' (or 'auto')."
 )
 _SHARDED = {
+    "method='functional'": (
+        "its derivative with respect to the logits ends the engine's backward pass before it has begun. Use one process or "
+        "DDP."
+    ),
     "method='random'": "every process would draw the same noise for its own shard. Use one process or DDP.",
     "second_order=True": "a Hessian-vector product does not pass through sharded parameters. Use one process or DDP.",
     "stochastic_rounding=True": (

@@ -1,0 +1,160 @@
+"""Sharded parameters: the same run as one process, whatever the mesh; ranks alike; the stock Trainer at a vanishing rho.
+
+FSDP2 and tensor parallelism run on real processes on the CPU (gloo).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import sharded_runs
+from engines.launching import Launched
+from engines.sharded_runs import CHOICES, IN_EVERY_SUITE
+
+# PEFT asks transformers for a property by a name that is about to go.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LOGGED = ("loss", "grad_norm", "sam_ascent_grad_norm", "sam_perturbation_norm", "sam_perturbed_loss", "sam_cosine")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Launched:
+    return Launched(tmp_path_factory.mktemp("two"), "sharded_runs.two_processes")
+
+
+def assert_same_course(sharded: dict, alone: dict, keys=LOGGED, **tolerance):
+    torch.testing.assert_close(sharded["trajectory"], alone["trajectory"], **tolerance)
+    assert (alone["trajectory"][-1] - alone["trajectory"][0]).norm() > 1e-3, "the run must move the weights"
+    for key in keys:
+        values = [[entry[key] for entry in run["log"] if key in entry] for run in (sharded, alone)]
+        assert values[0] == pytest.approx(values[1], rel=2e-6), key
+
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", IN_EVERY_SUITE)
+def test_a_run_on_shards_is_the_run_of_one_process(two, choice, tmp_path):
+    alone = sharded_runs.chosen("fsdp", choice, 1, tmp_path)
+    assert_same_course(two(f"fsdp {choice}"), alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_on_shards_is_the_run_of_one_process(at_length, layout, choice, tmp_path):
+    alone = sharded_runs.chosen(layout, choice, 1, tmp_path)
+    assert_same_course(at_length(f"{layout} {choice}"), alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_tied_weights_count_once(at_length, tmp_path):
+    assert_same_course(at_length("fsdp tied"), sharded_runs.tied("fsdp", tmp_path), rtol=1e-10, atol=1e-12)
+
+
+def test_adapters_that_every_rank_holds_whole_count_once(two, tmp_path):
+    assert_same_course(two("fsdp lora"), sharded_runs.adapters(tmp_path), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_weights_gathered_for_an_evaluation_do_not_hide_the_next_perturbation(at_length, tmp_path):
+    alone = sharded_runs.along_momentum("fsdp", tmp_path)
+    assert_same_course(at_length("fsdp msam"), alone, keys=("loss", "sam_perturbation_norm"), rtol=1e-8, atol=1e-10)
+
+
+def test_tensor_parallel_shards_and_replicas_have_the_norm_of_the_whole(two, tmp_path):
+    alone = sharded_runs.chosen("tp", "asam", 1, tmp_path)
+    assert_same_course(two("tp asam"), alone, rtol=1e-10, atol=1e-12)
+
+
+def assert_same_in_float32(sharded: dict, alone: dict):
+    assert sharded["scope"] == "global"
+    torch.testing.assert_close(sharded["trajectory"], alone["trajectory"], rtol=1e-5, atol=1e-6)
+    for key in ("loss", "sam_ascent_grad_norm", "sam_perturbation_norm"):
+        values = [[entry[key] for entry in run["log"] if key in entry] for run in (sharded, alone)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5), key
+
+
+def test_accelerates_plugin_is_the_run_of_one_process(two, tmp_path):
+    alone = sharded_runs.plugin({"rho": 0.1, "scope": "global"}, False, tmp_path)
+    assert_same_in_float32(two("plugin sam"), alone)
+
+
+@pytest.mark.slow
+def test_sharded_adapters_are_the_run_of_one_process(at_length, tmp_path):
+    alone = sharded_runs.plugin({"rho": 0.1, "scope": "global"}, True, tmp_path)
+    assert_same_in_float32(at_length("plugin lora"), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["sam", "p=1", "p=inf", "asam", "gsam"])
+@pytest.mark.parametrize(("layout", "batches"), [("hsdp", 4), ("fsdp and tp", 2)])
+def test_meshes_of_two_dimensions(four, layout, batches, choice, tmp_path):
+    alone = sharded_runs.chosen(layout, choice, 1, tmp_path)
+    assert_same_course(four(f"{layout} {choice}"), alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def at_length(tmp_path_factory) -> Launched:
+    return Launched(tmp_path_factory.mktemp("at_length"), "sharded_runs.two_processes_at_length")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Launched:
+    return Launched(tmp_path_factory.mktemp("four"), "sharded_runs.four_processes", processes=4)
+
+
+# --- the stock Trainer ---------------------------------------------------------------------------------------------
+
+
+def assert_same_bits(ours: dict, stock: dict):
+    assert torch.equal(ours["trajectory"], stock["trajectory"])
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [e[key] for e in ours["log"] if key in e] == [e[key] for e in stock["log"] if key in e]
+
+
+@pytest.mark.parametrize("pair", [("vanishing True", "vanishing False"), ("plugin vanishing", "plugin stock")])
+def test_a_vanishing_rho_is_bitwise_the_stock_trainer(two, pair):
+    assert_same_bits(*map(two, pair))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["bf16", "checkpointing"])
+def test_a_vanishing_rho_is_bitwise_the_stock_trainer_in_this_setting(at_length, setting):
+    assert_same_bits(at_length(f"vanishing {setting} True"), at_length(f"vanishing {setting} False"))
+
+
+# --- ranks, interruptions, traffic ---------------------------------------------------------------------------------
+
+
+def test_ranks_hold_the_same_bits_after_every_step_of_every_run(two):
+    assert len(two.names) > 12
+    for name in two.names:
+        assert torch.equal(two(name, 0)["trajectory"], two(name, 1)["trajectory"]), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_are_restored_bitwise_when_the_second_pass_raises(two, rank):
+    run = two("interrupted", rank)
+    assert torch.equal(run["before"], run["after"])
+
+
+def test_a_resumed_run_with_state_is_bitwise_the_uninterrupted_one(two):
+    run = two("plugin resumed friendly")
+    assert run["trajectory"].shape[0] == 6
+    assert torch.equal(run["second_half"], run["trajectory"][3:])
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(at_length):
+    run = at_length("plugin resumed sam")
+    assert torch.equal(run["second_half"], run["trajectory"][3:])
+
+
+def test_sam_gathers_and_scatters_twice_what_the_stock_trainer_does_and_little_more(two):
+    ours, stock = two("plugin vanishing")["bytes"], two("plugin stock")["bytes"]
+    for kind in stock:
+        if kind not in ("allreduce", "allgather", "broadcast"):
+            assert ours[kind] == 2 * stock[kind], (kind, ours, stock)
+    small = sum(ours.get(kind, 0) - stock.get(kind, 0) for kind in ("allreduce", "allgather", "broadcast"))
+    assert small < 4096
