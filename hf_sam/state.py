@@ -64,6 +64,7 @@ def save_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
     """
     tensors = {name: tensor.contiguous() for name, tensor in update.state_dict().items()}
     if tensors:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # this rank may be here before rank 0 has made it
         save_file(tensors, Path(folder) / STATE_NAME.format(rank=rank))
 
 

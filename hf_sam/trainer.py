@@ -168,7 +168,12 @@ class SAMTrainerMixin:
             sam.engine.gradients_only_for(chosen, sam.trainable),
             self._examined(batch, sam.examine_clean),
         ):
-            loss = self._pass(model, seen, synced=is_last and sam.scope == "global")
+            # Behind DDP the loss no longer depends on the logits: a gradient there needs the model itself.
+            through_engine = sam.config.row.descent != "functional"
+            synced = is_last and sam.scope == "global"
+            loss = self._pass(model if through_engine else self.model, seen, synced)
+        if synced and not through_engine:
+            sam.engine.average_gradients(sam.trainable)
         sam.telemetry.add(clean_loss=loss)
         sam.cost.ascent_passes += seen.fraction
         return loss
