@@ -131,7 +131,12 @@ class SharpnessAwareUpdate:
         loss_scale = self.engine.loss_scale(self.device)
         if is_first:
             self.telemetry.record(sam_rho=rho, sam_ascent_grad_norm=reductions.norm(directions) / loss_scale)
-        if measured and not self.keeps_clean_gradient and not self._is_parallel_to_gradient():
+        if (
+            measured
+            and not self.keeps_clean_gradient
+            and config.method != "sam"
+            and not self._displacement_shows_gradient()
+        ):
             self._clean = {p: g.clone() for p, g in zip(parameters, directions, strict=True)}
         if config.weight_decay_in_ascent:
             decay = [self._weight_decay.get(p, 0.0) for p in parameters]
@@ -298,16 +303,16 @@ class SharpnessAwareUpdate:
     def observe(self, perturbation: Perturbation, perturbed: Gradients) -> None:
         """Record the realised `||(w + eps) - w||` and `cos(g, g_s)`.
 
-        For p = 2 without adaptive scaling the displacement is parallel to `g` and stands for it, so that no second copy
-        is needed; otherwise `climb` has kept `g` for this step.
+        The displacement shows the direction of `g` where eps is a power of it, so that no second copy is needed. Elsewhere
+        `climb` has kept `g` for this step, but for the plain method, which promises not to: no cosine then.
         """
         moved, norms, common, dots, g, g_s = [], [], [], [], [], []
         for p, displacement in perturbation.displacement():
             moved.append(p)
             norms.append(torch.linalg.vector_norm(displacement))
-            if p in perturbed:
+            if p in perturbed and (p in self._clean or self._displacement_shows_gradient()):
                 common.append(p)
-                clean = displacement if self._is_parallel_to_gradient() else self._clean[p]
+                clean = self._clean[p] if p in self._clean else self._direction_of_gradient(displacement)
                 dots.append(torch.sum(clean * local(perturbed[p])))
                 g.append(torch.linalg.vector_norm(clean))
                 g_s.append(torch.linalg.vector_norm(local(perturbed[p]).to(clean.dtype)))
@@ -365,10 +370,16 @@ class SharpnessAwareUpdate:
         descent = 1.0 if config.row.descent != "hardest-hit" or config.gamma == 1 else config.gamma + FORWARD_SHARE
         return (config.ascent_fraction or 1.0) + inner + descent + (HESSIAN_PASSES if config.second_order else 0)
 
-    def _is_parallel_to_gradient(self) -> bool:
+    def _displacement_shows_gradient(self) -> bool:
         config = self.config
-        single = config.ascent_steps in (None, 1) and config.row.ascent == "gradient"
-        return config.p == 2 and not config.adaptive and single and not config.weight_decay_in_ascent
+        if config.row.ascent != "gradient" or config.adaptive or config.weight_decay_in_ascent:
+            return False
+        return 1 < config.p < math.inf and config.ascent_steps in (None, 1)
+
+    def _direction_of_gradient(self, displacement: Tensor) -> Tensor:
+        """`g` up to a factor: eps is `sign(g) |g|^(q-1)`, and (q - 1)(p - 1) = 1."""
+        p = self.config.p
+        return displacement if p == 2 else displacement.sign() * displacement.abs() ** (p - 1)
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> Tensor | None:

@@ -337,3 +337,17 @@ def test_every_row_says_what_it_is():
         assert row.paper == "control" or "arXiv" in row.paper
         assert row.summary.endswith(".")
         SAMConfig(method=name)
+
+
+@pytest.mark.parametrize("config", [{"p": 1.5}, {"p": 2}, {"p": 3}, {"method": "asam"}, {"method": "gsam"}], ids=str)
+def test_cosine_between_the_clean_and_the_perturbed_gradient(tmp_path, config):
+    config = {"rho": 0.2, **config}
+    trainer = train(tmp_path, SAMConfig(**config), max_steps=1, per_device_train_batch_size=8, learning_rate=0.0)
+    loss = oracles.loss_function(tiny_classifier(), stack(examples(8)))
+    w = oracles.flatten(oracles.used_parameters(tiny_classifier()))
+    g = oracles.gradient(loss, w)
+    eps = oracles.eps_adaptive(g, w, 0.2, 0.01) if config.get("method") == "asam" else None
+    p = config.get("p", 2)
+    g_s = oracles.gradient(loss, w + (oracles.eps_of(g, trainer._sam.schedule.rho(0, 0.0), p) if eps is None else eps))
+    expected = torch.cosine_similarity(g, g_s, dim=0).item()
+    assert trainer.state.log_history[0]["sam_cosine"] == pytest.approx(expected, abs=1e-6)
