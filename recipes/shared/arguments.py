@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
 from argparse import Action
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,7 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_sam.config import SAMConfig
 
-from .errors import UserError, as_user_error, one_line
+from .errors import UserError, as_user_error, did_you_mean, one_line
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -42,7 +41,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     tokens = [token for file in files for token in _file_tokens(Path(file), parser)]
     namespace, rest = parser.parse_known_args([*tokens, *options])
     if rest:
-        raise UserError(unknown_key(rest[0], parser.actions))
+        raise UserError(_unknown_key(rest[0], parser.actions))
     values = vars(namespace)
     with as_user_error(ValueError, TypeError, ImportError):
         return tuple(
@@ -95,7 +94,7 @@ def _file_tokens(path: Path, parser: _Parser) -> Iterator[str]:
     for key, value in read_config(path).items():
         action = parser.actions.get(key)
         if action is None:
-            raise UserError(f"{path}: {unknown_key(key, parser.actions)}")
+            raise UserError(f"{path}: {_unknown_key(key, parser.actions)}")
         if value is None:
             continue
         if isinstance(value, list) and action.nargs == "+":
@@ -106,14 +105,12 @@ def _file_tokens(path: Path, parser: _Parser) -> Iterator[str]:
             yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
 
 
-def unknown_key(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+def _unknown_key(word: str, known: Iterable[str]) -> str:
     """The message for a word on the command line, or a key of a file, that is no argument."""
     name = word.split("=")[0].lstrip("-").replace("-", "_")
-    if not word.startswith("--") and name not in known and not re.fullmatch(r"\w+", word):
+    if not re.fullmatch(r"\w+", name):
         return f"{word!r} is no argument: give `--key value` pairs, after the configuration file."
-    found = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {found[0]!r}?" if found else " --help lists all arguments."
-    return f"{name!r} is no argument of this recipe.{hint}"
+    return f"{name!r} is no argument of this recipe.{did_you_mean(name, known, ' --help lists all arguments.')}"
 
 
 class _Parser(HfArgumentParser):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from .errors import UserError, one_line
+from .errors import UserError, did_you_mean, one_line
 from .options import DataArguments
 from .sampling import stratified_sample, stratified_split
 
@@ -211,10 +210,7 @@ def _is_json(line: str) -> bool:
 def _neighbours(path: Path) -> str:
     """What a folder has instead of `path`: the nearest name, else the first ones."""
     names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    if nearest:
-        return f" Did you mean {nearest[0]!r}?"
-    return f" {path.parent} has: {', '.join(names[:10])}." if names else ""
+    return did_you_mean(path.name, names, f" {path.parent} has: {', '.join(names[:10])}." if names else "")
 
 
 def _named(found: dict[str, Split], name: str, argument: str) -> Split:

@@ -19,8 +19,7 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-from .arguments import unknown_key
-from .errors import UserError, as_user_error, one_line
+from .errors import UserError, as_user_error, did_you_mean, one_line
 from .images import set_output_size
 from .options import ModelArguments
 
@@ -36,19 +35,16 @@ def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **val
     """
     if labels is not None:
         values |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    if args.model_type is not None:
-        if args.model_type not in CONFIG_MAPPING:
-            raise UserError(
-                f"model_type: {unknown_key(args.model_type, list(CONFIG_MAPPING)).replace('argument of this recipe', 'model type')}"
-            )
+    if args.model_type is None:
+        config = _from_hub(AutoConfig, args.model_name_or_path, args)
+    elif args.model_type in CONFIG_MAPPING:
         config = CONFIG_MAPPING[args.model_type]()
     else:
-        config = _from_hub(AutoConfig, args.model_name_or_path, args)
+        raise UserError(f"model_type={args.model_type} is unknown.{did_you_mean(args.model_type, CONFIG_MAPPING)}")
     for name, value in {**values, **args.config_overrides}.items():
         if not hasattr(config, name):
-            raise UserError(
-                f"config_overrides: {unknown_key(name, list(vars(config))).replace('argument of this recipe', f'field of {type(config).__name__}')}"
-            )
+            kind = type(config).__name__
+            raise UserError(f"config_overrides: {name!r} is no field of {kind}.{did_you_mean(name, vars(config))}")
         with as_user_error(ValueError, TypeError, prefix=f"config_overrides: {name}: "):
             setattr(config, name, value)
     return config
@@ -185,9 +181,9 @@ def _from_hub(auto_class: type, name: str, args: ModelArguments, **kwargs: Any) 
         return auto_class.from_pretrained(str(path) if path.exists() else name, revision=args.model_revision, **kwargs)
     except (OSError, ValueError) as error:
         reason = one_line(error).split(". ")[0]
-        where = "cannot be loaded" if path.exists() else "is no local folder and cannot be had from the hub"
+        if path.exists():
+            raise UserError(f"{name} cannot be loaded as {auto_class.__name__}: {reason}.") from error
         raise UserError(
-            f"{name} {where} as {auto_class.__name__} (is this machine offline?): {reason}."
-            if not path.exists()
-            else f"{name} {where} as {auto_class.__name__}: {reason}."
+            f"{name} is no local folder and cannot be had from the hub as {auto_class.__name__} "
+            f"(is this machine offline?): {reason}."
         ) from error

@@ -20,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.comparison.fingerprints import describe_data
 from hf_sam.comparison.records import RECORD_NAME, RunRecord, recording
+from hf_sam.model_card import write_model_card
 
 from .data import Splits
 from .errors import UserError
@@ -229,8 +230,15 @@ def save(trainer: Trainer) -> None:
 
 
 def write_card(trainer: Trainer, **details: Any) -> None:
-    """The model card, into `output_dir`; with `push_to_hub` the model goes to the hub with it."""
+    """
+    The model card, into `output_dir`; with `push_to_hub` the model goes to the hub with it.
+
+    Args:
+        trainer (`Trainer`): After evaluation.
+        **details: What the trainer's own `create_model_card` takes; its data set is on the results too.
+    """
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**details)
     else:
         trainer.create_model_card(**details)
+    write_model_card(trainer, details.get("dataset") or details.get("dataset_name"), details.get("tasks"))
