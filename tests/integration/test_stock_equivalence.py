@@ -24,12 +24,17 @@ def both(make_model, data, tmp_path, scope: str, make_extra=dict, **args):
     )
 
 
+# Of lora, checkpointing, bf16 and accumulation: the fewest settings in which every two show all pairs of values.
+PAIRWISE = [(0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)]
+THE_OTHERS = [setting for setting in itertools.product((0, 1), repeat=4) if setting not in PAIRWISE]
+
+
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_every_setting(accumulation, bf16, checkpointing, lora, scope, tmp_path):
+@pytest.mark.parametrize(
+    ("lora", "checkpointing", "bf16", "accumulates"),
+    [*PAIRWISE, *(pytest.param(*setting, marks=pytest.mark.slow) for setting in THE_OTHERS)],
+)
+def test_every_setting(lora, checkpointing, bf16, accumulates, scope, tmp_path):
     def model():
         vit = tiny.vit(dropout=0.1)
         return tiny.with_lora(vit, ["q_proj", "v_proj"], dropout=0.1) if lora else vit
@@ -39,9 +44,9 @@ def test_every_setting(accumulation, bf16, checkpointing, lora, scope, tmp_path)
         tiny.images(),
         tmp_path,
         scope,
-        gradient_accumulation_steps=accumulation,
-        bf16=bf16,
-        activation_checkpointing=checkpointing,
+        gradient_accumulation_steps=1 + accumulates,
+        bf16=bool(bf16),
+        activation_checkpointing=bool(checkpointing),
     )
     tiny.assert_same_run(ours, stock)
 
@@ -156,8 +161,7 @@ def trajectory(model, data, tmp_path, sam, batch, accumulation) -> torch.Tensor:
     return torch.stack(tiny.trained(model, data, tmp_path, sam, max_steps=3, max_grad_norm=0.1, **options).trajectory)
 
 
-@pytest.mark.parametrize("scope", ["device", "global"])
-@pytest.mark.parametrize("method", ["sam", "asam"])
+@pytest.mark.parametrize(("method", "scope"), [("sam", "device"), ("sam", "global"), ("asam", "device")])
 @pytest.mark.parametrize("kind", ["mean over examples", "sum over tokens"])
 def test_a_window_is_one_batch(kind, method, scope, tmp_path):
     def run(batch, accumulation):
@@ -185,7 +189,7 @@ def test_m_splits_a_batch_as_accumulation_would(kind, tmp_path):
 
     for m in (1, 4):
         expected = run(m, 8 // m, None)
-        for batch, accumulation in ((8, 1), (4, 2)):
+        for batch, accumulation in ((8, 1), (4, 2)) if m == 1 else ((8, 1),):
             torch.testing.assert_close(run(batch, accumulation, m), expected, rtol=1e-10, atol=1e-11)
     assert not torch.allclose(run(8, 1, 1), run(8, 1, 4))
 
