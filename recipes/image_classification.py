@@ -14,7 +14,7 @@ from functools import partial
 from shared.arguments import SAMArguments, parse_arguments
 from shared.data import Splits, load_splits, make_splits, pick_column
 from shared.errors import run
-from shared.images import AUGMENTATIONS, ImageDataset, ImageTransform, output_size, stream_images
+from shared.images import AUGMENTATIONS, ImageDataset, ImageTransform, NewDrawEachEpoch, output_size, stream_images
 from shared.labels import add_label_noise, check_classes, class_labels
 from shared.metrics import classification_metrics, hub_metrics
 from shared.models import check_image_size, load_config, load_image_processor, load_model
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=partial(classification_metrics, hub=hub_metrics(run_args.hub_metrics)),
+        callbacks=[] if data_args.streaming else [NewDrawEachEpoch(images["train"])],
         sam_config=sam_config,
     )
     with recorded(trainer, splits, data_args, run_args, model=model_args, images=image_args) as record:

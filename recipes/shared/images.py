@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image, ImageOps
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, TrainerCallback
 from transformers.utils import is_torchvision_available
 
 from .errors import UserError
@@ -51,15 +51,15 @@ class ImageDataset(torch.utils.data.Dataset):
         self.transform = transform
         self.split = split
         self.seed = seed
-        self.epoch = 0
+        self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # workers that live on see it change
         size_in_bytes = len(dataset) * 3 * transform.size**2 * 4
         self.kept: dict[int, torch.Tensor] | None = (
             {} if transform.augment is None and size_in_bytes < KEPT_BYTES else None
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's DataLoader at the start of each epoch."""
-        self.epoch = epoch
+    def start_epoch(self, epoch: int) -> None:
+        """Draw anew. (Not `set_epoch`: Accelerate's DataLoader calls that in resumed epochs only.)"""
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,7 +73,17 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _pixels(self, index: int) -> torch.Tensor:
         image = open_image(self.dataset[index][self.image_column], f"{self.split} image {index}")
-        return self.transform(image, np.random.default_rng((self.seed, self.epoch, index)))
+        return self.transform(image, np.random.default_rng((self.seed, self.epoch.item(), index)))
+
+
+class NewDrawEachEpoch(TrainerCallback):
+    """Tells an `ImageDataset` which epoch begins, or goes on after a resume."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.start_epoch(int(state.epoch))
 
 
 def stream_images(

@@ -47,7 +47,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_example_alone(augmentation):
     np.random.seed(1)
     for i in reversed(range(6)):
         assert torch.equal(again[i]["pixel_values"], images[i])
-    again.set_epoch(1)
+    again.start_epoch(1)
     assert any(not torch.equal(again[i]["pixel_values"], images[i]) for i in range(6))
     other = dataset(augmentation, seed=1)
     assert any(not torch.equal(other[i]["pixel_values"], images[i]) for i in range(6))

@@ -122,12 +122,12 @@ def test_card_is_written(finished):
 
 
 def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(finished, data, tmp_path):
-    """What `kill -9` leaves: whole checkpoints, and the beginning of one."""
+    """What `kill -9` leaves: whole checkpoints, and the beginning of one. Step 4 is in the middle of the second epoch."""
     out = tmp_path / "digits_sam"
     out.mkdir()
-    for step in (2, 4):
+    for step in (4, 6):
         shutil.copytree(finished / f"checkpoint-{step}", out / f"checkpoint-{step}")
-    (out / "checkpoint-4/trainer_state.json").unlink()
+    (out / "checkpoint-6/trainer_state.json").unlink()
     words = ["--num_train_epochs=2", "--save_steps=2", "--sam_rho=0.1", "--label_noise=0.25", "--evaluate_train"]
     trainer = images(data, out, *words, "--resume_from_checkpoint=auto")
     assert trainer.state.global_step == 6
@@ -135,6 +135,18 @@ def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(finished, data
     first, second = (pd.read_parquet(folder / "test_predictions.parquet") for folder in (out, finished))
     pd.testing.assert_frame_equal(first, second)
     assert final_numbers(out) == final_numbers(finished)
+
+
+def test_every_epoch_draws_other_crops(data, tmp_path, monkeypatch):
+    drawn = []
+    original = image_classification.ImageDataset._pixels
+    monkeypatch.setattr(
+        image_classification.ImageDataset,
+        "_pixels",
+        lambda self, index: drawn.append((self.split, int(self.epoch))) or original(self, index),
+    )
+    images(data, tmp_path / "out", "--num_train_epochs=3", "--save_strategy=no")
+    assert [drawn.count(("train", epoch)) for epoch in range(4)] == [12, 12, 12, 0]
 
 
 def test_auto_starts_anew_where_there_is_nothing(data, tmp_path):
