@@ -71,7 +71,7 @@ def top_eigenvalues(
 
     Args:
         operator ([`CurvatureOperator`]): The matrix. About `4 k` (at least 20) vectors of length P are held.
-        k (`int`, *optional*, defaults to 5): How many; fewer than P.
+        k (`int`, *optional*, defaults to 5): How many; at most P - 1.
         tolerance (`float`, *optional*, defaults to 1e-3): Accuracy relative to each eigenvalue.
         max_products (`int`, *optional*, defaults to 300): About when to give up; what has converged is returned.
         seed (`int`, *optional*, defaults to 0): Of the start vector.
@@ -172,6 +172,7 @@ def _eigenvalues(
     matrix: LinearOperator, k: int, end: str, tolerance: float, max_products: int, seed: int
 ) -> Eigenvalues:
     size = matrix.shape[0]
+    k = min(k, size - 1)  # ARPACK's limit
     basis = min(size, max(4 * k, 20))
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
     try:

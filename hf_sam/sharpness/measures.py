@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,28 +50,38 @@ def ascent_direction(gradient: Tensor, scale: Tensor | float, p: float) -> Tenso
 
 
 def sam_sharpness(
-    loss: SubsetLoss, rhos: list[float], *, p: float = 2.0, adaptive: bool = False, eta: float = 0.0
+    loss: SubsetLoss,
+    rhos: Sequence[float],
+    *,
+    p: float = 2.0,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    known: tuple[float, Tensor] | None = None,
 ) -> dict[float, float]:
     """`L(w + eps) - L(w)` for each rho, `eps` being SAM's own: `rho` times the direction of steepest ascent at `w`.
 
     Args:
         loss ([`SubsetLoss`]): The function.
-        rhos (`list[float]`): Sizes of `eps`.
+        rhos (`Sequence[float]`): Sizes of `eps`.
         p (`float`, *optional*, defaults to 2.0): The norm that bounds `eps`: 2 or infinity.
         adaptive (`bool`, *optional*, defaults to `False`): Bound `eps / (|w| + eta)` instead of `eps`.
         eta (`float`, *optional*, defaults to 0.0): Only with `adaptive`.
+        known (`tuple[float, Tensor]`, *optional*): What `loss.gradient()` returned, to save a pass.
     """
-    clean, gradient = loss.gradient()
+    clean, gradient = loss.gradient() if known is None else known
     direction = ascent_direction(gradient, scaling(loss.weights, adaptive, eta), p)
     return {rho: loss(loss.weights + rho * direction) - clean for rho in rhos}
 
 
 def objective(loss: SubsetLoss, rho: float, weight_decay: float = 0.0) -> Objective:
     """Loss, sharpness term and L2 term at the model's weights."""
-    clean, gradient = loss.gradient()
-    perturbed = loss(loss.weights + rho * ascent_direction(gradient, 1.0, 2.0))
-    l2 = 0.5 * weight_decay * loss.weights.double().square().sum().item()
-    return Objective(clean, perturbed - clean, l2, rho)
+    known = loss.gradient()
+    return Objective(known[0], sam_sharpness(loss, [rho], known=known)[rho], l2_term(loss, weight_decay), rho)
+
+
+def l2_term(loss: SubsetLoss, weight_decay: float) -> float:
+    """`weight_decay / 2 * ||w||_2^2`, the term whose gradient is `weight_decay * w`."""
+    return 0.5 * weight_decay * loss.weights.double().square().sum().item()
 
 
 def m_sharpness(loss: SubsetLoss, m: int, rho: float, **kind) -> float:

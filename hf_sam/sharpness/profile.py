@@ -21,7 +21,7 @@ from .estimators import (
 )
 from .landscape import filter_normalised_direction, slice_1d, slice_2d
 from .loss import SubsetLoss
-from .measures import ascent_direction, average_sharpness, m_sharpness, sam_sharpness, worst_case_sharpness
+from .measures import average_sharpness, l2_term, m_sharpness, sam_sharpness, worst_case_sharpness
 from .operators import CurvatureOperator, GaussNewton, Hessian
 
 Result = dict[str, Any]
@@ -99,15 +99,18 @@ class SharpnessConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("measures", "rho", "adaptive_rho", "m"):
+            setattr(self, name, list(dict.fromkeys(getattr(self, name))))  # said twice, measured once
         for name in self.measures:
             if name not in MEASURES:
                 raise ValueError(f"measures: {name!r} is unknown. Allowed: {', '.join(MEASURES)}.")
-        for name in ("m", "steps", "draws", "eigenvalues", "max_products", "probes", "lanczos_steps", "lanczos_draws"):
+        for name in (
+            *("m", "steps", "draws", "eigenvalues", "max_products", "probes", "lanczos_steps", "lanczos_draws"),
+            *("points", "directions"),
+        ):
             self._check(name, lambda value: isinstance(value, int) and value >= 1, "a whole number, at least 1")
         for name in ("rho", "adaptive_rho", "radius", "adaptive_radius", "sigma", "adaptive_sigma", "extent"):
             self._check(name, lambda value: 0 < value < math.inf, "a number above 0")
-        for name in ("points", "directions"):
-            self._check(name, lambda value: isinstance(value, int) and value >= 1, "a whole number, at least 1")
         self._check("tolerance", lambda value: 0 < value < 1, "a number in (0, 1)")
         self._check("weight_decay", lambda value: 0 <= value < math.inf, "a number, at least 0")
 
@@ -159,18 +162,16 @@ def scalars(results: dict[str, Result]) -> dict[str, float]:
 
 
 def _sam(loss: SubsetLoss, config: SharpnessConfig) -> Result:
-    clean, gradient = loss.gradient()
-    norm = torch.linalg.vector_norm(loss.weights).item()
-    direction = ascent_direction(gradient, 1.0, 2.0)
+    known = loss.gradient()
     return {
-        "loss": clean,
-        "gradient_norm": torch.linalg.vector_norm(gradient).item(),
-        "weight_norm": norm,
-        "l2": 0.5 * config.weight_decay * norm**2,
+        "loss": known[0],
+        "gradient_norm": torch.linalg.vector_norm(known[1]).item(),
+        "weight_norm": torch.linalg.vector_norm(loss.weights).item(),
+        "l2": l2_term(loss, config.weight_decay),
         "rho": config.rho,
-        "sharpness": [loss(loss.weights + rho * direction) - clean for rho in config.rho],
+        "sharpness": list(sam_sharpness(loss, config.rho, known=known).values()),
         "adaptive_rho": config.adaptive_rho,
-        "adaptive_sharpness": list(sam_sharpness(loss, config.adaptive_rho, adaptive=True).values()),
+        "adaptive_sharpness": list(sam_sharpness(loss, config.adaptive_rho, adaptive=True, known=known).values()),
     }
 
 
@@ -301,6 +302,7 @@ def _sam_scalars(result: Result) -> dict[str, float]:
         "loss": result["loss"],
         "gradient_norm": result["gradient_norm"],
         "weight_norm": result["weight_norm"],
+        "l2": result["l2"] or None,
         **{f"sam_{rho:g}": value for rho, value in plain},
         **{f"sam_adaptive_{rho:g}": value for rho, value in adaptive},
     }

@@ -22,6 +22,7 @@ LABELS = {
     "loss": "loss",
     "gradient_norm": "norm of the gradient",
     "weight_norm": "norm of the weights",
+    "l2": "L2 term, weight decay / 2 times the squared norm",
     "sam": "SAM sharpness, rho = *",
     "sam_adaptive": "adaptive SAM sharpness (eta 0), rho = *",
     "m": "m-sharpness, m = *",

@@ -104,7 +104,7 @@ def test_trace_of_a_transformer(transformer, kind):
 
 
 def test_density_has_the_moments_and_shares_of_a_known_spectrum(known):
-    density = spectral_density(known, steps=15, draws=30)
+    density = spectral_density(known, steps=12, draws=20)
     np.testing.assert_allclose(density.weights.sum(1), 1)
     size = len(SPECTRUM)
     assert abs(density.mean().mean - SPECTRUM.mean().item()) < 3.5 * density.mean().standard_error

@@ -15,10 +15,10 @@ MODELS = {"batch-norm": toys.normed_net, "bert": toys.bert, "tied-masked-lm": to
 
 @pytest.fixture(params=MODELS, scope="module")
 def case(request):
-    """A model in float64, its examples in one batch, and the loss as it is measured, in batches of 3."""
+    """A model in float64, its examples in one batch, and the loss as it is measured, in two batches."""
     model, examples = MODELS[request.param]()
     model.double().eval()
-    loss = SubsetLoss(model, Subset(examples, toys.collate, batch_size=3), dtype=torch.float64)
+    loss = SubsetLoss(model, Subset(examples, toys.collate, batch_size=4), dtype=torch.float64)
     batch = toys.collate(examples)
     return model, {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}, loss
 
@@ -87,7 +87,7 @@ def test_gauss_newton_is_the_sum_of_explicit_jacobians(case):
 def test_gauss_newton_of_a_causal_language_model_counts_the_predicted_tokens():
     model, examples = toys.tied_gpt2()
     model.double().eval()
-    loss = SubsetLoss(model, Subset(examples, toys.collate, batch_size=3), dtype=torch.float64)
+    loss = SubsetLoss(model, Subset(examples, toys.collate, batch_size=4), dtype=torch.float64)
     expected = explicit_gauss_newton(model, toys.collate(examples), shifted=True)
     # transformers computes the loss of causal language models in float32 whatever the logits are
     torch.testing.assert_close(dense(GaussNewton(loss)), expected, atol=1e-6 * expected.abs().max().item(), rtol=1e-4)

@@ -45,7 +45,7 @@ def test_every_measure_gives_json_its_cost_and_the_numbers_of_the_functions():
     assert numbers["lambda_1_over_5"] == pytest.approx((spectrum[-1] / spectrum[-5]).item(), rel=1e-2)
     assert numbers["lambda_min"] == pytest.approx(spectrum[0].item(), abs=1e-3 * spectrum[-1].item())
     assert results["slice_1d"]["losses"][0][1] == pytest.approx(loss()), "the middle of a slice is the checkpoint"
-    assert results["sam"]["passes"] == {"forward": 7.0, "gradient": 2.0, "curvature": 0.0}
+    assert results["sam"]["passes"] == {"forward": 7.0, "gradient": 1.0, "curvature": 0.0}
     assert results["m"]["passes"] == {"forward": 2.0, "gradient": 2.0, "curvature": 0.0}
     assert results["density"]["passes"]["curvature"] == 4
     assert all(result["seconds"] > 0 for result in results.values())
@@ -98,7 +98,7 @@ def run(folder, trainer_class, dtype: str, callback: bool, **options):
     trainer = trainer_class(model=model, args=args, train_dataset=examples, data_collator=toys.collate, **options)
     if callback:
         config = SharpnessConfig(measures=["sam", "m", "hessian", "average"], m=[2], eigenvalues=2, **SMALL)
-        trainer.add_callback(SharpnessCallback(trainer, config, num_examples=5, every=2))
+        trainer.add_callback(SharpnessCallback(trainer, config, num_examples=5, every=4))
     trainer.train()
     return trainer
 
@@ -128,7 +128,7 @@ def test_a_run_with_the_callback_is_bitwise_the_run_without_it(tmp_path, trainer
         )
         toys.assert_same(a, b)
     logged = [entry for entry in measured.state.log_history if "sharpness/loss" in entry]
-    assert [entry["step"] for entry in logged] == [0, 2, 4, 6, 8]
+    assert [entry["step"] for entry in logged] == [0, 4, 8]
     assert all(entry["sharpness/sam_0.05"] > 0 for entry in logged)
     assert {"sharpness/lambda_1", "sharpness/m_2", "sharpness/average"} <= logged[0].keys()
 
