@@ -19,6 +19,7 @@ from .batches import MicroBatch
 from .config import SAMConfig
 from .descent import hardest_hit
 from .engines import engine_for, loss_instead_of_backward
+from .model_card import write_model_card
 from .parameters import put_gradients, take_gradients
 from .refusals import refuse_unsupported
 from .replay import RandomStates, bookkeeping_kept
@@ -90,6 +91,8 @@ class SAMTrainerMixin:
                 losses = [self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]
                 loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self.current_gradient_accumulation_steps = whole.accumulation_steps
+        if is_last:
+            sam.engine.finish_step()
         return loss
 
     def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
@@ -108,10 +111,10 @@ class SAMTrainerMixin:
             bookkeeping_kept(self, self.sam_bookkeeping),
             sam.perturbation(step) as eps,  # leaving it restores w bitwise
         ):
-            sam.climb(eps, take_gradients(sam.trainable), rho, measured=measured)  # w + eps
+            sam.climb(eps, sam.engine.take_gradients(sam.trainable), rho, measured=measured)  # w + eps
             for _ in range(1, sam.config.ascent_steps or 1):
-                self._passes(model, window, synced=is_last and sam.scope == "global")
-                sam.climb(eps, take_gradients(sam.trainable), rho)
+                self._passes(model, window, synced=is_last and sam.scope == "global", looks=True)
+                sam.climb(eps, sam.engine.take_gradients(sam.trainable), rho)
             if not sam.keeps_clean_gradient:
                 put_gradients(accumulated)
             perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
@@ -171,7 +174,7 @@ class SAMTrainerMixin:
             # Behind DDP the loss no longer depends on the logits: a gradient there needs the model itself.
             through_engine = sam.config.row.descent != "functional"
             synced = is_last and sam.scope == "global"
-            loss = self._pass(model if through_engine else self.model, seen, synced)
+            loss = self._pass(model if through_engine else self.model, seen, synced, looks=True)
         if synced and not through_engine:
             sam.engine.average_gradients(sam.trainable)
         sam.telemetry.add(clean_loss=loss)
@@ -186,24 +189,26 @@ class SAMTrainerMixin:
         synced = is_last and (not sam.keeps_clean_gradient or sam.scope == "global")
         return self._passes(model, window, synced)
 
-    def _passes(self, model: nn.Module, window: list[MicroBatch], synced: bool) -> Tensor:
-        """Run the window again as the clean pass saw it; returns the sum of its losses."""
+    def _passes(self, model: nn.Module, window: list[MicroBatch], synced: bool, looks: bool = False) -> Tensor:
+        """Run the window again as the clean pass saw it; returns the sum of its losses. The arguments are `_pass`'s."""
         sam, losses = self._sam, []
         for batch in window:
             if batch.random_states is not None:
                 batch.random_states.restore()
             with sam.cost.full_pass(batch.fraction), self._examined(batch, sam.examine_perturbed):
-                losses.append(self._pass(model, batch, synced=synced and batch is window[-1]))
+                losses.append(self._pass(model, batch, synced and batch is window[-1], looks))
         return torch.stack(losses).sum()
 
-    def _pass(self, model: nn.Module, batch: MicroBatch, synced: bool) -> Tensor:
+    def _pass(self, model: nn.Module, batch: MicroBatch, synced: bool, looks: bool = False) -> Tensor:
         """One forward and backward of the base trainer; gradients add up in p.grad.
 
-        `synced` leaves synchronisation as the Trainer has set it for this micro-batch; otherwise there is none.
+        `synced` leaves synchronisation as the Trainer has set it for this micro-batch; otherwise there is none. `looks`
+        where the gradients show where to look; otherwise the optimizer steps along them.
         """
         self.current_gradient_accumulation_steps = batch.accumulation_steps
-        with contextlib.nullcontext() if synced else self._sam.engine.without_sync(model):
-            return super().training_step(model, batch.fresh_inputs(), batch.num_items_in_batch)
+        engine = self._sam.engine
+        with (engine.looking if looks else engine.stepping)(model, synced) as module:
+            return super().training_step(module, batch.fresh_inputs(), batch.num_items_in_batch)
 
     def _hardest_hit(self, batch: MicroBatch) -> MicroBatch:
         """ESAM's choice of examples, by one forward pass at `w + eps`."""
@@ -311,6 +316,11 @@ class SAMTrainerMixin:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             save_config(output_dir or self.args.output_dir, self.sam_config)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The base trainer's own, with the section on sharpness-aware minimization; `push_to_hub` comes by here."""
+        super().create_model_card(*args, **kwargs)
+        write_model_card(self, kwargs.get("dataset") or kwargs.get("dataset_name"), kwargs.get("tasks"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

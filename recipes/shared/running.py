@@ -20,7 +20,6 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.comparison.fingerprints import describe_data
 from hf_sam.comparison.records import RECORD_NAME, RunRecord, recording
-from hf_sam.model_card import write_model_card
 
 from .data import Splits
 from .errors import UserError
@@ -235,10 +234,9 @@ def write_card(trainer: Trainer, **details: Any) -> None:
 
     Args:
         trainer (`Trainer`): After evaluation.
-        **details: What the trainer's own `create_model_card` takes; its data set is on the results too.
+        **details: What the trainer's own `create_model_card` takes.
     """
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**details)
     else:
         trainer.create_model_card(**details)
-    write_model_card(trainer, details.get("dataset") or details.get("dataset_name"), details.get("tasks"))
