@@ -151,36 +151,44 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict | Split:
 
 
 def _load_local(path: Path, args: DataArguments) -> DatasetDict | IterableDatasetDict | Split:
-    if path.is_file():
-        builder = BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise UserError(f"dataset={path} has no known suffix. Allowed: {', '.join(BUILDERS)}, or a folder.")
-        if path.stat().st_size == 0:
-            raise UserError(f"dataset={path} is empty.")
-        _check_text_file(path)
-        source: dict[str, Any] = {"path": builder, "data_files": {args.train_split: str(path)}}
-    else:
-        files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
-        kinds = {BUILDERS[file.suffix.lower()] for file in files if file.suffix.lower() in BUILDERS}
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
-            kinds = {"imagefolder"}
-        if not kinds:
-            raise UserError(f"dataset={path} holds no images and no csv, json or parquet files.")
-        if len(kinds) > 1:
-            raise UserError(f"dataset={path} holds files of several kinds ({', '.join(sorted(kinds))}); name one file.")
-        source = {"path": kinds.pop(), "data_dir": str(path)}
-        sharded = {file: SHARD.fullmatch(file.stem) for file in files if file.suffix.lower() in BUILDERS}
-        if sharded and all(sharded.values()) and source["path"] != "imagefolder":
-            source = {"path": source["path"], "data_files": {}}
-            for file, match in sorted(sharded.items()):
-                source["data_files"].setdefault(match["split"], []).append(str(file))
-    if Path(path).suffix.lower() == ".tsv":
-        source["delimiter"] = "\t"
+    source = _file_source(path, args.train_split) if path.is_file() else _folder_source(path)
     try:
         return datasets.load_dataset(**source, streaming=args.streaming)
     except Exception as error:  # the readers below `datasets` raise what they like; all of it is about this file
         cause = error.__cause__ or error
         raise UserError(f"dataset={path} cannot be read: {one_line(cause)}") from error
+
+
+def _file_source(path: Path, split: str) -> dict[str, Any]:
+    """What `datasets.load_dataset` needs to read one file as one split."""
+    suffix = path.suffix.lower()
+    if suffix not in BUILDERS:
+        raise UserError(f"dataset={path} has no known suffix. Allowed: {', '.join(BUILDERS)}, or a folder.")
+    if path.stat().st_size == 0:
+        raise UserError(f"dataset={path} is empty.")
+    _check_text_file(path)
+    delimiter = {"delimiter": "\t"} if suffix == ".tsv" else {}
+    return {"path": BUILDERS[suffix], "data_files": {split: str(path)}, **delimiter}
+
+
+def _folder_source(path: Path) -> dict[str, Any]:
+    """The same for a folder of images by class, or of files by split."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        return {"path": "imagefolder", "data_dir": str(path)}
+    tables = [file for file in files if file.suffix.lower() in BUILDERS]
+    kinds = {BUILDERS[file.suffix.lower()] for file in tables}
+    if not kinds:
+        raise UserError(f"dataset={path} holds no images and no csv, json or parquet files.")
+    if len(kinds) > 1:
+        raise UserError(f"dataset={path} holds files of several kinds ({', '.join(sorted(kinds))}); name one file.")
+    names = [SHARD.fullmatch(file.stem) for file in tables]
+    if not all(names):
+        return {"path": kinds.pop(), "data_dir": str(path)}
+    shards: dict[str, list[str]] = {}
+    for name, file in zip(names, tables, strict=True):
+        shards.setdefault(name["split"], []).append(str(file))
+    return {"path": kinds.pop(), "data_files": shards}
 
 
 def _check_text_file(path: Path) -> None:

@@ -136,7 +136,7 @@ def open_image(value: Any, name: str) -> Image.Image:
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
         with Image.open(source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL, on broken files
         where = f" ({value['path']})" if value.get("path") else ""
         reason = str(error) if value.get("path") and not isinstance(error, Image.UnidentifiedImageError) else "no image"
         raise UserError(f"{name}{where} does not open: {reason}; remove its row from the data.") from error

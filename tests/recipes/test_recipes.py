@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import causal_lm
@@ -116,6 +117,24 @@ def test_card_is_written(finished):
     assert "sharpness-aware-minimization" in card.data.tags
     assert "sam" not in card.data.tags
     assert card.data.eval_results[0].task_type == "image-classification"
+
+
+def test_pushing_to_the_hub_takes_the_whole_card_along(data, tmp_path, monkeypatch):
+    pushed = {}
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return types.SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, folder_path, repo_id, **kwargs):
+            pushed[repo_id] = ModelCard.load(Path(folder_path) / "README.md")
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    images(data, tmp_path / "cells", "--max_steps=1", "--save_strategy=no", "--push_to_hub", "--hub_model_id=cells")
+    (card,) = pushed.values()
+    assert "sharpness-aware-minimization" in card.data.tags
+    assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "f1", "ece"}
+    assert 'model="me/cells"' in card.text
 
 
 # --- the same run, whatever happens to it --------------------------------------------------------------------------
