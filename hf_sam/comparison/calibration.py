@@ -60,13 +60,12 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
         `pd.DataFrame`: One row per bin that is not empty: `low`, `high`, `examples`, `confidence`, `accuracy`.
     """
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    table = pd.DataFrame({"bin": index, "confidence": confidence, "accuracy": correct.astype(float)})
-    grouped = table.groupby("bin").agg(
-        examples=("accuracy", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean")
-    )
-    grouped.insert(0, "low", grouped.index / bins)
-    grouped.insert(1, "high", (grouped.index + 1) / bins)
-    return grouped.reset_index(drop=True)
+    examples = np.bincount(index, minlength=bins)
+    used = np.flatnonzero(examples)
+    sums = (np.bincount(index, weights=values, minlength=bins)[used] for values in (confidence, correct))
+    confidence_mean, accuracy = (total / examples[used] for total in sums)
+    columns = {"low": used / bins, "high": (used + 1) / bins, "examples": examples[used]}
+    return pd.DataFrame({**columns, "confidence": confidence_mean, "accuracy": accuracy})
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:

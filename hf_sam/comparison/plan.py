@@ -346,7 +346,7 @@ def settings_of(plan: Plan, run: Run, tuned: Mapping[str, Any], length: Mapping[
         "task": run.task,
         "condition": run.condition,
         "arm": run.arm,
-        "budget": run.budget if run.trial is None else TUNING,
+        "budget": run.budget if run.trial is None else f"{TUNING} {run.budget}",
         "disable_tqdm": True,
         "report_to": "none",
         "resume_from_checkpoint": "auto",

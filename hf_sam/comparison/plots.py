@@ -193,6 +193,46 @@ def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_l
     return canvas, pd.DataFrame(rows, columns=["task", "condition", "budget", "arm", "seed", x, y])
 
 
+@styled
+def draw_confusion(matrices: dict[str, np.ndarray], class_names: Sequence[str]) -> Canvas:
+    """Counts of true class (row) by predicted class (column), one panel per checkpoint, shaded by share of the row."""
+    size = 1.2 + 0.28 * len(class_names)
+    canvas = Canvas(
+        figsize=(size * min(len(matrices), 3) + 1, size * -(-len(matrices) // 3) + 0.6), layout="constrained"
+    )
+    shape = (-(-len(matrices) // 3), min(len(matrices), 3))
+    panels = list(canvas.subplots(*shape, squeeze=False).flat)
+    for axes in panels[len(matrices) :]:
+        axes.remove()
+    ticks, names = range(len(class_names)), [_short(name, 16) for name in class_names]
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=False):
+        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.grid(False)
+        for row, column in np.argwhere(matrix):
+            colour = "white" if share[row, column] > 0.6 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(ticks, names, rotation=90)
+        axes.set_yticks(ticks, names)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.set_title(_short(title), fontsize=9)
+    return canvas
+
+
+@styled
+def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
+    """Accuracy over the level of each corruption, one panel per corruption; level 0 is the uncorrupted split."""
+    kinds = list(dict.fromkeys(frame.corruption))
+    canvas, panels = _panels(kinds, str)
+    for axes, kind in zip(panels, kinds, strict=False):
+        for index, (name, accuracy) in enumerate(clean.items()):
+            rows = frame[(frame.corruption == kind) & (frame.checkpoint == name)]
+            axes.plot([0, *rows.level], [100 * accuracy, *(100 * rows.accuracy)], **_look(index), linewidth=1.2)
+        axes.set(xlabel="level", ylabel="accuracy (%)")
+    _legend(canvas, list(clean))
+    return canvas
+
+
 def _panels(items: Sequence, title: Callable | None = None, height: float = 2.3) -> tuple[Canvas, list[Axes]]:
     """A canvas with one titled panel per item, three in a row and at most `MAX_PANELS`."""
     count = min(len(items), MAX_PANELS)
@@ -222,8 +262,8 @@ def _legend(canvas: Canvas, arms: Sequence[str], markers: bool = True) -> None:
         text.set_text(_short(arm))  # set afterwards: a label that starts with an underscore would be left out
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= MAX_LABEL else name[: MAX_LABEL - 1] + "…"
+def _short(name: str, most: int = MAX_LABEL) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _with_unit(metric_name: str) -> str:

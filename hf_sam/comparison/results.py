@@ -21,7 +21,7 @@ from .statistics import (
     probability_of_improvement,
 )
 
-TUNING = "tuning"  # the budget of a trial, which is counted in the set-up and compared nowhere
+TUNING = "tuning"  # begins the budget of a trial, which is counted in the set-up and compared nowhere
 LEVEL = 0.05
 BUDGETS = {"steps": "equal steps", "passes": "equal passes"}  # a pass: one gradient of the whole effective batch
 
@@ -174,6 +174,21 @@ def natural(text: str) -> list:
     ]
 
 
+def is_trial(run: RunRecord) -> bool:
+    """Whether the run served to find settings: its budget then reads `tuning steps`, `tuning steps+passes`, ..."""
+    return run.budget.startswith(TUNING)
+
+
+def count_trials(records: Iterable[RunRecord]) -> dict[str, set[int]]:
+    """For each arm, how many finished trials it had in each task, condition and budget."""
+    found: dict[str, dict[tuple, int]] = defaultdict(lambda: defaultdict(int))
+    for run in records:
+        if is_trial(run) and run.status == "finished":
+            for budget in run.budget.removeprefix(TUNING).strip().split("+"):
+                found[run.arm][run.task, run.condition, budget] += 1
+    return {arm: set(counts.values()) for arm, counts in found.items()}
+
+
 def in_budget(run: RunRecord, budget: str) -> bool:
     """Whether a run counts under `budget`; one that costs the same under both says `steps+passes`."""
     return budget in run.budget.split("+")
@@ -194,10 +209,9 @@ def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
     """Groups finished and foreign runs by task, condition and budget."""
     groups: dict[tuple[str, str, str], dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
     for run in records:
-        if run.status in ("finished", "foreign"):
+        if run.status in ("finished", "foreign") and not is_trial(run):
             for budget in run.budget.split("+"):
-                if budget != TUNING:
-                    groups[run.task, run.condition, budget][run.arm].append(run)
+                groups[run.task, run.condition, budget][run.arm].append(run)
     keys = sorted(
         groups,
         key=lambda key: (natural(key[0]), natural(key[1]), list(BUDGETS).index(key[2]) if key[2] in BUDGETS else 9),
@@ -213,7 +227,7 @@ def guess_question(records: Sequence[RunRecord], control: str | None, treatment:
     Raises:
         ValueError: A name that no record has.
     """
-    done = [run for run in records if run.status in ("finished", "foreign") and run.budget != TUNING]
+    done = [run for run in records if run.status in ("finished", "foreign") and not is_trial(run)]
     arms = arm_order(done)
     for name, arm in (("control", control), ("treatment", treatment)):
         if arm is not None and arms and arm not in arms:
@@ -283,7 +297,7 @@ def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
     """One message for each task, condition and seed whose runs did not start from the same model or the same data."""
     groups: dict[tuple, list[RunRecord]] = defaultdict(list)
     for run in records:
-        if run.status == "finished" and run.budget != TUNING:
+        if run.status == "finished" and not is_trial(run):
             groups[run.task, run.condition, run.seed].append(run)
     problems = []
     for (task, condition, seed), runs in groups.items():

@@ -8,7 +8,7 @@ from typing import Any
 from ..config import DEFAULTS
 from .document import Block, Table, Text
 from .records import RunRecord
-from .results import BUDGETS, TUNING, natural, uses_sam
+from .results import BUDGETS, count_trials, is_trial, natural, uses_sam
 from .study import Study
 from .wording import NOTHING
 
@@ -25,7 +25,7 @@ ARGUMENTS = {
 
 def setup_blocks(study: Study) -> list[Block]:
     """Arms, data, seeds, budgets, tuning, software and hardware, each as far as the records say."""
-    done = [run for run in study.records if run.status == "finished" and run.budget != TUNING]
+    done = [run for run in study.records if run.status == "finished" and not is_trial(run)]
     return [
         _arm_table(study, done),
         Table(["what", "value"], _fact_rows(study, done), "Common to all", 99),
@@ -40,7 +40,7 @@ def setup_blocks(study: Study) -> list[Block]:
 
 def _arm_table(study: Study, done: list[RunRecord]) -> Table:
     columns = ["arm", "method", *ARGUMENTS.values(), "other SAM settings", "tuning trials"]
-    rows = []
+    rows, counted = [], count_trials(study.records)
     for arm in study.arms:
         runs = [run for run in done if run.arm == arm]
         sams = [run.config["sam"] for run in runs if uses_sam(run)]
@@ -48,12 +48,12 @@ def _arm_table(study: Study, done: list[RunRecord]) -> Table:
         others = [f"{name} {_span(sam.get(name) for sam in sams)}" for name in settings if _matters(name, sams)]
         method = _span(sam.get("method") for sam in sams)
         rho = _span(sam.get("rho") for sam in sams)
-        trials = sum(run.budget == TUNING and run.arm == arm and run.status == "finished" for run in study.records)
+        trials = _span(counted.get(arm, {0}))
         arguments = [run.config.get("training_arguments") or {} for run in runs]
         rows.append(
             [arm, method if rho == NOTHING else f"{method}, rho {rho}"]
             + [_span(values.get(name) for values in arguments) for name in ARGUMENTS]
-            + [", ".join(others) or NOTHING, str(trials)]
+            + [", ".join(others) or NOTHING, trials]
         )
     told = [index for index in range(len(columns)) if any(row[index] != NOTHING for row in rows)]
     return Table([columns[index] for index in told], [[row[index] for index in told] for row in rows], "Arms", 99)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from .document import Block, Listing
-from .results import TUNING, in_budget, metric_of, pairing_problems
+from .results import count_trials, in_budget, is_trial, metric_of, pairing_problems
 from .study import Study
 
 FEW_SEEDS = 10
@@ -45,15 +45,18 @@ def _about_seeds(study: Study) -> list[str]:
 
 
 def _about_tuning(study: Study) -> list[str]:
-    trials = Counter(run.arm for run in study.records if run.budget == TUNING and run.status == "finished")
-    arms = {run.arm for run in study.records if run.status == "finished" and run.budget != TUNING}
+    trials = count_trials(study.records)
+    arms = dict.fromkeys(run.arm for run in study.records if run.status == "finished" and not is_trial(run))
     if not trials:
         return ["Nothing was tuned here: every arm ran with the settings it was given, which may suit some better."]
-    counts = {trials[arm] for arm in arms}
-    if len(counts) > 1:
-        listed = ", ".join(f"{arm} {trials[arm]}" for arm in sorted(arms))
+    counts = {arm: trials.get(arm, {0}) for arm in arms}
+    if len(set().union(*counts.values())) > 1:
+        listed = ", ".join(f"{arm} {' or '.join(map(str, sorted(count)))}" for arm, count in counts.items())
         return [f"Arms were tuned with unequal numbers of trials ({listed})."]
-    return [f"Each arm was tuned with {counts.pop()} trials; a larger search could change the order."]
+    count = next(iter(set().union(*counts.values())))
+    return [
+        f"Each arm was tuned with {count} trials per task, condition and budget; a larger search could change the order."
+    ]
 
 
 def _about_runs(study: Study) -> list[str]:

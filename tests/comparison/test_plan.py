@@ -70,7 +70,7 @@ def test_a_trial_has_a_validation_split_and_a_final_run_has_none(plan):
     trial = trial_runs(comparison, run)[1]
     tried = settings_of(comparison, trial, {"learning_rate": 0.1}, {"max_steps": 10})
     assert tried["validation_size"] == 0.25
-    assert (tried["budget"], tried["learning_rate"], tried["seed"]) == ("tuning", 0.1, 1000)
+    assert (tried["budget"], tried["learning_rate"], tried["seed"]) == ("tuning steps", 0.1, 1000)
     assert "validation_size" not in settings_of(comparison, run, {}, {"max_steps": 10})
     assert trial.folder != run.folder
 

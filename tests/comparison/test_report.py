@@ -224,7 +224,7 @@ def test_broken_pairs_are_found(tmp_path):
 
 def test_unequal_tuning_is_named(tmp_path):
     records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=[0, 1])
-    trial = RunRecord(task="digits", arm="sam", budget="tuning", status="finished", metrics={"accuracy": 1.0})
+    trial = RunRecord(task="digits", arm="sam", budget="tuning steps", status="finished", metrics={"accuracy": 1.0})
     write_report([*records, trial], tmp_path / "report")
     assert "unequal numbers of trials (adamw 0, sam 1)" in (tmp_path / "report" / "report.md").read_text()
 

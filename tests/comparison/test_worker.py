@@ -170,7 +170,7 @@ def test_trials_come_first_choose_on_validation_and_win(study, tmp_path):
     path = study(tuning=tuning, seeds=[0])
     workshop = open_workshop(path)
     work(workshop)
-    trials = [run for run in records_of(workshop) if run.budget == "tuning"]
+    trials = [run for run in records_of(workshop) if run.budget == "tuning steps"]
     assert [run.arm for run in trials] == ["adamw"] * 6 + ["sam"] * 6
     assert {run.metrics["examples"] for run in trials} == {8}  # of the validation split
     rates = [run.config["training_arguments"]["learning_rate"] for run in trials]
