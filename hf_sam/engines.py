@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from .config import SAMConfig
-from .parameters import Gradients, gradients_only_for, laid_out_as, put_gradients
+from .parameters import Gradients, gradients_only_for, laid_out_as, put_gradients, take_gradients
 from .reductions import Reductions, ShardedReductions
 
 if TYPE_CHECKING:
@@ -45,17 +45,20 @@ def kind_of(trainer: Trainer) -> str:
         return "one process" if accelerator.num_processes == 1 else "DDP"
     if accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP2" if accelerator.is_fsdp2 else "FSDP1"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "ZeRO-3" if accelerator.state.deepspeed_plugin.zero_stage == 3 else "ZeRO-0, 1, 2"
     return "unknown"
 
 
 def engine_for(trainer: Trainer) -> Engine:
     """The engine that the trainer's model runs on."""
-    kind = kind_of(trainer)
-    if kind == "tensor parallel":
-        return ShardedEngine(trainer)
-    if kind == "FSDP2":
-        return FullyShardedEngine(trainer)
-    return Engine(trainer)
+    engines = {
+        "tensor parallel": ShardedEngine,
+        "FSDP2": FullyShardedEngine,
+        "ZeRO-0, 1, 2": ZeroEngine,
+        "ZeRO-3": Zero3Engine,
+    }
+    return engines.get(kind_of(trainer), Engine)(trainer)
 
 
 class Engine:
@@ -101,6 +104,22 @@ class Engine:
         return self._accelerator.no_sync(model)
 
     @contextlib.contextmanager
+    def looking(self, model: nn.Module, synced: bool) -> Iterator[nn.Module]:
+        """For a pass whose gradients show where to look, and are never stepped along; yields the module to run.
+
+        `synced` leaves synchronisation as the Trainer has set it for this micro-batch; otherwise there is none.
+        """
+        with contextlib.nullcontext() if synced else self.without_sync(model):
+            yield model
+
+    def stepping(self, model: nn.Module, synced: bool) -> contextlib.AbstractContextManager[nn.Module]:
+        """For a pass whose gradients the optimizer steps along."""
+        return self.looking(model, synced)
+
+    def finish_step(self) -> None:
+        """Called where the optimizer's step is due: after the last micro-batch, the weights being in place again."""
+
+    @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
         """Backward passes inside leave no gradients at the other trainable parameters, and compute none if possible."""
         if self._needs_all_gradients:
@@ -109,6 +128,10 @@ class Engine:
             return
         with gradients_only_for(chosen, trainable), backward_where_needed(self._accelerator):
             yield
+
+    def take_gradients(self, parameters: Sequence[Parameter]) -> Gradients:
+        """Move the gradients of passes inside `looking` to the caller."""
+        return take_gradients(parameters)
 
     def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
         """The gradients there are, left where they are."""
@@ -206,6 +229,91 @@ class FullyShardedEngine(ShardedEngine):
         super().renew_copies()
         for module in self._modules:  # some keep their gathered weights from one forward pass to the next
             module.reshard()
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO-0, 1 and 2: every rank holds all weights; optimizer states and gradients may be sharded.
+
+    Accelerate's `backward` steps the optimizer. Here the passes that look never reach DeepSpeed: their gradients are
+    taken from autograd and, at global scope, averaged. Those that step do, and its step comes when the weights are back.
+    """
+
+    parameters_are_views = True
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self._deepspeed = trainer.model_wrapped
+        self._wanted = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def looking(self, model: nn.Module, synced: bool) -> Iterator[nn.Module]:
+        wanted = self._wanted
+
+        def backward(loss: Tensor, **kwargs) -> None:
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            for p, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+
+        with _replaced_backward(self._accelerator, backward):
+            yield self._deepspeed.module
+        if synced:
+            self.average_gradients(wanted)
+
+    @contextlib.contextmanager
+    def stepping(self, model: nn.Module, synced: bool) -> Iterator[nn.Module]:
+        def backward(loss: Tensor, **kwargs) -> None:
+            self._deepspeed.set_gradient_accumulation_boundary(synced and self._accelerator.sync_gradients)
+            self._deepspeed.backward(loss, **kwargs)
+
+        with _replaced_backward(self._accelerator, backward):
+            yield model
+
+    def finish_step(self) -> None:
+        self._deepspeed.step()
+
+    @contextlib.contextmanager
+    def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
+        before, self._wanted = self._wanted, list(chosen)
+        try:
+            yield
+        finally:
+            self._wanted = before
+
+    def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
+        return {}  # those of the optimizer's are spread over ranks, and gathering them would cost what ZeRO saves
+
+
+class Zero3Engine(ZeroEngine):
+    """DeepSpeed ZeRO-3: each rank holds a flat part of every parameter, and DeepSpeed reduces all gradients."""
+
+    def scope(self, config: SAMConfig) -> str:
+        return "global" if config.scope == "auto" and config.m is None else super().scope(config)
+
+    def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
+        return ShardedReductions([torch.ones((), device=p.device) for p in parameters])
+
+    def looking(self, model: nn.Module, synced: bool) -> contextlib.AbstractContextManager[nn.Module]:
+        return self.stepping(model, synced)
+
+    @contextlib.contextmanager
+    def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
+        self._wanted = list(chosen)  # until the gradients are taken: DeepSpeed makes all of them
+        yield
+
+    def take_gradients(self, parameters: Sequence[Parameter]) -> Gradients:
+        taken = {p: gradient.clone() for p, gradient in self.gradients(self._wanted).items()}
+        self._deepspeed.optimizer.zero_grad()
+        return taken
+
+    def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
+        from deepspeed.utils import safe_get_local_grad
+
+        return {p: safe_get_local_grad(p) for p in parameters}
+
+    def renew_copies(self) -> None:
+        super().renew_copies()
+        self._deepspeed.optimizer.empty_partition_cache()
 
 
 def replicas(p: Tensor) -> int:

@@ -64,7 +64,9 @@ def select(model: nn.Module, perturb: str | Sequence[str]) -> dict[str, Paramete
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a parameter or gradient, sharing its memory: the whole of it unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor).detach()  # under DeepSpeed's ZeRO-3 one flat part
 
 
 def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:

@@ -58,6 +58,30 @@ def _offloads(trainer: Trainer) -> bool:
     return offloads_at_load or isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
 
 
+def _deepspeed_config(trainer: Trainer) -> dict:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return {} if plugin is None else plugin.deepspeed_config
+
+
+def _deepspeed_keeps_weights_elsewhere(trainer: Trainer) -> bool:
+    config = _deepspeed_config(trainer)
+    zero = config.get("zero_optimization", {})
+    offloads = any(
+        (zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")
+    )
+    copies = ("zero_hpz_partition_size", "mics_shard_size")
+    has_copies = any(zero.get(name, 0) > 1 for name in copies)
+    quantizes = any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients"))
+    return (
+        offloads or has_copies or quantizes or "zenflow" in zero or config.get("compile", {}).get("deepcompile", False)
+    )
+
+
+def _deepspeed_casts(trainer: Trainer) -> bool:
+    config = _deepspeed_config(trainer)
+    return any(config.get(section, {}).get("enabled") is True for section in ("fp16", "torch_autocast", "amp"))
+
+
 # When, and what the user reads.
 _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     (
@@ -92,7 +116,18 @@ _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     ),
     (
         lambda trainer: kind_of(trainer) == "unknown",
-        "{trainer.accelerator.distributed_type} is not supported. Use one process, DDP or FSDP2.",
+        "{trainer.accelerator.distributed_type} is not supported. Use one process, DDP, FSDP2 or DeepSpeed ZeRO.",
+    ),
+    (
+        _deepspeed_keeps_weights_elsewhere,
+        "DeepSpeed's offload_optimizer, offload_param, zero_hpz_partition_size, mics_shard_size, zero_quantized_*, zenflow and "
+        "deepcompile keep or move weights and gradients in ways that a second pass would not see. Remove them from "
+        "`zero_optimization`, and use a higher stage or fewer trainable parameters (LoRA) instead.",
+    ),
+    (
+        _deepspeed_casts,
+        "DeepSpeed's fp16, amp and torch_autocast sections scale losses or cast inside its engine, which the first pass does "
+        "not go through. Use bf16.",
     ),
     (
         _splits_sequences,
@@ -130,6 +165,7 @@ FEATURES: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
         "method='friendly'": lambda trainer: trainer.sam_config.method == "friendly",
         "method='msam'": lambda trainer: trainer.sam_config.method == "msam",
         "method='random'": lambda trainer: trainer.sam_config.method == "random",
+        "method='bilora'": lambda trainer: trainer.sam_config.method == "bilora",
         "second_order=True": lambda trainer: bool(trainer.sam_config.second_order),
         "weight_decay_in_ascent=True": lambda trainer: bool(trainer.sam_config.weight_decay_in_ascent),
         "stochastic_rounding=True": lambda trainer: (
@@ -153,6 +189,16 @@ _SHARDED = {
         "out; parameters that are few can be kept in float32."
     ),
 }
+_COMBINED = "the gradients it combines are DeepSpeed's own, spread over ranks. Use DDP or FSDP2."
+_FLAT = "DeepSpeed keeps the optimizer's groups and states in flat buffers. Use DDP or FSDP2."
+_ZERO = {
+    "method='gsam', 'wsam', 'looksam'": _COMBINED,
+    "second_order=True": _COMBINED,
+    "method='msam'": _FLAT,
+    "weight_decay_in_ascent=True": _FLAT,
+    "method='bilora'": _FLAT,
+}
+_ZERO3 = "ZeRO-3 reduces every gradient, so that only that of the whole batch can be seen. Choose scope='global' (or 'auto')."
 # For each engine the features it lacks, and what the user reads.
 LACKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -160,6 +206,8 @@ LACKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "DDP": {},
         "FSDP2": {"scope='micro'": _DEFERRED, "scope='device'": _DEFERRED, **_SHARDED},
         "tensor parallel": _SHARDED,
+        "ZeRO-0, 1, 2": _ZERO,
+        "ZeRO-3": {"scope='micro'": _ZERO3, "scope='device'": _ZERO3, **_SHARDED, **_ZERO},
     }
 )
 

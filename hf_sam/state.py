@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import SAMConfig
+from .parameters import local
 from .update import SharpnessAwareUpdate
 
 CONFIG_NAME = "sam_config.json"
@@ -79,7 +80,15 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
         logger.warning(
             f"{folder} holds the SAM state of {len(files)} processes: process {rank} goes on with {own.name}."
         )
-    update.load_state_dict(load_file(own, device=str(update.device)))
+    tensors = load_file(own, device=str(update.device))
+    for name, tensor in tensors.items():
+        here = local(update.names[name]).shape if name in update.names else tensor.shape
+        if tensor.shape != here:
+            raise ValueError(
+                f"{own} holds a part of {name} of shape {list(tensor.shape)}, and this process one of shape {list(here)}. "
+                "Resume a sharded run on as many processes as the checkpoint has, sharded alike."
+            )
+    update.load_state_dict(tensors)
 
 
 def reload_renamed_weights(model: nn.Module, folder: str) -> None:
