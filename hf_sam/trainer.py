@@ -286,6 +286,7 @@ class SAMTrainerMixin:
         )
         if self._sam_checkpoint is not None:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)
+            self._sam_checkpoint = None  # another call of `train` begins anew
         m = self._sam.effective_m(
             self._train_batch_size, self.args.gradient_accumulation_steps, self._sam.engine.batches
         )

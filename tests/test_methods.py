@@ -351,3 +351,19 @@ def test_cosine_between_the_clean_and_the_perturbed_gradient(tmp_path, config):
     g_s = oracles.gradient(loss, w + (oracles.eps_of(g, trainer._sam.schedule.rho(0, 0.0), p) if eps is None else eps))
     expected = torch.cosine_similarity(g, g_s, dim=0).item()
     assert trainer.state.log_history[0]["sam_cosine"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_second_call_of_train_does_not_go_back_to_the_checkpoint(tmp_path):
+    def trainer():
+        return OrderedSAMTrainer(
+            model=tiny_classifier(),
+            args=arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2),
+            train_dataset=examples(8),
+            sam_config=SAMConfig(method="friendly", rho=0.2),
+        )
+
+    trainer().train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed.start_update()
+    assert resumed._sam.state == {}
