@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, data_args, task_args, config = parse_arguments(
         [CheckpointArguments, DataArguments, task.arguments, SharpnessConfig], [*argv, *recorded_data(argv)]
     )
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     named = args.named
     with state.main_process_first():
         splits, *columns = task.read_data(data_args, task_args)
