@@ -5,6 +5,7 @@ Every run can be made in one process too, where nothing is sharded and batches a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -214,10 +215,8 @@ def interrupted(layout: str, folder: Path) -> Result:
     args = tiny.arguments(folder, gradient_accumulation_steps=2, per_device_train_batch_size=2, optim="sgd")
     trainer = Failing(model=model, args=args, train_dataset=tiny.texts(), sam_config=SAMConfig(**RHO, scope="global"))
     before = weights(model)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         trainer.train()
-    except KeyboardInterrupt:
-        pass
     return {"before": before, "after": weights(model), "trajectory": weights(model)[None]}
 
 
