@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import sharpness
 import torch
+import transformers
 from datasets import Dataset
 from shared.arguments import parse_arguments
 from shared.errors import UserError, run
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args, data_args, task_args = parse_arguments(
         [ReportArguments, DataArguments, task.arguments], [*argv, *sharpness.recorded_data(argv)]
     )
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     splits, *columns = task.read_data(data_args, task_args)
     if args.split not in splits:
         raise UserError(f"split={args.split} is not there; the data have: {', '.join(splits)}.")
@@ -109,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         facts={
             "data": str(data_args.dataset),
             "split": args.split,
-            **{name: str(value) for name, value in describe_data(rows).items()},
+            **{name: _words(value) for name, value in describe_data(rows).items()},
             "software": ", ".join(f"{name} {version}" for name, version in describe_environment()["packages"].items()),
         },
         examples=shown_examples(rows, columns),
@@ -119,6 +123,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     report = write_document(document, Path(args.output_dir))
     print(f"Report: {report}")
     return report
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def with_option_name(argv: list[str]) -> list[str]:

@@ -9,24 +9,45 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import confusion_matrix, f1_score, matthews_corrcoef, precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support
 
 from . import plots
 from .calibration import Predictions, expected_calibration_error, reliability
 from .document import Block, Document, Figure, Listing, Section, Table, Text
 from .results import metric_of
 from .statistics import Estimate, bootstrap_examples, holm, mcnemar_p, sign_flip_p
-from .wording import NOTHING, number, p_value, with_interval
+from .wording import NOTHING, number, p_equals, p_value, with_interval
 
 MAX_DISAGREEMENTS = 20
 MAX_SHOWN = 120  # characters of an example
 MAX_CLASSES = 30  # in a table per class or a confusion matrix
 
+
+def confusion(kept: Predictions) -> np.ndarray:
+    """Counts of true class (row) by predicted class (column), `(classes, classes)`."""
+    classes = kept.probabilities.shape[1]
+    return np.bincount(kept.labels * classes + kept.predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def f1_macro(counts: np.ndarray) -> float:
+    """Mean F1 of the classes that occur or are predicted; thousands of resamples need it fast."""
+    support = counts.sum(0) + counts.sum(1)
+    seen = support > 0
+    return float((2 * np.diag(counts)[seen] / support[seen]).mean())
+
+
+def matthews(counts: np.ndarray) -> float:
+    """Matthews correlation coefficient (Gorodkin 2004), 0 where it is undefined."""
+    true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
+    spread = (total**2 - (true**2).sum()) * (total**2 - (predicted**2).sum())
+    return float((total * np.trace(counts) - true @ predicted) / np.sqrt(float(spread))) if spread > 0 else 0.0
+
+
 Metric = Callable[[Predictions], float]
 CLASSIFICATION: dict[str, Metric] = {
     "accuracy": lambda kept: float(kept.correct.mean()),
-    "f1_macro": lambda kept: float(f1_score(kept.labels, kept.predicted, average="macro", zero_division=0)),
-    "mcc": lambda kept: float(matthews_corrcoef(kept.labels, kept.predicted)),
+    "f1_macro": lambda kept: f1_macro(confusion(kept)),
+    "mcc": lambda kept: matthews(confusion(kept)),
     "nll": lambda kept: float(-np.log(np.maximum(true_probability(kept), np.finfo(float).tiny)).mean()),
     "ece": lambda kept: expected_calibration_error(kept.confidence, kept.correct),
     "brier": lambda kept: float(
@@ -191,13 +212,12 @@ def _answer(checkpoints: Sequence[Evaluated], pairs: Sequence[dict]) -> list[Blo
             size = with_interval(pair["value"], pair["low"], pair["high"], pair["metric"])
             unit = " points" if pair["metric"] == "accuracy" else " nats per token (less is better)"
             settled = "a difference on this test split" if pair["p_holm"] <= 0.05 else "no difference is established"
-            blocks.append(
-                Text(
-                    f"{pair['second']} minus {first}: {pair['metric']} {size}{unit}; {_test_name(pair)} p = "
-                    f"{p_value(pair['p'])}, {p_value(pair['p_holm'])} after Holm over {len(pairs)} pairs: {settled}.",
-                    "answer",
-                )
+            several = f", {p_value(pair['p_holm'])} after Holm over {len(pairs)} pairs" if len(pairs) > 1 else ""
+            sentence = (
+                f"{pair['second']} minus {first}: {pair['metric']} {size}{unit}; {_test_name(pair)} "
+                f"{p_equals(pair['p'])}{several}: {settled}."
             )
+            blocks.append(Text(sentence, "answer"))
     return blocks
 
 
@@ -256,7 +276,7 @@ def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> 
         for index, (precision, recall, f1, support) in enumerate(zip(*scores, strict=True)):
             cells = [f"{100 * value:.1f}" for value in (precision, recall, f1)]
             rows.append([class_names[index], entry.name, *cells, str(support)])
-        matrix = confusion_matrix(kept.labels, kept.predicted, labels=range(count))
+        matrix = confusion(kept)
         frames.append(
             pd.DataFrame(matrix, columns=list(class_names)).assign(true=list(class_names), checkpoint=entry.name)
         )

@@ -48,6 +48,12 @@ def p_value(p: float | None) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}".rstrip("0").ljust(4, "0")
 
 
+def p_equals(p: float) -> str:
+    """`p = 0.0625`, or `p < 0.0001`."""
+    text = p_value(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
 def answer(entry: Comparison) -> str:
     """One sentence: who against whom, on what, by how much, how sure."""
     metric, paired = metric_of(entry.metric), entry.paired
@@ -73,7 +79,7 @@ def answer(entry: Comparison) -> str:
     }[entry.verdict]
     return (
         f"{finding} ({len(paired.seeds)} seeds; bootstrap {low} to {high}, Student's {t_low} to {t_high}; exact "
-        f"sign-flip p = {p_value(paired.p_value)}{floor}{holm}): {conclusion}."
+        f"sign-flip {p_equals(paired.p_value)}{floor}{holm}): {conclusion}."
     )
 
 
