@@ -16,7 +16,7 @@ from typing import Any
 from shared.arguments import SAMArguments, parse_arguments
 from shared.data import Splits, load_splits, make_splits
 from shared.errors import UserError, as_user_error, run
-from shared.language import TokenWeightedEvaluation, pick_format, tokenize_texts
+from shared.language import COMPLETION, CONVERSATION, TokenWeightedEvaluation, pick_format, tokenize_texts
 from shared.metrics import hub_metrics, perplexity_metrics
 from shared.models import check_max_length, load_config, load_model, load_tokenizer
 from shared.options import DataArguments, ModelArguments, RunArguments, option
@@ -117,7 +117,7 @@ def read_data(data_args: DataArguments, lm_args: LanguageArguments) -> tuple[Spl
         if getattr(data_args, name):
             raise UserError(f"{name} needs labels, which a language model's data have not; leave it out.")
     splits, columns = pick_format(load_splits(data_args), lm_args.text_column, lm_args.drop_empty)
-    if lm_args.trainer == "plain" and len(columns) + (columns == ("messages",)) > 1:
+    if lm_args.trainer == "plain" and columns in (CONVERSATION, COMPLETION):
         raise UserError(f"trainer=plain learns from texts, not from {' + '.join(columns)}: give --trainer sft.")
     return make_splits(splits, data_args, strata=None), columns
 
@@ -146,9 +146,9 @@ def sft_trainer(
 ) -> tuple[Trainer, Splits]:
     """TRL's trainer, and the splits as it tokenized them; evaluation is never packed."""
     args, tokenizer = common["args"], common["processing_class"]
-    if columns == ("messages",) and tokenizer.chat_template is None and args.chat_template_path is None:
+    if columns == CONVERSATION and tokenizer.chat_template is None and args.chat_template_path is None:
         raise UserError("Conversations need a chat template, and this tokenizer has none: give --chat_template_path.")
-    if len(columns) == 1 and columns != ("messages",):
+    if columns not in (CONVERSATION, COMPLETION):
         args.dataset_text_field = columns[0]
     args.eval_packing = False
     train_split = splits["train"]

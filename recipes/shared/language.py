@@ -14,8 +14,8 @@ from .data import Splits, column_names, pick_column
 from .errors import UserError
 from .texts import check_texts
 
-# What an example may be, as TRL names it: a conversation, a prompt with its completion, or a text.
-FORMATS = (("messages",), ("prompt", "completion"), ("text",))
+# The columns of an example that is no plain text, as TRL names them.
+CONVERSATION, COMPLETION = ("messages",), ("prompt", "completion")
 
 
 class TokenWeightedEvaluation:
@@ -68,12 +68,14 @@ def pick_format(splits: Splits, text_column: str | None, drop_empty: bool) -> tu
         UserError: There are none, or an example is empty.
     """
     names = column_names(splits["train"])
-    found = next((columns for columns in FORMATS if all(name in names for name in columns)), None)
-    if text_column is not None or found is None:
+    formats = [columns for columns in (CONVERSATION, COMPLETION) if set(columns) <= set(names)]
+    if formats and text_column is None:
+        found = formats[0]
+    else:
         found = (pick_column(splits, text_column, ("text", "content", "sentence"), "text_column"),)
     for name in found:
         pick_column(splits, name, (), "text_column")
-    if found == ("messages",):
+    if found == CONVERSATION:
         for split, dataset in splits.items():
             if isinstance(dataset, Dataset) and not all(dataset["messages"]):
                 raise UserError(f"The {split} split has examples without messages; remove them.")

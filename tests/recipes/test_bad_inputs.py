@@ -36,9 +36,10 @@ def complaint(recipe: str, argv: list[str], monkeypatch, capsys) -> str:
     return lines[-1]
 
 
-@pytest.fixture
-def folder(tmp_path, encoder, decoder, vision):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """Data and configurations that are wrong in one way each."""
+    tmp_path = tmp_path_factory.mktemp("wrong")
     (tmp_path / "images").mkdir()
     stand_ins.write("images", tmp_path / "images")
     (tmp_path / "texts").mkdir()

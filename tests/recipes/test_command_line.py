@@ -58,6 +58,7 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
 
 
+@pytest.mark.slow
 def test_mistake_prints_one_line_and_fails():
     done = finished(command("recipes/image_classification.py", "--sam_roh=1"))
     assert done.returncode == 2
@@ -80,7 +81,7 @@ def test_killed_and_resumed_by_the_same_command_is_the_uninterrupted_run(tmp_pat
     (tmp_path / "data").mkdir()
     stand_ins.write("images", tmp_path / "data")
     words = ["recipes/image_classification.py", f"--dataset={tmp_path / 'data'}", "--model_type=vit"]
-    words += [f"--config_overrides={VIT}", "--augmentation=crop", "--max_steps=400", "--save_steps=7", "--sam_rho=0.1"]
+    words += [f"--config_overrides={VIT}", "--augmentation=crop", "--max_steps=200", "--save_steps=13", "--sam_rho=0.1"]
     words += [*QUIET[:-1], "--resume_from_checkpoint=auto", "--save_total_limit=2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert finished(command(*words, f"--output_dir={whole}")).returncode == 0
