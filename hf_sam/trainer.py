@@ -20,6 +20,7 @@ from .config import SAMConfig
 from .descent import hardest_hit
 from .engines import engine_for, loss_instead_of_backward
 from .model_card import write_model_card
+from .observation import log_entries
 from .parameters import put_gradients, take_gradients
 from .refusals import refuse_unsupported
 from .replay import RandomStates, bookkeeping_kept
@@ -355,7 +356,7 @@ class SAMTrainerMixin:
     def _read_telemetry(self) -> dict[str, float]:
         """Means since the last entry, over steps and ranks; the one place that waits for the device."""
         tables = nested_gather(self._sam.telemetry.drain(), self.args.parallel_mode)
-        return self._sam.check_realised(Telemetry.means(tables))
+        return log_entries(Telemetry.means(tables), self._sam.selected.values())
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):

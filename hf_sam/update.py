@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers.utils import logging
 
 from .ascent import (
     adaptive_direction,
@@ -31,12 +29,11 @@ from .descent import (
     weighted_sharpness,
 )
 from .engines import Engine
+from .observation import displacement_shows_gradient, record_displacement
 from .parameters import Gradients, Perturbation, local, put_gradients, select, take_gradients
 from .replay import RunningStatistics
 from .schedule import Schedule
 from .telemetry import Cost, Telemetry
-
-logger = logging.get_logger(__name__)
 
 # A backward pass costs about twice a forward pass, and a Hessian-vector product two of both.
 FORWARD_SHARE = 1 / 3
@@ -135,7 +132,7 @@ class SharpnessAwareUpdate:
             measured
             and not self.keeps_clean_gradient
             and config.method != "sam"
-            and not self._displacement_shows_gradient()
+            and not displacement_shows_gradient(config)
         ):
             self._clean = {p: g.clone() for p, g in zip(parameters, directions, strict=True)}
         if config.weight_decay_in_ascent:
@@ -301,31 +298,10 @@ class SharpnessAwareUpdate:
     # --- what a run logs -----------------------------------------------------------------------------------------------
 
     def observe(self, perturbation: Perturbation, perturbed: Gradients) -> None:
-        """Record the realised `||(w + eps) - w||` and `cos(g, g_s)`.
-
-        The displacement shows the direction of `g` where eps is a power of it, so that no second copy is needed. Elsewhere
-        `climb` has kept `g` for this step, but for the plain method, which promises not to: no cosine then.
-        """
-        moved, norms, common, dots, g, g_s = [], [], [], [], [], []
-        for p, displacement in perturbation.displacement():
-            moved.append(p)
-            norms.append(torch.linalg.vector_norm(displacement))
-            if p in perturbed and (p in self._clean or self._displacement_shows_gradient()):
-                common.append(p)
-                clean = self._clean[p] if p in self._clean else self._direction_of_gradient(displacement)
-                dots.append(torch.sum(clean * local(perturbed[p])))
-                g.append(torch.linalg.vector_norm(clean))
-                g_s.append(torch.linalg.vector_norm(local(perturbed[p]).to(clean.dtype)))
+        """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
+        record_displacement(self.telemetry, self.engine, self.config, perturbation, perturbed, self._clean)
         if not self.keeps_clean_gradient:
             self._clean = {}
-        if norms:
-            norm = self.engine.reductions(moved).sum(torch.stack(norms) ** 2).sqrt()
-            self.telemetry.record(sam_perturbation_norm=norm)
-        if dots:
-            reductions = self.engine.reductions(common)
-            squares = [reductions.sum(torch.stack(parts) ** 2) for parts in (g, g_s)]
-            cosine = reductions.sum(torch.stack(dots)) / (squares[0] * squares[1]).sqrt()
-            self.telemetry.record(sam_cosine=cosine)
 
     def close_window(self) -> list[MicroBatch]:
         """The micro-batches that share one perturbation; the next one starts a new window."""
@@ -338,21 +314,6 @@ class SharpnessAwareUpdate:
         self.telemetry.record(sam_perturbed_loss=losses["perturbed_loss"])
         if "clean_loss" in losses:  # a one-pass method never sees it
             self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
-
-    def check_realised(self, logs: dict[str, float]) -> dict[str, float]:
-        """Warn, once, where rounding the weights has changed the size of the perturbation by more than a tenth.
-
-        Returns the entries for the log: without the intended size, and without a cosine that is undefined.
-        """
-        intended, realised = logs.pop("_intended_norm", 0.0), logs.get("sam_perturbation_norm", 0.0)
-        if intended > 0 and abs(realised / intended - 1) > 0.1:
-            dtypes = {str(p.dtype).removeprefix("torch.") for p in self.selected.values()}
-            logger.warning_once(
-                f"The perturbation that was realised has norm {realised:.3g}, not {intended:.3g} as intended: weights "
-                f"stored in {' and '.join(sorted(dtypes))} round it away. Keep the weights in float32 (bf16=True trains "
-                "float32 weights under autocast), set stochastic_rounding=True, or choose a larger rho."
-            )
-        return {name: value for name, value in logs.items() if name != "sam_cosine" or not math.isnan(value)}
 
     def effective_m(self, batch_size: int, accumulation_steps: int, world_size: int) -> int:
         """Examples that share one perturbation, where every micro-batch is full."""
@@ -369,17 +330,6 @@ class SharpnessAwareUpdate:
         inner = (config.ascent_steps or 1) - 1
         descent = 1.0 if config.row.descent != "hardest-hit" or config.gamma == 1 else config.gamma + FORWARD_SHARE
         return (config.ascent_fraction or 1.0) + inner + descent + (HESSIAN_PASSES if config.second_order else 0)
-
-    def _displacement_shows_gradient(self) -> bool:
-        config = self.config
-        if config.row.ascent != "gradient" or config.adaptive or config.weight_decay_in_ascent:
-            return False
-        return 1 < config.p < math.inf and config.ascent_steps in (None, 1)
-
-    def _direction_of_gradient(self, displacement: Tensor) -> Tensor:
-        """`g` up to a factor: eps is `sign(g) |g|^(q-1)`, and (q - 1)(p - 1) = 1."""
-        p = self.config.p
-        return displacement if p == 2 else displacement.sign() * displacement.abs() ** (p - 1)
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> Tensor | None:
