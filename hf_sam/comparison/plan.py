@@ -16,7 +16,8 @@ import yaml
 from ..config import SAMConfig
 from ..schedule import Schedule
 from ..update import SharpnessAwareUpdate
-from .averaging import WeightAveraging
+from .averaging import KINDS, WeightAveraging
+from .entropy_sgd import EntropySGD
 from .results import BUDGETS, TUNING, Question
 
 AVERAGE_KEYS = ("average", "average_start", "average_decay")  # of an arm; everything else is the recipe's
@@ -257,9 +258,9 @@ def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
             raise ValueError(f"{prefix}{key} is no key of a comparison.{hint}")
 
 
-def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | None:
+def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | EntropySGD | None:
     """
-    The averaging of the weights that an arm asks for.
+    The averaging of the weights that an arm asks for: `swa`, `ema`, or `entropy-sgd` with its paper's settings.
 
     Raises:
         ValueError: Its settings cannot be.
@@ -268,7 +269,12 @@ def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | None:
     if not values:
         return None
     _check("average" in values, f"{', '.join(key for key in arm if key in AVERAGE_KEYS)} is used only with average.")
-    return WeightAveraging(values.pop("average"), **values)
+    kind = values.pop("average")
+    if kind == "entropy-sgd":
+        _check(not values, f"average={kind} takes no {', '.join(f'average_{key}' for key in values)}.")
+        return EntropySGD()
+    _check(kind in KINDS, f"average={kind!r} is unknown. Allowed: {', '.join(KINDS)}, entropy-sgd.")
+    return WeightAveraging(kind, **values)
 
 
 def slug(name: str) -> str:

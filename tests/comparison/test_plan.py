@@ -152,6 +152,9 @@ def test_a_file_that_is_no_study_is_a_message(tmp_path, text, message):
 
 def test_averaging_is_read_from_an_arm():
     assert averaging_of({"sam_rho": 0}) is None
+    assert type(averaging_of({"average": "entropy-sgd"})).__name__ == "EntropySGD"
+    with pytest.raises(ValueError, match="entropy-sgd takes no average_decay"):
+        averaging_of({"average": "entropy-sgd", "average_decay": 0.9})
     averaging = averaging_of({"average": "ema", "average_decay": 0.9})
     assert (averaging.kind, averaging.decay) == ("ema", 0.9)
 
