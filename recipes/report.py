@@ -65,10 +65,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if not argv or argv in (["-h"], ["--help"]):
         print(__doc__)
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
-    task = sharpness.TASKS[sharpness.find_task(argv)]
+    name = sharpness.find_task(argv)
+    task = sharpness.TASKS[name]
     args, data_args, task_args = parse_arguments(
         [ReportArguments, DataArguments, task.arguments], [*argv, *sharpness.recorded_data(argv)]
     )
+    named = sharpness.CheckpointArguments(args.checkpoints).named
+    for path in named.values() if args.task is None else ():  # before minutes are spent on the first of them
+        other = sharpness.find_task(["--checkpoints", path])
+        if other != name:
+            raise UserError(f"{path} is for {other}, the first checkpoint for {name}; report on them one by one.")
     if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -81,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     corrupted = corrupt(rows, columns, args) if columns[-1] is not None and len(columns) > 1 else {}
 
     evaluated = []
-    for name, path in sharpness.CheckpointArguments(args.checkpoints).named.items():
+    for name, path in named.items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
         model, processor_args = sharpness.load_checkpoint(task.auto_class, model_args, columns, "merged")
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -380,6 +380,8 @@ def _threats(checkpoints: Sequence[Evaluated], examples: int) -> list[Block]:
     ]
     if examples < 500:
         found.append(f"{examples} test examples: one example is {100 / examples:.1f} points.")
+    if any(isinstance(entry.predictions, Predictions) for entry in checkpoints):
+        found.append("ECE is biased upwards on few examples, and its bootstrap interval more so.")
     if any(entry.corrupted for entry in checkpoints):
         found.append("Corruptions are synthetic and few; they are no measure of robustness at large.")
     return [Listing(found)]

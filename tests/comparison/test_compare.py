@@ -139,6 +139,12 @@ def test_settings_of_every_run_can_be_overridden(study, tmp_path, capsys):
     )
 
 
+def test_the_page_on_comparisons_names_every_committed_one():
+    text = (ROOT / "docs/comparison.md").read_text()
+    for path in (ROOT / "configs/comparison").glob("*.yaml"):
+        assert f"configs/comparison/{path.name}" in text, path.name
+
+
 def test_no_study_is_a_message():
     with pytest.raises(UserError, match="Give the YAML of a comparison"):
         compare.main([])
