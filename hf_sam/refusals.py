@@ -178,6 +178,7 @@ _DEFERRED = (
     "scope='global' (or 'auto')."
 )
 _SHARDED = {
+    "method='bilora'": "its second pair of adapters would have to be sharded like the first. Use one process or DDP.",
     "method='functional'": (
         "its derivative with respect to the logits ends the engine's backward pass before it has begun. Use one process or "
         "DDP."

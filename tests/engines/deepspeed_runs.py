@@ -30,6 +30,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "friendly": {"method": "friendly", **RHO},
     "esam": {"method": "esam", "gamma": 1.0, **RHO},
     "norm-only": {"method": "norm-only", **RHO},
+    "functional": {"method": "functional", **RHO},
+    "random": {"method": "random", **RHO},
     "periodic": {"method": "periodic", "interval": 2, **RHO},
 }
 
@@ -57,7 +59,9 @@ class Trajectory(TrainerCallback):
         self.points.append(weights(self._trainer.model))
 
 
-def train(stage: int, folder: Path, sam: SAMConfig | None, *, zero=None, resume=None, config=None, **args) -> Result:
+def train(
+    stage: int, folder: Path, sam: SAMConfig | None, *, zero=None, resume=None, config=None, lora=False, **args
+) -> Result:
     """Train on texts, one step being eight of them."""
     tiny.set_seed(2)
     options: dict[str, Any] = {
@@ -81,7 +85,8 @@ def train(stage: int, folder: Path, sam: SAMConfig | None, *, zero=None, resume=
             **(config or {}),
         }
     arguments = tiny.arguments(folder, **options)
-    kwargs = {"model": tiny.llama(), "args": arguments, "train_dataset": tiny.texts()}
+    model = tiny.with_lora(tiny.llama(), ["q_proj", "v_proj"]) if lora else tiny.llama()
+    kwargs = {"model": model, "args": arguments, "train_dataset": tiny.texts()}
     trainer = Trainer(**kwargs) if sam is None else SAMTrainer(**kwargs, sam_config=sam)
     trajectory = Trajectory(trainer)
     trainer.add_callback(trajectory)
@@ -97,6 +102,12 @@ def chosen(choice: str, stage: int, folder: Path) -> Result:
     # A threshold of 0 lets ZeRO-3 gather every parameter anew; at its default these small ones stay gathered.
     zero = {"stage3_param_persistence_threshold": 0} if choice == "sam" and stage == 3 else {}
     return train(stage, folder, SAMConfig(**CHOICES[choice], scope="global"), zero=zero)
+
+
+def stages_and_choices() -> list[tuple[int, str]]:
+    """All that are supported."""
+    refused = {(3, "functional"), (3, "random")}
+    return [pair for pair in itertools.product(STAGES, CHOICES) if pair not in refused]
 
 
 def vanishing(stage: int, scope: str | None, folder: Path, **args) -> Result:
@@ -127,9 +138,13 @@ def along_the_gradient_of_one_rank(folder: Path) -> Result:
     return train(1, folder, SAMConfig(rho=0.1, scope="device"))
 
 
+def adapters(folder: Path) -> Result:
+    return train(2, folder, SAMConfig(**RHO, scope="global"), lora=True)
+
+
 def every_stage() -> dict[str, Callable[[Path], Result]]:
     table: dict[str, Callable[[Path], Result]] = {}
-    for stage, choice in itertools.product(STAGES, CHOICES):
+    for stage, choice in stages_and_choices():
         table[f"{choice} at stage {stage}"] = functools.partial(chosen, choice, stage)
     for stage in STAGES:
         for scope in (None, "global") if stage == 3 else (None, "micro", "device", "global"):
@@ -138,6 +153,7 @@ def every_stage() -> dict[str, Callable[[Path], Result]]:
         table[f"vanishing bf16 {scope}"] = functools.partial(vanishing, 2, scope, bf16=True)
     table["resumed at stage 2"] = functools.partial(resumed, 2)
     table["resumed at stage 3"] = functools.partial(resumed, 3)
+    table["lora"] = adapters
     table["device"] = along_the_gradient_of_one_rank
     offload = {"zero": {"offload_optimizer": {"device": "cpu"}}}
     table["refused offload"] = functools.partial(refused, sam={}, **offload)

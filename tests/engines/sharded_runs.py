@@ -6,6 +6,7 @@ Every run can be made in one process too, where nothing is sharded and batches a
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 from collections.abc import Callable
@@ -42,6 +43,16 @@ CHOICES: dict[str, dict[str, Any]] = {
     "weight decay": {"weight_decay_in_ascent": True, **RHO},
 }
 IN_EVERY_SUITE = ("sam", "p=1", "p=inf", "asam", "gsam")
+# Arguments of the Trainer for Accelerate's FSDP2 plugin.
+PLUGIN: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False,
+    },
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {"fsdp_size": 2},
     "hsdp": {"fsdp_size": 2, "dp_replicate_size": 2},
@@ -120,13 +131,7 @@ def trainer_for(model: nn.Module, folder: Path, sam: SAMConfig | None, *, batche
         **args,
     }
     if fsdp and is_distributed():
-        options["fsdp"] = True
-        options["fsdp_config"] = {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-            "cpu_ram_efficient_loading": False,
-        }
+        options |= copy.deepcopy(PLUGIN)
     arguments = tiny.arguments(folder, **options)
     if is_distributed() and (fsdp or getattr(model, "tp_size", None)):
         as_if_on_accelerators(arguments)
@@ -229,6 +234,51 @@ def plugin(sam: dict | None, lora: bool, folder: Path, *, resume: bool = False, 
     return train(model, folder, config, fsdp=True, **args)
 
 
+class OverflowOnOneRank:
+    """Scales the loss of pass `overflows_at`, counted from 0, out of the range of float32 on the last rank."""
+
+    overflows_at = -1
+    passes = 0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.passes += 1
+        overflows = self.passes - 1 == self.overflows_at and os.environ["RANK"] == "1"
+        return loss * 1e38 if overflows else loss
+
+
+class OverflowingSAMTrainer(OverflowOnOneRank, SAMTrainer):
+    pass
+
+
+def scaled(folder: Path, *, at: int, fsdp: bool, scale: float = 2.0**20) -> Result:
+    """Loss scaling as fp16=True sets it up on a GPU; step 1 of 4 begins with pass 4."""
+    tiny.set_seed(2)
+    args = tiny.arguments(
+        folder,
+        max_steps=4,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        **(copy.deepcopy(PLUGIN) if fsdp else {}),
+    )
+    if fsdp:
+        as_if_on_accelerators(args)
+    config = SAMConfig(rho=0.3, scope="global")
+    trainer = OverflowingSAMTrainer(model=tiny.llama(), args=args, train_dataset=tiny.texts(), sam_config=config)
+    trainer.overflows_at = at
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(trainer.optimizer.optimizer)
+    trajectory = Trajectory(trainer)
+    trainer.add_callback(trajectory)
+    trainer.train()
+    return {
+        "trajectory": torch.stack(trajectory.points),
+        "log": trainer.state.log_history,
+        "scale": accelerator.scaler.get_scale(),
+    }
+
+
 def plugin_resumed(sam: dict, folder: Path) -> Result:
     """Six steps at once, and the second half again from the checkpoint between."""
     options = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -268,6 +318,12 @@ def two_processes_at_length() -> dict[str, Callable[[Path], Result]]:
         table[f"vanishing checkpointing {sam}"] = functools.partial(
             vanishing, "fsdp", sam, activation_checkpointing=True
         )
+    for fsdp in (False, True):
+        name = "fsdp" if fsdp else "ddp"
+        table[f"scaled {name}"] = functools.partial(scaled, at=-1, fsdp=fsdp)
+        table[f"not scaled {name}"] = functools.partial(scaled, at=-1, fsdp=fsdp, scale=1.0)
+        table[f"overflow in the clean pass {name}"] = functools.partial(scaled, at=4, fsdp=fsdp)
+        table[f"overflow in the perturbed pass {name}"] = functools.partial(scaled, at=7, fsdp=fsdp)
     table["plugin lora"] = functools.partial(plugin, {"rho": 0.1, "scope": "global"}, True)
     table["plugin resumed sam"] = functools.partial(plugin_resumed, {"rho": 0.1})
     return table

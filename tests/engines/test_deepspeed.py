@@ -10,7 +10,6 @@ import itertools
 import pytest
 import torch
 from engines import deepspeed_runs
-from engines.deepspeed_runs import CHOICES, STAGES
 from engines.launching import Launched
 
 pytestmark = [
@@ -37,13 +36,12 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "choice"), deepspeed_runs.stages_and_choices())
 def test_global_scope_is_the_run_of_one_process(zero, alone, stage, choice):
     ours, expected = zero(f"{choice} at stage {stage}"), alone(choice)
     torch.testing.assert_close(ours["trajectory"], expected["trajectory"], rtol=1e-5, atol=1e-7)
     assert (expected["trajectory"][-1] - expected["trajectory"][0]).norm() > 1e-3
-    for key in ("loss", "sam_ascent_grad_norm", "sam_perturbation_norm", "sam_perturbed_loss"):
+    for key in ("loss", "sam_ascent_grad_norm", "sam_perturbation_norm", "sam_perturbed_loss"):  # where it is logged
         values = [[entry[key] for entry in run["log"] if key in entry] for run in (ours, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-5), key
 
@@ -66,6 +64,12 @@ def test_device_scope_perturbs_each_rank_along_its_own_gradient(zero, alone):
     ours = zero("device")
     assert ours["scope"] == "device"
     assert not torch.allclose(ours["trajectory"], alone("sam")["trajectory"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT
+def test_adapters_are_the_run_of_one_process(zero, tmp_path):
+    expected = deepspeed_runs.adapters(tmp_path)
+    torch.testing.assert_close(zero("lora")["trajectory"], expected["trajectory"], rtol=1e-5, atol=1e-6)
 
 
 def test_ranks_hold_the_same_bits_after_every_step_of_every_run(zero):

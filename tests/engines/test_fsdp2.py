@@ -124,6 +124,28 @@ def test_a_vanishing_rho_is_bitwise_the_stock_trainer_in_this_setting(at_length,
     assert_same_bits(at_length(f"vanishing {setting} True"), at_length(f"vanishing {setting} False"))
 
 
+# --- fp16 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_scaling_the_loss_changes_nothing(at_length, engine):
+    assert torch.equal(at_length(f"scaled {engine}")["trajectory"], at_length(f"not scaled {engine}")["trajectory"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("which", "skipped", "scale"), [("clean", [], 2.0**20), ("perturbed", [1], 2.0**19)])
+def test_an_overflow_on_one_rank_is_one_on_all(at_length, which, skipped, scale, engine, rank):
+    """In the clean pass the perturbation of that step is 0; in the perturbed one the step is skipped, once."""
+    run = at_length(f"overflow in the {which} pass {engine}", rank)
+    points = run["trajectory"]
+    assert torch.isfinite(points).all()
+    assert [i for i in range(1, len(points)) if torch.equal(points[i], points[i - 1])] == skipped
+    assert run["scale"] == scale
+
+
 # --- ranks, interruptions, traffic ---------------------------------------------------------------------------------
 
 
