@@ -81,7 +81,7 @@ class SAMCard:
             passes=_last(history, "sam_passes"),
             cost=_last(history, "sam_cost"),
             task=_listed(task)[0] if task else _task_of(trainer.accelerator.unwrap_model(trainer.model)),
-            datasets=_listed(dataset),
+            datasets=[Path(name).name if Path(name).exists() else name for name in _listed(dataset)],
             metrics=_last_results(history, "test_") or _last_results(history, "eval_"),
             is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
         )
@@ -101,7 +101,7 @@ class SAMCard:
         return [
             EvalResult(
                 task_type=self.task,
-                dataset_type=_dataset_type(self.datasets[0]),
+                dataset_type=self.datasets[0],
                 dataset_name=self.datasets[0],
                 dataset_split=name.split("_")[0],
                 metric_type=_METRIC_TYPES.get(metric, metric),
@@ -215,12 +215,6 @@ def _last_results(history: list[dict[str, Any]], prefix: str) -> dict[str, float
         if found:
             return found
     return {}
-
-
-def _dataset_type(name: str) -> str:
-    """The hub's id of the data set; the last part of the path of a local one."""
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
-    return name if is_hub_id else Path(name).name
 
 
 def _task_of(model: Any) -> str | None:

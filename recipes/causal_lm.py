@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from shared.arguments import SAMArguments, parse_arguments
-from shared.data import Splits, load_splits, make_splits
+from shared.data import Splits, load_splits, make_splits, public_name
 from shared.errors import UserError, as_user_error, run
 from shared.language import COMPLETION, CONVERSATION, TokenWeightedEvaluation, pick_format, tokenize_texts
 from shared.metrics import hub_metrics, perplexity_metrics
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
         finish(trainer, record, tokens, run_args, perplexity_table)
     save(trainer)
     name = "dataset" if lm_args.trainer == "plain" else "dataset_name"
-    write_card(trainer, **{name: data_args.dataset})
+    write_card(trainer, **{name: public_name(data_args)})
     return trainer
 
 

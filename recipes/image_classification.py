@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from shared.arguments import SAMArguments, parse_arguments
-from shared.data import Splits, load_splits, make_splits, pick_column
+from shared.data import Splits, load_splits, make_splits, pick_column, public_name
 from shared.errors import run
 from shared.images import AUGMENTATIONS, ImageDataset, ImageTransform, NewDrawEachEpoch, output_size, stream_images
 from shared.labels import add_label_noise, check_classes, class_labels
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
         train(trainer)
         finish(trainer, record, images, run_args, classification_table)
     save(trainer)
-    write_card(trainer, dataset=[data_args.dataset], tasks=["image-classification"])
+    write_card(trainer, dataset=[public_name(data_args)], tasks=["image-classification"])
     return trainer
 
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import datasets
 from shared.arguments import SAMArguments, parse_arguments
-from shared.data import Splits, load_splits, make_splits, pick_column
+from shared.data import Splits, load_splits, make_splits, pick_column, public_name
 from shared.errors import UserError, run
 from shared.labels import add_label_noise, check_classes, class_labels, multi_hot_labels, numeric_labels
 from shared.metrics import classification_metrics, hub_metrics, multi_label_metrics, regression_metrics
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
         train(trainer)
         finish(trainer, record, tokens, run_args, table)
     save(trainer)
-    write_card(trainer, dataset=[data_args.dataset], tasks=["text-classification"])
+    write_card(trainer, dataset=[public_name(data_args)], tasks=["text-classification"])
     return trainer
 
 

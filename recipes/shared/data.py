@@ -116,11 +116,10 @@ def column_names(dataset: Split) -> list[str]:
     return list(dataset.column_names or next(iter(dataset)))
 
 
-def description(splits: Splits, args: DataArguments) -> dict[str, Any]:
-    """What a run record says about the data."""
-    sizes = {name: len(split) for name, split in splits.items() if isinstance(split, Dataset)}
-    asked = {name: value for name, value in vars(args).items() if value not in (None, False, 0.0)}
-    return {"sizes": sizes, **asked}
+def public_name(args: DataArguments) -> str:
+    """What a card calls the data: the hub id, or the name of a local file or folder without the way to it."""
+    path = Path(args.dataset).expanduser()
+    return path.name if path.exists() else args.dataset
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -117,6 +117,8 @@ def test_card_is_written(finished):
     assert "sharpness-aware-minimization" in card.data.tags
     assert "sam" not in card.data.tags
     assert card.data.eval_results[0].task_type == "image-classification"
+    assert card.data.eval_results[0].dataset_name.startswith("images")
+    assert "/images" not in card.content.replace(str(finished), "")
 
 
 def test_pushing_to_the_hub_takes_the_whole_card_along(data, tmp_path, monkeypatch):
