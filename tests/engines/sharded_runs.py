@@ -42,7 +42,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "two ascent steps": {"ascent_steps": 2, **RHO},
     "weight decay": {"weight_decay_in_ascent": True, **RHO},
 }
-IN_EVERY_SUITE = ("sam", "p=1", "p=inf", "asam", "gsam")
+IN_EVERY_SUITE = ("sam", "p=inf", "asam", "gsam")
 # Arguments of the Trainer for Accelerate's FSDP2 plugin.
 PLUGIN: dict[str, Any] = {
     "fsdp": True,
@@ -145,15 +145,15 @@ def as_if_on_accelerators(arguments) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def loaded(folder: Path, layout: str, dtype: torch.dtype = torch.float64, **config) -> nn.Module:
-    """A Llama, sharded as it is loaded."""
+def loaded(folder: Path, layout: str | None, dtype: torch.dtype = torch.float64, **config) -> nn.Module:
+    """A Llama, sharded as it is loaded; whole on every rank where `layout` is None."""
     path = folder / "model"
     settings = LlamaConfig(**{**tiny.llama().config.to_dict(), "num_key_value_heads": 2, **config})
     tiny.set_seed(0)
     model = LlamaForCausalLM(settings).to(dtype)
     with PartialState(cpu=True).main_process_first():
         model.save_pretrained(path)  # which only the main process does
-    sharding = {"distributed_config": DistributedConfig(**LAYOUTS[layout])} if is_distributed() else {}
+    sharding = {"distributed_config": DistributedConfig(**LAYOUTS[layout])} if is_distributed() and layout else {}
     return LlamaForCausalLM.from_pretrained(path, dtype=dtype, **sharding)
 
 
