@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
-from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from .config import SAMConfig
 from .parameters import Gradients, gradients_only_for, laid_out_as, put_gradients, take_gradients
@@ -40,7 +39,7 @@ def kind_of(trainer: Trainer) -> str:
     """The engine's row in the table of what is supported; `"unknown"` where it has none."""
     accelerator = trainer.accelerator
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
-        return "FSDP2" if is_fsdp_managed_module(trainer.model) else "tensor parallel"
+        return "FSDP2" if fsdp_modules(trainer.model) else "tensor parallel"
     if accelerator.distributed_type in REPLICATED:
         return "one process" if accelerator.num_processes == 1 else "DDP"
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -195,7 +194,9 @@ class ShardedEngine(Engine):
             self._accelerator.sync_gradients = before
 
     def average_gradients(self, parameters: list[Parameter]) -> None:
-        """Every rank has seen the same examples."""
+        """Every rank has seen the same examples; what it holds whole may still have been rounded otherwise."""
+        if whole := [p for p in parameters if not isinstance(p, DTensor)]:
+            super().average_gradients(whole)
 
 
 class FullyShardedEngine(ShardedEngine):
@@ -208,8 +209,8 @@ class FullyShardedEngine(ShardedEngine):
         super().__init__(trainer)
         self._needs_all_gradients = True  # FSDP fixes at its first pass which ones it reduces
         self._trainer = trainer
-        self._sharded_at_load = trainer.is_distributed_loading_by_transformers
-        self._modules = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)]
+        self._sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
+        self._modules = fsdp_modules(trainer.model)
 
     @property
     def batches(self) -> int:
@@ -287,11 +288,15 @@ class ZeroEngine(Engine):
 class Zero3Engine(ZeroEngine):
     """DeepSpeed ZeRO-3: each rank holds a flat part of every parameter, and DeepSpeed reduces all gradients."""
 
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self._whole_share = torch.ones((), device=self._wanted[0].device)
+
     def scope(self, config: SAMConfig) -> str:
         return "global" if config.scope == "auto" and config.m is None else super().scope(config)
 
     def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
-        return ShardedReductions([torch.ones((), device=p.device) for p in parameters])
+        return ShardedReductions([self._whole_share] * len(parameters))
 
     def looking(self, model: nn.Module, synced: bool) -> contextlib.AbstractContextManager[nn.Module]:
         return self.stepping(model, synced)
@@ -314,6 +319,11 @@ class Zero3Engine(ZeroEngine):
     def renew_copies(self) -> None:
         super().renew_copies()
         self._deepspeed.optimizer.empty_partition_cache()
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters FSDP2 gathers together."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def replicas(p: Tensor) -> int:

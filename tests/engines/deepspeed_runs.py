@@ -138,6 +138,13 @@ def along_the_gradient_of_one_rank(folder: Path) -> Result:
     return train(1, folder, SAMConfig(rho=0.1, scope="device"))
 
 
+def hardest_hit(stage: int, folder: Path) -> Result:
+    """Half of each micro-batch; in one process the same micro-batches come one after another."""
+    accumulation = 2 if "RANK" in os.environ else 4
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    return train(stage, folder, SAMConfig(method="esam", **RHO, scope="global"), **sizes)
+
+
 def adapters(folder: Path) -> Result:
     return train(2, folder, SAMConfig(**RHO, scope="global"), lora=True)
 
@@ -153,6 +160,8 @@ def every_stage() -> dict[str, Callable[[Path], Result]]:
         table[f"vanishing bf16 {scope}"] = functools.partial(vanishing, 2, scope, bf16=True)
     table["resumed at stage 2"] = functools.partial(resumed, 2)
     table["resumed at stage 3"] = functools.partial(resumed, 3)
+    for stage in STAGES:
+        table[f"hardest hit at stage {stage}"] = functools.partial(hardest_hit, stage)
     table["lora"] = adapters
     table["device"] = along_the_gradient_of_one_rank
     offload = {"zero": {"offload_optimizer": {"device": "cpu"}}}

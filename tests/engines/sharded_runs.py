@@ -163,6 +163,18 @@ def chosen(layout: str, choice: str, batches: int, folder: Path) -> Result:
     return train(loaded(folder, layout), folder, sam, batches=batches, weight_decay=0.1)
 
 
+def rounded_stochastically(folder: Path) -> Result:
+    """bfloat16 weights, and a perturbation that rounding to the nearest would lose."""
+    config = SAMConfig(rho=1e-3, stochastic_rounding=True, scope="global")
+    return train(loaded(folder, "fsdp", torch.bfloat16), folder, config)
+
+
+def hardest_hit(layout: str, folder: Path) -> Result:
+    """Half of each micro-batch; in one process the same micro-batches come one after another."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 if is_distributed() else 4}
+    return train(loaded(folder, layout), folder, SAMConfig(method="esam", **RHO, scope="global"), **sizes)
+
+
 def along_momentum(layout: str, folder: Path) -> Result:
     """Evaluates between steps, which leaves gathered weights behind that the next perturbation must reach."""
     trainer = trainer_for(
@@ -312,6 +324,8 @@ def two_processes_at_length() -> dict[str, Callable[[Path], Result]]:
         table[f"fsdp {choice}"] = functools.partial(chosen, "fsdp", choice, 2)
         table[f"tp {choice}"] = functools.partial(chosen, "tp", choice, 1)
     table["fsdp msam"] = functools.partial(along_momentum, "fsdp")
+    table["fsdp hardest hit"] = functools.partial(hardest_hit, "fsdp")
+    table["rounded stochastically"] = rounded_stochastically
     table["fsdp tied"] = functools.partial(tied, "fsdp")
     for sam in (False, True):
         table[f"vanishing bf16 {sam}"] = functools.partial(vanishing, "fsdp", sam, bf16=True)

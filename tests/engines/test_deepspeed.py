@@ -66,6 +66,12 @@ def test_device_scope_perturbs_each_rank_along_its_own_gradient(zero, alone):
     assert not torch.allclose(ours["trajectory"], alone("sam")["trajectory"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_examples_chosen_by_a_forward_pass_at_the_perturbed_weights(zero, stage, tmp_path):
+    expected = deepspeed_runs.hardest_hit(0, tmp_path)["trajectory"]
+    torch.testing.assert_close(zero(f"hardest hit at stage {stage}")["trajectory"], expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT
 def test_adapters_are_the_run_of_one_process(zero, tmp_path):
     expected = deepspeed_runs.adapters(tmp_path)

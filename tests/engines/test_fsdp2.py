@@ -48,6 +48,12 @@ def test_every_choice_on_shards_is_the_run_of_one_process(at_length, layout, cho
 
 
 @pytest.mark.slow
+def test_examples_chosen_by_a_forward_pass_at_the_perturbed_shards(at_length, tmp_path):
+    alone = sharded_runs.hardest_hit("fsdp", tmp_path)
+    assert_same_course(at_length("fsdp hardest hit"), alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
 def test_tied_weights_count_once(at_length, tmp_path):
     assert_same_course(at_length("fsdp tied"), sharded_runs.tied("fsdp", tmp_path), rtol=1e-10, atol=1e-12)
 
@@ -165,6 +171,20 @@ def test_a_resumed_run_with_state_is_bitwise_the_uninterrupted_one(two):
     run = two("plugin resumed friendly")
     assert run["trajectory"].shape[0] == 6
     assert torch.equal(run["second_half"], run["trajectory"][3:])
+
+
+@pytest.mark.slow
+def test_ranks_hold_the_same_bits_after_every_step_of_every_run_at_length(at_length):
+    assert len(at_length.names) > 40
+    for name in at_length.names:
+        assert torch.equal(at_length(name, 0)["trajectory"], at_length(name, 1)["trajectory"]), name
+
+
+@pytest.mark.slow
+def test_stochastic_rounding_keeps_a_perturbation_of_bfloat16_shards(at_length):
+    norms = [e["sam_perturbation_norm"] for e in at_length("rounded stochastically")["log"] if "sam_rho" in e]
+    assert len(norms) == 4
+    assert all(1e-3 < norm < 1e-2 for norm in norms)  # in expectation; its variance adds to the norm
 
 
 @pytest.mark.slow
