@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
         callbacks=[] if data_args.streaming else [NewDrawEachEpoch(images["train"])],
         sam_config=sam_config,
     )
+    # The model's loss is a mean over examples that ignores `num_items_in_batch`; told otherwise, the Trainer would
+    # leave it undivided under accumulation and multiply it by the number of processes.
+    trainer.model_accepts_loss_kwargs = False
     with recorded(trainer, splits, data_args, run_args, model=model_args, images=image_args) as record:
         train(trainer)
         finish(trainer, record, images, run_args, classification_table)

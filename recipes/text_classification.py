@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
         compute_metrics=partial(metrics, hub=hub_metrics(run_args.hub_metrics)),
         sam_config=sam_config,
     )
+    # The model's loss is a mean over examples that ignores `num_items_in_batch`; told otherwise, the Trainer would
+    # leave it undivided under accumulation and multiply it by the number of processes.
+    trainer.model_accepts_loss_kwargs = False
     with recorded(trainer, splits, data_args, run_args, model=model_args, texts=text_args) as record:
         train(trainer)
         finish(trainer, record, tokens, run_args, table)

@@ -43,6 +43,8 @@ def prepare(args: TrainingArguments, run_args: RunArguments) -> None:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
+    if args.logging_steps == 1:
+        args.logging_steps = 1  # the command line has read 1.0, and `TrainingArguments` rounds only what is above 1
     set_seed(args.seed)
     folder = Path(args.output_dir)
     if folder.is_file():

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.filterwarnings(
 COMMON = ["--use_cpu=true", "--disable_tqdm=true", "--per_device_train_batch_size=4", "--logging_steps=2", "--seed=1"]
 VIT = '{"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}'
 
+NO_DROPOUT = '{"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}'
+
 
 def images(data: Path, out: Path, *words: str):
     argv = [f"--dataset={data}", "--model_type=vit", f"--config_overrides={VIT}", "--augmentation=crop", *COMMON]
@@ -168,6 +170,28 @@ def test_every_epoch_draws_other_crops(data, tmp_path, monkeypatch):
     )
     images(data, tmp_path / "out", "--num_train_epochs=3", "--save_strategy=no")
     assert [drawn.count(("train", epoch)) for epoch in range(4)] == [12, 12, 12, 0]
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_accumulated_batches_are_the_one_batch(kind, data, encoder, tmp_path):
+    """Under SGD, where a gradient that is k times too large would show."""
+    losses, folders = [], []
+    for size, count in ((4, 1), (2, 2)):
+        out = tmp_path / f"{size}x{count}"
+        out.mkdir()
+        words = ["--optim=sgd", "--max_grad_norm=0", "--learning_rate=0.5", "--sam_rho=0.05", "--logging_steps=1"]
+        words += [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={count}", "--max_steps=2"]
+        if kind == "images":
+            trainer = images(data, out, *words, "--save_strategy=no")
+            folders.append(out)
+        else:
+            words.append(f"--config_overrides={NO_DROPOUT}")
+            trainer = texts({"text": SENTENCES * 2, "label": [0, 1] * 8}, encoder, out, *words)
+            folders.append(out / "out")
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    first, second = map(weights, folders)
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
 def test_auto_starts_anew_where_there_is_nothing(data, tmp_path):
