@@ -64,16 +64,18 @@ class Study:
         """
         Mean difference in accuracy with its bootstrap interval over the test examples, the seeds held fixed.
 
-        `None` where the predictions of any of the seeds were not kept, or were not made on the same examples.
+        `None` where the predictions of any of the seeds were not kept, or were not made on the same examples by both
+        arms and in all seeds.
         """
-        rows = []
+        rows, labels = [], None
         for seed in comparison.paired.seeds:
             pair = [self._predictions(comparison.cell, arm, seed) for arm in (comparison.arm, comparison.control)]
-            if None in pair or not np.array_equal(pair[0].labels, pair[1].labels):
+            if None in pair:
+                return None
+            labels = pair[0].labels if labels is None else labels
+            if not all(np.array_equal(kept.labels, labels) for kept in pair):
                 return None
             rows.append(pair[0].correct.astype(float) - pair[1].correct)
-        if len({len(row) for row in rows}) != 1:
-            return None
         gain = np.mean(rows, axis=0)
         return bootstrap_examples(lambda index: gain[index].mean(), len(gain), rng)
 

@@ -251,6 +251,18 @@ def test_the_interval_over_examples_pairs_the_examples(tmp_path):
     assert (gain.low, gain.high) == pytest.approx((difference.mean() - half, difference.mean() + half), abs=0.005)
 
 
+def test_there_is_no_interval_over_examples_where_seeds_were_tested_on_different_ones(tmp_path):
+    records = fabricate(
+        tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=range(2), predictions=True
+    )
+    study = make_study(records)
+    for run in records:
+        if run.seed == 1:
+            kept = study.predictions[run.path]
+            study.predictions[run.path] = type(kept)(kept.labels[::-1], kept.probabilities[::-1])
+    assert study.difference_over_examples(study.comparisons[0], np.random.default_rng(0)) is None
+
+
 # --- calibration ----------------------------------------------------------------------------------------------
 
 
