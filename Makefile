@@ -26,14 +26,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The CPU build of torch has no matching torchvision on the package index; one that arrives as somebody's dependency
-# fails to import and takes transformers' image code with it, so it goes unless it works.
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev]"
-	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:
