@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import METHODS, Method
+from .methods import FORWARD_SHARE, HESSIAN_PASSES, METHODS, Method
 
 SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
@@ -209,6 +209,15 @@ class SAMConfig:
     def row(self) -> Method:
         """The chosen method's row of the table."""
         return METHODS[self.method]
+
+    @property
+    def passes_per_step(self) -> float:
+        """Forward-backward passes over the batch in a step that perturbs, the descent pass included."""
+        if not self.row.has_clean_pass:
+            return 1.0
+        inner = (self.ascent_steps or 1) - 1
+        descent = 1.0 if self.row.descent != "hardest-hit" or self.gamma == 1 else self.gamma + FORWARD_SHARE
+        return (self.ascent_fraction or 1.0) + inner + descent + (HESSIAN_PASSES if self.second_order else 0)
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:

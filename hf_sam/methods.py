@@ -29,6 +29,10 @@ CLEAN_PASS_FIELDS = WEIGHT_FIELDS | {
 # Those whose ascent pass may see fewer examples than the descent pass.
 GRADIENT_FIELDS = CLEAN_PASS_FIELDS | {"ascent_fraction"}
 
+# A backward pass costs about twice a forward pass, and a Hessian-vector product two of both.
+FORWARD_SHARE = 1 / 3
+HESSIAN_PASSES = 2.0
+
 
 @dataclass(frozen=True)
 class Method:

@@ -19,6 +19,7 @@ from .batches import MicroBatch
 from .config import SAMConfig
 from .descent import hardest_hit
 from .engines import engine_for, loss_instead_of_backward
+from .methods import FORWARD_SHARE, HESSIAN_PASSES
 from .model_card import write_model_card
 from .observation import log_entries
 from .parameters import put_gradients, take_gradients
@@ -27,7 +28,7 @@ from .replay import RandomStates, bookkeeping_kept
 from .second_order import add_hessian_vector_product, twice_differentiable_attention
 from .state import check_config, load_state, reload_renamed_weights, save_config, save_state
 from .telemetry import Telemetry
-from .update import FORWARD_SHARE, HESSIAN_PASSES, SharpnessAwareUpdate
+from .update import SharpnessAwareUpdate
 
 logger = logging.get_logger(__name__)
 
@@ -303,7 +304,7 @@ class SAMTrainerMixin:
         ops = super().floating_point_ops(inputs)
         if self._sam is None or not self._sam.schedule.perturbs(self.state.global_step):
             return ops
-        return int(ops * self._sam.passes_per_step)
+        return int(ops * self.sam_config.passes_per_step)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """The Trainer's own, with the keys of the update added to training entries and its cost to the last one."""
@@ -349,7 +350,7 @@ class SAMTrainerMixin:
         Between epochs the Trainer's next entry cannot be foreseen; every 50th step stands in.
         """
         step = self.state.global_step
-        every = (self.state.logging_steps if self.args.logging_strategy == "steps" else 0) or 50
+        every = int(self.state.logging_steps if self.args.logging_strategy == "steps" else 0) or 50
         next_entry = (step // every + 1) * every
         return step == 0 or not any(map(self._sam.schedule.perturbs, range(step + 1, next_entry)))
 

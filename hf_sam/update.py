@@ -35,10 +35,6 @@ from .replay import RunningStatistics
 from .schedule import Schedule
 from .telemetry import Cost, Telemetry
 
-# A backward pass costs about twice a forward pass, and a Hessian-vector product two of both.
-FORWARD_SHARE = 1 / 3
-HESSIAN_PASSES = 2.0
-
 
 class SharpnessAwareUpdate:
     """The parts of Algorithm 1 (Foret et al. 2021), put together for one model and one run.
@@ -320,16 +316,6 @@ class SharpnessAwareUpdate:
         if self.scope == "micro":
             return min(self.config.m or batch_size, batch_size)
         return batch_size * accumulation_steps * (world_size if self.scope == "global" else 1)
-
-    @property
-    def passes_per_step(self) -> float:
-        """Forward-backward passes over the batch in a step that perturbs; the last one is the descent pass."""
-        config = self.config
-        if not config.row.has_clean_pass:
-            return 1.0
-        inner = (config.ascent_steps or 1) - 1
-        descent = 1.0 if config.row.descent != "hardest-hit" or config.gamma == 1 else config.gamma + FORWARD_SHARE
-        return (config.ascent_fraction or 1.0) + inner + descent + (HESSIAN_PASSES if config.second_order else 0)
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> Tensor | None:

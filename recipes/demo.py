@@ -23,6 +23,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from hf_sam.comparison.records import find_records
+from hf_sam.comparison.report import write_report
+
 CONFIG = Path(__file__).parents[1] / "configs/image_classification/digits.yaml"
 ARMS = {
     "AdamW": ["--sam_rho", "0"],
@@ -129,6 +132,10 @@ def main() -> None:
         "passes on each;\nthe learning rate is the one of digits.yaml except where the table says otherwise.\n"
         f"Written: {args.output_dir}/table.md, summary.json, runs.csv, and a folder for each run."
     )
+    report = write_report(
+        find_records(args.output_dir)[0], args.output_dir / "report", title="Sharpness-aware minimization on digits"
+    )
+    print(f"Report: {report}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ def test_methods_page_has_every_row_with_its_paper_and_defaults(method):
     (line,) = re.findall(rf"^\| `{method}` \|.*$", (ROOT / "docs/methods.md").read_text(), flags=re.MULTILINE)
     paper = row.paper.partition(" (")[0]
     assert all(part in line for part in re.findall(r"arXiv [\d.]+\d", paper))
-    defaults = dict(field.split("=") for field in re.findall(r"(\w+=[\w.-]+)", line.rpartition("|")[0].rpartition("|")[2]))
+    defaults = dict(
+        field.split("=") for field in re.findall(r"(\w+=[\w.-]+)", line.rpartition("|")[0].rpartition("|")[2])
+    )
     for name, value in row.defaults.items():
         if name != "adaptive":
             assert defaults[name] == (f"{value:g}" if isinstance(value, int | float) else value)

@@ -8,14 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
 from ..config import SAMConfig
 from ..schedule import Schedule
-from ..update import SharpnessAwareUpdate
 from .averaging import KINDS, WeightAveraging
 from .entropy_sgd import EntropySGD
 from .results import BUDGETS, TUNING, Question
@@ -290,8 +288,7 @@ def mean_passes(config: SAMConfig, steps: int, warmup_steps: int = 0) -> float:
     if config.rho == 0:
         return 1.0
     perturbed = sum(map(Schedule.resolve(config, steps, warmup_steps).perturbs, range(steps)))
-    # asked of the update itself, so that there is one formula; it needs nothing of it but the configuration
-    in_a_perturbed_step = SharpnessAwareUpdate.passes_per_step.fget(SimpleNamespace(config=config))
+    in_a_perturbed_step = config.passes_per_step
     return 1.0 + (in_a_perturbed_step - 1.0) * perturbed / steps
 
 
