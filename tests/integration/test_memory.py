@@ -8,6 +8,8 @@ import pytest
 import torch
 from integration import tiny
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from transformers import Trainer
 
 from hf_sam import SAMConfig, SAMTrainer
@@ -31,7 +33,7 @@ def live_bytes(model: nn.Module) -> int:
     gradients = [p.grad for p in model.parameters()]
     sizes = {}
     for thing in gc.get_objects():
-        if isinstance(thing, Tensor):
+        if isinstance(thing, Tensor) and not isinstance(thing, FakeTensor | FunctionalTensor):  # left by torch.compile
             storage = thing.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     del gradients
