@@ -133,7 +133,12 @@ def main() -> None:
         f"Written: {args.output_dir}/table.md, summary.json, runs.csv, and a folder for each run."
     )
     report = write_report(
-        find_records(args.output_dir)[0], args.output_dir / "report", title="Sharpness-aware minimization on digits"
+        find_records(args.output_dir)[0],
+        args.output_dir / "report",
+        title="Sharpness-aware minimization on digits",
+        control=FIRST,
+        treatment="SAM, rho 0.05",
+        arms=list(ARMS),
     )
     print(f"Report: {report}")
 
