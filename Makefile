@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
@@ -14,9 +14,6 @@ test: $(VENV)/.installed lint
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --durations 15
-
-test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "gpu or multi_gpu"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
