@@ -76,7 +76,7 @@ def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Spli
         splits["train"] = train.select(kept)
     if args.test_samples:
         classes = column(splits["test"], strata) if strata else np.zeros(len(splits["test"]), dtype=int)
-        splits["test"] = splits["test"].select(stratified_sample(classes, args.test_samples, None, args.subset_seed))
+        splits["test"] = splits["test"].select(stratified_sample(classes, args.test_samples, None, args.split_seed))
     return splits
 
 
