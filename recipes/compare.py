@@ -22,7 +22,7 @@ from shared.arguments import parse_arguments
 from shared.errors import UserError, run
 from transformers import TrainingArguments
 
-from hf_sam.comparison.execution import end_with, execute
+from hf_sam.comparison.execution import end_with, end_with_parent, execute
 from hf_sam.comparison.foreign import find_foreign_records
 from hf_sam.comparison.plan import AVERAGE_KEYS, Plan, Run, command_line, describe, final_runs, mean_passes, read_plan
 from hf_sam.comparison.records import write_json
@@ -162,6 +162,7 @@ def make_all(args: argparse.Namespace, workshop: Workshop) -> None:
 
 
 def _help(args: argparse.Namespace) -> None:
+    end_with_parent()
     _work(open_workshop(plan_of(args)), args.stale_after)
 
 

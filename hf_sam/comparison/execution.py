@@ -75,13 +75,18 @@ def _child(folder: Path, recipes: Path) -> None:
     with open(folder / LOG_NAME, "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    threading.Thread(target=_end_with_worker, daemon=True).start()
+    end_with_parent()
     execute(folder, recipes)
 
 
-def _end_with_worker() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # nobody is left to keep the claim alive
+def end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, however that came about."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # nobody is left to keep a claim alive, or to stop what goes on
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with(parent: int) -> None:
