@@ -72,7 +72,7 @@ class SAMConfig:
         ascent_fraction (`float`, *optional*, defaults to 1.0):
             Share of each micro-batch that the ascent pass sees, in (0, 1].
         interval (`int`, *optional*, defaults to 1):
-            Perturb every `interval`-th step.
+            Perturb every `interval`-th step; for `"carried"`, look for a direction in every `interval`-th step.
         start, end (`int` or `float`, *optional*, default to 0.0 and 1.0):
             First step that perturbs and first one that no longer does. A float in [0, 1] is a fraction of the steps
             that the Trainer really runs, an int is a step.
@@ -82,7 +82,8 @@ class SAMConfig:
         rho_min (`float`, *optional*, defaults to 0.0):
             Lower end of the schedule, in [0, rho].
         alpha (`float`, *optional*):
-            Weight of the extra component of `"gsam"` and `"looksam"`. At least 0.
+            Weight of the extra component of `"gsam"` and `"looksam"`. At least 0. For `"carried"` the factor by which
+            the perturbation shrinks with each step that its direction grows older.
         gamma (`float`, *optional*):
             `"wsam"`: weight of the sharpness term, in [0, 1). `"esam"`: share of the examples kept, in (0, 1].
         beta (`float`, *optional*):
@@ -177,9 +178,9 @@ class SAMConfig:
             raise ValueError(
                 f"m={self.m} splits micro-batches and needs scope='micro' (or 'auto'), not {self.scope!r}."
             )
-        if self.method == "looksam" and self.scope == "micro":
+        if self.method in ("looksam", "carried") and self.scope == "micro":
             raise ValueError(
-                "scope='micro' does not go with method='looksam', which reuses one component of the whole step's gradient: "
+                f"scope='micro' does not go with method={self.method!r}, which uses the gradient of a whole step again: "
                 "choose 'device', 'global' or 'auto'."
             )
         if self.method == "wsam" and self.gamma == 1:

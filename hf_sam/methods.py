@@ -42,8 +42,9 @@ class Method:
         name (`str`): What the user writes in `SAMConfig(method=...)`.
         paper (`str`): Authors, year and arXiv number.
         summary (`str`): The update in one sentence.
-        ascent (`str`): Where to look: along the `"gradient"` of a clean pass, the `"friendly"` part of it, or without
-            such a pass along the optimizer's `"momentum"`, a `"random"` direction or with an `"auxiliary"` adapter.
+        ascent (`str`): Where to look: along the `"gradient"` of a clean pass, the `"friendly"` part of it, or that
+            gradient `"carried"` on to the steps that follow; without such a pass along the `"previous"` step's gradient,
+            the optimizer's `"momentum"`, a `"random"` direction or with an `"auxiliary"` adapter.
         descent (`str`): What to step along: the `"perturbed"` gradient, a combination with the clean one
             (`"surrogate-gap"`, `"weighted"`, `"reused"`), or that of a changed loss (`"hardest-hit"`, `"functional"`).
         fields (`frozenset[str]`): The `SAMConfig` fields it uses.
@@ -60,8 +61,8 @@ class Method:
 
     @property
     def has_clean_pass(self) -> bool:
-        """Whether `eps` comes from a pass of its own, at `w`."""
-        return self.ascent in ("gradient", "friendly")
+        """Whether `eps` comes from a pass of its own, at `w`, if only in some steps."""
+        return self.ascent in ("gradient", "friendly", "carried")
 
     @property
     def combines(self) -> bool:
@@ -164,6 +165,21 @@ _ROWS = [
         "Keep the clean loss's gradient at the logits and take the Jacobian at w + eps: J(w + eps)^T grad_logits L(w).",
         descent="functional",
         fields=CLEAN_PASS_FIELDS,
+    ),
+    Method(
+        "previous",
+        "Ji et al. 2024, NeurIPS (S2-SAM)",
+        "One pass, at w + rho g/||g||, g the gradient that the step before went along.",
+        ascent="previous",
+        fields=WEIGHT_FIELDS,
+    ),
+    Method(
+        "carried",
+        "this project",
+        "Compute g on every interval-th step, on a part of the batch, and climb along it in all steps until the next.",
+        ascent="carried",
+        fields=GRADIENT_FIELDS - {"m", "ascent_steps", "weight_decay_in_ascent"} | {"alpha"},
+        defaults={"interval": 5, "ascent_fraction": 0.25, "alpha": 1.0},
     ),
     Method(
         "bilora",

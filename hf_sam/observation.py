@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 def displacement_shows_gradient(config: SAMConfig) -> bool:
     """Whether `g` can be read off eps, so that its direction needs no copy of its own."""
-    if config.row.ascent != "gradient" or config.adaptive or config.weight_decay_in_ascent:
+    if config.row.ascent not in ("gradient", "carried") or config.adaptive or config.weight_decay_in_ascent:
         return False
     return 1 < config.p < math.inf and config.ascent_steps in (None, 1)
 

@@ -162,8 +162,9 @@ FEATURES: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
         "method='gsam', 'wsam', 'looksam'": lambda trainer: trainer.sam_config.row.combines,
         "method='esam'": lambda trainer: trainer.sam_config.method == "esam",
         "method='functional'": lambda trainer: trainer.sam_config.method == "functional",
-        "method='friendly'": lambda trainer: trainer.sam_config.method == "friendly",
+        "method='friendly', 'carried'": lambda trainer: trainer.sam_config.method in ("friendly", "carried"),
         "method='msam'": lambda trainer: trainer.sam_config.method == "msam",
+        "method='previous'": lambda trainer: trainer.sam_config.method == "previous",
         "method='random'": lambda trainer: trainer.sam_config.method == "random",
         "method='bilora'": lambda trainer: trainer.sam_config.method == "bilora",
         "second_order=True": lambda trainer: bool(trainer.sam_config.second_order),
@@ -196,6 +197,7 @@ _ZERO = {
     "method='gsam', 'wsam', 'looksam'": _COMBINED,
     "second_order=True": _COMBINED,
     "method='msam'": _FLAT,
+    "method='previous'": _COMBINED.replace("it combines", "it climbs along"),
     "weight_decay_in_ascent=True": _FLAT,
     "method='bilora'": _FLAT,
 }

@@ -43,7 +43,16 @@ class Schedule:
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 0, takes the sharpness-aware update."""
-        return self.is_inside(step) and (step - self.start) % (self.config.interval or 1) == 0
+        return self.is_inside(step) and (self.age(step) == 0 or self.config.row.ascent == "carried")
+
+    def age(self, step: int) -> int:
+        """Steps since the last one in which the method looked where to climb; 0 in such a step."""
+        return (step - self.start) % (self.config.interval or 1)
+
+    def passes(self, step: int) -> float:
+        """Forward-backward passes over the batch in optimizer step `step`."""
+        looks = self.perturbs(step) and self.age(step) == 0
+        return self.config.passes_per_step if looks else 1.0
 
     def is_inside(self, step: int) -> bool:
         """Whether `step` lies between start and end, perturbed or between two steps that are."""

@@ -86,7 +86,7 @@ class SAMTrainerMixin:
         with sam.cost.micro_batch(step):
             if not sam.schedule.perturbs(step):
                 loss = self._plain_step(model, whole, is_last)
-            elif not sam.config.row.has_clean_pass:
+            elif not sam.looks(step):
                 loss = self._one_pass_step(model, whole, is_last)
             else:
                 parts = whole.split(sam.config.m)
@@ -145,6 +145,8 @@ class SAMTrainerMixin:
                 loss = self._passes(model, [batch], synced=True)
                 if self._is_measured_step():
                     sam.observe(eps, {})
+            if is_last:
+                sam.keep_gradient()
         sam.telemetry.add(perturbed_loss=loss)
         if is_last:
             sam.close_step()
@@ -302,9 +304,7 @@ class SAMTrainerMixin:
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Floating-point operations of one micro-batch, all passes of the present step included."""
         ops = super().floating_point_ops(inputs)
-        if self._sam is None or not self._sam.schedule.perturbs(self.state.global_step):
-            return ops
-        return int(ops * self.sam_config.passes_per_step)
+        return ops if self._sam is None else int(ops * self._sam.schedule.passes(self.state.global_step))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """The Trainer's own, with the keys of the update added to training entries and its cost to the last one."""

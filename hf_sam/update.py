@@ -80,7 +80,7 @@ class SharpnessAwareUpdate:
         self._seed = seed
         self._clean: Gradients = {}
         # What the method carries from step to step, one tensor per parameter: Friendly SAM's average gradient, LookSAM's
-        # orthogonal part.
+        # orthogonal part, the gradient that later steps climb along.
         self.state: dict[Parameter, Tensor] = {}
         self.auxiliary = AuxiliaryLora(model, seed) if config.row.ascent == "auxiliary" else None
 
@@ -91,6 +91,11 @@ class SharpnessAwareUpdate:
         return Perturbation(generator, self.engine.renew_copies, swaps_memory)
 
     # --- where to look -------------------------------------------------------------------------------------------------
+
+    def looks(self, step: int) -> bool:
+        """Whether optimizer step `step`, which perturbs, has a pass of its own that shows where to."""
+        is_carried = self.config.row.ascent == "carried" and self.schedule.age(step) > 0 and bool(self.state)
+        return self.config.row.has_clean_pass and not is_carried
 
     def ascent_parameters(self, step: int) -> list[Parameter]:
         """The parameters whose gradients the ascent pass of optimizer step `step` has to compute."""
@@ -136,16 +141,22 @@ class SharpnessAwareUpdate:
             add_weight_decay(directions, weights, decay, loss_scale)
         if config.row.ascent == "friendly":
             self._remove_average(parameters, directions, loss_scale)
+        if config.row.ascent == "carried":
+            self.state = {p: g.clone() for p, g in zip(parameters, directions, strict=True)}
         size = rho / config.ascent_steps if config.ascent_steps else rho
-        if config.adaptive:
-            directions, scale = adaptive_direction(directions, weights, size, config.p, config.eta, reductions)
-        else:
-            directions, scale = dual_norm_direction(directions, size, config.p, reductions)
+        directions, scale = self._maximiser(parameters, directions, size, reductions)
         if config.beta is not None:
             scale = scale / config.beta
         if measured and config.ascent_steps in (None, 1):
             self.telemetry.record(_intended_norm=scale * reductions.norm(directions))
         perturbation.add(parameters, directions, scale)
+
+    def _maximiser(self, parameters, directions, size, reductions) -> tuple[list[Tensor], Tensor]:
+        config = self.config
+        if config.adaptive:
+            weights = [local(p) for p in parameters]
+            return adaptive_direction(directions, weights, size, config.p, config.eta, reductions)
+        return dual_norm_direction(directions, size, config.p or 2.0, reductions)
 
     def step_aside(self, perturbation: Perturbation, rho: float, step: int, optimizer: torch.optim.Optimizer) -> None:
         """`w <- w + eps` for an `eps` that needs no pass; nothing while the optimizer has no momentum yet."""
@@ -154,6 +165,13 @@ class SharpnessAwareUpdate:
             rank = 0 if self.scope == "global" else self.engine.rank
             reductions = self.engine.reductions(parameters)
             directions, scale = random_direction(parameters, rho, self._generator(step, rank), reductions)
+        elif self.config.row.ascent in ("previous", "carried"):
+            parameters = [p for p in parameters if p in self.state]
+            if not parameters:  # no step has gone before
+                return
+            reductions = self.engine.reductions(parameters)
+            rho *= (1.0 if self.config.alpha is None else self.config.alpha) ** self.schedule.age(step)
+            directions, scale = self._maximiser(parameters, [self.state[p].clone() for p in parameters], rho, reductions)
         else:
             momenta = {p: momentum_of(optimizer, p) for p in parameters}
             parameters = [p for p in parameters if momenta[p] is not None]
@@ -169,6 +187,12 @@ class SharpnessAwareUpdate:
             directions, scale = momentum_direction([local(momenta[p]) for p in parameters], rho, reductions)
         self.telemetry.record(sam_rho=rho)
         perturbation.add(parameters, directions, scale)
+
+    def keep_gradient(self) -> None:
+        """For the step to come: what this one goes along, before clipping."""
+        if self.config.row.ascent == "previous":
+            gradients = self.engine.gradients(list(self.selected.values()))
+            self.state = {p: local(g).clone() for p, g in gradients.items()}
 
     def climb_beside(self, rho: float, optimizer: torch.optim.Optimizer) -> None:
         """Bi-LoRA's ascent, at the base optimizer's learning rate."""

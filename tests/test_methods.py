@@ -145,6 +145,36 @@ def test_msam_without_momentum_names_the_remedy(tmp_path):
         run(tmp_path, SAMConfig(method="msam"), steps=3)
 
 
+def test_previous_climbs_along_the_gradient_of_the_step_before(tmp_path):
+    state = {}
+
+    def step_gradient(loss, w, step):
+        eps = oracles.eps_of(state["g"], 0.2, 2) if state else 0.0
+        state["g"] = oracles.gradient(loss, w + eps)
+        return state["g"]
+
+    actual = run(tmp_path, SAMConfig(method="previous", rho=0.2), steps=4)
+    assert_equal_to_1e_12(actual, reference(step_gradient, steps=4))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("alpha", [1.0, 0.7, 0.0])
+def test_carried_climbs_along_the_last_gradient_it_looked_for(tmp_path, alpha, adaptive):
+    state = {}
+
+    def step_gradient(loss, w, step):
+        if step % 3 == 0:
+            state["g"] = oracles.gradient(loss, w)
+        rho = 0.2 * alpha ** (step % 3)
+        if rho == 0:
+            return oracles.gradient(loss, w)
+        eps = oracles.eps_adaptive(state["g"], w, rho, 0.01) if adaptive else oracles.eps_of(state["g"], rho, 2)
+        return oracles.gradient(loss, w + eps)
+
+    config = SAMConfig(method="carried", rho=0.2, interval=3, alpha=alpha, ascent_fraction=1.0, adaptive=adaptive)
+    assert_equal_to_1e_12(run(tmp_path, config, steps=7), reference(step_gradient, steps=7))
+
+
 def test_subset_climbs_along_the_first_examples_of_each_micro_batch(tmp_path):
     model, rows = tiny_classifier(), examples(8)
     whole = oracles.loss_function(model, stack(rows))
@@ -242,6 +272,7 @@ IDENTITIES = {
     "looksam": {"interval": 1},
     "subset": {"ascent_fraction": 1.0},
     "periodic": {"interval": 1},
+    "carried": {"interval": 1, "ascent_fraction": 1.0},
     "late": {"start": 0.0},
 }
 
@@ -271,6 +302,8 @@ COUNTS = {
     "looksam": (12, 12, 1.5 * FULL),
     "periodic": (12, 12, 1.5 * FULL),
     "late": (10, 10, 1.25 * FULL),
+    "carried": (12, 12, 1.125 * FULL),
+    "previous": (8, 8, FULL),
     "msam": (8, 8, FULL),
     "random": (8, 8, FULL),
 }
@@ -278,7 +311,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("method", COUNTS)
 def test_number_of_passes(tmp_path, method):
-    extra = {"interval": 2} if method in ("looksam", "periodic") else {}
+    extra = {"interval": 2} if method in ("looksam", "periodic", "carried") else {}
     model, seen = tiny_classifier(), {"forward": 0, "backward": 0, "examples": 0}
 
     def count(module, args, output):
@@ -308,7 +341,7 @@ def test_norm_only_ascent_computes_no_other_weight_gradient(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["friendly", "looksam"])
+@pytest.mark.parametrize("method", ["friendly", "looksam", "previous", "carried"])
 def test_interrupted_and_resumed_is_bitwise_uninterrupted(tmp_path, method):
     config = SAMConfig(method=method, rho=0.2)
 
@@ -334,7 +367,7 @@ def test_interrupted_and_resumed_is_bitwise_uninterrupted(tmp_path, method):
 def test_every_row_says_what_it_is():
     for name, row in METHODS.items():
         assert row.name == name
-        assert row.paper == "control" or "arXiv" in row.paper
+        assert row.paper in ("control", "this project") or "arXiv" in row.paper or "NeurIPS" in row.paper
         assert row.summary.endswith(".")
         SAMConfig(method=name)
 

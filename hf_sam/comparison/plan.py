@@ -287,9 +287,7 @@ def mean_passes(config: SAMConfig, steps: int, warmup_steps: int = 0) -> float:
     """Gradient evaluations per optimizer step that a run of `steps` steps under `config` spends, on average."""
     if config.rho == 0:
         return 1.0
-    perturbed = sum(map(Schedule.resolve(config, steps, warmup_steps).perturbs, range(steps)))
-    in_a_perturbed_step = config.passes_per_step
-    return 1.0 + (in_a_perturbed_step - 1.0) * perturbed / steps
+    return sum(map(Schedule.resolve(config, steps, warmup_steps).passes, range(steps))) / steps
 
 
 def final_runs(plan: Plan, passes: Callable[[str, str], float]) -> list[Run]:
