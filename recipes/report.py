@@ -36,6 +36,7 @@ from hf_sam.comparison.checkpoints import Evaluated, LanguagePredictions, make_c
 from hf_sam.comparison.corruptions import IMAGE_CORRUPTIONS, LEVELS, TEXT_CORRUPTIONS
 from hf_sam.comparison.document import write_document
 from hf_sam.comparison.fingerprints import describe_data, describe_environment, describe_model
+from hf_sam.sharpness import SharpnessConfig
 
 
 @dataclass
@@ -48,7 +49,8 @@ class ReportArguments:
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(32, "Examples per batch.")
     corruption_samples: int = option(500, "Test examples that are corrupted; 0 leaves robustness out.")
-    sharpness: bool = option(False, "Measure sharpness on training examples, as recipes/sharpness.py does.")
+    sharpness: bool = option(False, "Also measure sharpness; takes the options of recipes/sharpness.py.")
+    num_examples: int = option(256, "Training examples that sharpness is measured on.")
     bootstrap_seed: int = option(0, "Of the intervals and the corruptions.")
     disable_tqdm: bool = option(False, "No progress bars.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
     name = sharpness.find_task(argv)
     task = sharpness.TASKS[name]
-    args, data_args, task_args = parse_arguments(
-        [ReportArguments, DataArguments, task.arguments], [*argv, *sharpness.recorded_data(argv)]
+    args, data_args, task_args, _ = parse_arguments(
+        [ReportArguments, DataArguments, task.arguments, SharpnessConfig], [*argv, *sharpness.recorded_data(argv)]
     )
     named = sharpness.CheckpointArguments(args.checkpoints).named
     for path in named.values() if args.task is None else ():  # before minutes are spent on the first of them
@@ -112,8 +114,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 corrupted={key: predict(split, f"{name}, {key[0]} {key[1]}") for key, split in corrupted.items()},
             )
         )
-    if args.sharpness:
-        measure_sharpness(evaluated, argv, Path(args.output_dir))
     document = make_checkpoint_document(
         evaluated,
         facts={
@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         examples=shown_examples(rows, columns),
         class_names=columns[-1] if len(columns) > 1 else None,
         seed=args.bootstrap_seed,
+        sharpness=measure_sharpness(argv, Path(args.output_dir)) if args.sharpness else None,
     )
     report = write_document(document, Path(args.output_dir))
     print(f"Report: {report}")
@@ -197,8 +198,8 @@ def shown_examples(rows: Dataset, columns: Sequence[Any]) -> list[str]:
     return [f"image {index}" for index in range(len(rows))]
 
 
-def measure_sharpness(evaluated: list[Evaluated], argv: list[str], folder: Path) -> None:
-    """By `recipes/sharpness.py`, whose own report is written beside; its numbers are taken over."""
+def measure_sharpness(argv: list[str], folder: Path) -> dict[str, Any]:
+    """By `recipes/sharpness.py`, whose own report is written beside; its section becomes one of this report."""
     own = ("--output_dir", "--split", "--batch_size", "--corruption_samples", "--sharpness", "--bootstrap_seed")
     words, skip = [], False
     for word in argv:
@@ -207,9 +208,7 @@ def measure_sharpness(evaluated: list[Evaluated], argv: list[str], folder: Path)
         skip = word in own
         if not skip and not word.startswith(tuple(f"{name}=" for name in own)):
             words.append(word)
-    measured = sharpness.main([*words, "--output_dir", str(folder / "sharpness")])["checkpoints"]
-    for entry in evaluated:
-        entry.sharpness = measured[entry.name]["scalars"]
+    return sharpness.main([*words, "--output_dir", str(folder / "sharpness")])
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_fscore_support
 
+from ..sharpness.report import sharpness_section
 from . import plots
 from .calibration import Predictions, expected_calibration_error, reliability
 from .document import Block, Document, Figure, Listing, Section, Table, Text
@@ -87,7 +89,6 @@ class Evaluated:
         size (`int`): Bytes of the weights in memory.
         seconds (`float`): Of the passes over the test split.
         corrupted (`dict[tuple[str, int], Predictions]`): The same on corrupted inputs, by corruption and level.
-        sharpness (`dict[str, float]`): Where measured.
     """
 
     name: str
@@ -97,7 +98,6 @@ class Evaluated:
     size: int = 0
     seconds: float = 0.0
     corrupted: dict[tuple[str, int], Predictions] = field(default_factory=dict)
-    sharpness: dict[str, float | None] = field(default_factory=dict)
 
 
 def true_probability(kept: Predictions) -> np.ndarray:
@@ -116,6 +116,7 @@ def make_checkpoint_document(
     examples: Sequence[str],
     class_names: Sequence[str] | None = None,
     seed: int = 0,
+    sharpness: Mapping[str, Any] | None = None,
 ) -> Document:
     """
     The report of one or more checkpoints on one test split.
@@ -126,6 +127,7 @@ def make_checkpoint_document(
         examples (`Sequence[str]`): What to show of each test example.
         class_names (`Sequence[str]`, *optional*): `None` for language models.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        sharpness (`dict`, *optional*): What `sharpness.json` of the same checkpoints holds.
     """
     rng = np.random.default_rng(seed)
     is_classifier = class_names is not None
@@ -147,7 +149,9 @@ def make_checkpoint_document(
             Section("Robustness to input corruption", _robustness(checkpoints, rng)),
         ]
     sections += [
-        Section("Sharpness", _sharpness(checkpoints)),
+        sharpness_section(sharpness)
+        if sharpness
+        else Section("Sharpness", [Text("Not measured; --sharpness true measures it.")]),
         Section("Size and speed", _costs(checkpoints, len(examples))),
         Section("Threats to validity", _threats(checkpoints, len(examples))),
     ]
@@ -349,18 +353,6 @@ def _robustness(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> l
         Table(["corruption", "level", *names], rows, f"Accuracy (%) on {frame.examples.iloc[0]} corrupted examples", 2),
         Figure("robustness", canvas, caption, frame),
     ]
-
-
-def _sharpness(checkpoints: Sequence[Evaluated]) -> list[Block]:
-    names = list(dict.fromkeys(name for entry in checkpoints for name in entry.sharpness))
-    if not names:
-        return [Text("Not measured; --sharpness true measures it.")]
-    rows = [[name, *(number(entry.sharpness.get(name), 4) for entry in checkpoints)] for name in names]
-    caution = (
-        "What was measured, not a verdict: for fine-tuned transformers sharpness and generalisation correlate weakly, "
-        "and a flatter minimum need not be a better one (Andriushchenko et al. 2023)."
-    )
-    return [Text(caution), Table(["measure", *(entry.name for entry in checkpoints)], rows)]
 
 
 def _costs(checkpoints: Sequence[Evaluated], examples: int) -> list[Block]:

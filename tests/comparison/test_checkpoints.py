@@ -179,12 +179,15 @@ def checkpoints(tmp_path_factory):
 def test_one_command_reports_on_two_checkpoints(checkpoints, tmp_path, capsys):
     first, second = checkpoints
     path = report.main(
-        f"{first} sam={second} --corruption_samples 10 --disable_tqdm true --output_dir {tmp_path}".split()
+        f"{first} sam={second} --corruption_samples 10 --disable_tqdm true --output_dir {tmp_path} "
+        "--sharpness true --measures sam average --rho 0.01 0.05 --draws 1 --num_examples 32".split()
     )
     assert str(path) in capsys.readouterr().out
     markdown = path.with_name("report.md").read_text()
     assert "on 60 test examples" in markdown  # the data of the first one's run record
     assert "sam minus rho0: accuracy" in markdown
+    assert "SAM sharpness, rho = 0.05" in markdown
+    assert (tmp_path / "figures" / "sharpness-rho.svg").exists()
     metrics = pd.read_csv(tmp_path / "data" / "metrics.csv").set_index(["checkpoint", "metric"])
     for name, folder in (("rho0", first), ("sam", second)):
         told = pd.read_json(folder / "all_results.json", typ="series")
