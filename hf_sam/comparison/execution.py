@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import trainer as trainer_module
 
 from .plan import averaging_of, command_line
@@ -122,22 +123,28 @@ def execute(folder: Path, recipes: Path) -> None:
         if averaging is not None:
             trainer_module.DEFAULT_CALLBACKS.append(averaging)
         trainer = module.main(job["argv"])
+        if job["sharpness"] is not None:
+            _measure_sharpness(folder, job)
         if trainer.is_world_process_zero():
-            _finish(folder, job)
+            _clear(folder, job)
     except Exception as error:
         traceback.print_exc()
         if int(os.environ.get("RANK", "0")) == 0:
             mark_failed(folder, job["names"], error)
 
 
-def _finish(folder: Path, job: dict[str, Any]) -> None:
-    """Measures what was asked of the trained model, then removes what need not stay."""
-    if job["sharpness"] is not None:
-        try:  # writes into the run's record
-            words = command_line(None, job["sharpness"], folder / "sharpness")
-            importlib.import_module("sharpness").main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
-        except Exception:  # the run itself is finished and stays so; the report says that this was not measured
-            traceback.print_exc()
+def _measure_sharpness(folder: Path, job: dict[str, Any]) -> None:
+    """Of the trained model, into the run's record; by all processes of the run together."""
+    PartialState().wait_for_everyone()  # the first one has written the model
+    try:
+        words = command_line(None, job["sharpness"], folder / "sharpness")
+        importlib.import_module("sharpness").main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
+    except Exception:  # the run itself is finished and stays so; the report says that this was not measured
+        traceback.print_exc()
+
+
+def _clear(folder: Path, job: dict[str, Any]) -> None:
+    """Removes what need not stay."""
     if not job["keep_model"]:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
