@@ -1,0 +1,17 @@
+"""What a step costs beside the stock Trainer's: counted passes, bytes and memory, and times taken in turns."""
+
+from .contenders import CONTENDERS, STOCK, Contender
+from .measure import Counted, Measurement, measure
+from .stepping import HandLoopTrainer, SteppedSAMTrainer, SteppedTrainer
+
+__all__ = [
+    "CONTENDERS",
+    "STOCK",
+    "Contender",
+    "Counted",
+    "HandLoopTrainer",
+    "Measurement",
+    "SteppedSAMTrainer",
+    "SteppedTrainer",
+    "measure",
+]

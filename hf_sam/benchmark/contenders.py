@@ -1,0 +1,76 @@
+"""Who takes part: the stock Trainer, `SAMTrainer` without a perturbation, a loop by hand, every method, combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+from ..config import SAMConfig
+from ..methods import METHODS
+from ..schedule import Schedule
+
+LONG_RUN = 10_000  # steps; long enough that a schedule's share of perturbed steps is what it is in any run
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    One way to take an optimizer step.
+
+    Args:
+        name (`str`): What tables and the command line call it.
+        sam (`SAMConfig`, *optional*): For `SAMTrainer`; None is the stock Trainer.
+        by_hand (`bool`, *optional*, defaults to `False`): A plain PyTorch loop with the update of `sam` instead.
+    """
+
+    name: str
+    sam: SAMConfig | None = None
+    by_hand: bool = False
+
+    @cached_property
+    def share_perturbed(self) -> float:
+        """The share of a long run's steps that are perturbed."""
+        if self.sam is None:
+            return 0.0
+        schedule = Schedule.resolve(self.sam, LONG_RUN)
+        return sum(map(schedule.perturbs, range(LONG_RUN))) / LONG_RUN
+
+    @property
+    def claimed_passes(self) -> float:
+        """Forward-backward passes a step, on average over a run, by what the configuration says of itself."""
+        if self.sam is None:
+            return 1.0
+        return 1.0 + self.share_perturbed * (self.sam.passes_per_step - 1.0)
+
+    def perturbs(self, steps: int, warmup_steps: int = 0) -> list[bool]:
+        """Which steps of a run of `steps` are perturbed."""
+        if self.sam is None or self.sam.rho == 0:
+            return [False] * steps
+        schedule = Schedule.resolve(self.sam, steps, warmup_steps)
+        return [schedule.perturbs(step) for step in range(steps)]
+
+
+STOCK = Contender("trainer")
+
+_COMBINATIONS: dict[str, SAMConfig] = {
+    "subset-5": SAMConfig(method="subset", interval=5),  # a quarter of the batch, on every fifth step
+    "late-5": SAMConfig(method="late", interval=5),
+    "late-subset": SAMConfig(method="late", ascent_fraction=0.25),
+    "norm-only-subset": SAMConfig(method="norm-only", ascent_fraction=0.25),
+    "late-norm-only-subset": SAMConfig(method="norm-only", ascent_fraction=0.25, start=0.75),
+}
+
+CONTENDERS: Mapping[str, Contender] = MappingProxyType(
+    {
+        contender.name: contender
+        for contender in (
+            STOCK,
+            Contender("rho-0", SAMConfig(rho=0)),
+            Contender("hand-loop", SAMConfig(), by_hand=True),
+            *(Contender(method, SAMConfig(method=method)) for method in METHODS),
+            *(Contender(name, config) for name, config in _COMBINATIONS.items()),
+        )
+    }
+)

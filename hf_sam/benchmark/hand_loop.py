@@ -1,0 +1,83 @@
+"""SAM as people write it by hand: a loop over parameters, two passes, the base optimizer stepped once.
+
+The manner is that of the widely used PyTorch implementation of Foret et al. 2021 (github.com/davda54/sam): `first_step`
+climbs to `w + eps` and keeps a copy of every weight, `second_step` goes back and lets the base optimizer step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import Parameter
+
+
+class TwoPassLoop:
+    """
+    One optimizer step of the loop by hand.
+
+    Args:
+        model (`nn.Module`): As it is trained: wrapped for distributed training where there are several processes.
+        optimizer (`torch.optim.Optimizer`): The base optimizer.
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`): Of its learning rate.
+        accelerator (`Accelerator`): Runs the backward pass, and holds synchronisation back under accumulation.
+        rho (`float`): Size of the perturbation.
+        max_grad_norm (`float`): Where the gradient is clipped before the optimizer's step; 0 for not at all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        accelerator: Accelerator,
+        rho: float,
+        max_grad_norm: float,
+    ):
+        self.model, self.optimizer, self.scheduler, self.accelerator = model, optimizer, scheduler, accelerator
+        self.rho, self.max_grad_norm = rho, max_grad_norm
+        self._kept: dict[Parameter, torch.Tensor] = {}
+
+    def step(self, window: list[dict[str, Any]]) -> None:
+        """Both passes over the micro-batches of one optimizer step, and that step."""
+        self.model.train()
+        self._passes(window)
+        self.first_step()
+        self._passes(window)
+        if self.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.second_step()
+        self.scheduler.step()
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """`w <- w + rho g / ||g||`; the gradient is set to zero."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm(p=2) for p in parameters]).norm(p=2)
+        scale = self.rho / (norm + 1e-12)
+        for p in parameters:
+            self._kept[p] = p.clone()
+            p.add_(p.grad * scale)
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Back to `w`, and a step of the base optimizer along the gradient at `w + eps`."""
+        for p, kept in self._kept.items():
+            p.copy_(kept)
+        self._kept = {}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _passes(self, window: list[dict[str, Any]]) -> None:
+        for inputs in window:
+            is_last = inputs is window[-1]
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            held_back: Callable = contextlib.nullcontext if is_last else self.accelerator.no_sync
+            with held_back(*([] if is_last else [self.model])):
+                loss = self.model(**inputs)["loss"] / len(window)
+                self.accelerator.backward(loss)

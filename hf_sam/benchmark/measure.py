@@ -1,0 +1,243 @@
+"""Interleaved timing: all contenders in one run, in turns, so that a machine that slows down slows all of them.
+
+Each contender has a model, an optimizer and a data loader of its own, all from the same beginning, as in an ordinary
+run. So that twenty copies of a large model need not be in memory at once, contenders run in groups, and the stock
+Trainer, against which all are measured, is in every group.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import Trainer
+
+from .contenders import STOCK, Contender
+from .counting import ByteCounter, PassCounter, peak_memory
+
+# From a contender and the steps of its run to a trainer of `stepping.py`, not yet prepared.
+Build = Callable[[Contender, int], Trainer]
+RESAMPLES = 2_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Counted:
+    """
+    What one contender does in a step, on average over a run.
+
+    Args:
+        forward, backward, passes (`float`): Examples that went so through the model, in units of the step's batch.
+        bytes (`float`): Handed to collectives by this process.
+        peak_memory (`int`, *optional*): In bytes, at the worst step; see [`~hf_sam.benchmark.counting.peak_memory`].
+    """
+
+    forward: float
+    backward: float
+    passes: float
+    bytes: float
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    One contender's row.
+
+    Args:
+        contender (`Contender`): Who.
+        counted (`Counted`, *optional*): None where the contender is impossible.
+        seconds (`list[float]`): Of each step after the warm-up.
+        perturbed (`list[bool]`): Whether that step was perturbed.
+        stock_seconds (`list[float]`): Of the stock Trainer's same step, in the same turns.
+        reason (`str`, *optional*): Why the contender is impossible for this model.
+    """
+
+    contender: Contender
+    counted: Counted | None = None
+    seconds: list[float] = field(default_factory=list)
+    perturbed: list[bool] = field(default_factory=list)
+    stock_seconds: list[float] = field(default_factory=list)
+    reason: str | None = None
+
+    def step_seconds(self, quantile: float = 0.5) -> float:
+        """A quantile of the time of a step: of perturbed steps and of plain ones, weighted by the schedule."""
+        values = np.array(self.seconds)
+        return sum(weight * float(np.quantile(values[rows], quantile)) for weight, rows in self._kinds())
+
+    def ratio(self) -> float:
+        """Time of a step relative to the stock Trainer's: medians, each kind of step beside the same turns of stock."""
+        return float(self._ratio([rows for _, rows in self._kinds()]))
+
+    def ratio_interval(self, rng: np.random.Generator) -> tuple[float, float]:
+        """Percentile bootstrap interval of `ratio`; a turn is drawn as a whole, with both its times."""
+        kinds = [rows for _, rows in self._kinds()]
+        drawn = [rng.choice(rows, (RESAMPLES, len(rows))) for rows in kinds]
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.quantile(self._ratio(drawn), [tail, 1 - tail])
+        return float(low), float(high)
+
+    def _ratio(self, kinds: Sequence[np.ndarray]) -> np.ndarray:
+        """Over the last axis of each kind's rows, which are `(..., n)`."""
+        own, stock = np.array(self.seconds), np.array(self.stock_seconds)
+        weights = [weight for weight, _ in self._kinds()]
+        return sum(
+            weight * np.median(own[rows], axis=-1) / np.median(stock[rows], axis=-1)
+            for weight, rows in zip(weights, kinds, strict=True)
+        )
+
+    def _kinds(self) -> list[tuple[float, np.ndarray]]:
+        """Weight and rows of the perturbed steps and of the plain ones, where a long run has such."""
+        share, perturbed = self.contender.share_perturbed, np.array(self.perturbed)
+        kinds = [(share, np.flatnonzero(perturbed)), (1 - share, np.flatnonzero(~perturbed))]
+        return [(weight, rows) for weight, rows in kinds if weight > 0]
+
+
+def measure(
+    contenders: Sequence[Contender],
+    build: Build,
+    *,
+    steps: int = 40,
+    warmup: int = 5,
+    block: int = 5,
+    at_once: int = 6,
+    seed: int = 0,
+    progress: Callable[[str, int], None] = lambda what, steps: None,
+) -> list[Measurement]:
+    """
+    Count what every contender does, then time them in turns.
+
+    Args:
+        contenders (`Sequence[Contender]`): Who takes part; the stock Trainer does in any case, as the first.
+        build (`Callable`): Makes a contender's trainer for a run of so many steps, the same model and data each time.
+        steps (`int`, *optional*, defaults to 40): Timed steps of every contender.
+        warmup (`int`, *optional*, defaults to 5): Steps before them that are dropped.
+        block (`int`, *optional*, defaults to 5): Steps of one turn.
+        at_once (`int`, *optional*, defaults to 6): Contenders in memory at the same time, the stock one included.
+        seed (`int`, *optional*, defaults to 0): Of the order of the turns.
+        progress (`Callable[[str, int], None]`, *optional*): Told after each turn whose it was, and its steps.
+
+    Returns:
+        `list[Measurement]`: In the order of `contenders`, the stock Trainer first.
+
+    Raises:
+        ValueError: A contender would have no timed step of a kind that its schedule has, or the stock Trainer cannot
+            train this model.
+    """
+    contenders = [STOCK, *(contender for contender in contenders if contender != STOCK)]
+    for contender in contenders:
+        _check_kinds(contender, steps, warmup)
+    found: dict[str, Counted | str] = {}
+    for contender in contenders:
+        found[contender.name] = count(contender, build)
+        progress(contender.name, 1)
+        if contender == STOCK and isinstance(found[STOCK.name], str):
+            raise ValueError(found[STOCK.name])
+    possible = [c for c in contenders[1:] if isinstance(found[c.name], Counted)]
+    measured: dict[str, Measurement] = {}
+    for group in _groups(possible, at_once - 1):
+        seconds = _timed([STOCK, *group], build, steps + warmup, block, seed, progress)
+        for contender in (STOCK, *group):
+            measured.setdefault(
+                contender.name,
+                Measurement(
+                    contender,
+                    found[contender.name],
+                    seconds[contender.name][warmup:],
+                    contender.perturbs(steps + warmup)[warmup:],
+                    seconds[STOCK.name][warmup:],
+                ),
+            )
+    return [measured.get(c.name) or Measurement(c, reason=found[c.name]) for c in contenders]
+
+
+def turns(names: Sequence[str], steps: int, block: int, seed: int) -> Iterator[tuple[str, int]]:
+    """
+    Whose turn it is, and for how many steps: in every round each once, in an order drawn anew.
+
+    The last round has the steps that are left.
+    """
+    rng = random.Random(seed)
+    for first in range(0, steps, block):
+        order = list(names)
+        rng.shuffle(order)
+        yield from ((name, min(block, steps - first)) for name in order)
+
+
+def count(contender: Contender, build: Build) -> Counted | str:
+    """
+    Run a few steps of one contender alone, after one that is not counted, and count what they do.
+
+    Returns:
+        `Counted`, or the reason why the contender is impossible for this model.
+    """
+    steps = 1 + max(5, (contender.sam.interval or 1) if contender.sam else 1)
+    try:
+        trainer = build(contender, steps)
+        trainer.prepare()
+        trainer.take_steps(1)
+        kinds, counts = contender.perturbs(steps)[1:], []
+        with PassCounter(trainer) as passes, peak_memory(trainer) as peak:
+            for _ in kinds:
+                before = np.array([passes.forward, passes.backward, passes.passes])
+                with ByteCounter() as moved:
+                    trainer.take_steps(1)
+                after = np.array([passes.forward, passes.backward, passes.passes])
+                counts.append([*(after - before), moved.bytes])
+        trainer.close()
+    except ValueError as error:
+        return " ".join(str(error).split())
+    args = trainer.args
+    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    table, share = np.array(counts, dtype=float), contender.share_perturbed
+    means = sum(
+        weight * table[np.array(kinds) == kind].mean(0)
+        for weight, kind in ((share, True), (1 - share, False))
+        if weight
+    )
+    return Counted(*(float(value) for value in means[:3] / examples), bytes=float(means[3]), peak_memory=peak())
+
+
+def _timed(
+    group: Sequence[Contender],
+    build: Build,
+    steps: int,
+    block: int,
+    seed: int,
+    progress: Callable[[str, int], None],
+) -> dict[str, list[float]]:
+    """Seconds of every step of every contender of a group, which takes turns; the stock one is first."""
+    trainers = {contender.name: build(contender, steps) for contender in group}
+    for trainer in trainers.values():
+        trainer.prepare()
+    gc.collect()
+    gc.freeze()  # a collection in the middle of a step visits what that step has made, not every imported module
+    try:
+        for name, count in turns(list(trainers), steps, block, seed):
+            trainers[name].take_steps(count)
+            progress(name, count)
+    finally:
+        gc.unfreeze()
+    for trainer in trainers.values():
+        trainer.close()
+    return {name: trainer.clock.seconds for name, trainer in trainers.items()}
+
+
+def _groups(contenders: Sequence[Contender], size: int) -> Iterator[Sequence[Contender]]:
+    """Parts of at most `size`, as equal as can be; one empty part where there is nobody but the stock Trainer."""
+    number = max(1, -(-len(contenders) // size))
+    for index in range(number):
+        yield contenders[index::number]
+
+
+def _check_kinds(contender: Contender, steps: int, warmup: int) -> None:
+    kinds = set(contender.perturbs(steps + warmup)[warmup:])
+    share = contender.share_perturbed
+    if (share > 0 and True not in kinds) or (share < 1 and False not in kinds):
+        raise ValueError(
+            f"steps={steps} after warmup={warmup} hold no {'perturbed' if True not in kinds else 'plain'} step of "
+            f"{contender.name}: give more steps, or leave {contender.name} out of methods."
+        )

@@ -1,0 +1,140 @@
+"""Trainers that stop after every few optimizer steps, so that several can take turns.
+
+`train()` prepares the run by the Trainer's own code (model, optimizer, scheduler, data loader, callbacks) and returns
+before the first step; `take_steps` then runs the Trainer's own loop over the next batches. Nothing of the sequence of a
+step is written a second time here, and the weights after n steps are those of an ordinary run, bit by bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from ..replay import RandomStates
+from ..trainer import SAMTrainerMixin
+from .hand_loop import TwoPassLoop
+
+
+class SteppedMixin:
+    """
+    Mixed into a `Trainer`; see the module.
+
+    Attributes:
+        clock (`StepClock`): Seconds of every optimizer step so far.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.clock = StepClock(self.args.device)
+        self.add_callback(self.clock)
+
+    def prepare(self) -> None:
+        """Everything that comes before the first step."""
+        self.train()
+        self._batches = _without_end(self._loop["train_dataloader"])
+        self._random_states = RandomStates(self.args.device)
+
+    def take_steps(self, count: int) -> None:
+        """The next `count` optimizer steps, under random states of this trainer's own."""
+        elsewhere = RandomStates(self.args.device)
+        self._random_states.restore()
+        window = self.args.gradient_accumulation_steps
+        self._take(list(islice(self._batches, count * window)), window)
+        self._random_states = RandomStates(self.args.device)
+        elsewhere.restore()
+
+    def close(self) -> None:
+        """What comes after the last step."""
+        super()._finalize_training(*self._ending)
+
+    def _take(self, batches: list[dict[str, Any]], window: int) -> None:
+        self.control.should_training_stop = False
+        loop = {
+            **self._loop,
+            "train_dataloader": batches,
+            "steps_in_epoch": len(batches),
+            "num_update_steps_per_epoch": len(batches) // window,
+        }
+        super()._run_epoch(**loop)
+
+    # --- the two places where the Trainer's `train` is held up
+
+    def _run_epoch(self, **loop: Any) -> None:
+        self._loop = loop
+        self.control.should_training_stop = True
+
+    def _finalize_training(self, *ending: Any) -> None:
+        self._ending = ending
+
+
+class SteppedTrainer(SteppedMixin, Trainer):
+    """The stock Trainer, step by step."""
+
+
+class SteppedSAMTrainer(SteppedMixin, SAMTrainerMixin, Trainer):
+    """`SAMTrainer`, step by step."""
+
+
+class HandLoopTrainer(SteppedTrainer):
+    """
+    A stock Trainer that only prepares; its steps are those of [`TwoPassLoop`].
+
+    Args:
+        rho (`float`): Size of the perturbation.
+    """
+
+    def __init__(self, *args, rho: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._rho = rho
+
+    def _take(self, batches: list[dict[str, Any]], window: int) -> None:
+        hand = TwoPassLoop(
+            self._loop["model"], self.optimizer, self.lr_scheduler, self.accelerator, self._rho, self.args.max_grad_norm
+        )
+        for first in range(0, len(batches), window):
+            self.clock.start()
+            hand.step(batches[first : first + window])
+            self.clock.stop()
+            self.state.global_step += 1
+
+
+class StepClock(TrainerCallback):
+    """
+    Times whole optimizer steps, from the batch at hand to the gradients set to zero: forward and backward passes,
+    clipping, optimizer, scheduler. Fetching the batch and logging are not part of it.
+
+    Args:
+        device (`torch.device`): Waited for before and after, where it is not the CPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.seconds: list[float] = []
+
+    def start(self) -> None:
+        self._wait()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        self._wait()
+        self.seconds.append(time.perf_counter() - self._began)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stop()
+
+    def _wait(self) -> None:
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize()
+
+
+def _without_end(dataloader: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from dataloader
