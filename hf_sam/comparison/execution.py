@@ -19,10 +19,11 @@ from typing import Any
 from accelerate import PartialState
 from transformers import trainer as trainer_module
 
+from .pausing import LengthFound, PauseAt
 from .plan import averaging_of, command_line
-from .records import RECORD_NAME, RecordError, RunRecord, read_record
+from .records import RECORD_NAME, RecordError, RunRecord, read_record, write_json
 
-JOB_NAME, LOG_NAME = "run.json", "log.txt"
+JOB_NAME, LOG_NAME, LENGTH_NAME = "run.json", "log.txt", "length.json"
 PRELOADED = ["datasets", "pandas", __name__]  # once for all runs of a worker
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
@@ -108,7 +109,8 @@ def execute(folder: Path, recipes: Path) -> None:
     """
     Runs the recipe as `run.json` says, and sees to it that a record is left even where the recipe did not get so far.
 
-    A trial's test split is its validation split: the real one is not read while settings are chosen.
+    A trial's test split is its validation split: the real one is not read while settings are chosen. A job with
+    `pause_at` stops at that step of its schedule and keeps the checkpoint; at 0 it only finds out how long the run is.
     """
     job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
     sys.path.insert(0, str(recipes))
@@ -122,11 +124,16 @@ def execute(folder: Path, recipes: Path) -> None:
         averaging = averaging_of(job["average"])
         if averaging is not None:
             trainer_module.DEFAULT_CALLBACKS.append(averaging)
+        if job.get("pause_at") is not None:
+            trainer_module.DEFAULT_CALLBACKS.append(PauseAt(job["pause_at"]))
         trainer = module.main(job["argv"])
         if job["sharpness"] is not None:
             _measure_sharpness(folder, job)
         if trainer.is_world_process_zero():
             _clear(folder, job)
+    except LengthFound as found:
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_json(folder / LENGTH_NAME, {"max_steps": found.steps})
     except Exception as error:
         traceback.print_exc()
         if int(os.environ.get("RANK", "0")) == 0:
@@ -146,8 +153,9 @@ def _measure_sharpness(folder: Path, job: dict[str, Any]) -> None:
 def _clear(folder: Path, job: dict[str, Any]) -> None:
     """Removes what need not stay."""
     if not job["keep_model"]:
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        if job.get("pause_at") is None:  # a paused run goes on from its checkpoint
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
         for pattern in WEIGHTS:
             for path in folder.glob(pattern):
                 path.unlink()
