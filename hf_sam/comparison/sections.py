@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ..sharpness.report import CAVEAT, DESCRIPTIVE, label_of
 from . import plots
 from .calibration import reliability
 from .document import Block, Figure, Table, Text
@@ -42,7 +43,24 @@ def curve_blocks(study: Study) -> list[Block]:
             caption = f"{label.capitalize()} over {words}: mean over seeds, range of the seeds shaded.{_cut(cells)}"
             blocks.append(Figure(f"curve-{key}-{words.split()[-1]}", canvas, caption, data))
         break
+    blocks += _cosine_blocks(study)
     return blocks or [Text("No run logged anything more than once: set logging_steps to get curves.")]
+
+
+def _cosine_blocks(study: Study) -> list[Block]:
+    """For runs that kept the term that SAM drops: how little or much it turns the step, over training."""
+    points = plots.curve_points(study.cells, study.arms, "sam_second_order_cosine")
+    if points.empty:
+        return []
+    present = set(zip(points.task, points.condition, points.budget, strict=True))
+    cells = [cell for cell in study.cells if (cell.task, cell.condition, cell.budget) in present]
+    label = "cosine with and without second order"
+    canvas, data = plots.draw_curves(cells, study.arms, points, "step", label)
+    caption = (
+        "Cosine between the descent gradient with and without the second-order term that SAM drops: mean over seeds, "
+        f"range shaded.{_cut(cells)}"
+    )
+    return [Figure("second-order-cosine", canvas, caption, data)]
 
 
 def cost_blocks(study: Study) -> list[Block]:
@@ -144,24 +162,21 @@ def sharpness_blocks(study: Study) -> list[Block]:
         if any(cell.values(arm, f"sharpness.{name}") for name in names)
     ]
     blocks: list[Block] = [
-        Text(
-            "What was measured, not a verdict: for fine-tuned transformers sharpness and generalisation correlate "
-            "weakly, and a flatter minimum need not be a better one (Andriushchenko et al. 2023)."
-        ),
+        Text(CAVEAT),
         Table(
-            ["task", "budget", "arm", metric_of(metric).label, *names],
+            ["task", "budget", "arm", metric_of(metric).label, *map(label_of, names)],
             rows,
             "Mean ± sd over seeds",
             3,
             len(rows) > MAX_OPEN_ROWS,
         ),
     ]
-    cells = [cell for cell in study.cells if any(cell.values(arm, f"sharpness.{names[0]}") for arm in study.arms)]
+    drawn = next((name for name in names if name not in DESCRIPTIVE), names[0])
+    cells = [cell for cell in study.cells if any(cell.values(arm, f"sharpness.{drawn}") for arm in study.arms)]
     if cells:
-        canvas, data = plots.draw_scatter(cells, study.arms, f"sharpness.{names[0]}", metric, names[0])
-        blocks.append(
-            Figure("sharpness", canvas, f"Test {metric_of(metric).label} against {names[0]}.{_cut(cells)}", data)
-        )
+        canvas, data = plots.draw_scatter(cells, study.arms, f"sharpness.{drawn}", metric, label_of(drawn))
+        caption = f"Test {metric_of(metric).label} against {label_of(drawn)}.{_cut(cells)}"
+        blocks.append(Figure("sharpness", canvas, caption, data))
     return blocks
 
 

@@ -17,6 +17,7 @@ CAVEAT = (
     "What was measured, not a verdict: for fine-tuned transformers sharpness and generalisation correlate weakly, and "
     "measures disagree (Andriushchenko et al. 2023). Values of different architectures cannot be compared."
 )
+DESCRIPTIVE = ("loss", "gradient_norm", "weight_norm", "l2")  # beside sharpness, and no measure of it
 # Rows of the table of numbers: key of `scalars`, and its meaning. `*` stands for a number.
 LABELS = {
     "loss": "loss",
@@ -83,16 +84,17 @@ def _setup(record: Record) -> Iterator[Block]:
 def _numbers(record: Record) -> Table:
     checkpoints = record["checkpoints"]
     keys = dict.fromkeys(key for entry in checkpoints.values() for key in entry["scalars"])
-    rows = [[_label(key), *(_cell(entry, key) for entry in checkpoints.values())] for key in keys]
+    rows = [[label_of(key), *(_cell(entry, key) for entry in checkpoints.values())] for key in keys]
     size = ["parameters P", *(f"{entry['parameters']:,}" for entry in checkpoints.values())]
     return Table(["", *checkpoints], [size, *rows], "Rise of the loss unless said otherwise")
 
 
-def _label(key: str) -> str:
+def label_of(key: str) -> str:
+    """What a key of `scalars` means, in words; a key that is not of ours stays as it is."""
     if key in LABELS:
         return LABELS[key]
     name, _, number = key.rpartition("_")
-    return LABELS[name].replace("*", number)
+    return LABELS[name].replace("*", number) if name in LABELS else key
 
 
 def _cell(entry: Record, key: str) -> str:

@@ -1,6 +1,12 @@
 """`recipes/compare.py` with a real recipe on the embedded digits."""
 
+import contextlib
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +114,62 @@ def test_an_arm_that_its_recipe_would_refuse_is_refused_before_anything_runs(stu
     with pytest.raises(UserError, match=message):
         compare.main([study(**changes), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_outputs_of_a_plain_trainer_stand_beside(study, tmp_path):
+    theirs = tmp_path / "theirs" / "adafactor-seed-0"
+    theirs.mkdir(parents=True)
+    (theirs / "trainer_state.json").write_text('{"global_step": 6, "log_history": [{"loss": 1.0, "step": 6}]}')
+    (theirs / "all_results.json").write_text('{"eval_accuracy": 0.5, "train_runtime": 3.0}')
+    path = study(seeds=[0])
+    folders = ["--foreign", str(tmp_path / "theirs")]
+    text = compare.main([path, "--output_dir", str(tmp_path / "out"), *folders]).with_name("report.md").read_text()
+    assert re.search(r"\| adafactor \| 1 \| 50.0 .*not paired", text)
+    with pytest.raises(UserError, match=r"foreign=.*nowhere is no folder"):
+        compare.main([path, "--output_dir", str(tmp_path / "out"), "--foreign", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.slow
+def test_two_workers_end_with_the_command_that_started_them(study, tmp_path):
+    path = study(seeds=list(range(8)), settings={**STUDY["settings"], "max_steps": 400})
+    words = [sys.executable, str(ROOT / "recipes" / "compare.py"), path, "--output_dir", str(tmp_path / "out")]
+    command = subprocess.Popen([*words, "--workers", "2"], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "out").rglob("claim.json"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert len(group_of(command.pid)) > 3  # two workers and a run of each
+        command.kill()
+        command.wait()
+        deadline = time.monotonic() + 30
+        while left := group_of(command.pid):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
+
+
+def group_of(leader):
+    """Command lines of all processes, none of them dead, that a command has started."""
+    lines = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    fields = [line.split(maxsplit=2) for line in lines.splitlines()]
+    return [args for group, state, *args in fields if int(group) == leader and not state.startswith("Z")]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_measured_by_both(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")]
+    sharpness = {"measures": ["sam"], "rho": [0.05], "num_examples": 32}
+    path = study(launcher=launcher, sharpness=sharpness, seeds=[0])
+    report = compare.main([path, "--output_dir", str(tmp_path / "out")])
+    records, _ = find_records(tmp_path / "out")
+    assert [run.status for run in records] == ["finished"] * 2
+    assert all(run.environment["hardware"]["processes"] == 2 for run in records)
+    assert all(run.sharpness["sam_0.05"] > 0 for run in records)
+    assert "SAM sharpness, rho = 0.05" in report.with_name("report.md").read_text()
 
 
 def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):

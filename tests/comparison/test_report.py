@@ -74,6 +74,34 @@ def test_the_answer_names_effect_interval_and_floor(small):
     assert "the exact test does not establish it" in sentence
 
 
+def test_sharpness_is_named_in_words_and_drawn_against_the_metric(tmp_path):
+    records = [
+        fabricate_run(None, "digits", "clean", 0, "steps", arm, seed) for arm in ("adamw", "sam") for seed in (0, 1)
+    ]
+    for run in records:
+        run.sharpness = {"loss": 0.5, "sam_0.05": 0.1 + 0.01 * run.seed, "somebody_s_own": 1.0}
+    report = write_report(records, tmp_path)
+    markdown = report.with_name("report.md").read_text()
+    assert "| loss | SAM sharpness, rho = 0.05 | somebody" in markdown
+    assert "Test accuracy against SAM sharpness, rho = 0.05." in markdown
+    drawn = pd.read_csv(tmp_path / "data" / "sharpness.csv")
+    assert sorted(drawn["sharpness.sam_0.05"]) == pytest.approx([0.1, 0.1, 0.11, 0.11])
+
+
+def test_the_cosine_of_the_second_order_term_is_drawn_over_training(tmp_path):
+    records = [
+        fabricate_run(None, "digits", "clean", 0, "steps", arm, seed) for arm in ("adamw", "sam") for seed in (0, 1)
+    ]
+    for run in records:
+        for entry in run.curves if run.arm == "sam" else ():
+            entry["sam_second_order_cosine"] = 1 - 0.1 * run.seed
+    write_report(records, tmp_path)
+    drawn = pd.read_csv(tmp_path / "data" / "second-order-cosine.csv")
+    assert set(drawn.arm) == {"sam"}
+    assert set(drawn["mean"]) == {0.95}
+    assert len(drawn) == 10
+
+
 def test_the_page_needs_no_network(small):
     folder, page, _ = small
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
