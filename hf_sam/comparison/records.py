@@ -265,7 +265,9 @@ def _check_types(path: Path, record: dict[str, Any]) -> None:
 
 def plain(value: Any, key: str = "") -> Any:
     """`value` as strict JSON can hold it: secrets masked, NaN and infinity `null`, anything unknown its `str`."""
-    if _SECRET_KEY.search(key) and value:
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # NumPy and torch scalars
+        return plain(value.item(), key)
+    if _SECRET_KEY.search(key) and value and not isinstance(value, (int, float)):  # a loss per token is none
         return f"<{key.upper()}>"
     if isinstance(value, Mapping):
         return {str(name): plain(entry, str(name)) for name, entry in value.items()}
@@ -273,8 +275,6 @@ def plain(value: Any, key: str = "") -> Any:
         return [plain(entry) for entry in value]
     if isinstance(value, bool) or value is None:
         return value
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # NumPy and torch scalars
-        return plain(value.item())
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):

@@ -140,7 +140,7 @@ def test_secrets_are_masked_by_key(key):
 
 
 def test_what_only_looks_like_a_secret_is_kept():
-    values = {"tokenizer": "bert", "max_new_tokens_seen": 12, "text": "hf_transfer is off"}
+    values = {"tokenizer": "bert", "max_new_tokens": 12, "nll_per_token": 3.25, "text": "hf_transfer is off"}
     assert plain(values) == values
 
 
