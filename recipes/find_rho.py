@@ -16,13 +16,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from compare import RECIPES, argument_types
 from shared.arguments import parse_arguments
-from shared.errors import UserError, did_you_mean, run
+from shared.errors import UserError, as_user_error, did_you_mean, run
 from transformers import TrainingArguments
 
 from hf_sam.comparison import rho_report
@@ -31,9 +31,10 @@ from hf_sam.comparison.execution import JOB_NAME, LENGTH_NAME, LOG_NAME, is_runn
 from hf_sam.comparison.plan import command_line
 from hf_sam.comparison.records import RECORD_NAME, RecordError, plain, read_record, write_json
 from hf_sam.comparison.rho_phases import METRICS_KEPT, SETTINGS, Phase, RhoWorkshop, Search, pass_counter
-from hf_sam.comparison.rho_search import geometric_grid, make_plan
+from hf_sam.comparison.rho_search import Rung, SearchPlan, geometric_grid, make_plan
 from hf_sam.comparison.worker import ENDED, work
 from hf_sam.config import SAMConfig
+from hf_sam.schedule import Schedule
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
 VALIDATION_SIZE = 0.2
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     options, words = build_parser().parse_known_args(argv)
     check_options(options)
     types = argument_types(options.recipe)
-    args, sam_config, data_args = parse_recipe(types, words, sam_rho=1e-30)  # the method, whatever its rho
+    args, sam_config, data_args = parse_recipe(types, words, sam_rho=1e30)  # the method, whatever its rho
     rhos = options.rhos or grid(options, sam_config)
     configs = [parse_recipe(types, words, sam_rho=rho)[1] for rho in rhos]  # refused now, or not at all
     settings = {} if data_args.validation_size or data_args.validation_split else {"validation_size": VALIDATION_SIZE}
@@ -62,20 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         options.metric,
         plan=None,
     )
-    length = find_length(search)
-    try:
-        counter = pass_counter(configs[0], args.get_warmup_steps)
-        plan = make_plan(
-            length,
-            len(rhos),
-            options.budget,
-            counter,
-            seeds=options.seeds,
-            reduction=options.reduction,
-            annealed=options.annealed,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    plan = plan_of(options, find_length(search), configs, args.get_warmup_steps)
     if options.annealed:
         search = dataclasses.replace(search, settings={**settings, "max_steps": plan.horizon})
     workshop = RhoWorkshop(dataclasses.replace(search, plan=plan), RECIPES)
@@ -161,6 +149,35 @@ def find_length(search: Search) -> int:
         if not (folder / LENGTH_NAME).exists():
             raise UserError(_error_in(folder))
     return json.loads((folder / LENGTH_NAME).read_text())["max_steps"]
+
+
+def plan_of(
+    options: argparse.Namespace, length: int, configs: Sequence[SAMConfig], warmup_steps: Callable[[int], int]
+) -> SearchPlan:
+    """
+    What the budget pays for, in a run of `length` steps.
+
+    Raises:
+        UserError: Too little, or so short a first rung that the method has not begun to perturb.
+    """
+    with as_user_error(ValueError):
+        plan = make_plan(
+            length,
+            len(configs),
+            options.budget,
+            pass_counter(configs[0], warmup_steps),
+            seeds=options.seeds,
+            reduction=options.reduction,
+            annealed=options.annealed,
+        )
+        begins = Schedule.resolve(configs[0], plan.schedule, warmup_steps(plan.schedule)).start
+    first = (*plan.rungs, Rung(plan.horizon, 1))[0].step
+    if begins >= first:
+        raise UserError(
+            f"method={configs[0].method} begins to perturb at step {begins} of {plan.schedule}, and runs are first "
+            f"compared after step {first}: raise budget, give fewer points, lower sam_start, or try --annealed."
+        )
+    return plan
 
 
 def _error_in(folder: Path) -> str:

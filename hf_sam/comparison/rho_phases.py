@@ -195,10 +195,9 @@ class RhoWorkshop(Workshop):
         scores = self.scores(run)
         if not scores:
             return None
-        metric = self.search.metric or next(iter(scores))
-        if metric not in scores:
-            raise ValueError(f"metric={metric!r} is none of this task, which has: {', '.join(scores)}.")
-        return scores[metric]
+        if self.metric not in scores:
+            raise ValueError(f"metric={self.metric!r} is none of this task, which has: {', '.join(scores)}.")
+        return scores[self.metric]
 
     def gain(self, run: Phase) -> float | None:
         """How much better than 0 in the same stage, as the search ranks values; `None` where there is no score."""
@@ -216,9 +215,9 @@ class RhoWorkshop(Workshop):
 
     @property
     def metric(self) -> str:
-        """What is compared."""
-        first = next((scores for scores in map(self.scores, self.all_runs()) if scores), {"accuracy": None})
-        return self.search.metric or next(iter(first))
+        """What is compared, by the scores that have been read."""
+        kept = next(filter(None, self._scores.values()), {"accuracy": None})
+        return self.search.metric or next(iter(kept))
 
 
 # --- metrics that are means over examples, so that an interval over examples is known without a guess ----------------
@@ -271,7 +270,10 @@ def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
     """
 
     def count(length: int, begin: int, end: int) -> float:
-        schedule = Schedule.resolve(config, length, warmup_steps(length))
+        try:
+            schedule = Schedule.resolve(config, length, warmup_steps(length))
+        except ValueError:  # a run so short that no step would perturb
+            return end - begin
         first, last = max(begin, schedule.start), min(end, schedule.end)
         interval = config.interval or 1
         # perturbed are schedule.start, schedule.start + interval, ...
