@@ -67,10 +67,12 @@ def log_entries(means: dict[str, float], perturbed: Iterable[Parameter]) -> dict
     intended, realised = means.get("_intended_norm", 0.0), means.get("sam_perturbation_norm", 0.0)
     if intended > 0 and abs(realised / intended - 1) > 0.1:
         dtypes = {str(p.dtype).removeprefix("torch.") for p in perturbed}
-        logger.warning_once(
-            f"The perturbation that was realised has norm {realised:.3g}, not {intended:.3g} as intended: weights "
-            f"stored in {' and '.join(sorted(dtypes))} round it away. Keep the weights in float32 (bf16=True trains "
-            "float32 weights under autocast), set stochastic_rounding=True, or choose a larger rho."
+        is_lost = realised < intended
+        logger.warning_once(  # without numbers, which would make a new message of it each time
+            f"Rounding to weights stored in {' and '.join(sorted(dtypes))} {'loses' if is_lost else 'adds'} more than a tenth "
+            f"of the perturbation's norm; sam_perturbation_norm is what was realised. Keep the weights in float32 (bf16=True "
+            f"trains float32 weights under autocast), {'set stochastic_rounding=True, ' if is_lost else ''}or choose a larger "
+            "rho."
         )
     return {
         name: value

@@ -171,20 +171,22 @@ class SharpnessAwareUpdate:
                 return
             reductions = self.engine.reductions(parameters)
             rho *= (1.0 if self.config.alpha is None else self.config.alpha) ** self.schedule.age(step)
-            directions, scale = self._maximiser(parameters, [self.state[p].clone() for p in parameters], rho, reductions)
+            directions, scale = self._maximiser(
+                parameters, [self.state[p].clone() for p in parameters], rho, reductions
+            )
         else:
             momenta = {p: momentum_of(optimizer, p) for p in parameters}
             parameters = [p for p in parameters if momenta[p] is not None]
             if not parameters and step > self.cost.first_step:
                 name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # inside Accelerate's wrapper
                 raise ValueError(
-                    f"method='msam' perturbs along the optimizer's momentum, and {name} keeps none. Use one with "
+                    f"method='msam' perturbs along the optimizer's momentum, and {name} keeps none that can be read. Use one with "
                     "`exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
                 )
             if not parameters:  # the optimizer has not stepped yet
                 return
             reductions = self.engine.reductions(parameters)
-            directions, scale = momentum_direction([local(momenta[p]) for p in parameters], rho, reductions)
+            directions, scale = momentum_direction([momenta[p] for p in parameters], rho, reductions)
         self.telemetry.record(sam_rho=rho)
         perturbation.add(parameters, directions, scale)
 
@@ -343,9 +345,16 @@ class SharpnessAwareUpdate:
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> Tensor | None:
-    """The optimizer's average of past gradients of `parameter`, None where it has none."""
+    """The optimizer's average of past gradients of `parameter`, None where it has none that can be read.
+
+    One that is kept in few bits (torchao's 8-bit and 4-bit optimizers) is returned as the numbers it stands for.
+    """
     state = optimizer.state.get(parameter, {})
-    return state.get("exp_avg", state.get("momentum_buffer"))
+    momentum = state.get("exp_avg", state.get("momentum_buffer"))
+    if momentum is None:
+        return None
+    momentum = local(momentum)
+    return momentum if type(momentum) in (Tensor, Parameter) else momentum.dequantize()
 
 
 def logits_of(outputs, method: str) -> Tensor:

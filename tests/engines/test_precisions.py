@@ -1,0 +1,181 @@
+"""Weights, masters and optimizer states in fewer bits: the perturbation has the size it should, or a warning says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from integration import tiny
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_sam import SAMConfig
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The messages about the perturbation's size, each of which is given once in a process."""
+    logging.warning_once.cache_clear()
+    logging.enable_propagation()
+    yield lambda: [record.message for record in caplog.records if "Rounding to" in record.message]
+    logging.disable_propagation()
+
+
+class FloatMasters(torch.optim.SGD):
+    """Steps on float32 copies of bfloat16 weights, which are rounded from them after every step."""
+
+    def __init__(self, params, lr: float):
+        self.weights = list(params)
+        self.masters = [p.detach().float() for p in self.weights]
+        super().__init__(self.weights, lr=lr, momentum=0.9)
+        self.inner = torch.optim.SGD(self.masters, lr=lr, momentum=0.9)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None if p.grad is None else p.grad.float()
+        self.inner.step()
+        for p, master in zip(self.weights, self.masters, strict=True):
+            p.copy_(master)
+
+
+def trained(tmp_path, sam: SAMConfig | None, dtype=torch.float32, masters: bool = False, **options):
+    model, data = tiny.mlp(dtype), tiny.vectors(dtype=dtype)
+    extra = {"optimizers": (FloatMasters(model.parameters(), lr=1e-2), None)} if masters else None
+    return tiny.trained(model, data, tmp_path, sam, extra=extra, max_steps=8, **options)
+
+
+@pytest.mark.parametrize(
+    ("rho", "settings", "is_right"),
+    [
+        (1e-3, {}, True),
+        (1e-3, {"bf16": True}, True),
+        (0.5, {"dtype": torch.bfloat16}, True),
+        (1e-3, {"dtype": torch.bfloat16}, False),
+        (0.5, {"dtype": torch.bfloat16, "masters": True}, True),
+        (1e-3, {"dtype": torch.bfloat16, "masters": True}, False),
+    ],
+    ids=lambda value: str(value).replace("torch.", ""),
+)
+def test_the_perturbation_has_the_size_of_rho_or_a_warning_says_that_rounding_takes_from_it(
+    tmp_path, warnings, rho, settings, is_right
+):
+    norms = tiny.logged(trained(tmp_path, SAMConfig(rho=rho), **settings), "sam_perturbation_norm")
+    assert len(norms) == 8
+    if is_right:
+        assert norms == pytest.approx([rho] * 8, rel=0.1)
+        assert not warnings()
+    else:
+        assert all(norm < 0.9 * rho for norm in norms)
+        (message,) = warnings()
+        assert "bfloat16 loses" in message
+        assert "stochastic_rounding" in message
+
+
+@pytest.mark.parametrize(("rho", "is_right"), [(0.5, True), (1e-3, False)])
+def test_stochastic_rounding_has_the_size_of_rho_or_a_warning_says_that_it_adds_to_it(
+    tmp_path, warnings, rho, is_right
+):
+    sam = SAMConfig(rho=rho, stochastic_rounding=True)
+    norms = tiny.logged(trained(tmp_path, sam, torch.bfloat16), "sam_perturbation_norm")
+    if is_right:
+        assert norms == pytest.approx([rho] * 8, rel=0.1)
+        assert not warnings()
+    else:
+        assert all(norm > 1.1 * rho for norm in norms)
+        (message,) = warnings()
+        assert "bfloat16 adds" in message
+        assert "stochastic_rounding" not in message
+
+
+def test_float32_masters_never_see_the_perturbation(tmp_path):
+    """A vanishing rho is bitwise the stock Trainer, and a large one leaves weights that are their masters, rounded."""
+    stock = trained(tmp_path, None, torch.bfloat16, masters=True)
+    ours = trained(tmp_path, SAMConfig(rho=1e-30), torch.bfloat16, masters=True)
+    tiny.assert_same_run(ours, stock)
+    ours = trained(tmp_path, SAMConfig(rho=0.5), torch.bfloat16, masters=True)
+    optimizer = ours.optimizer.optimizer
+    assert all(torch.equal(p, m.to(p.dtype)) for p, m in zip(optimizer.weights, optimizer.masters, strict=True))
+    assert not torch.equal(ours.trajectory[-1], stock.trajectory[-1])
+
+
+# --- optimizer states ----------------------------------------------------------------------------------------------
+
+
+class EightBits(Tensor):
+    """Numbers in eight bits, as torchao's optimizers keep them: a tensor of another type, which few operations take."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: float):
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: Tensor, scale: float):
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self) -> Tensor:
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.detach.default:
+            raise NotImplementedError(f"{function} of eight bits")
+        return cls(args[0].codes, args[0].scale)
+
+
+class EightBitMomentum(torch.optim.Optimizer):
+    """SGD with momentum, kept in eight bits between two steps under the name `key`."""
+
+    def __init__(self, params, lr: float, key: str):
+        super().__init__(params, {"lr": lr})
+        self.key = key
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                momentum = self._read(state).mul_(0.9).add_(p.grad) if state else p.grad.clone()
+                p.sub_(momentum, alpha=group["lr"])
+                self._write(state, momentum)
+
+    def _read(self, state: dict) -> Tensor:
+        return state["codes"] * state["scale"] if self.key == "codes" else state[self.key].dequantize()
+
+    def _write(self, state: dict, momentum: Tensor) -> None:
+        scale = momentum.abs().max().item() / 127 or 1.0
+        codes = (momentum / scale).round().to(torch.int8)
+        state.update({"codes": codes, "scale": scale} if self.key == "codes" else {self.key: EightBits(codes, scale)})
+
+
+def in_eight_bits(tmp_path, sam: SAMConfig, key: str):
+    model = tiny.mlp()
+    extra = {"optimizers": (EightBitMomentum(model.parameters(), 1e-2, key), None)}
+    return tiny.trained(model, tiny.vectors(), tmp_path, sam, extra=extra, max_steps=4)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "momentum_buffer"])
+def test_msam_looks_along_a_momentum_of_eight_bits(tmp_path, key):
+    trainer = in_eight_bits(tmp_path, SAMConfig(method="msam", rho=0.5), key)
+    optimizer = trainer.optimizer.optimizer
+    v = torch.cat([optimizer.state[p][key].dequantize().flatten() for p in trainer.model.parameters()])
+    with trainer._sam.perturbation(4) as eps:
+        trainer._sam.step_aside(eps, 0.5, 4, trainer.optimizer)
+        moved = tiny.flat(trainer.model) - trainer.trajectory[-1]
+    torch.testing.assert_close(moved, -0.5 * v / v.norm(), rtol=0, atol=1e-6)
+    assert torch.equal(trainer.passes[0][1], tiny.flat(tiny.mlp())), "no momentum before the first step"
+    assert all(
+        not torch.equal(pass_[1], point) for pass_, point in zip(trainer.passes[1:], trainer.trajectory, strict=False)
+    )
+
+
+def test_msam_refuses_a_momentum_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"EightBitMomentum keeps none that can be read\. Use one with `exp_avg`"):
+        in_eight_bits(tmp_path, SAMConfig(method="msam", rho=0.5), "codes")
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "codes"])
+def test_sam_needs_no_state_of_the_optimizer(tmp_path, key):
+    ours = in_eight_bits(tmp_path, SAMConfig(rho=1e-30), key)
+    stock = in_eight_bits(tmp_path, None, key)
+    tiny.assert_same_run(ours, stock)
+    moved = in_eight_bits(tmp_path, SAMConfig(rho=0.5), key)
+    assert not torch.equal(moved.trajectory[-1], stock.trajectory[-1])
