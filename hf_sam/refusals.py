@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
 # Trainers whose batches stack chosen above rejected answers: a part of such a batch is no batch.
 STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer")
+# Modes of `torch.compile` that replay CUDA graphs on a GPU.
+REPLAYS_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 # --- on any engine -------------------------------------------------------------------------------------------------
 
@@ -39,6 +41,14 @@ def _parts_of_pairs(trainer: Trainer) -> bool:
     takes_parts = config.m is not None or (config.ascent_fraction or 1) < 1 or config.method == "esam"
     bases = {base.__name__ for base in type(trainer).__mro__}
     return takes_parts and (not trainer.sam_splits_batches or not bases.isdisjoint(STACKS_PAIRS))
+
+
+def _replays_cuda_graphs(trainer: Trainer) -> bool:
+    compiler = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    if compiler is None or trainer.args.device.type != "cuda":
+        return False
+    backend = str(compiler.backend.value).lower()
+    return backend == "cudagraphs" or (backend == "inductor" and compiler.mode in REPLAYS_CUDA_GRAPHS)
 
 
 def _splits_sequences(trainer: Trainer) -> bool:
@@ -103,6 +113,12 @@ _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
         _steps_in_backward,
         "optim={trainer.args.optim.value}: this optimizer steps inside backward, so the first pass would already change the "
         "weights. Choose one that steps on `.grad`, such as adamw_torch or sgd.",
+    ),
+    (
+        _replays_cuda_graphs,
+        "compiled into CUDA graphs (torch_compile_mode='reduce-overhead' or 'max-autotune'), the second pass would overwrite "
+        "the memory of the first one's gradients, in which the update keeps the weights. Use torch_compile_mode='default' or "
+        "'max-autotune-no-cudagraphs'.",
     ),
     (
         lambda trainer: trainer.args.n_gpu > 1,

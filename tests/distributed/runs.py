@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from distributed.failing import FailingTrainer, fail
+from distributed.traffic import bytes_of_a_step
 from integration import tiny
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import TrainerCallback
 
 from hf_sam import SAMConfig
 
@@ -135,29 +134,13 @@ def wrapped(scope: str, wrapping: str, folder: Path) -> Result:
     return run(tiny.mlp(), tiny.vectors(), folder, sam, ddp=ddp, gradient_accumulation_steps=2, **options)
 
 
-class CountBytes(TrainerCallback):
-    """A DDP communication hook that adds up what is reduced, and then reduces it."""
-
-    def __init__(self, trainer):
-        self._trainer = trainer
-        self.counted = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer.model_wrapped.register_comm_hook(None, self._reduce)
-
-    def _reduce(self, group, bucket):  # DDP checks annotations by identity, and here they are strings
-        self.counted += bucket.buffer().numel() * bucket.buffer().element_size()
-        return allreduce_hook(group, bucket)
-
-
 def communication(scope: str | None, folder: Path) -> Result:
-    """Two micro-batches a step; `bytes` is what the gradients' reductions moved."""
+    """Two micro-batches a step; `bytes` by kind of collective, `parameters` those of the model."""
     sam = None if scope is None else SAMConfig(rho=0.1, scope=scope)
-    trainer = tiny.trainer_for(tiny.mlp(), tiny.vectors(), folder, sam, gradient_accumulation_steps=2)
-    hook = CountBytes(trainer)
-    trainer.add_callback(hook)
-    trainer.train()
-    return result(trainer, bytes=hook.counted)
+    options = {"gradient_accumulation_steps": 2, "logging_strategy": "no"}
+    trainer = tiny.trainer_for(tiny.llama(), tiny.texts(), folder, sam, **options)
+    moved = bytes_of_a_step(trainer)
+    return result(trainer, bytes=moved, parameters=trainer.trajectory[0].nbytes)
 
 
 def short_window(scope: str | None, folder: Path) -> Result:
@@ -205,24 +188,9 @@ def resumed(scope: str, folder: Path) -> Result:
     return result(whole, second_half=torch.stack(again.trajectory))
 
 
-class FailingTrainer(tiny.WatchedSAMTrainer):
-    """The last rank fails in the second pass of the second step."""
-
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
-        if self.accelerator.process_index == 1 and len(self.passes) == 4:
-            raise RuntimeError("this rank fails on purpose")
-        return loss
-
-
-def failing(folder: Path) -> Result:
-    """Ends the processes; leaves the time at which training began."""
-    args, sam = tiny.arguments(folder), SAMConfig(scope="device")
-    trainer = FailingTrainer(model=tiny.mlp(), args=args, train_dataset=tiny.vectors(), sam_config=sam)
-    folder.mkdir(exist_ok=True)
-    (folder / "began").write_text(str(time.time()))
-    trainer.train()
-    return result(trainer)
+def failing(folder: Path) -> None:
+    sam = SAMConfig(scope="device")
+    fail(FailingTrainer(tiny.mlp(), tiny.arguments(folder), train_dataset=tiny.vectors(), sam_config=sam))
 
 
 def runs(settings: tuple[tuple[int, ...], ...]) -> dict[str, Run]:
@@ -247,3 +215,11 @@ def runs(settings: tuple[tuple[int, ...], ...]) -> dict[str, Run]:
     table["only the branch"] = functools.partial(branch, "device", ["branch.*"])
     table["failing"] = failing  # the last one: no run comes after it
     return table
+
+
+def pairwise() -> dict[str, Run]:
+    return runs(PAIRWISE)
+
+
+def every_setting() -> dict[str, Run]:
+    return runs(EVERY_SETTING)

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import runs
+from distributed.launching import Launched
 from distributed.runs import EVERY_SETTING, PAIRWISE, SCOPES, WRAPPINGS, Result
+from distributed.traffic import COUNTED, in_units_of_the_parameters
 from integration import tiny
 from torch import Tensor
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-class Launched:
-    """The results of all runs of one launch; one that is missing fails with the output of the processes."""
-
-    def __init__(self, folder: Path, settings: str, launcher: list[str]):
-        self.folder = folder
-        command = [sys.executable, "-m", *launcher, str(HERE / "worker.py"), str(folder), settings]
-        self.process = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
-        self.ended = time.time()
-
-    def __call__(self, name: str, rank: int = 0) -> Result:
-        path = self.folder / f"{name}.{rank}.pt"
-        if not path.is_file():
-            failure = [line for line in self.process.stderr.splitlines() if line.startswith("[rank")]
-            pytest.fail(f"the run {name!r} left no result:\n" + "\n".join(failure[-40:]), pytrace=False)
-        return torch.load(path)
-
-    def names(self) -> list[str]:
-        return sorted({path.name.rsplit(".", 2)[0] for path in self.folder.glob("*.pt")})
+CPU_CONFIG = Path(__file__).parents[2] / "configs" / "accelerate" / "cpu.yaml"
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory) -> Launched:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return Launched(tmp_path_factory.mktemp("ddp"), "PAIRWISE", launcher)
+    return Launched(tmp_path_factory.mktemp("ddp"), "distributed.runs.pairwise")
 
 
 # --- the stock Trainer ---------------------------------------------------------------------------------------------
@@ -66,12 +42,7 @@ def test_a_vanishing_rho_is_bitwise_the_stock_trainer(ddp, setting, scope, rank)
 
 @pytest.mark.slow
 def test_a_vanishing_rho_is_bitwise_the_stock_trainer_in_every_setting(tmp_path):
-    config = tmp_path / "two_processes.yaml"  # MULTI_CPU would want MPI
-    config.write_text(
-        "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\n"
-    )
-    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    launched = Launched(tmp_path, "EVERY_SETTING", launcher)
+    launched = Launched(tmp_path, "distributed.runs.every_setting", config=CPU_CONFIG)
     for setting in EVERY_SETTING:
         for scope in SCOPES:
             for rank in (0, 1):
@@ -206,7 +177,7 @@ def test_a_layer_that_alone_is_perturbed_may_be_missing_on_one_rank(ddp):
 
 
 def test_ranks_hold_the_same_bits_after_every_step_of_every_run(ddp):
-    names = ddp.names()
+    names = ddp.names
     assert len(names) > 60
     for name in names:
         assert torch.equal(ddp(name, 0)["trajectory"], ddp(name, 1)["trajectory"]), name
@@ -229,14 +200,12 @@ def test_the_way_the_model_is_wrapped_changes_nothing(ddp, wrapping, scope):
 
 
 def test_only_global_scope_reduces_gradients_twice(ddp):
-    stock = ddp("communication None")["bytes"]
-    parameters = ddp("communication None")["trajectory"].shape[1]
-    assert stock == 3 * 4 * parameters
-    assert {scope: ddp(f"communication {scope}")["bytes"] / stock for scope in SCOPES} == {
-        "micro": 1,
-        "device": 1,
-        "global": 2,
-    }
+    runs = {scope: ddp(f"communication {scope}") for scope in COUNTED["DDP"]}
+    assert {scope: in_units_of_the_parameters(run) for scope, run in runs.items()} == COUNTED["DDP"]
+    stock = runs[None]["bytes"]
+    for scope in ("micro", "device"):  # not one byte more
+        assert runs[scope]["bytes"] == stock
+    assert runs["global"]["bytes"] == {**stock, "allreduce": 2 * stock["allreduce"]}
 
 
 # --- interruptions -------------------------------------------------------------------------------------------------
@@ -251,8 +220,4 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(ddp, scope, rank):
 
 
 def test_a_rank_that_fails_in_the_second_pass_ends_the_job_at_once(ddp):
-    began = ddp.folder / "failing" / "began"
-    assert began.is_file(), "an earlier run has ended the processes"
-    assert ddp.process.returncode != 0
-    assert "this rank fails on purpose" in ddp.process.stderr
-    assert ddp.ended - float(began.read_text()) < 20
+    ddp.assert_ended_by_the_failure("failing")

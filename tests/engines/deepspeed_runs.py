@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distributed.failing import FailingTrainer, fail
+from distributed.traffic import bytes_of_a_step
 from integration import tiny
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -37,7 +39,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def weights(model: nn.Module) -> Tensor:
-    """All trainable parameters as one vector, gathered from every rank."""
+    """All trainable parameters as one vector, gathered from every rank, on the CPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     gathered = contextlib.nullcontext()
     if hasattr(parameters[0], "ds_id"):
@@ -45,7 +47,7 @@ def weights(model: nn.Module) -> Tensor:
 
         gathered = deepspeed.zero.GatheredParameters(parameters)
     with gathered:
-        return torch.cat([p.detach().flatten().clone() for p in parameters])
+        return torch.cat([p.detach().flatten().clone() for p in parameters]).cpu()
 
 
 class Trajectory(TrainerCallback):
@@ -59,10 +61,10 @@ class Trajectory(TrainerCallback):
         self.points.append(weights(self._trainer.model))
 
 
-def train(
-    stage: int, folder: Path, sam: SAMConfig | None, *, zero=None, resume=None, config=None, lora=False, **args
-) -> Result:
-    """Train on texts, one step being eight of them."""
+def trainer_for(
+    stage: int, folder: Path, sam: SAMConfig | None, *, zero=None, config=None, lora=False, ours=SAMTrainer, **args
+) -> Trainer:
+    """A trainer, not yet run; `sam=None` is the stock one. One step is eight texts."""
     tiny.set_seed(2)
     options: dict[str, Any] = {
         "optim": "sgd",
@@ -87,7 +89,11 @@ def train(
     arguments = tiny.arguments(folder, **options)
     model = tiny.with_lora(tiny.llama(), ["q_proj", "v_proj"]) if lora else tiny.llama()
     kwargs = {"model": model, "args": arguments, "train_dataset": tiny.texts()}
-    trainer = Trainer(**kwargs) if sam is None else SAMTrainer(**kwargs, sam_config=sam)
+    return Trainer(**kwargs) if sam is None else ours(**kwargs, sam_config=sam)
+
+
+def train(stage: int, folder: Path, sam: SAMConfig | None, *, resume: str | None = None, **options) -> Result:
+    trainer = trainer_for(stage, folder, sam, **options)
     trajectory = Trajectory(trainer)
     trainer.add_callback(trajectory)
     trainer.train(resume_from_checkpoint=resume)
@@ -98,10 +104,10 @@ def train(
     }
 
 
-def chosen(choice: str, stage: int, folder: Path) -> Result:
+def chosen(choice: str, stage: int, folder: Path, **args) -> Result:
     # A threshold of 0 lets ZeRO-3 gather every parameter anew; at its default these small ones stay gathered.
     zero = {"stage3_param_persistence_threshold": 0} if choice == "sam" and stage == 3 else {}
-    return train(stage, folder, SAMConfig(**CHOICES[choice], scope="global"), zero=zero)
+    return train(stage, folder, SAMConfig(**CHOICES[choice], scope="global"), zero=zero, **args)
 
 
 def stages_and_choices() -> list[tuple[int, str]]:
@@ -149,6 +155,26 @@ def adapters(folder: Path) -> Result:
     return train(2, folder, SAMConfig(**RHO, scope="global"), lora=True)
 
 
+def communication(stage: int, scope: str | None, folder: Path) -> Result:
+    """Two micro-batches a step; `bytes` by kind of collective, `parameters` those of the model."""
+    sam = None if scope is None else SAMConfig(**RHO, scope=scope)
+    # At its default threshold these small parameters would stay gathered.
+    zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    trainer = trainer_for(stage, folder, sam, zero=zero, max_steps=3, logging_strategy="no")
+    moved = bytes_of_a_step(trainer)
+    whole = weights(trainer.model)
+    return {"bytes": moved, "parameters": whole.nbytes, "trajectory": whole[None]}
+
+
+def failing(stage: int, folder: Path) -> None:
+    sam = SAMConfig(**RHO)
+    fail(trainer_for(stage, folder, sam, ours=FailingTrainer, gradient_accumulation_steps=1))
+
+
+def failing_at_stage_3() -> dict[str, Callable[[Path], None]]:
+    return {"failing at stage 3": functools.partial(failing, 3)}
+
+
 def every_stage() -> dict[str, Callable[[Path], Result]]:
     table: dict[str, Callable[[Path], Result]] = {}
     for stage, choice in stages_and_choices():
@@ -156,6 +182,7 @@ def every_stage() -> dict[str, Callable[[Path], Result]]:
     for stage in STAGES:
         for scope in (None, "global") if stage == 3 else (None, "micro", "device", "global"):
             table[f"vanishing {scope} at stage {stage}"] = functools.partial(vanishing, stage, scope)
+            table[f"communication {scope} at stage {stage}"] = functools.partial(communication, stage, scope)
     for scope in (None, "global"):
         table[f"vanishing bf16 {scope}"] = functools.partial(vanishing, 2, scope, bf16=True)
     table["resumed at stage 2"] = functools.partial(resumed, 2)
@@ -168,4 +195,5 @@ def every_stage() -> dict[str, Callable[[Path], Result]]:
     table["refused offload"] = functools.partial(refused, sam={}, **offload)
     table["refused fp16"] = functools.partial(refused, sam={}, config={"fp16": {"enabled": True}, "bf16": {}})
     table["refused gsam"] = functools.partial(refused, sam={"method": "gsam"})
+    table["failing at stage 2"] = functools.partial(failing, 2)  # the last one: no run comes after it
     return table

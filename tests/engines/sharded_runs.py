@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from distributed.failing import FailingTrainer, fail
+from distributed.traffic import bytes_of_a_step
 from integration import tiny
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
@@ -70,8 +72,8 @@ def whole(p: Tensor) -> Tensor:
 
 
 def weights(model: nn.Module) -> Tensor:
-    """All trainable parameters as one vector, gathered from every rank."""
-    return torch.cat([whole(p).flatten().clone() for p in model.parameters() if p.requires_grad])
+    """All trainable parameters as one vector, gathered from every rank, on the CPU."""
+    return torch.cat([whole(p).flatten().clone() for p in model.parameters() if p.requires_grad]).cpu()
 
 
 class Trajectory(TrainerCallback):
@@ -85,40 +87,23 @@ class Trajectory(TrainerCallback):
         self.points.append(weights(self._trainer.model))
 
 
-class Traffic(TorchDispatchMode):
-    """Adds up the bytes that this rank gives to each kind of collective."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes: dict[str, int] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            name = function._schema.name.removeprefix("c10d::").strip("_")
-            # (output, input, ...) where they differ, else the tensors that are reduced in place
-            given = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else args[0]
-            tensors = [given] if isinstance(given, Tensor) else [t for t in given if isinstance(t, Tensor)]
-            size = sum(t.numel() * t.element_size() for t in tensors)
-            self.bytes[name] = self.bytes.get(name, 0) + size
-        return function(*args, **(kwargs or {}))
-
-
 def train(model: nn.Module, folder: Path, sam: SAMConfig | None, *, resume: str | None = None, batches=2, **args):
     """Train on texts, one step being eight of them; `batches` is how many ranks see different ones."""
     trainer = trainer_for(model, folder, sam, batches=batches, **args)
     trajectory = Trajectory(trainer)
     trainer.add_callback(trajectory)
-    with Traffic() as traffic:
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     return {
         "trajectory": torch.stack(trajectory.points),
         "log": trainer.state.log_history,
-        "bytes": traffic.bytes,
         "scope": None if sam is None else trainer._sam and trainer._sam.scope,
     }
 
 
-def trainer_for(model: nn.Module, folder: Path, sam: SAMConfig | None, *, batches=2, fsdp=False, **args) -> Trainer:
+def trainer_for(
+    model: nn.Module, folder: Path, sam: SAMConfig | None, *, batches=2, fsdp=False, ours=SAMTrainer, **args
+) -> Trainer:
+    """A trainer, not yet run; `sam=None` is the stock one."""
     tiny.set_seed(2)
     batches = batches if is_distributed() else 1
     options = {
@@ -133,10 +118,10 @@ def trainer_for(model: nn.Module, folder: Path, sam: SAMConfig | None, *, batche
     if fsdp and is_distributed():
         options |= copy.deepcopy(PLUGIN)
     arguments = tiny.arguments(folder, **options)
-    if is_distributed() and (fsdp or getattr(model, "tp_size", None)):
+    if arguments.use_cpu and is_distributed() and (fsdp or getattr(model, "tp_size", None)):
         as_if_on_accelerators(arguments)
     kwargs = {"model": model, "args": arguments, "train_dataset": tiny.texts()}
-    return Trainer(**kwargs) if sam is None else SAMTrainer(**kwargs, sam_config=sam)
+    return Trainer(**kwargs) if sam is None else ours(**kwargs, sam_config=sam)
 
 
 def as_if_on_accelerators(arguments) -> None:
@@ -151,22 +136,37 @@ def loaded(folder: Path, layout: str | None, dtype: torch.dtype = torch.float64,
     settings = LlamaConfig(**{**tiny.llama().config.to_dict(), "num_key_value_heads": 2, **config})
     tiny.set_seed(0)
     model = LlamaForCausalLM(settings).to(dtype)
-    with PartialState(cpu=True).main_process_first():
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         model.save_pretrained(path)  # which only the main process does
     sharding = {"distributed_config": DistributedConfig(**LAYOUTS[layout])} if is_distributed() and layout else {}
     return LlamaForCausalLM.from_pretrained(path, dtype=dtype, **sharding)
 
 
-def chosen(layout: str, choice: str, batches: int, folder: Path) -> Result:
+def chosen(layout: str | None, choice: str, batches: int, folder: Path, **args) -> Result:
     """Float64 SGD with clipping and two micro-batches a step."""
     sam = SAMConfig(**CHOICES[choice], scope="global")
-    return train(loaded(folder, layout), folder, sam, batches=batches, weight_decay=0.1)
+    return train(loaded(folder, layout), folder, sam, batches=batches, weight_decay=0.1, **args)
 
 
-def rounded_stochastically(folder: Path) -> Result:
-    """bfloat16 weights, and a perturbation that rounding to the nearest would lose."""
-    config = SAMConfig(rho=1e-3, stochastic_rounding=True, scope="global")
-    return train(loaded(folder, "fsdp", torch.bfloat16), folder, config)
+class Messages(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: list[str] = []
+
+    def emit(self, record):
+        self.kept.append(record.getMessage())
+
+
+def in_bfloat16(rho: float, stochastic: bool, folder: Path) -> Result:
+    """bfloat16 shards; `messages` is what the run has warned of."""
+    messages, logger = Messages(), logging.getLogger("hf_sam.observation")
+    logger.addHandler(messages)
+    sam = SAMConfig(rho=rho, stochastic_rounding=stochastic, scope="global")
+    result = train(loaded(folder, "fsdp", torch.bfloat16), folder, sam)
+    logger.removeHandler(messages)
+    return {**result, "messages": messages.kept}
 
 
 def hardest_hit(layout: str, folder: Path) -> Result:
@@ -300,6 +300,22 @@ def plugin_resumed(sam: dict, folder: Path) -> Result:
     return {**first, "second_half": second["trajectory"]}
 
 
+def communication(sam: dict | None, folder: Path) -> Result:
+    """Accelerate's plugin, two micro-batches a step; `bytes` by kind of collective, `parameters` those of the model."""
+    model = tiny.llama()
+    parameters = sum(p.nbytes for p in model.parameters())
+    config = None if sam is None else SAMConfig(**sam)
+    trainer = trainer_for(model, folder, config, fsdp=True, max_steps=3, logging_strategy="no")
+    return {"bytes": bytes_of_a_step(trainer), "parameters": parameters, "trajectory": weights(model)[None]}
+
+
+def failing(layout: str | None, folder: Path, **args) -> None:
+    """Loaded sharded, or by Accelerate's plugin where `layout` is None."""
+    model = tiny.llama() if layout is None else loaded(folder, layout)
+    options = {"fsdp": layout is None, "ours": FailingTrainer, "gradient_accumulation_steps": 1, **args}
+    fail(trainer_for(model, folder, SAMConfig(**RHO), **options))
+
+
 def two_processes() -> dict[str, Callable[[Path], Result]]:
     """FSDP2 of both kinds and tensor parallelism, one launch."""
     table: dict[str, Callable[[Path], Result]] = {}
@@ -314,6 +330,11 @@ def two_processes() -> dict[str, Callable[[Path], Result]]:
     table["plugin vanishing"] = functools.partial(plugin, {"rho": 1e-30}, False)
     table["plugin sam"] = functools.partial(plugin, {"rho": 0.1, "scope": "auto"}, False)
     table["plugin resumed friendly"] = functools.partial(plugin_resumed, {"rho": 0.1, "method": "friendly"})
+    for rho, stochastic in ((1e-3, False), (1e-3, True), (0.5, True)):
+        table[f"bfloat16 {rho} {stochastic}"] = functools.partial(in_bfloat16, rho, stochastic)
+    for name, sam in (("None", None), ("global", {**RHO, "scope": "global"})):
+        table[f"communication {name}"] = functools.partial(communication, sam)
+    table["plugin failing"] = functools.partial(failing, None)  # the last one: no run comes after it
     return table
 
 
@@ -325,7 +346,6 @@ def two_processes_at_length() -> dict[str, Callable[[Path], Result]]:
         table[f"tp {choice}"] = functools.partial(chosen, "tp", choice, 1)
     table["fsdp msam"] = functools.partial(along_momentum, "fsdp")
     table["fsdp hardest hit"] = functools.partial(hardest_hit, "fsdp")
-    table["rounded stochastically"] = rounded_stochastically
     table["fsdp tied"] = functools.partial(tied, "fsdp")
     for sam in (False, True):
         table[f"vanishing bf16 {sam}"] = functools.partial(vanishing, "fsdp", sam, bf16=True)
@@ -340,6 +360,7 @@ def two_processes_at_length() -> dict[str, Callable[[Path], Result]]:
         table[f"overflow in the perturbed pass {name}"] = functools.partial(scaled, at=7, fsdp=fsdp)
     table["plugin lora"] = functools.partial(plugin, {"rho": 0.1, "scope": "global"}, True)
     table["plugin resumed sam"] = functools.partial(plugin_resumed, {"rho": 0.1})
+    table["fsdp failing"] = functools.partial(failing, "fsdp")  # the last one
     return table
 
 

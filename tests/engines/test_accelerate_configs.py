@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config import load_config_from_file
+from distributed.launching import Launched
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -51,13 +48,7 @@ def test_there_is_one_for_every_way_to_train():
 def test_two_processes_train_under_it(name, kind, tmp_path):
     if "deepspeed" in name and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs hf-sam[deepspeed]")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "configs" / "accelerate" / f"{name}.yaml")]
-    command += [str(Path(__file__).parent / "launched_worker.py"), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    found = [line for line in run.stdout.splitlines() if line.startswith("FOUND ")]
-    assert len(found) == 1, run.stderr[-3000:]
-    result = json.loads(found[0].removeprefix("FOUND "))
+    config = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    result = Launched(tmp_path, "engines.configured_runs.as_configured", config=config)("trained")
     assert result["kind"] == kind
     assert result["norms"] == pytest.approx([0.05] * 3, rel=0.02)  # ZeRO keeps bfloat16 weights

@@ -9,8 +9,9 @@ import itertools
 
 import pytest
 import torch
+from distributed.launching import Launched
+from distributed.traffic import COUNTED, in_units_of_the_parameters
 from engines import deepspeed_runs
-from engines.launching import Launched
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory) -> Launched:
-    return Launched(tmp_path_factory.mktemp("zero"), "deepspeed_runs.every_stage")
+    return Launched(tmp_path_factory.mktemp("zero"), "engines.deepspeed_runs.every_stage")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,24 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(zero, stage):
     run = zero(f"resumed at stage {stage}")
     assert run["trajectory"].shape[0] == 6
     assert torch.equal(run["second_half"], run["trajectory"][3:])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_only_global_scope_sends_more_than_the_stock_trainer(zero, stage):
+    counted = COUNTED[f"ZeRO-{stage}"]
+    runs = {scope: zero(f"communication {scope} at stage {stage}") for scope in counted}
+    assert {scope: in_units_of_the_parameters(run) for scope, run in runs.items()} == counted
+    for scope in counted.keys() & {"micro", "device"}:  # not one byte more
+        assert runs[scope]["bytes"] == runs[None]["bytes"]
+
+
+def test_a_rank_that_fails_in_the_second_pass_ends_the_job_at_once(zero):
+    zero.assert_ended_by_the_failure("failing at stage 2")
+
+
+def test_a_rank_that_fails_in_the_second_pass_at_stage_3_ends_the_job_at_once(tmp_path):
+    launched = Launched(tmp_path, "engines.deepspeed_runs.failing_at_stage_3")
+    launched.assert_ended_by_the_failure("failing at stage 3")
 
 
 @pytest.mark.parametrize(

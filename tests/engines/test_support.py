@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate.utils import DistributedType
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, TorchDynamoPlugin
+from distributed.traffic import COUNTED
 from integration import tiny
 
 from hf_sam import SAMConfig, SAMTrainer, refusals
@@ -81,6 +85,20 @@ def test_documentation_has_the_table_that_the_code_refuses_by():
     assert table.splitlines() == lines
 
 
+def test_documentation_has_the_bytes_that_the_engines_tests_count():
+    lines = [
+        "| gathered + reduced | stock Trainer | `micro` | `device` | `global` |",
+        "|---|---|---|---|---|",
+    ]
+    for engine, by_scope in COUNTED.items():
+        cells = [
+            "{:g} + {:g}".format(*by_scope[s]) if s in by_scope else "" for s in (None, "micro", "device", "global")
+        ]
+        lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    table = re.search(r"<!-- bytes -->\n(.*)\n<!-- /bytes -->", DOCS.read_text(), flags=re.DOTALL).group(1)
+    assert table.splitlines() == lines
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
@@ -112,6 +130,26 @@ def test_models_loaded_in_ways_that_are_not_supported_are_refused(trainer, setti
     loaded = {"fsdp_cpu_offload": False, "pp_size": 1, "ep_size": 1, **settings}
     trainer.model.config = SimpleNamespace(distributed_config=SimpleNamespace(**loaded))
     with pytest.raises(ValueError, match=words):
+        refusals.refuse_unsupported(trainer)
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "device", "is_refused"),
+    [
+        ("inductor", "reduce-overhead", "cuda", True),
+        ("inductor", "max-autotune", "cuda", True),
+        ("cudagraphs", "default", "cuda", True),
+        ("inductor", "default", "cuda", False),
+        ("inductor", "max-autotune-no-cudagraphs", "cuda", False),
+        ("no", "reduce-overhead", "cuda", False),
+        ("inductor", "reduce-overhead", "cpu", False),
+    ],
+)
+def test_models_compiled_into_cuda_graphs_are_refused(trainer, monkeypatch, backend, mode, device, is_refused):
+    plugin = TorchDynamoPlugin(backend=backend, mode=mode)
+    monkeypatch.setitem(AcceleratorState._shared_state, "dynamo_plugin", plugin)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device(device))
+    with pytest.raises(ValueError, match="CUDA graphs") if is_refused else contextlib.nullcontext():
         refusals.refuse_unsupported(trainer)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines.launching import Launched
+from distributed.launching import Launched
 
 METRICS = ("loss", "grad_norm", "num_tokens", "mean_token_accuracy", "entropy")
 pytestmark = pytest.mark.slow
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trl(tmp_path_factory) -> Launched:
-    return Launched(tmp_path_factory.mktemp("trl"), "trl_runs.two_processes")
+    return Launched(tmp_path_factory.mktemp("trl"), "engines.trl_runs.two_processes")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
