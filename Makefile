@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
@@ -12,8 +12,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow --durations 15
+# DeepSpeed compiles on first use, and looks for ninja on the path.
+test-slow: $(VENV)/.deepspeed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow -rs --durations 15
+
+# On a machine with CUDA; it fails where there is none, and names what it skips where there is one GPU or no DeepSpeed.
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/gpu -m "gpu or multi_gpu" -rs --durations 15
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,6 +34,11 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev]"
 	touch $@
+
+# Nothing else needs it: without it the tests that do are skipped, and listed as such.
+$(VENV)/.deepspeed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[deepspeed]" && touch $@ \
+		|| echo "DeepSpeed could not be installed: what needs it is skipped."
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info
