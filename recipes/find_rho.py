@@ -148,6 +148,7 @@ def find_length(search: Search) -> int:
                 stop(process)
         if not (folder / LENGTH_NAME).exists():
             raise UserError(_error_in(folder))
+        (folder / RECORD_NAME).unlink(missing_ok=True)  # of a run that never was
     return json.loads((folder / LENGTH_NAME).read_text())["max_steps"]
 
 

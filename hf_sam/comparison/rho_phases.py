@@ -292,4 +292,4 @@ def passes_spent(record: RunRecord) -> float:
 
 def _remove_checkpoints(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # another worker may be at it

@@ -58,7 +58,7 @@ def table(points: pd.DataFrame) -> str:
     name = points["metric"].iloc[0]
     metric = metric_of(name)
     cells = [("stage", "steps", "rho", "seeds", metric.label, "loss", "better than rho 0 by")]
-    for row in points.replace({np.nan: None}).to_dict("records"):
+    for row in points.astype(object).where(points.notna(), None).to_dict("records"):
         value = NOTHING if row["value"] is None else number(row["value"] * metric.scale, metric.digits)
         gain = NOTHING if row["gain"] is None else with_interval(row["gain"], row["gain_low"], row["gain_high"], name)
         cells.append(
@@ -144,14 +144,14 @@ def draw(points: pd.DataFrame, confidence: float) -> Canvas:
     panels = [("value", f"{metric.label}{unit}", metric.scale), ("gain", gain_label, metric.scale), ("loss", "loss", 1)]
     for axes, (column, label, scale) in zip(canvas.subplots(1, 3), panels, strict=True):
         for index, (stage, rows) in enumerate(points.groupby("stage", sort=False)):
+            seeds = "1 seed" if rows["seeds"].max() == 1 else f"{rows['seeds'].max()} seeds"
+            title = f"{stage}, {rows['steps'].max()} steps, {seeds}"
             rows = rows.dropna(subset=[column])
             x, y = [rhos.index(rho) for rho in rows["rho"]], rows[column].to_numpy(float) * scale
             bars = None
             if column == "gain":
                 bars = [y - rows["gain_low"].to_numpy(float) * scale, rows["gain_high"].to_numpy(float) * scale - y]
-            seeds = "1 seed" if rows["seeds"].max() == 1 else f"{rows['seeds'].max()} seeds"
             look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-            title = f"{stage}, {rows['steps'].max()} steps, {seeds}"
             axes.errorbar(np.array(x) + 0.08 * index, y, bars, label=title, linewidth=1.2, elinewidth=0.8, **look)
         if column == "gain":
             axes.axhline(0, color="black", linewidth=0.8)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import find_rho  # isort: skip  (conftest puts the recipes on the path)
 from shared.errors import UserError
 
 from hf_sam.comparison.claims import Claims
+from hf_sam.comparison.execution import execute
 from hf_sam.comparison.rho_phases import Phase, RhoWorkshop, Search, passes_spent
 from hf_sam.comparison.rho_search import Rung, SearchPlan
 from hf_sam.comparison.worker import make
@@ -54,6 +57,67 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None
         time.sleep(0.02)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Runs are children of this process, which has everything imported; raises instead of starting the `stop_at`-th."""
+    starts = {"made": 0, "stop_at": 0}
+
+    def start_forked(folder, recipes, launcher):
+        starts["made"] += 1
+        if starts["made"] == starts["stop_at"]:
+            raise KeyboardInterrupt
+        process = multiprocessing.get_context("fork").Process(target=execute, args=(folder, recipes))
+        process.start()
+        return process
+
+    monkeypatch.setattr("hf_sam.comparison.worker.start", start_forked)
+    monkeypatch.setattr(find_rho, "start", start_forked)
+    return starts
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_an_interrupted_search_goes_on_as_planned_and_a_rho_that_diverges_is_kept(forked, tmp_path, capsys):
+    """
+    Rung 1: 4 runs to step 1, 7 passes. Rung 2: 3 go on to step 2, 5 passes. Confirmation: 2 seeds of 0 and the best to
+    step 4, 24 passes.
+    """
+    folder = tmp_path / "find_rho"
+    words = ["image_classification", DIGITS, *TINY, f"--output_dir={tmp_path}", "--metric=nll"]
+    words += ["--rhos", "0.01", "0.1", "1e30", "--seeds=2", "--budget=1.5"]
+    forked["stop_at"] = 7  # after the length, rung 1 and one run of rung 2
+    with pytest.raises(SystemExit):
+        find_rho.main(words)
+    before = {path: path.read_text() for path in folder.glob("runs/*/*/*/run_record.json")}
+    assert len(before) == 5
+    kept = {path.parent.parent.parent.name for path in folder.rglob("checkpoint-1")}
+    assert {"rho-0.01", "rho-0.1"} <= kept  # what goes on has its checkpoint
+    assert "Interrupted. The same command goes on from here." in capsys.readouterr().err
+
+    found = find_rho.main(words)
+    assert forked["made"] == 7 + 11 - 5
+    assert {path: path.read_text() for path in before} == before  # not made again
+    assert found["passes"] == {"allowed": 36, "planned": 36, "spent": 36}
+    phases = [(run["rho"], run["seed"], run["begin"], run["end"], run["passes"]) for run in found["runs"]]
+    assert phases[:4] == [(0, 42, 0, 1, 1), (0.01, 42, 0, 1, 2), (0.1, 42, 0, 1, 2), (1e30, 42, 0, 1, 2)]
+    assert sorted(phases[4:7]) == [(0, 42, 1, 2, 1), (0.01, 42, 1, 2, 2), (0.1, 42, 1, 2, 2)]
+    best = phases[-1][0]
+    assert phases[7:] == [(0, 43, 0, 4, 4), (best, 43, 0, 4, 8), (0, 44, 0, 4, 4), (best, 44, 0, 4, 8)]
+    (diverged,) = (row for row in found["curve"] if row["rho"] == 1e30)
+    assert diverged["error"]
+    assert diverged["value"] is None
+    with (folder / "find_rho.csv").open() as file:
+        assert [(row["stage"], float(row["rho"])) for row in csv.DictReader(file)] == [
+            (row["stage"], row["rho"]) for row in found["curve"]
+        ]
+    printed = capsys.readouterr().out
+    assert re.search(r"rung 1 +1 +1e\+30 +0 +- +- +failed, " + re.escape(diverged["error"]), printed)
+    assert "Spent: 36 of 36 gradient passes." in printed
+    assert found["sentence"] in printed
+    with pytest.raises(UserError, match=r"holds a search with other settings \(metric\)"):
+        find_rho.main([*words, "--metric=brier"])
+
+
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_and_counts_its_passes(tmp_path):
     folder, log = tmp_path / "out/find_rho", tmp_path / "log.txt"
     first = start(tmp_path / "out", log)
@@ -107,7 +171,9 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
         search = Search(tmp_path / name, [], "image_classification", (DIGITS, *TINY), settings, (0.1,), 42, None, plan)
         workshop = RhoWorkshop(search, ROOT / "recipes")
         for phase in phases:
-            make(workshop, phase, Claims(search.output_dir))
+            claims = Claims(search.output_dir)
+            claims.take(workshop.folder(phase))
+            make(workshop, phase, claims)
             assert workshop.record(phase).status == "finished", workshop.record(phase).error
         weights = load_file(workshop.folder(phase) / "checkpoint-6/model.safetensors")
         ends.append((weights, workshop.scores(phase)["nll"].totals, passes_spent(workshop.record(phase))))
