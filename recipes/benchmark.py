@@ -16,6 +16,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -243,6 +244,9 @@ def prepare(args: TrainingArguments) -> None:
     if args.output_dir == "trainer_output":
         args.output_dir = "outputs/benchmark"
     transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the profiler, which weighs memory, reports its every start and stop
 
 
 def settings_of(bench: BenchmarkArguments, args: TrainingArguments) -> Iterator[Setting]:

@@ -31,11 +31,8 @@ class Contender:
 
     @cached_property
     def share_perturbed(self) -> float:
-        """The share of a long run's steps that are perturbed."""
-        if self.sam is None:
-            return 0.0
-        schedule = Schedule.resolve(self.sam, LONG_RUN)
-        return sum(map(schedule.perturbs, range(LONG_RUN))) / LONG_RUN
+        """The share of a long run's steps that look for a perturbation."""
+        return sum(self.perturbs(LONG_RUN)) / LONG_RUN
 
     @property
     def claimed_passes(self) -> float:
@@ -45,11 +42,11 @@ class Contender:
         return 1.0 + self.share_perturbed * (self.sam.passes_per_step - 1.0)
 
     def perturbs(self, steps: int, warmup_steps: int = 0) -> list[bool]:
-        """Which steps of a run of `steps` are perturbed."""
+        """Which steps of a run look for a perturbation, and so cost `passes_per_step`; one may be carried on for free."""
         if self.sam is None or self.sam.rho == 0:
             return [False] * steps
         schedule = Schedule.resolve(self.sam, steps, warmup_steps)
-        return [schedule.perturbs(step) for step in range(steps)]
+        return [schedule.perturbs(step) and schedule.age(step) == 0 for step in range(steps)]
 
 
 STOCK = Contender("trainer")

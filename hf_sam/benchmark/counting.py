@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import gc
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import find_batch_size
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
@@ -33,10 +35,10 @@ class PassCounter:
         self.forward = self.backward = 0
         self._last = 0
 
-    @property
-    def passes(self) -> float:
-        """Examples in passes of both, a forward one counting as a third."""
-        return FORWARD_SHARE * self.forward + (1 - FORWARD_SHARE) * self.backward
+    def totals(self) -> np.ndarray:
+        """Examples so far: forward, backward, and in passes of both, a forward one counting as a third."""
+        passes = FORWARD_SHARE * self.forward + (1 - FORWARD_SHARE) * self.backward
+        return np.array([self.forward, self.backward, passes])
 
     def __enter__(self) -> PassCounter:
         self._hook = self._trainer.model.register_forward_pre_hook(self._see_forward, with_kwargs=True)
@@ -59,9 +61,9 @@ class PassCounter:
 
 class ByteCounter(TorchDispatchMode):
     """
-    Counts the bytes that this process hands to collectives, whoever calls them: DDP's reducer, FSDP, or the update.
-
-    An all-reduce of n bytes counts n, whatever the algorithm sends for it.
+    Counts the bytes of the collectives that this process takes part in, whoever calls them: DDP's reducer, FSDP, or the
+    update. Each counts by its longest buffer: what an all-reduce reduces, an all-gather collects or a reduce-scatter
+    is given, whatever the algorithm sends for it.
     """
 
     def __init__(self):
@@ -69,9 +71,12 @@ class ByteCounter(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
-            self.bytes += sum(tensor.nbytes for tensor in _tensors(args[0]))
-        return function(*args, **(kwargs or {}))
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own dispatch comes first, and what that calls comes by here again
+        result = function(*args, **(kwargs or {}))
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.name():
+            self.bytes += max(sum(tensor.nbytes for tensor in _tensors(value)) for value in (*args, result))
+        return result
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -82,50 +87,56 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
-@contextmanager
-def peak_memory(trainer: Trainer) -> Iterator[Callable[[], int | None]]:
+class PeakMemory:
     """
-    Measures the peak of the memory that torch has handed out while the block runs.
+    Weighs the memory that torch has handed out at the worst moment between `from_here` and the end of the block.
+
+        with PeakMemory() as memory:
+            trainer = build()  # so that all that is freed later has been seen
+            memory.from_here(trainer.args.device)
+            trainer.take_steps(1)
+        memory.bytes()
 
     On an accelerator it is the allocator's own `max_memory_allocated`. On the CPU, whose allocator keeps no maximum, it
-    is what the model, the optimizer and the method hold before the block, plus the highest sum of all allocations and
-    frees that the profiler sees in the block; memory that libraries allocate by themselves is not seen.
-
-    Yields:
-        `Callable[[], int | None]`: To be called after the block; bytes, or None where the device cannot tell.
+    is the highest sum of all allocations and frees that torch's profiler sees since the block began; memory that
+    libraries allocate by themselves is not seen.
     """
-    device = trainer.args.device
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        if hasattr(module, "reset_peak_memory_stats"):
-            module.reset_peak_memory_stats()
-        yield lambda: module.max_memory_allocated() if hasattr(module, "max_memory_allocated") else None
-        return
-    resident = sum({storage.data_ptr(): storage.nbytes() for storage in _storages(trainer)}.values())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        yield lambda: resident + highest
-    highest = _highest_sum(profiler)
 
+    _MARK = "hf_sam.benchmark: from here"
 
-def _storages(trainer: Trainer) -> Iterator[torch.UntypedStorage]:
-    """Of all that stays from step to step."""
-    yield from (tensor.untyped_storage() for tensor in (*trainer.model.parameters(), *trainer.model.buffers()))
-    kept: list[Iterable] = [state.values() for state in trainer.optimizer.state.values()]
-    if getattr(trainer, "_sam", None) is not None:
-        kept.append(trainer._sam.state.values())
-    yield from (value.untyped_storage() for values in kept for value in values if isinstance(value, Tensor))
+    def __enter__(self) -> PeakMemory:
+        gc.collect()  # a trainer of before, whose memory would be freed, and seen to be, in this block
+        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self._profiler.__enter__()
+        return self
 
+    def __exit__(self, *error) -> None:
+        self._profiler.__exit__(*error)
 
-def _highest_sum(profiler: profile) -> int:
-    events: list[tuple[int, int]] = []
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
-    while pending:
-        event = pending.pop()
-        pending.extend(event.children)
-        if event.tag.name == "Allocation":
-            events.append((event.start_time_ns, event.extra_fields.alloc_size))
-    total = highest = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        total += size
-        highest = max(highest, total)
-    return highest
+    def from_here(self, device: torch.device) -> None:
+        """What was held for a moment before does not count."""
+        self._module = None if device.type == "cpu" else torch.get_device_module(device)
+        if hasattr(self._module, "reset_peak_memory_stats"):
+            self._module.reset_peak_memory_stats()
+        with record_function(self._MARK):
+            pass
+
+    def bytes(self) -> int | None:
+        """The peak, None where the device cannot tell; to be asked after the block."""
+        if self._module is not None:
+            return self._module.max_memory_allocated() if hasattr(self._module, "max_memory_allocated") else None
+        allocations: list[tuple[int, int]] = []
+        pending, since = list(self._profiler.profiler.kineto_results.experimental_event_tree()), 0
+        while pending:
+            event = pending.pop()
+            pending.extend(event.children)
+            if event.tag.name == "Allocation":
+                allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
+            elif event.name == self._MARK:
+                since = event.start_time_ns
+        total = highest = 0
+        for moment, size in sorted(allocations, key=lambda allocation: allocation[0]):
+            total += size
+            if moment >= since:
+                highest = max(highest, total)
+        return highest

@@ -7,7 +7,7 @@ Trainer, against which all are measured, is in every group.
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import numpy as np
 from transformers import Trainer
 
 from .contenders import STOCK, Contender
-from .counting import ByteCounter, PassCounter, peak_memory
+from .counting import ByteCounter, PassCounter, PeakMemory
 
 # From a contender and the steps of its run to a trainer of `stepping.py`, not yet prepared.
 Build = Callable[[Contender, int], Trainer]
@@ -32,7 +32,7 @@ class Counted:
     Args:
         forward, backward, passes (`float`): Examples that went so through the model, in units of the step's batch.
         bytes (`float`): Handed to collectives by this process.
-        peak_memory (`int`, *optional*): In bytes, at the worst step; see [`~hf_sam.benchmark.counting.peak_memory`].
+        peak_memory (`int`, *optional*): In bytes, at the worst step; see [`~hf_sam.benchmark.counting.PeakMemory`].
     """
 
     forward: float
@@ -175,18 +175,19 @@ def count(contender: Contender, build: Build) -> Counted | str:
         `Counted`, or the reason why the contender is impossible for this model.
     """
     steps = 1 + max(5, (contender.sam.interval or 1) if contender.sam else 1)
+    kinds, counts = contender.perturbs(steps)[1:], []
     try:
-        trainer = build(contender, steps)
-        trainer.prepare()
-        trainer.take_steps(1)
-        kinds, counts = contender.perturbs(steps)[1:], []
-        with PassCounter(trainer) as passes, peak_memory(trainer) as peak:
-            for _ in kinds:
-                before = np.array([passes.forward, passes.backward, passes.passes])
-                with ByteCounter() as moved:
-                    trainer.take_steps(1)
-                after = np.array([passes.forward, passes.backward, passes.passes])
-                counts.append([*(after - before), moved.bytes])
+        with PeakMemory() as memory:
+            trainer = build(contender, steps)
+            trainer.prepare()
+            trainer.take_steps(1)
+            memory.from_here(trainer.args.device)
+            with PassCounter(trainer) as passes:
+                for _ in kinds:
+                    before, moved = passes.totals(), ByteCounter()
+                    with moved if trainer.args.world_size > 1 else contextlib.nullcontext():
+                        trainer.take_steps(1)
+                    counts.append([*(passes.totals() - before), moved.bytes])
         trainer.close()
     except ValueError as error:
         return " ".join(str(error).split())
@@ -198,7 +199,7 @@ def count(contender: Contender, build: Build) -> Counted | str:
         for weight, kind in ((share, True), (1 - share, False))
         if weight
     )
-    return Counted(*(float(value) for value in means[:3] / examples), bytes=float(means[3]), peak_memory=peak())
+    return Counted(*(float(value) for value in means[:3] / examples), bytes=float(means[3]), peak_memory=memory.bytes())
 
 
 def _timed(
@@ -213,14 +214,9 @@ def _timed(
     trainers = {contender.name: build(contender, steps) for contender in group}
     for trainer in trainers.values():
         trainer.prepare()
-    gc.collect()
-    gc.freeze()  # a collection in the middle of a step visits what that step has made, not every imported module
-    try:
-        for name, count in turns(list(trainers), steps, block, seed):
-            trainers[name].take_steps(count)
-            progress(name, count)
-    finally:
-        gc.unfreeze()
+    for name, count in turns(list(trainers), steps, block, seed):
+        trainers[name].take_steps(count)
+        progress(name, count)
     for trainer in trainers.values():
         trainer.close()
     return {name: trainer.clock.seconds for name, trainer in trainers.items()}

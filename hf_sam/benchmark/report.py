@@ -92,7 +92,7 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
 def draw_ratios(rows: pd.DataFrame) -> Canvas:
     """Time of a step relative to the stock Trainer's with its interval, and the passes that are claimed, for one setting."""
     rows = rows[rows.ratio.notna()]
-    canvas = Canvas(figsize=(6.5, 0.9 + 0.26 * len(rows)), layout="constrained")
+    canvas = Canvas(figsize=(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
     axes = canvas.subplots()
     places = range(len(rows))
     spread = np.maximum([rows.ratio - rows.ratio_low, rows.ratio_high - rows.ratio], 0)
@@ -186,7 +186,7 @@ def draw_frontier(frame: pd.DataFrame) -> Canvas:
     arms = list(dict.fromkeys(frame.arm))
     canvas = Canvas(figsize=(1.5 + 3.4 * min(len(cells), 3), 0.8 + 3.0 * -(-len(cells) // 3)), layout="constrained")
     panels = canvas.subplots(-(-len(cells) // 3), min(len(cells), 3), squeeze=False).flat
-    for axes, (names, cell) in zip(panels, cells, strict=False):
+    for (names, cell), axes in zip(cells, panels, strict=False):  # in this order no panel is lost
         for point in cell.itertuples():
             index = arms.index(point.arm)
             axes.errorbar(
