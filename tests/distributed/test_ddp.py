@@ -205,7 +205,8 @@ def test_only_global_scope_reduces_gradients_twice(ddp):
     stock = runs[None]["bytes"]
     for scope in ("micro", "device"):  # not one byte more
         assert runs[scope]["bytes"] == stock
-    assert runs["global"]["bytes"] == {**stock, "allreduce": 2 * stock["allreduce"]}
+    twice = {kind: 2 * stock[kind] for kind in ("allreduce", "broadcast")}  # gradients, and buffers before a pass
+    assert runs["global"]["bytes"] == {**stock, **twice}
 
 
 # --- interruptions -------------------------------------------------------------------------------------------------
