@@ -139,6 +139,7 @@ def test_every_method_is_a_contender():
     assert set(METHODS) < set(CONTENDERS) == set(PASSES)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_passes_are_counted_and_are_those_claimed(name, tmp_path):
     contender = CONTENDERS[name]

@@ -46,7 +46,8 @@ def command(folder: Path, *words: str) -> list[str]:
 
 def start(folder: Path, log: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command(folder), cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    with log.open("w") as out:
+        return subprocess.Popen(command(folder), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
