@@ -27,11 +27,11 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from demo import markdown
 from shared.arguments import parse_arguments, read_config, split_command_line
 from shared.benchmark_inputs import SIZES, TASKS, Inputs, Task, made_up_inputs, of_size, real_inputs
 from shared.errors import UserError, as_user_error, did_you_mean, run
 from shared.options import DataArguments, ModelArguments, option
+from shared.tables import markdown
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
