@@ -133,7 +133,9 @@ def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> 
             for cell in cells:
                 values = cell.values(arm, metric_name)
                 if (cell.task, cell.budget) == (task, budget) and values:
-                    points.append((noise_level(cell.condition), np.mean(values), min(values), max(values), len(values)))
+                    low, high = min(values), max(values)
+                    mean = np.clip(np.mean(values), low, high)  # that of equal values may be off by a rounding
+                    points.append((noise_level(cell.condition), mean, low, high, len(values)))
             if not points:
                 continue
             points.sort()

@@ -48,11 +48,13 @@ def write_report(
     Raises:
         ValueError: No records at all, or a name in the question that no record has.
     """
-    return write_document(make_document(make_study(records, seed=seed, **question), title, seed), Path(folder))
+    return write_document(
+        make_document(make_study(records, seed=seed, **question), title, Path(folder), seed), Path(folder)
+    )
 
 
-def make_document(study: Study, title: str, seed: int = 0) -> Document:
-    """The sections of the report."""
+def make_document(study: Study, title: str, folder: Path, seed: int = 0) -> Document:
+    """The sections of the report, and the tables beside it, in which records are named from `folder`."""
     rng = np.random.default_rng(seed)
     sections = [
         Section("Question and answer", _answer_blocks(study)),
@@ -77,7 +79,9 @@ def make_document(study: Study, title: str, seed: int = 0) -> Document:
         "comparisons": comparisons.to_dict("records"),
         "overall": [asdict(entry) for entry in study.overall],
     }
-    return Document(title, lead, sections, {"runs": runs_table(study.records), "comparisons": comparisons}, numbers)
+    return Document(
+        title, lead, sections, {"runs": runs_table(study.records, folder), "comparisons": comparisons}, numbers
+    )
 
 
 def _answer_blocks(study: Study) -> list[Block]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -311,8 +313,8 @@ def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
     return problems
 
 
-def runs_table(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row per record, with every metric, cost and sharpness measure as a column."""
+def runs_table(records: Iterable[RunRecord], folder: Path) -> pd.DataFrame:
+    """One row per record, with every metric, cost and sharpness measure as a column; where it is, as from `folder`."""
     return pd.DataFrame(
         {
             "task": run.task,
@@ -329,7 +331,7 @@ def runs_table(records: Iterable[RunRecord]) -> pd.DataFrame:
             "samples_per_second": run.samples_per_second,
             "peak_memory": run.peak_memory,
             "error": run.error and f"{run.error.get('type')}: {run.error.get('message')}",
-            "record": run.path and str(run.path),
+            "record": run.path and os.path.relpath(run.path, folder),
         }
         for run in records
     )
@@ -365,4 +367,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (NaN for fewer than two values)."""
     if not values:
         return math.nan, math.nan
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    if len(values) < 2:
+        return float(np.mean(values)), math.nan
+    spread = float(np.std(values, ddof=1)) if min(values) < max(values) else 0.0  # equal ones may leave a rounding
+    return float(np.mean(values)), spread

@@ -133,7 +133,11 @@ class Workshop:
             if self.has_ended(run) and self.is_ready(run) and path.exists():
                 made = json.loads(path.read_text(encoding="utf-8"))
                 now = self.job(run)
-                changed = sorted(set(map(str, made["argv"])) ^ set(now["argv"]))
+                changed = sorted(
+                    word
+                    for word in set(map(str, made["argv"])) ^ set(now["argv"])
+                    if not word.startswith("--output_dir=")
+                )  # a study may have been moved since
                 if changed or made["average"] != now["average"]:
                     raise StudyChangedError(
                         f"{path.parent} was run with other settings ({', '.join(changed[:4])}). Name another "

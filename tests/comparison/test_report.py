@@ -88,6 +88,19 @@ def test_sharpness_is_named_in_words_and_drawn_against_the_metric(tmp_path):
     assert sorted(drawn["sharpness.sam_0.05"]) == pytest.approx([0.1, 0.1, 0.11, 0.11])
 
 
+def test_equal_scores_whose_mean_is_off_by_a_rounding_are_drawn(tmp_path):
+    records = [
+        fabricate_run(None, "digits", "noise 0.4", 0.4, "steps", arm, seed)
+        for arm in ("adamw", "sam")
+        for seed in range(3)
+    ]
+    for run in records:
+        run.metrics["accuracy"] = 0.1
+    assert np.mean([0.1] * 3) > 0.1
+    write_report(records, tmp_path)
+    assert len(pd.read_csv(tmp_path / "data" / "label-noise.csv")) == 2
+
+
 def test_the_cosine_of_the_second_order_term_is_drawn_over_training(tmp_path):
     records = [
         fabricate_run(None, "digits", "clean", 0, "steps", arm, seed) for arm in ("adamw", "sam") for seed in (0, 1)
@@ -118,6 +131,7 @@ def test_every_figure_is_valid_svg_and_has_its_numbers(small):
         assert len(pd.read_csv(folder / "data" / f"{figure.stem}.csv")) > 0
     numbers = json.loads((folder / "data" / "numbers.json").read_text())
     assert numbers["question"] == {"control": "adamw", "treatment": "sam", "metric": "accuracy"}
+    assert all((folder / path).is_file() for path in pd.read_csv(folder / "data" / "runs.csv").record)
     assert len(numbers["comparisons"]) == 8
 
 

@@ -96,6 +96,14 @@ def test_changed_settings_are_refused_for_runs_that_are_done(study):
     open_workshop(study(seeds=[0, 5])).check_unchanged()
 
 
+def test_a_study_that_was_moved_is_the_same_study(study, tmp_path):
+    work(open_workshop(study(seeds=[0])))
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    moved = open_workshop(study(seeds=[0], output_dir=str(tmp_path / "elsewhere")))
+    moved.check_unchanged()
+    assert counts(moved)["finished"] == 2
+
+
 def test_two_workers_share_a_study_and_the_run_of_a_killed_one_is_taken_over(study, tmp_path):
     """No run is lost; none begins twice but the one whose worker was killed, and that one only after its first end."""
     path = study(seeds=list(range(4)), settings={"sleep": 1.0})
