@@ -296,7 +296,9 @@ def test_both_trainers_measure_the_same_perplexity(decoder, tmp_path):
         language({"text": SENTENCES * 2}, decoder, tmp_path / name, f"--trainer={name}", "--learning_rate=1e-30")
         perplexities[name] = results(tmp_path / name)["test_perplexity"]
     assert perplexities["plain"] == pytest.approx(perplexities["sft"], rel=1e-5)
-    record = read_record(tmp_path / "plain" / "out" / "run_record.json")  # it can be read back, losses per token and all
+    record = read_record(
+        tmp_path / "plain" / "out" / "run_record.json"
+    )  # it can be read back, losses per token and all
     assert record.metrics["perplexity"] == perplexities["plain"]
 
 
