@@ -179,3 +179,43 @@ def test_sam_needs_no_state_of_the_optimizer(tmp_path, key):
     tiny.assert_same_run(ours, stock)
     moved = in_eight_bits(tmp_path, SAMConfig(rho=0.5), key)
     assert not torch.equal(moved.trajectory[-1], stock.trajectory[-1])
+
+
+class Wide(torch.nn.Module):
+    """Wide enough that optimizers of few bits keep its weights' states in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.Tanh(), torch.nn.Linear(64, 128))
+        self.head = torch.nn.Linear(128, 3)
+
+    def forward(self, x, labels=None):
+        logits = self.head(torch.tanh(self.body(x)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [("adamw_torch_8bit", "torchao"), ("adamw_torch_4bit", "torchao"), ("adamw_8bit", "bitsandbytes")],
+)
+def test_optimizers_of_few_bits_themselves(tmp_path, monkeypatch, optim, package):
+    """torchao's and bitsandbytes' own, which are no dependency of ours, where they are installed."""
+    pytest.importorskip(package)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # torchao would compile its step
+
+    def run(sam):
+        tiny.set_seed(0)
+        return tiny.trained(Wide(), tiny.vectors(), tmp_path, sam, optim=optim, max_steps=4)
+
+    stock, vanishing, sam = run(None), run(SAMConfig(rho=1e-30)), run(SAMConfig(rho=0.5))
+    assert torch.equal(torch.stack(vanishing.trajectory), torch.stack(stock.trajectory))
+    norms = [entry["sam_perturbation_norm"] for entry in sam.state.log_history if "sam_perturbation_norm" in entry]
+    assert norms == pytest.approx([0.5] * len(norms), rel=1e-4)
+    assert not torch.equal(sam.trajectory[-1], stock.trajectory[-1])
+    if package == "torchao":
+        assert run(SAMConfig(method="msam", rho=0.5)).state.global_step == 4
+    else:
+        with pytest.raises(ValueError, match="keeps none that can be read"):
+            run(SAMConfig(method="msam", rho=0.5))
