@@ -139,6 +139,7 @@ def test_the_scheduled_rho_is_the_one_realised(schedule, tmp_path):
 
 
 def test_weights_in_sixteen_bits_show_what_rounding_left_and_warn(tmp_path, caplog):
+    logging.warning_once.cache_clear()  # given once in a process, and perhaps by another test
     logging.enable_propagation()
     try:
         model, data = tiny.mlp(torch.bfloat16), tiny.vectors(dtype=torch.bfloat16)
