@@ -2,7 +2,7 @@
 
 Each function returns `(directions, scale)` with `eps = scale * directions`: one tensor per parameter, and one 0-dim
 factor that keeps the division by a norm on the device. They overwrite the gradients they are given, whose memory the
-caller no longer needs.
+caller no longer needs; momenta and whatever is given for p = 2 without adaptive scaling stay as they are.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def remove_average(gradients: list[Tensor], averages: list[Tensor], sigma: float
 
 def momentum_direction(momenta: list[Tensor], rho: float, reductions: Reductions) -> tuple[list[Tensor], Tensor]:
     """`eps = -rho v / ||v||`: ahead, where the momentum is about to carry the weights (Becker et al. 2024, Alg. 1)."""
-    directions, scale = dual_norm_direction([v.clone() for v in momenta], rho, 2, reductions)
+    directions, scale = dual_norm_direction(momenta, rho, 2, reductions)  # which overwrites nothing at p = 2
     return directions, -scale
 
 

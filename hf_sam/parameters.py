@@ -169,8 +169,10 @@ class Perturbation:
         return bool(self._saved)
 
     @torch.no_grad()
-    def add(self, parameters: list[Parameter], directions: list[Tensor], scale: Tensor) -> None:
-        """`w <- w + scale * directions`; the directions' memory is taken over. They are local parts.
+    def add(
+        self, parameters: list[Parameter], directions: list[Tensor], scale: Tensor, *, borrowed: bool = False
+    ) -> None:
+        """`w <- w + scale * directions`, which are local parts; their memory is taken over unless it is `borrowed`.
 
         Where `scale` is 0 nothing moves, not even where a direction is NaN or infinite.
         """
@@ -183,12 +185,12 @@ class Perturbation:
                 weight.copy_(self._moved(weight, direction, scale))
             elif self._swaps_memory:
                 self._saved[p] = p.data  # from here on an interruption is undone
-                p.data = self._moved(weight, direction, scale, out=direction)
+                out = torch.empty_like(weight) if borrowed else direction
+                p.data = self._moved(weight, direction, scale, out=out)
             else:
                 moved = self._moved(weight, direction, scale)
-                direction.copy_(weight)
-                self._saved[p] = direction  # from here on an interruption is undone
-                weight.copy_(moved)
+                self._saved[p] = weight.clone() if borrowed else direction.copy_(weight)
+                weight.copy_(moved)  # an interruption from here on is undone
         self._renew_copies()
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:

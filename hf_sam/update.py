@@ -160,7 +160,7 @@ class SharpnessAwareUpdate:
 
     def step_aside(self, perturbation: Perturbation, rho: float, step: int, optimizer: torch.optim.Optimizer) -> None:
         """`w <- w + eps` for an `eps` that needs no pass; nothing while the optimizer has no momentum yet."""
-        parameters = list(self.selected.values())
+        parameters, borrowed = list(self.selected.values()), False
         if self.config.row.ascent == "random":
             rank = 0 if self.scope == "global" else self.engine.rank
             reductions = self.engine.reductions(parameters)
@@ -171,9 +171,11 @@ class SharpnessAwareUpdate:
                 return
             reductions = self.engine.reductions(parameters)
             rho *= (1.0 if self.config.alpha is None else self.config.alpha) ** self.schedule.age(step)
-            directions, scale = self._maximiser(
-                parameters, [self.state[p].clone() for p in parameters], rho, reductions
-            )
+            directions = [self.state[p] for p in parameters]
+            borrowed = not self.config.adaptive and self.config.p in (None, 2)  # other norms overwrite what they get
+            if not borrowed:
+                directions = [direction.clone() for direction in directions]
+            directions, scale = self._maximiser(parameters, directions, rho, reductions)
         else:
             momenta = {p: momentum_of(optimizer, p) for p in parameters}
             parameters = [p for p in parameters if momenta[p] is not None]
@@ -187,8 +189,9 @@ class SharpnessAwareUpdate:
                 return
             reductions = self.engine.reductions(parameters)
             directions, scale = momentum_direction([momenta[p] for p in parameters], rho, reductions)
+            borrowed = True
         self.telemetry.record(sam_rho=rho)
-        perturbation.add(parameters, directions, scale)
+        perturbation.add(parameters, directions, scale, borrowed=borrowed)
 
     def keep_gradient(self) -> None:
         """For the step to come: what this one goes along, before clipping."""

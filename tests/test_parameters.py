@@ -136,6 +136,20 @@ def test_no_memory_beyond_the_weights_and_the_directions(swaps_memory):
         assert {p.data_ptr(), perturbation._saved[p].data_ptr()} == memories
 
 
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_borrowed_directions_stay_as_they_are(dtype, swaps_memory):
+    p, direction = nn.Parameter(torch.randn(50).to(dtype)), torch.randn(50).to(dtype)
+    before, kept = p.detach().clone(), direction.clone()
+    with Perturbation(swaps_memory=swaps_memory) as perturbation:
+        perturbation.add([p], [direction], torch.tensor(0.5), borrowed=True)
+        assert p.dtype == dtype
+        torch.testing.assert_close(p.detach(), (before.float() + 0.5 * kept.float()).to(dtype))
+        assert torch.equal(direction, kept)
+    assert torch.equal(p, before)
+    assert torch.equal(direction, kept)
+
+
 def test_displacement_is_what_rounding_left_of_eps():
     p = nn.Parameter(torch.full((4,), 0.02, dtype=torch.bfloat16))
     with Perturbation() as perturbation:
