@@ -64,7 +64,7 @@ class ReportArguments:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     argv = with_option_name(list(sys.argv[1:] if argv is None else argv))
-    if not argv or argv in (["-h"], ["--help"]):
+    if not argv:
         print(__doc__)
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
     name = sharpness.find_task(argv)

@@ -166,6 +166,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 # --- what to measure -------------------------------------------------------------------------------------------------
 
 
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether all that is asked for is the list of options; it needs no checkpoint."""
+    return not {"-h", "--help"}.isdisjoint(argv)
+
+
 def find_task(argv: Sequence[str]) -> str:
     """
     The task that was named, or that the first checkpoint's architecture is for.
@@ -174,6 +179,8 @@ def find_task(argv: Sequence[str]) -> str:
         UserError: Neither says.
     """
     known = _glance(argv)
+    if wants_help(argv):
+        return known.task if known.task in TASKS else next(iter(TASKS))
     if known.task is None and known.checkpoints:
         path = known.checkpoints[0].split("=", 1)[-1]
         with as_user_error(OSError, ValueError, prefix=f"{path} cannot be read (is this machine offline?): "):
@@ -194,7 +201,7 @@ def model_class_names(auto_class: type) -> set[str]:
 def recorded_data(argv: Sequence[str]) -> list[str]:
     """The data arguments in the first checkpoint's run record as command-line words, where the user gives no data set."""
     known = _glance(argv)
-    if known.dataset is not None or not known.checkpoints:
+    if known.dataset is not None or not known.checkpoints or wants_help(argv):
         return []
     path = Path(known.checkpoints[0].split("=", 1)[-1]) / RECORD_NAME
     if not path.is_file():

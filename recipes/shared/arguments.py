@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_sam.config import SAMConfig
 
+from .docstrings import described
 from .errors import UserError, as_user_error, did_you_mean, one_line
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -118,9 +119,14 @@ class _Parser(HfArgumentParser):
 
     actions: dict[str, Action]
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, conflict_handler="resolve", **kwargs)  # a field of two classes is one argument
+    def __init__(self, dataclass_types: Sequence[type], **kwargs):
+        super().__init__(
+            dataclass_types, conflict_handler="resolve", **kwargs
+        )  # a field of two classes is one argument
         self.actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        for name, text in ((name, text) for kind in dataclass_types for name, text in described(kind).items()):
+            if name in self.actions and not self.actions[name].help:
+                self.actions[name].help = text.replace("%", "%%")
 
     def error(self, message: str):
         raise UserError(message)
@@ -166,7 +172,8 @@ SAMArguments = dataclasses.make_dataclass(
             f"sam_{field.name}",
             _argument_type(_HINTS[field.name]),
             dataclasses.field(
-                default="sam" if field.name == "method" else None, metadata={"help": f"SAMConfig({field.name}=...)"}
+                default="sam" if field.name == "method" else None,
+                metadata={"help": described(SAMConfig)[field.name].replace("%", "%%")},
             ),
         )
         for field in dataclasses.fields(SAMConfig)
