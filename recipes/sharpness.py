@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from shared.arguments import parse_arguments
+from shared.arguments import parse_arguments, wants_help
 from shared.data import Splits
 from shared.errors import UserError, as_user_error, run
 from shared.images import ImageDataset, ImageTransform, output_size
 from shared.language import tokenize_texts
-from shared.models import check_image_size, check_max_length, load_image_processor, load_tokenizer
+from shared.models import check_image_size, check_max_length, load_image_processor, load_tokenizer, model_class_names
 from shared.options import DataArguments, ModelArguments, option
 from shared.texts import tokenize
 from tqdm.auto import tqdm
@@ -166,11 +166,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 # --- what to measure -------------------------------------------------------------------------------------------------
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether all that is asked for is the list of options; it needs no checkpoint."""
-    return not {"-h", "--help"}.isdisjoint(argv)
-
-
 def find_task(argv: Sequence[str]) -> str:
     """
     The task that was named, or that the first checkpoint's architecture is for.
@@ -190,12 +185,6 @@ def find_task(argv: Sequence[str]) -> str:
     if known.task not in TASKS:
         raise UserError(f"task={known.task} is unknown. Give --checkpoints and --task: {', '.join(TASKS)}.")
     return known.task
-
-
-def model_class_names(auto_class: type) -> set[str]:
-    """The names of the classes that an auto class loads."""
-    names = auto_class._model_mapping._model_mapping.values()
-    return {name for entry in names for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def recorded_data(argv: Sequence[str]) -> list[str]:

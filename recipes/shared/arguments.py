@@ -57,6 +57,11 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:count]), list(argv[count:])
 
 
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether all that is asked for is the list of options."""
+    return not {"-h", "--help"}.isdisjoint(argv)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """
     The keys of a configuration file, those of its `base` first. Scalars stay the text that the file has, so that `no`

@@ -187,3 +187,9 @@ def _from_hub(auto_class: type, name: str, args: ModelArguments, **kwargs: Any) 
             f"{name} is no local folder and cannot be had from the hub as {auto_class.__name__} "
             f"(is this machine offline?): {reason}."
         ) from error
+
+
+def model_class_names(auto_class: type) -> set[str]:
+    """The names of the classes that an auto class loads."""
+    names = auto_class._model_mapping._model_mapping.values()
+    return {name for entry in names for name in (entry if isinstance(entry, tuple) else (entry,))}

@@ -1,8 +1,12 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
+import report
+import sharpness
 from shared.arguments import _Parser
 from shared.docstrings import described
 
@@ -46,3 +50,11 @@ def test_help_says_what_the_docstring_says():
     text = " ".join(_Parser([SAMArguments, SharpnessConfig]).format_help().split())
     assert "Size of the perturbation: the p-norm of eps over all perturbed parameters together." in text
     assert 'Standard deviation of the noise of "average"' in text
+
+
+@pytest.mark.parametrize("recipe", [sharpness, report])
+def test_help_needs_no_checkpoint(recipe, capsys):
+    with pytest.raises(SystemExit) as ended:
+        recipe.main(["--help"])
+    assert ended.value.code == 0
+    assert "--checkpoints" in capsys.readouterr().out
