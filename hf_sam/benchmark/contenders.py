@@ -36,17 +36,17 @@ class Contender:
 
     @property
     def claimed_passes(self) -> float:
-        """Forward-backward passes a step, on average over a run, by what the configuration says of itself."""
-        if self.sam is None:
-            return 1.0
-        return 1.0 + self.share_perturbed * (self.sam.passes_per_step - 1.0)
+        """Forward-backward passes a step, on average over a long run, by what the configuration says of itself."""
+        schedule = self._schedule(LONG_RUN)
+        return sum(schedule.passes(step) for step in range(LONG_RUN)) / LONG_RUN if schedule else 1.0
 
     def perturbs(self, steps: int, warmup_steps: int = 0) -> list[bool]:
         """Which steps of a run look for a perturbation, and so cost `passes_per_step`; one may be carried on for free."""
-        if self.sam is None or self.sam.rho == 0:
-            return [False] * steps
-        schedule = Schedule.resolve(self.sam, steps, warmup_steps)
-        return [schedule.perturbs(step) and schedule.age(step) == 0 for step in range(steps)]
+        schedule = self._schedule(steps, warmup_steps)
+        return [bool(schedule) and schedule.perturbs(step) and schedule.age(step) == 0 for step in range(steps)]
+
+    def _schedule(self, steps: int, warmup_steps: int = 0) -> Schedule | None:
+        return Schedule.resolve(self.sam, steps, warmup_steps) if self.sam and self.sam.rho > 0 else None
 
 
 STOCK = Contender("trainer")
