@@ -6,6 +6,7 @@ order, label noise and splits. Nothing here speaks of significance from one seed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,34 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
     values = np.asarray(values, dtype=float)
     half = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     return float(values.mean() - half), float(values.mean() + half)
+
+
+def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """
+    `mean(numerators) / mean(denominators)` of pairs, with Fieller's interval (Fieller 1954, JRSS B 16).
+
+    The interval holds the `k` for which the paired t-test does not tell `numerators` from `k * denominators`.
+
+    Args:
+        numerators, denominators (`Sequence[float]`): Aligned; at least one pair.
+
+    Returns:
+        `Estimate`: Without ends where the mean of the denominators is not told from zero: any ratio is possible then.
+    """
+    x, y = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
+    n, ratio = len(x), float(x.mean() / y.mean()) if y.mean() else math.nan
+    if n < 2:
+        return Estimate(ratio, None, None, n)
+    (v_xx, v_xy), (_, v_yy) = np.cov(x, y) / n
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    # (mean x - k mean y)^2 <= t^2 var(mean x - k mean y), a quadratic in k
+    a = y.mean() ** 2 - t**2 * v_yy
+    b = x.mean() * y.mean() - t**2 * v_xy
+    c = x.mean() ** 2 - t**2 * v_xx
+    if a <= 0:
+        return Estimate(ratio, None, None, n)
+    half = math.sqrt(max(b * b - a * c, 0.0))
+    return Estimate(ratio, float((b - half) / a), float((b + half) / a), n)
 
 
 def sign_flip_p(differences: Sequence[float], rng: np.random.Generator) -> float:

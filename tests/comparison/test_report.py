@@ -206,6 +206,24 @@ def test_enough_seeds_can_establish_an_effect_and_its_absence(tmp_path):
     assert make_study(records).comparisons[0].verdict == "no difference seen"
 
 
+def test_what_the_other_arms_keep_of_the_gain(tmp_path):
+    arms = ("adamw", "sam", "looksam")
+    records = fabricate(tmp_path, seeds=range(8), conditions=("noise 0.4",), budgets=("steps",), arms=arms)
+    for run in records:
+        gain = {"adamw": 0, "sam": 0.08 + run.seed / 1000, "looksam": 0.06 + run.seed / 500}[run.arm]
+        run.metrics = {"accuracy": 0.5 + run.seed / 100 + gain}
+    write_report(records, tmp_path / "report", treatment="sam")
+    text = (tmp_path / "report" / "report.md").read_text()
+    low, high = 0.067 / 0.0835 - 0.03, 0.067 / 0.0835 + 0.03  # the mean gains, and the interval around their ratio
+    kept = re.search(r"\| looksam \| (\d+) % \\\[(\d+) %, (\d+) %\\\] \| 1.20 \|", text)
+    assert int(kept[1]) == 80
+    assert 100 * low < int(kept[2]) < 80 < int(kept[3]) < 100 * high
+    for run in records:
+        run.metrics = {"accuracy": 0.5 + (run.seed * 7 + len(run.arm)) % 5 / 100}
+    write_report(records, tmp_path / "nothing", treatment="sam")
+    assert "share kept" not in (tmp_path / "nothing" / "report.md").read_text()
+
+
 def test_failed_unfinished_and_diverged_runs_count_nowhere_and_are_named(tmp_path):
     records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
     records[0].fail(RuntimeError("CUDA out of memory"))

@@ -14,6 +14,7 @@ from hf_sam.comparison.statistics import (
     interquartile_mean,
     mcnemar_p,
     probability_of_improvement,
+    ratio_of_means,
     sign_flip_p,
     student_interval,
 )
@@ -42,6 +43,25 @@ def test_bootstrap_of_three_values_against_all_27_resamples():
 def test_student_interval_is_scipys():
     values = np.random.default_rng(2).normal(size=5)
     assert student_interval(values) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95)))
+
+
+def test_fiellers_interval_inverts_the_paired_t_test():
+    rng = np.random.default_rng(3)
+    whole = rng.normal(8, 2, 6)
+    part = 0.9 * whole + rng.normal(0, 1, 6)
+    estimate = ratio_of_means(part, whole)
+    assert estimate.value == pytest.approx(part.mean() / whole.mean())
+    for end, outwards in ((estimate.low, -1), (estimate.high, 1)):
+        assert stats.ttest_rel(part, end * whole).pvalue == pytest.approx(0.05)
+        assert stats.ttest_rel(part, (end + outwards * 0.01) * whole).pvalue < 0.05
+    assert stats.ttest_rel(part, estimate.value * whole).pvalue == pytest.approx(1)
+
+
+def test_fiellers_interval_has_no_end_where_there_is_nothing_to_divide_by():
+    part, whole = [1.0, 2.0, 1.5], [3.0, -3.0, 0.5]
+    assert stats.ttest_1samp(whole, 0).pvalue > 0.05
+    assert ratio_of_means(part, whole).low is ratio_of_means(part, whole).high is None
+    assert ratio_of_means([1.0], [2.0]).low is None
 
 
 def test_sign_flip_p_by_hand():
