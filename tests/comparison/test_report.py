@@ -214,7 +214,7 @@ def test_what_the_other_arms_keep_of_the_gain(tmp_path):
         run.metrics = {"accuracy": 0.5 + run.seed / 100 + gain}
     write_report(records, tmp_path / "report", treatment="sam")
     text = (tmp_path / "report" / "report.md").read_text()
-    low, high = 0.067 / 0.0835 - 0.03, 0.067 / 0.0835 + 0.03  # the mean gains, and the interval around their ratio
+    low, high = 0.067 / 0.0835 - 0.04, 0.067 / 0.0835 + 0.04  # the mean gains, and the interval around their ratio
     kept = re.search(r"\| looksam \| (\d+) % \\\[(\d+) %, (\d+) %\\\] \| 1.20 \|", text)
     assert int(kept[1]) == 80
     assert 100 * low < int(kept[2]) < 80 < int(kept[3]) < 100 * high
