@@ -101,7 +101,7 @@ def draw_ratios(rows: pd.DataFrame) -> Canvas:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(places, rows.contender)
     axes.invert_yaxis()
-    axes.set_xlabel("time of an optimizer step, relative to the stock Trainer's")
+    axes.set_xlabel("time of a step relative to stock")
     canvas.legend(loc="outside lower center", ncols=2)
     return canvas
 
