@@ -18,7 +18,7 @@ SELECTORS = ("all", "norm", "no-norm-no-bias")
 
 # What a field is when neither the user nor the method says anything. A field that is not here stays None: off.
 DEFAULTS: dict[str, Any] = {
-    "rho": 0.05,
+    "rho": 0.005,  # a tenth of the usual one, which does harm in short fine-tuning: docs/methods.md, "The default rho"
     "p": 2.0,
     "adaptive": False,
     "scope": "auto",
@@ -52,8 +52,10 @@ class SAMConfig:
     Args:
         method (`str`, *optional*, defaults to `"sam"`):
             A row of [`~hf_sam.methods.METHODS`].
-        rho (`float`, *optional*, defaults to 0.05, 0.5 for `"asam"`):
-            Size of the perturbation: the p-norm of `eps` over all perturbed parameters together. At least 0.
+        rho (`float`, *optional*, defaults to 0.005, or what the method's row says, such as 0.5 for `"asam"`):
+            Size of the perturbation: the p-norm of `eps` over all perturbed parameters together. At least 0. The default
+            does no harm in fine-tuning, and gains little; from scratch start at 0.05 (Foret et al. 2021), or look for
+            one with `recipes/find_rho.py`.
         p (`float`, *optional*, defaults to 2.0):
             The norm that bounds the perturbation, in [1, inf]; `"inf"` is accepted. Foret et al. 2021, Equation 2.
         adaptive (`bool`, *optional*, defaults to `False`, `True` for `"asam"`):

@@ -363,7 +363,7 @@ class SAMTrainerMixin:
 class SAMTrainer(SAMTrainerMixin, Trainer):
     """[`~transformers.Trainer`] with sharpness-aware minimization (Foret et al. 2021, arXiv 2010.01412).
 
-        trainer = SAMTrainer(model=model, args=args, train_dataset=data, sam_config=SAMConfig(rho=0.05))
+        trainer = SAMTrainer(model=model, args=args, train_dataset=data, sam_config=SAMConfig(rho=0.01))
 
     Takes every argument of `Trainer`, and `sam_config` as [`SAMTrainerMixin`] describes it.
     """

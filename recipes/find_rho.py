@@ -34,10 +34,12 @@ from hf_sam.comparison.rho_phases import METRICS_KEPT, SETTINGS, Phase, RhoWorks
 from hf_sam.comparison.rho_search import Rung, SearchPlan, geometric_grid, make_plan
 from hf_sam.comparison.worker import ENDED, work
 from hf_sam.config import SAMConfig
+from hf_sam.methods import METHODS
 from hf_sam.schedule import Schedule
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
 VALIDATION_SIZE = 0.2
+RHO_OF_THE_PAPER = 0.05  # Foret et al. 2021
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -111,8 +113,8 @@ def parse_recipe(
 
 
 def grid(options: argparse.Namespace, sam_config: SAMConfig) -> list[float]:
-    """From a tenth to four times the method's own default, where the user names no other ends."""
-    usual = SAMConfig(method=sam_config.method).rho
+    """From a tenth to four times the rho of the method's paper, where the user names no other ends."""
+    usual = METHODS[sam_config.method].defaults.get("rho", RHO_OF_THE_PAPER)
     low, high = options.low or usual / 10, options.high or usual * 4
     if low >= high and options.points > 1:
         raise UserError(f"low={low:g} must be below high={high:g}.")
@@ -275,8 +277,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="image_classification, text_classification or causal_lm; then its command line.")
     parser.add_argument("--budget", type=float, default=2.0, help="What it may cost, in ordinary runs without SAM.")
     parser.add_argument("--rhos", type=float, nargs="+", help="The values to try, instead of a geometric grid.")
-    parser.add_argument("--low", type=float, help="Least value of the grid; a tenth of the method's default.")
-    parser.add_argument("--high", type=float, help="Largest value of the grid; four times the method's default.")
+    parser.add_argument("--low", type=float, help="Least value of the grid; a tenth of its paper's rho.")
+    parser.add_argument("--high", type=float, help="Largest value of the grid; four times its paper's rho.")
     parser.add_argument("--points", type=int, default=4, help="Values of the grid above 0.")
     parser.add_argument("--reduction", type=int, default=2, help="One in so many goes on to the next rung.")
     parser.add_argument("--seeds", type=int, default=3, help="Of the confirmation, at least; more where they are paid.")

@@ -69,7 +69,7 @@ def test_wrong_values_name_the_field_and_what_is_allowed(arguments, message):
 
 def test_defaults_are_plain_sam():
     config = SAMConfig()
-    assert (config.method, config.rho, config.p, config.scope, config.perturb) == ("sam", 0.05, 2.0, "auto", "all")
+    assert (config.method, config.rho, config.p, config.scope, config.perturb) == ("sam", 0.005, 2.0, "auto", "all")
     assert config.eta is config.alpha is config.gamma is config.rho_min is None
 
 

@@ -18,6 +18,7 @@ COLUMNS: dict[str, tuple[dict, tuple[str, ...]]] = {
     "uoft-cs/cifar100": ({"img": Image(), "fine_label": CLASSES, "coarse_label": CLASSES}, ("train", "test")),
     "ufldl-stanford/svhn": ({"image": Image(), "label": CLASSES}, ("train", "test", "extra")),
     "zalando-datasets/fashion_mnist": ({"image": Image(), "label": CLASSES}, ("train", "test")),
+    "ylecun/mnist": ({"image": Image(), "label": CLASSES}, ("train", "test")),
     "ILSVRC/imagenet-1k": ({"image": Image(), "label": CLASSES}, ("train", "validation", "test")),
     "timm/oxford-iiit-pet": (
         {"image": Image(), "label": CLASSES, "image_id": TEXT, "label_cat_dog": CLASSES},

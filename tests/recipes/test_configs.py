@@ -51,6 +51,8 @@ def overrides(path: Path, values: dict, folder: Path, request) -> list[str]:
         "--disable_tqdm=true",
         "--use_cpu=true",
     ]
+    if "test_samples" in values:
+        words.append("--test_samples=8")
     if values.get("model_type") == "resnet":
         words.append(f"--config_overrides={TINY_RESNET}")
     if values.get("model_type") == "vit" and "dataset" in values:
