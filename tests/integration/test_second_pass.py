@@ -210,7 +210,8 @@ def test_the_frozen_base_of_an_adapter_never_moves(scope, tmp_path):
             return super().compute_loss(model, *args, **kwargs)
 
     args = tiny.arguments(tmp_path, gradient_accumulation_steps=2)
-    trainer = Frozen(model=model, args=args, train_dataset=tiny.sentences(), sam_config=SAMConfig(scope=scope))
+    sam = SAMConfig(rho=0.05, scope=scope)
+    trainer = Frozen(model=model, args=args, train_dataset=tiny.sentences(), sam_config=sam)
     trainer.train()
     assert len(visited) == 12
     assert all(visited)
