@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from . import plots
 from .document import Block, Document, Figure, Section, Table, Text, write_document
 from .records import RunRecord
-from .results import BUDGETS, Comparison, comparisons_table, mean_and_spread, metric_of, runs_table, shares_of_gain
+from .results import BUDGETS, comparisons_table, metric_of, runs_table
 from .sections import calibration_blocks, cost_blocks, curve_blocks, noise_blocks, sharpness_blocks
 from .setup import setup_blocks
+from .shares import share_blocks
 from .study import Study, make_study
 from .threats import threats
 from .wording import answer, number, overall_sentence, p_value, value_and_spread, with_interval
@@ -152,7 +152,7 @@ def _result_blocks(study: Study, budget: str, rng: np.random.Generator) -> list[
         caption = f"Paired differences from {study.question.control} at {BUDGETS[budget]}: mean, bootstrap interval (thick) and Student's (thin)."
         data = comparisons_table(drawn)
         blocks.append(Figure(f"differences-{budget}", plots.draw_differences(drawn), caption, data))
-    blocks += _share_blocks(study, list(found.values()))
+    blocks += share_blocks(study, list(found.values()))
     over_examples = {key: study.difference_over_examples(entry, rng) for key, entry in found.items()}
     rows = [
         [cell.title, arm, with_interval(gain.value, gain.low, gain.high, "accuracy"), str(gain.n)]
@@ -165,22 +165,6 @@ def _result_blocks(study: Study, budget: str, rng: np.random.Generator) -> list[
     overall = [entry for entry in study.overall if entry.budget == budget]
     blocks += [Text(overall_sentence(entry, metric)) for entry in overall if entry.arm != study.question.treatment]
     return blocks
-
-
-def _share_blocks(study: Study, comparisons: Sequence[Comparison]) -> list[Block]:
-    """Which cheaper arm keeps what the treatment gains; nothing where it gains nothing, or where it is alone."""
-    treatment, control = study.question.treatment, study.question.control
-    cells = {(cell.task, cell.condition, cell.budget): cell for cell in study.cells}
-    rows = []
-    for entry in shares_of_gain(comparisons, treatment).itertuples():
-        cell = cells[entry.task, entry.condition, entry.budget]
-        passes, base = (mean_and_spread(cell.values(arm, "passes"))[0] for arm in (entry.arm, control))
-        interval = "" if pd.isna(entry.low) else f" [{100 * entry.low:.0f} %, {100 * entry.high:.0f} %]"
-        rows.append([cell.title, entry.arm, f"{100 * entry.share:.0f} %{interval}", number(passes / base, 2)])
-    if not rows:
-        return []
-    caption = f"What an arm keeps of the gain of {treatment} over {control}, where there is one: ratio of the mean gains, Fieller's interval."
-    return [Table(["task", "arm", "share kept", f"passes / {control}"], rows, caption, 2)]
 
 
 def _run_blocks(study: Study) -> list[Block]:

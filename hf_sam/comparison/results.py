@@ -21,7 +21,6 @@ from .statistics import (
     holm,
     interquartile_mean,
     probability_of_improvement,
-    ratio_of_means,
 )
 
 TUNING = "tuning"  # begins the budget of a trial, which is counted in the set-up and compared nowhere
@@ -336,34 +335,6 @@ def runs_table(records: Iterable[RunRecord], folder: Path) -> pd.DataFrame:
         }
         for run in records
     )
-
-
-def shares_of_gain(comparisons: Sequence[Comparison], treatment: str) -> pd.DataFrame:
-    """
-    What every arm keeps of the treatment's gain over the control, where Student's interval says that there is one.
-
-    Returns:
-        `pd.DataFrame`: One row for each other arm: `share` is the ratio of the two mean gains over the seeds that both
-        have, `low` and `high` its interval (`ratio_of_means`).
-    """
-    gained = {
-        entry.cell: dict(zip(entry.paired.seeds, entry.paired.differences, strict=True))
-        for entry in comparisons
-        if entry.arm == treatment and entry.verdict in ("better", "leans better")
-    }
-    rows = []
-    for entry in comparisons:
-        whole = gained.get(entry.cell, {})
-        own = dict(zip(entry.paired.seeds, entry.paired.differences, strict=True))
-        seeds = sorted(own.keys() & whole.keys())
-        if entry.arm == treatment or not seeds:
-            continue
-        share = ratio_of_means([own[seed] for seed in seeds], [whole[seed] for seed in seeds])
-        cell = {"task": entry.cell.task, "condition": entry.cell.condition, "budget": entry.cell.budget}
-        rows.append(
-            cell | {"arm": entry.arm, "share": share.value, "low": share.low, "high": share.high, "seeds": share.n}
-        )
-    return pd.DataFrame(rows)
 
 
 def comparisons_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
