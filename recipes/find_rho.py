@@ -34,7 +34,6 @@ from hf_sam.comparison.rho_phases import METRICS_KEPT, SETTINGS, Phase, RhoWorks
 from hf_sam.comparison.rho_search import Rung, SearchPlan, geometric_grid, make_plan
 from hf_sam.comparison.worker import ENDED, work
 from hf_sam.config import SAMConfig
-from hf_sam.methods import METHODS
 from hf_sam.schedule import Schedule
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
@@ -114,7 +113,7 @@ def parse_recipe(
 
 def grid(options: argparse.Namespace, sam_config: SAMConfig) -> list[float]:
     """From a tenth to four times the rho of the method's paper, where the user names no other ends."""
-    usual = METHODS[sam_config.method].defaults.get("rho", RHO_OF_THE_PAPER)
+    usual = sam_config.row.defaults.get("rho", RHO_OF_THE_PAPER)
     low, high = options.low or usual / 10, options.high or usual * 4
     if low >= high and options.points > 1:
         raise UserError(f"low={low:g} must be below high={high:g}.")
