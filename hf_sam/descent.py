@@ -35,14 +35,16 @@ def orthogonal_part(clean: list[Tensor], perturbed: list[Tensor], reductions: Re
     applied to in the term that SAM drops, `(d eps / d w)^T g_s = rho/||g|| H (I - u u^T) g_s`, `u = g/||g||`.
     """
     parallel = _projection_coefficient(perturbed, clean, reductions)
-    return torch._foreach_addcmul(perturbed, clean, _as_many(-parallel, clean))
+    # Not addcmul, which would round the coefficient to 16-bit gradients' type and leave a part along g.
+    return torch._foreach_sub(perturbed, torch._foreach_mul(clean, parallel))
 
 
 def add_orthogonal_part(gradients: list[Tensor], kept: list[Tensor], alpha: float, reductions: Reductions) -> None:
     """LookSAM between its SAM steps: `g + alpha ||g||/||g_v|| g_v` in place (Liu et al. 2022, Algorithm 1)."""
     norm = reductions.norm(kept)
     factor = torch.where(norm > 0, alpha * reductions.norm(gradients) / norm, torch.zeros_like(norm))
-    torch._foreach_addcmul_(gradients, kept, _as_many(factor, kept))
+    # No product in memory; for 16-bit gradients this rounds the length of what is added, not its direction.
+    torch._foreach_addcmul_(gradients, kept, [factor.to(part) for part in kept])
 
 
 def per_example_losses(logits: Tensor, labels: Tensor, shifted: bool = False) -> Tensor:
@@ -75,11 +77,6 @@ def functional_loss(loss: Tensor, logits: Tensor, clean_gradient: Tensor) -> Ten
     """A loss with the value of `loss` and the gradient `J(w + eps)^T grad_logits L(w)` (Singh et al. 2025, Section 4)."""
     surrogate = (logits * clean_gradient).sum()
     return loss.detach() + surrogate - surrogate.detach()
-
-
-def _as_many(scalar: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """One 0-dim factor for each tensor, in its type: what foreach functions multiply with in one go, without a product in memory."""
-    return [scalar.to(tensor) for tensor in tensors]
 
 
 def _projection_coefficient(vectors: list[Tensor], onto: list[Tensor], reductions: Reductions) -> Tensor:
