@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import FORWARD_SHARE, HESSIAN_PASSES, METHODS, Method
+from .methods.table import FORWARD_SHARE, HESSIAN_PASSES, METHODS, Method
 
 SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")

@@ -15,20 +15,20 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
 from transformers.utils import logging
 
-from .batches import MicroBatch
 from .config import SAMConfig
-from .descent import hardest_hit
-from .engines import engine_for, loss_instead_of_backward
-from .methods import FORWARD_SHARE, HESSIAN_PASSES
+from .engines.base import engine_for, loss_instead_of_backward
+from .engines.compatibility import refuse_unsupported
+from .methods.descents import hardest_hit
+from .methods.table import FORWARD_SHARE, HESSIAN_PASSES
 from .model_card import write_model_card
-from .observation import log_entries
-from .parameters import put_gradients, take_gradients
-from .refusals import refuse_unsupported
-from .replay import RandomStates, bookkeeping_kept
-from .second_order import add_hessian_vector_product, twice_differentiable_attention
-from .state import check_config, load_state, reload_renamed_weights, save_config, save_state
-from .telemetry import Telemetry
-from .update import SharpnessAwareUpdate
+from .update.batches import MicroBatch
+from .update.observation import log_entries
+from .update.parameters import put_gradients, take_gradients
+from .update.replay import RandomStates, bookkeeping_kept
+from .update.second_order import add_hessian_vector_product, twice_differentiable_attention
+from .update.state import check_config, load_state, reload_renamed_weights, save_config, save_state
+from .update.step import SharpnessAwareUpdate
+from .update.telemetry import Telemetry
 
 logger = logging.get_logger(__name__)
 

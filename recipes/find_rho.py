@@ -34,7 +34,7 @@ from hf_sam.comparison.rho_phases import METRICS_KEPT, SETTINGS, Phase, RhoWorks
 from hf_sam.comparison.rho_search import Rung, SearchPlan, geometric_grid, make_plan
 from hf_sam.comparison.worker import ENDED, work
 from hf_sam.config import SAMConfig
-from hf_sam.schedule import Schedule
+from hf_sam.update.schedule import Schedule
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
 VALIDATION_SIZE = 0.2

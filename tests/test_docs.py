@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_sam import METHODS, SAMConfig
-from hf_sam.telemetry import Telemetry
+from hf_sam.update.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from types import MappingProxyType
 
 from ..config import SAMConfig
-from ..methods import METHODS
-from ..schedule import Schedule
+from ..methods.table import METHODS
+from ..update.schedule import Schedule
 
 LONG_RUN = 10_000  # steps; long enough that a schedule's share of perturbed steps is what it is in any run
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..config import SAMConfig
-from ..schedule import Schedule
+from ..update.schedule import Schedule
 from .averaging import KINDS, WeightAveraging
 from .entropy_sgd import EntropySGD
 from .results import BUDGETS, TUNING, Question

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import SAMConfig
-from ..schedule import Schedule
+from ..update.schedule import Schedule
 from .plan import command_line
 from .records import RunRecord
 from .results import TUNING, metric_of

@@ -18,7 +18,7 @@ from hf_sam.comparison.rho_search import (
     search_passes,
     survivors,
 )
-from hf_sam.schedule import Schedule
+from hf_sam.update.schedule import Schedule
 
 
 def two_passes(length, begin, end):

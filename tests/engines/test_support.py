@@ -14,9 +14,10 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin
 from distributed.traffic import COUNTED
 from integration import tiny
 
-from hf_sam import SAMConfig, SAMTrainer, refusals
-from hf_sam.engines import Engine, ShardedEngine, Zero3Engine
-from hf_sam.refusals import FEATURES, LACKS
+from hf_sam import SAMConfig, SAMTrainer
+from hf_sam.engines import compatibility as refusals
+from hf_sam.engines.base import Engine, ShardedEngine, Zero3Engine
+from hf_sam.engines.compatibility import FEATURES, LACKS
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
 # A configuration that asks for each feature.

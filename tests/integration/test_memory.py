@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from transformers import Trainer
 
 from hf_sam import SAMConfig, SAMTrainer
-from hf_sam.methods import METHODS
+from hf_sam.methods.table import METHODS
 
 
 class Wide(nn.Module):

@@ -1,4 +1,4 @@
-"""One process of `test_methods_ddp.py`: trains every method in both scopes and leaves its weights after each step."""
+"""One process of `test_rows_ddp.py`: trains every method in both scopes and leaves its weights after each step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import oracles
 import torch

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers.utils import logging
 
-from .config import SAMConfig
-from .engines import Engine
+from ..config import SAMConfig
+from ..engines.base import Engine
 from .parameters import Gradients, Perturbation, local
 from .telemetry import Telemetry
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .config import SAMConfig
+from ..config import SAMConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .config import SAMConfig
+from ..config import SAMConfig
 from .parameters import local
-from .update import SharpnessAwareUpdate
+from .step import SharpnessAwareUpdate
 
 CONFIG_NAME = "sam_config.json"
 STATE_NAME = "sam_state_{rank}.safetensors"

@@ -1,7 +1,7 @@
 import pytest
 
 from hf_sam import SAMConfig
-from hf_sam.schedule import Schedule
+from hf_sam.update.schedule import Schedule
 
 
 def perturbed_steps(config, max_steps, warmup_steps=0):

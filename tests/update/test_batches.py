@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_sam.batches import MicroBatch
+from hf_sam.update.batches import MicroBatch
 
 
 def batch(**kwargs):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from hf_sam.ascent import adaptive_direction, add_weight_decay, dual_norm_direction, random_direction
-from hf_sam.reductions import Reductions
+from hf_sam.methods.geometry import adaptive_direction, add_weight_decay, dual_norm_direction, random_direction
+from hf_sam.update.reductions import Reductions
 
 REDUCTIONS = Reductions()
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reductions import Reductions
+from ..update.reductions import Reductions
 
 
 def surrogate_gap(clean: list[Tensor], perturbed: list[Tensor], alpha: float, reductions: Reductions) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_sam.descent import (
+from hf_sam.methods.descents import (
     add_orthogonal_part,
     functional_loss,
     hardest_hit,
@@ -10,7 +10,7 @@ from hf_sam.descent import (
     per_example_losses,
     surrogate_gap,
 )
-from hf_sam.reductions import Reductions
+from hf_sam.update.reductions import Reductions
 
 REDUCTIONS = Reductions()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from .engines import kind_of
+from .base import kind_of
 
 if TYPE_CHECKING:
     from transformers import Trainer

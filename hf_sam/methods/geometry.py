@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .reductions import Reductions
+from ..update.reductions import Reductions
 
 
 def dual_norm_direction(

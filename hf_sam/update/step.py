@@ -9,18 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .ascent import (
-    adaptive_direction,
-    add_weight_decay,
-    dual_norm_direction,
-    momentum_direction,
-    random_direction,
-    remove_average,
-)
-from .auxiliary_lora import AuxiliaryLora
-from .batches import MicroBatch
-from .config import SAMConfig
-from .descent import (
+from ..config import SAMConfig
+from ..engines.base import Engine
+from ..methods.auxiliary_lora import AuxiliaryLora
+from ..methods.descents import (
     add_orthogonal_part,
     functional_loss,
     orthogonal_part,
@@ -28,7 +20,15 @@ from .descent import (
     surrogate_gap,
     weighted_sharpness,
 )
-from .engines import Engine
+from ..methods.geometry import (
+    adaptive_direction,
+    add_weight_decay,
+    dual_norm_direction,
+    momentum_direction,
+    random_direction,
+    remove_average,
+)
+from .batches import MicroBatch
 from .observation import displacement_shows_gradient, record_displacement
 from .parameters import Gradients, Perturbation, local, put_gradients, select, take_gradients
 from .replay import RunningStatistics

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sam.replay import RandomStates, RunningStatistics, bookkeeping_kept
+from hf_sam.update.replay import RandomStates, RunningStatistics, bookkeeping_kept
 
 
 def test_every_generator_is_replayed():

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import SAMConfig
-from .parameters import Gradients, gradients_only_for, laid_out_as, put_gradients, take_gradients
-from .reductions import Reductions, ShardedReductions
+from ..config import SAMConfig
+from ..update.parameters import Gradients, gradients_only_for, laid_out_as, put_gradients, take_gradients
+from ..update.reductions import Reductions, ShardedReductions
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -6,7 +6,7 @@ from models import OrderedSAMTrainer, OrderedTrainer, arguments, examples, tiny_
 from peft import LoraConfig, get_peft_model
 
 from hf_sam import SAMConfig
-from hf_sam.auxiliary_lora import AuxiliaryLora
+from hf_sam.methods.auxiliary_lora import AuxiliaryLora
 
 
 def lora(**kwargs):

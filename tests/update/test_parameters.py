@@ -3,7 +3,7 @@ import torch
 from models import tiny_classifier
 from torch import nn
 
-from hf_sam.parameters import (
+from hf_sam.update.parameters import (
     Perturbation,
     gradients_only_for,
     put_gradients,

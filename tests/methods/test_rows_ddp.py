@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import methods_worker
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import worker as methods_worker
 from models import examples, stack, tiny_classifier
 
 from hf_sam import SAMConfig

@@ -1,0 +1,1 @@
+"""One sharpness-aware step, whatever the method."""
