@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from .methods.table import FORWARD_SHARE, HESSIAN_PASSES, METHODS, Method
+from .methods.ascents import Steepest
+from .methods.base import Ascent, Descent, Method, Needs, combines, copies_of, needs_of, overrides
+from .methods.descents import ThroughPerturbation
+from .methods.fields import did_you_mean, is_choice, is_flag, is_moment, is_number, is_selector, is_whole
+from .methods.table import METHODS
+from .methods.users import describe_part, part_from_description
 
 SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
-SELECTORS = ("all", "norm", "no-norm-no-bias")
+SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
 # What a field is when neither the user nor the method says anything. A field that is not here stays None: off.
 DEFAULTS: dict[str, Any] = {
     "rho": 0.005,  # a tenth of the usual one, which does harm in short fine-tuning: docs/methods.md, "The default rho"
-    "p": 2.0,
-    "adaptive": False,
     "scope": "auto",
-    "ascent_steps": 1,
     "ascent_fraction": 1.0,
     "interval": 1,
     "start": 0.0,
@@ -30,15 +32,52 @@ DEFAULTS: dict[str, Any] = {
     "rho_schedule": "constant",
     "perturb": "all",
     "replay_rng": True,
-    "weight_decay_in_ascent": False,
     "second_order": False,
     "stochastic_rounding": False,
+    "log_shares": False,
 }
-# Fields that another field switches on: (field, its value when switched on, the switch, is the switch on).
-_DEPENDENT: list[tuple[str, float, str, Callable[[SAMConfig], bool]]] = [
-    ("eta", 0.01, "adaptive=True", lambda config: bool(config.adaptive)),
-    ("rho_min", 0.0, "a rho_schedule other than 'constant'", lambda config: config.rho_schedule != "constant"),
-]
+# Values that say no more than silence does, for methods that do not use the field.
+_NEUTRAL = DEFAULTS | {"p": 2.0, "adaptive": False, "ascent_steps": 1, "weight_decay_in_ascent": False}
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "method": is_choice(tuple(METHODS)),
+    "rho": is_number(0),
+    "scope": is_choice(SCOPES),
+    "m": is_whole(1),
+    "ascent_fraction": is_number(0, 1, above=True),
+    "interval": is_whole(1),
+    "start": is_moment,
+    "end": is_moment,
+    "rho_schedule": is_choice(RHO_SCHEDULES),
+    "rho_min": is_number(0),
+    "perturb": is_selector(SELECTORS),
+    "replay_rng": is_flag,
+    "second_order": is_flag,
+    "stochastic_rounding": is_flag,
+    "log_shares": is_flag,
+}
+
+
+class Parts(NamedTuple):
+    """The two objects that a configuration runs."""
+
+    ascent: Ascent
+    descent: Descent
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs of a step."""
+        return needs_of(*self)
+
+    @property
+    def combines(self) -> bool:
+        """Whether the gradient for the optimizer is made out of `g_s`, not `g_s` itself."""
+        return combines(self.descent)
+
+    @property
+    def copies(self) -> int:
+        """Copies of the perturbed weights that the method holds beyond stock training, in a step that logs."""
+        return copies_of(*self)
 
 
 @dataclass
@@ -96,7 +135,8 @@ class SAMConfig:
             `"friendly"`: decay of that average, in [0, 1).
         perturb (`str` or `list[str]`, *optional*, defaults to `"all"`):
             Which trainable parameters are perturbed, and counted in the norm: `"all"`, `"norm"` (normalisation layers
-            only), `"no-norm-no-bias"`, or shell patterns over parameter names such as `"*.attention.*"`.
+            only), `"no-norm-no-bias"`, `"no-embeddings"` (neither tokens, patches, positions nor class tokens),
+            `"no-embeddings-no-head"`, or shell patterns over parameter names such as `"*.attention.*"`.
         replay_rng (`bool`, *optional*, defaults to `True`):
             Use the same dropout masks in both passes.
         weight_decay_in_ascent (`bool`, *optional*, defaults to `False`):
@@ -106,6 +146,13 @@ class SAMConfig:
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Round `w + eps` up or down at random, so that in expectation the perturbation survives in parameters that
             are stored in 16 bits.
+        log_shares (`bool`, *optional*, defaults to `False`):
+            Log which share of the squared norm of `eps` each group of modules has, as `sam_share/attention` and the like.
+        ascent (`Ascent`, *optional*), descent (`Descent`, *optional*):
+            Objects of your own, or of `hf_sam.methods`, in the place of the method's: where to perturb, and what the
+            optimizer gets. Their hyperparameters are set there. See `docs/write_your_own.md`.
+        options (`Mapping[str, Any]`, *optional*):
+            Hyperparameters of the method that have no field here.
 
     Raises:
         ValueError: An unknown method, a value out of range, or a field that the chosen method does not use. The
@@ -136,60 +183,93 @@ class SAMConfig:
     weight_decay_in_ascent: bool | None = None
     second_order: bool | None = None
     stochastic_rounding: bool | None = None
+    log_shares: bool | None = None
+    ascent: Ascent | None = None
+    descent: Descent | None = None
+    options: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(
-                f"method={self.method!r} is unknown.{_nearest(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
+                f"method={self.method!r} is unknown.{did_you_mean(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
-        for field in self.fields():
-            if self.row.uses(field):
-                continue
-            if getattr(self, field) == DEFAULTS.get(field):  # a neutral value may be said aloud
-                setattr(self, field, None)
-            elif getattr(self, field) is not None:
-                users = [name for name, row in METHODS.items() if row.uses(field)]
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r} has no meaning for method={self.method!r}, which uses: "
-                    f"{', '.join(name for name in self.fields() if self.row.uses(name))}. Leave {field} out, or choose "
-                    f"a method that uses it: {', '.join(users) or 'none'}."
+        for field, kind in (("ascent", Ascent), ("descent", Descent)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                hint = (
+                    f"{value.__name__}()"
+                    if isinstance(value, type)
+                    else f"an instance of a subclass of hf_sam.{kind.__name__}"
                 )
-        dependent = {field for field, *_ in _DEPENDENT}
-        defaults = {**DEFAULTS, **self.row.defaults}
-        for field, default in defaults.items():
-            if getattr(self, field) is None and self.row.uses(field) and field not in dependent:
-                setattr(self, field, default)
-        for field, default, switch, is_on in _DEPENDENT:
-            if not self.row.uses(field):
-                continue
-            if not is_on(self) and getattr(self, field) is not None:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r} is used only with {switch}. Leave it out or set that."
-                )
-            if is_on(self) and getattr(self, field) is None:
-                setattr(self, field, defaults.get(field, default))
-                if field == "rho_min" and isinstance(self.rho, int | float):
-                    self.rho_min = min(self.rho_min, self.rho)  # a default gives way to the rho that the user chose
-        for field in self.fields():
+                raise ValueError(f"{field}={value!r} must be an {kind.__name__}: give {hint}.")
+        self._refuse_unused()
+        self._fill_in()
+        for field, check in _CHECKS.items():
             if getattr(self, field) is not None:
-                setattr(self, field, _CHECKS[field](field, getattr(self, field)))
+                setattr(self, field, check(field, getattr(self, field)))
+        for field in self._own:  # each one checked by its class
+            value = next((getattr(part, field) for part in self.parts if hasattr(part, field)), None)
+            if field not in _FLAT:
+                self.options[field] = value
+            elif getattr(self, field) is not None:
+                setattr(self, field, value)
         self._check_combinations()
 
-    def _check_combinations(self):
+    def _refuse_unused(self) -> None:
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise ValueError(f'options={self.options!r} must be a mapping such as {{"quantile": 0.9}}.')
+        for option in self.options or ():
+            if option not in self._own:
+                raise ValueError(
+                    f"options: {option!r} is no hyperparameter of {self.label}.{did_you_mean(option, self._own)} Allowed: "
+                    f"{', '.join(self._own) or 'none; those of ascent= and descent= are set there'}."
+                )
+            if getattr(self, option, None) is not None:
+                raise ValueError(f"{option} is given twice, as a field and in options. Leave one of them out.")
+        for field in self.fields():
+            value = getattr(self, field)
+            if value is None or self._uses(field):
+                continue
+            if value == _NEUTRAL.get(field):  # a neutral value may be said aloud
+                setattr(self, field, None)
+                continue
+            users = [name for name, row in METHODS.items() if field in fields_used(row)]
+            raise ValueError(
+                f"{field}={value!r} has no meaning for {self.label}, which uses: "
+                f"{', '.join(name for name in self.fields() if self._uses(name))}. Leave {field} out, or choose "
+                f"a method that uses it: {', '.join(users) or 'none'}."
+            )
+
+    def _fill_in(self) -> None:
+        """Every field that is in use gets its value; those that another field switches on, if it does."""
+        options = dict(self.options or {})
+        for field in [option for option in options if option in _FLAT]:
+            setattr(self, field, options.pop(field))
+        self.options = options
+        defaults = {**DEFAULTS, **self._own, **self.row.defaults}
+        dependent = {"eta": ("adaptive=True", True), "rho_min": ("a rho_schedule other than 'constant'", True)}
+        for field in self.fields():
+            if getattr(self, field) is None and self._uses(field) and field not in dependent:
+                setattr(self, field, defaults.get(field))
+        is_on = {"eta": bool(self.adaptive), "rho_min": self.rho_schedule != "constant"}
+        for field, (switch, _) in dependent.items():
+            value = getattr(self, field)
+            if value is not None and not is_on[field]:
+                raise ValueError(f"{field}={value!r} is used only with {switch}. Leave it out or set that.")
+            if value is None and is_on[field] and self._uses(field):
+                setattr(self, field, defaults.get(field, 0.0))
+                if field == "rho_min" and isinstance(self.rho, int | float):
+                    self.rho_min = min(self.rho_min, self.rho)  # a default gives way to the rho that the user chose
+
+    def _check_combinations(self) -> None:
         if self.m is not None and self.scope not in ("auto", "micro"):
             raise ValueError(
                 f"m={self.m} splits micro-batches and needs scope='micro' (or 'auto'), not {self.scope!r}."
             )
-        if self.method in ("looksam", "carried") and self.scope == "micro":
+        if self.parts.needs & Needs.WHOLE_STEP and self.scope == "micro":
             raise ValueError(
-                f"scope='micro' does not go with method={self.method!r}, which uses the gradient of a whole step again: "
+                f"scope='micro' does not go with {self.label}, which uses the gradient of a whole step again: "
                 "choose 'device', 'global' or 'auto'."
-            )
-        if self.method == "wsam" and self.gamma == 1:
-            raise ValueError("gamma=1.0 must be a number in [0, 1) for method='wsam', whose weights are 1/(1 - gamma).")
-        if self.method == "esam" and self.gamma == 0:
-            raise ValueError(
-                "gamma=0.0 must be a number in (0, 1] for method='esam', which keeps that share of examples."
             )
         if self.second_order:
             for field, needed in (
@@ -208,19 +288,67 @@ class SAMConfig:
         if type(self.start) is type(self.end) and self.start >= self.end:
             raise ValueError(f"start={self.start} must be below end={self.end}: as it is, no step would be perturbed.")
 
+    # --- what follows from the fields ------------------------------------------------------------------------------
+
     @property
     def row(self) -> Method:
         """The chosen method's row of the table."""
         return METHODS[self.method]
 
     @property
+    def name(self) -> str:
+        """The method's name, or what the user has put in its place."""
+        own = [type(part).__name__ for part in (self.ascent, self.descent) if part is not None]
+        return " + ".join([*([self.method] if self.method != "sam" or not own else []), *own])
+
+    @property
+    def label(self) -> str:
+        """The method as messages name it."""
+        return f"method={self.name!r}"
+
+    @property
+    def summary(self) -> str:
+        """The update in one sentence."""
+        own = [part for part in (self.ascent, self.descent) if part is not None]
+        lines = [(type(part).__doc__ or type(part).__name__).strip().splitlines()[0] for part in own]
+        return " ".join(lines) if lines else self.row.summary
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The ascent and the descent that this configuration runs."""
+        ascent, descent = self._classes
+        return Parts(self.ascent or self._make(ascent), self.descent or self._make(descent))
+
+    @property
+    def _classes(self) -> tuple[type[Ascent], type[Descent]]:
+        """Of the table's row; a user's own object stands in the place of one."""
+        return self.row.ascent, ThroughPerturbation if self.second_order else self.row.descent
+
+    def _make(self, kind: type) -> Any:
+        values = {name: getattr(self, name, None) for name in hyperparameters(kind)} | {
+            name: value for name, value in (self.options or {}).items() if name in hyperparameters(kind)
+        }
+        return kind(**{name: value for name, value in values.items() if value is not None})
+
+    @cached_property
+    def _own(self) -> dict[str, Any]:
+        """Hyperparameters of the row's classes that no object of the user's replaces, with their defaults."""
+        own = {} if self.ascent is not None else hyperparameters(self.row.ascent)
+        return own | ({} if self.descent is not None else hyperparameters(self.row.descent))
+
+    def _uses(self, field: str) -> bool:
+        return field in self._own or field in common_fields(
+            self.ascent or self.row.ascent, self.descent or self.row.descent, self.row
+        )
+
+    @property
     def passes_per_step(self) -> float:
         """Forward-backward passes over the batch in a step that perturbs, the descent pass included."""
-        if not self.row.has_clean_pass:
-            return 1.0
-        inner = (self.ascent_steps or 1) - 1
-        descent = 1.0 if self.row.descent != "hardest-hit" or self.gamma == 1 else self.gamma + FORWARD_SHARE
-        return (self.ascent_fraction or 1.0) + inner + descent + (HESSIAN_PASSES if self.second_order else 0)
+        ascent, descent = self.parts
+        clean = (self.ascent_fraction or 1.0) if self.parts.needs & Needs.GRADIENT else 0.0
+        return clean + (ascent.ascent_steps - 1) + 1.0 + descent.extra_passes
+
+    # --- as text -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:
@@ -228,22 +356,31 @@ class SAMConfig:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are in force, as JSON can hold them (`p=inf` becomes `"inf"`)."""
-        values = {name: getattr(self, name) for name in self.fields() if getattr(self, name) is not None}
+        """The fields that are in force, as JSON can hold them.
+
+        `p=inf` becomes `"inf"`; an object of the user's becomes the path of its class and its fields.
+        """
+        values = {name: getattr(self, name) for name in self.fields() if getattr(self, name) not in (None, {})}
+        values |= {name: describe_part(values[name]) for name in ("ascent", "descent") if name in values}
         return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SAMConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`. Nothing is imported: a user's class is looked for in modules that are.
 
         Raises:
-            ValueError: A key that is no field; the message suggests the nearest one.
+            ValueError: A key that is no field (the message suggests the nearest one), or a class that is not imported.
         """
         for key in values:
             if key not in cls.fields():
-                hint = _nearest(key, cls.fields())
+                hint = did_you_mean(key, cls.fields())
                 raise ValueError(f"{key!r} is no field of SAMConfig.{hint} Allowed: {', '.join(cls.fields())}.")
-        return cls(**values)
+        made = {
+            name: part_from_description(values[name], kind)
+            for name, kind in (("ascent", Ascent), ("descent", Descent))
+            if values.get(name) is not None
+        }
+        return cls(**{**values, **made})
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON text."""
@@ -255,98 +392,36 @@ class SAMConfig:
         return cls.from_dict(json.loads(text))
 
 
-def _nearest(name: Any, known) -> str:
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
+_FLAT = frozenset(SAMConfig.fields())
 
 
-# --- one check per kind of value: returns the value in its own type, or raises ------------------------------------
+# --- which fields a method uses, derived from its classes ----------------------------------------------------------
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False, inf: bool = False):
-    """A finite number (or inf where `inf`) in [low, high], open at `low` where `above` and at `high` where `below`."""
-    interval = f"{'(' if above else '['}{low:g}, {high:g}{']' if (high < math.inf and not below) or inf else ')'}"
-
-    def check(field: str, value: Any) -> float:
-        try:
-            number = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
-            number = math.nan
-        inside = (low < number if above else low <= number) and (number < high if below else number <= high)
-        if not inside or (number == math.inf and not inf):  # a NaN is never inside
-            raise ValueError(f"{field}={value!r} must be a number in {interval}.")
-        return number
-
-    return check
+def hyperparameters(kind: type) -> dict[str, Any]:
+    """The fields of an `Ascent` or `Descent` class, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
-def _whole(low: int):
-    def check(field: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{field}={value!r} must be a whole number, at least {low}.")
-        return value
-
-    return check
-
-
-def _choice(allowed: Sequence[str]):
-    def check(field: str, value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(f"{field}={value!r} is unknown.{_nearest(value, allowed)} Allowed: {', '.join(allowed)}.")
-        return value
-
-    return check
-
-
-def _flag(field: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{field}={value!r} must be True or False.")
-    return value
+def common_fields(ascent: Ascent | type, descent: Descent | type, row: Method) -> frozenset[str]:
+    """The `SAMConfig` fields, beside hyperparameters, that mean something for a pair of classes or objects."""
+    needs = needs_of(ascent, descent)
+    used = {"method", "ascent", "descent", "options", "rho", "start", "end", "rho_schedule", "rho_min"}
+    if not needs & Needs.ATTACHMENT:
+        used |= {"interval", "perturb", "stochastic_rounding", "log_shares"}
+    if needs & (Needs.GRADIENT | Needs.NOISE):
+        used |= {"scope"}
+    if needs & Needs.GRADIENT:
+        used |= {"replay_rng"} if needs & Needs.WHOLE_STEP else {"replay_rng", "m"}
+        if not needs & (Needs.CLEAN_GRADIENT | Needs.SUBSET | Needs.LOGITS) and not overrides(ascent, "examples"):
+            used |= {"ascent_fraction"}
+    is_plain = not {"adaptive", "ascent_fraction"} & row.defaults.keys()
+    if is_plain and ascent is Steepest and descent is Descent:
+        used |= {"second_order"}
+    return frozenset(used)
 
 
-def _moment(field: str, value: Any) -> int | float:
-    """A step (int) or a fraction of the run (float)."""
-    is_step = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    is_fraction = isinstance(value, float) and 0.0 <= value <= 1.0
-    if not (is_step or is_fraction):
-        raise ValueError(
-            f"{field}={value!r} must be a step (a whole number, at least 0) or a fraction of the run (0.0 to 1.0)."
-        )
-    return value
-
-
-def _selector(field: str, value: Any) -> str | list[str]:
-    patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) and p for p in patterns):
-        raise ValueError(
-            f"{field}={value!r} must be one of {', '.join(SELECTORS)}, or shell patterns over parameter names."
-        )
-    return value if isinstance(value, str) else list(value)
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "method": _choice(tuple(METHODS)),
-    "rho": _number(0),
-    "p": _number(1, inf=True),
-    "adaptive": _flag,
-    "eta": _number(0),
-    "scope": _choice(SCOPES),
-    "m": _whole(1),
-    "ascent_steps": _whole(1),
-    "ascent_fraction": _number(0, 1, above=True),
-    "interval": _whole(1),
-    "start": _moment,
-    "end": _moment,
-    "rho_schedule": _choice(RHO_SCHEDULES),
-    "rho_min": _number(0),
-    "alpha": _number(0),
-    "gamma": _number(0, 1),
-    "beta": _number(0, 1, above=True),
-    "sigma": _number(0),
-    "ema_decay": _number(0, 1, below=True),
-    "perturb": _selector,
-    "replay_rng": _flag,
-    "weight_decay_in_ascent": _flag,
-    "second_order": _flag,
-    "stochastic_rounding": _flag,
-}
+def fields_used(row: Method) -> frozenset[str]:
+    """The `SAMConfig` fields that a row of the table uses."""
+    own = hyperparameters(row.ascent) | hyperparameters(row.descent)
+    return common_fields(row.ascent, row.descent, row) | (own.keys() & _FLAT)

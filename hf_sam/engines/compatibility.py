@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from .base import kind_of
+from ..methods.base import Needs
+from .kinds import kind_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -17,7 +19,19 @@ if TYPE_CHECKING:
 # Optimizers of `TrainingArguments.optim` that step inside `backward`: the clean pass would already move the weights.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
 # Trainers whose batches stack chosen above rejected answers: a part of such a batch is no batch.
-STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer")
+STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "ORPOTrainer", "CPOTrainer", "BCOTrainer")
+# Trainers that generate completions in every training step.
+GENERATES = (
+    "GKDTrainer",
+    "GOLDTrainer",
+    "GRPOTrainer",
+    "MiniLLMTrainer",
+    "NashMDTrainer",
+    "OnlineDPOTrainer",
+    "PPOTrainer",
+    "RLOOTrainer",
+    "XPOTrainer",
+)
 # Modes of `torch.compile` that replay CUDA graphs on a GPU.
 REPLAYS_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -38,17 +52,37 @@ def _static_graph_meets_two_passes(trainer: Trainer) -> bool:
 
 def _parts_of_pairs(trainer: Trainer) -> bool:
     config = trainer.sam_config
-    takes_parts = config.m is not None or (config.ascent_fraction or 1) < 1 or config.method == "esam"
+    takes_parts = config.m is not None or (config.ascent_fraction or 1) < 1 or config.parts.needs & Needs.SUBSET
     bases = {base.__name__ for base in type(trainer).__mro__}
     return takes_parts and (not trainer.sam_splits_batches or not bases.isdisjoint(STACKS_PAIRS))
 
 
 def _replays_cuda_graphs(trainer: Trainer) -> bool:
-    compiler = getattr(trainer.accelerator.state, "dynamo_plugin", None)
-    if compiler is None or trainer.args.device.type != "cuda":
+    if trainer.args.device.type != "cuda":
         return False
-    backend = str(compiler.backend.value).lower()
+    if any(map(_is_compiled_to_cuda_graphs, trainer.model.modules())):
+        return True
+    compiler = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    backend = "" if compiler is None else str(compiler.backend.value).lower()
     return backend == "cudagraphs" or (backend == "inductor" and compiler.mode in REPLAYS_CUDA_GRAPHS)
+
+
+def _is_compiled_to_cuda_graphs(module: nn.Module) -> bool:
+    """By the user: `torch.compile(model, mode="reduce-overhead")`, or `model.compile(...)`."""
+    for compiled in (module, getattr(module, "_compiled_call_impl", None)):
+        config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
+        if config and config.get("triton.cudagraphs"):
+            return True
+    return False
+
+
+def _generates(trainer: Trainer) -> bool:
+    bases = {base.__name__ for base in type(trainer).__mro__}
+    return hasattr(trainer, "_buffered_inputs") or not bases.isdisjoint(GENERATES)
+
+
+def _complex_parameters(trainer: Trainer) -> list[str]:
+    return [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.is_complex()]
 
 
 def _splits_sequences(trainer: Trainer) -> bool:
@@ -95,9 +129,14 @@ def _deepspeed_casts(trainer: Trainer) -> bool:
 # When, and what the user reads.
 _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     (
-        lambda trainer: hasattr(trainer, "_buffered_inputs"),
+        _generates,
         "{trainer.__class__.__name__} generates its inputs inside the training step, so that a second pass would see other "
         "ones. Sharpness-aware minimization needs a trainer with a fixed batch, such as SFTTrainer or DPOTrainer.",
+    ),
+    (
+        lambda trainer: bool(_complex_parameters(trainer)),
+        "complex parameters are not supported, and this model trains some (`print([n for n, p in model.named_parameters() if "
+        "p.is_complex()])`). Store their real view with `torch.view_as_real`, or freeze them.",
     ),
     (
         _parts_of_pairs,
@@ -169,21 +208,26 @@ def _mixes_whole_and_sharded(trainer: Trainer) -> bool:
     return len({isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad}) > 1
 
 
-# What a run may ask for, by the name in the table of the documentation: does this one?
-FEATURES: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
+# What a method may need, as the user reads it; the rows of the documentation's table.
+NEEDS: Mapping[Needs, str] = MappingProxyType(
+    {
+        Needs.CLEAN_GRADIENT: "the clean gradient beside the perturbed one",
+        Needs.SUBSET: "the loss of each example",
+        Needs.LOGITS: "the derivative with respect to the logits",
+        Needs.STEP_GRADIENT: "the gradient that the optimizer steps along",
+        Needs.OPTIMIZER_STATE: "the optimizer's state",
+        Needs.NOISE: "noise of its own on every rank",
+        Needs.ATTACHMENT: "modules beside the model's own",
+        Needs.WHOLE_TENSORS: "statistics of whole tensors",
+        Needs.HVP: "a Hessian-vector product (second_order=True)",
+    }
+)
+# What the fields of a configuration may ask for, whatever the method.
+FIELDS: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
     {
         "scope='micro'": lambda trainer: trainer.sam_config.scope == "micro" or trainer.sam_config.m is not None,
         "scope='device'": lambda trainer: trainer.sam_config.scope == "device",
         "scope='global'": lambda trainer: trainer.sam_config.scope == "global",
-        "method='gsam', 'wsam', 'looksam'": lambda trainer: trainer.sam_config.row.combines,
-        "method='esam'": lambda trainer: trainer.sam_config.method == "esam",
-        "method='functional'": lambda trainer: trainer.sam_config.method == "functional",
-        "method='friendly', 'carried'": lambda trainer: trainer.sam_config.method in ("friendly", "carried"),
-        "method='msam'": lambda trainer: trainer.sam_config.method == "msam",
-        "method='previous'": lambda trainer: trainer.sam_config.method == "previous",
-        "method='random'": lambda trainer: trainer.sam_config.method == "random",
-        "method='bilora'": lambda trainer: trainer.sam_config.method == "bilora",
-        "second_order=True": lambda trainer: bool(trainer.sam_config.second_order),
         "weight_decay_in_ascent=True": lambda trainer: bool(trainer.sam_config.weight_decay_in_ascent),
         "stochastic_rounding=True": lambda trainer: (
             bool(trainer.sam_config.stochastic_rounding) and _mixes_whole_and_sharded(trainer)
@@ -194,32 +238,30 @@ _DEFERRED = (
     "FSDP2 holds unsynchronised gradients back, so that only the gradient of the whole batch can be seen. Choose "
     "scope='global' (or 'auto')."
 )
-_SHARDED = {
-    "method='bilora'": "its second pair of adapters would have to be sharded like the first. Use one process or DDP.",
-    "method='functional'": (
-        "its derivative with respect to the logits ends the engine's backward pass before it has begun. Use one process or "
-        "DDP."
-    ),
-    "method='random'": "every process would draw the same noise for its own shard. Use one process or DDP.",
-    "second_order=True": "a Hessian-vector product does not pass through sharded parameters. Use one process or DDP.",
+_SHARDED: dict[Needs | str, str] = {
+    Needs.ATTACHMENT: "they would have to be sharded like the model. Use one process or DDP.",
+    Needs.LOGITS: "it ends the engine's backward pass before it has begun. Use one process or DDP.",
+    Needs.NOISE: "every process would draw the same noise for its own shard. Use one process or DDP.",
+    Needs.WHOLE_TENSORS: "each process has a part of every tensor. Use one process or DDP.",
+    Needs.HVP: "it does not pass through sharded parameters. Use one process or DDP.",
     "stochastic_rounding=True": (
         "where some trainable parameters are sharded and others replicated, the replicas would round differently. Leave it "
         "out; parameters that are few can be kept in float32."
     ),
 }
-_COMBINED = "the gradients it combines are DeepSpeed's own, spread over ranks. Use DDP or FSDP2."
+_COMBINED = "gradients are DeepSpeed's own, spread over ranks. Use DDP or FSDP2."
 _FLAT = "DeepSpeed keeps the optimizer's groups and states in flat buffers. Use DDP or FSDP2."
-_ZERO = {
-    "method='gsam', 'wsam', 'looksam'": _COMBINED,
-    "second_order=True": _COMBINED,
-    "method='msam'": _FLAT,
-    "method='previous'": _COMBINED.replace("it combines", "it climbs along"),
+_ZERO: dict[Needs | str, str] = {
+    Needs.CLEAN_GRADIENT: _COMBINED,
+    Needs.STEP_GRADIENT: _COMBINED,
+    Needs.HVP: _COMBINED,
+    Needs.OPTIMIZER_STATE: _FLAT,
+    Needs.ATTACHMENT: _FLAT,
     "weight_decay_in_ascent=True": _FLAT,
-    "method='bilora'": _FLAT,
 }
 _ZERO3 = "ZeRO-3 reduces every gradient, so that only that of the whole batch can be seen. Choose scope='global' (or 'auto')."
-# For each engine the features it lacks, and what the user reads.
-LACKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+# For each engine what it lacks, and what the user reads.
+LACKS: Mapping[str, Mapping[Needs | str, str]] = MappingProxyType(
     {
         "one process": {},
         "DDP": {},
@@ -240,7 +282,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
     for applies, reason in _ALWAYS:
         if applies(trainer):
             raise ValueError("SAMTrainer: " + reason.format(trainer=trainer))
-    kind = kind_of(trainer)
-    for feature, reason in LACKS[kind].items():
-        if FEATURES[feature](trainer):
-            raise ValueError(f"SAMTrainer: {feature} is not supported under {kind}: {reason}")
+    kind, config = kind_of(trainer), trainer.sam_config
+    for lack, reason in LACKS[kind].items():
+        if isinstance(lack, str) and FIELDS[lack](trainer):
+            raise ValueError(f"SAMTrainer: {lack} is not supported under {kind}: {reason}")
+        if isinstance(lack, Needs) and config.parts.needs & lack:
+            raise ValueError(
+                f"SAMTrainer: {config.label} needs {NEEDS[lack]}, which is not supported under {kind}: {reason}"
+            )

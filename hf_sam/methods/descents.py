@@ -1,85 +1,145 @@
-"""What to step along: the gradient the base optimizer gets, as pure functions of lists of tensors.
-
-Each function changes `perturbed` (`g_s`, the gradient at `w + eps`) in place, given the clean gradient `g` at `w`.
-Norms and projections are global: taken over all parameters together.
-"""
+"""What the optimizer gets: the descents of the published methods. Norms and projections are global."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..update.reductions import Reductions
+from .base import FORWARD_SHARE, HESSIAN_PASSES, Descent, Needs, Step
+from .fields import number
+from .geometry import projection, usable
+
+if TYPE_CHECKING:
+    from ..update.vector import Vector
 
 
-def surrogate_gap(clean: list[Tensor], perturbed: list[Tensor], alpha: float, reductions: Reductions) -> None:
-    """GSAM: `g_s - alpha * g_orth`, `g_orth` the part of `g` orthogonal to `g_s` (Zhuang et al. 2022, Algorithm 1)."""
-    parallel = _projection_coefficient(clean, perturbed, reductions)
-    torch._foreach_mul_(perturbed, 1 + alpha * parallel)
-    torch._foreach_add_(perturbed, clean, alpha=-alpha)
-
-
-def weighted_sharpness(clean: list[Tensor], perturbed: list[Tensor], gamma: float) -> None:
-    """WSAM: `(1 - 2 gamma)/(1 - gamma) g + gamma/(1 - gamma) g_s` (Yue et al. 2023, Algorithm 1); 0.5 is SAM."""
-    torch._foreach_mul_(perturbed, gamma / (1 - gamma))
-    torch._foreach_add_(perturbed, clean, alpha=(1 - 2 * gamma) / (1 - gamma))
-
-
-def orthogonal_part(clean: list[Tensor], perturbed: list[Tensor], reductions: Reductions) -> list[Tensor]:
-    """`g_s - proj_g(g_s)`.
-
-    LookSAM keeps it for the steps between (Liu et al. 2022, Equation 5). For p = 2 it is also what the Hessian is
-    applied to in the term that SAM drops, `(d eps / d w)^T g_s = rho/||g|| H (I - u u^T) g_s`, `u = g/||g||`.
-    """
-    parallel = _projection_coefficient(perturbed, clean, reductions)
-    # Not addcmul, which would round the coefficient to 16-bit gradients' type and leave a part along g.
-    return torch._foreach_sub(perturbed, torch._foreach_mul(clean, parallel))
-
-
-def add_orthogonal_part(gradients: list[Tensor], kept: list[Tensor], alpha: float, reductions: Reductions) -> None:
-    """LookSAM between its SAM steps: `g + alpha ||g||/||g_v|| g_v` in place (Liu et al. 2022, Algorithm 1)."""
-    norm = reductions.norm(kept)
-    factor = torch.where(norm > 0, alpha * reductions.norm(gradients) / norm, torch.zeros_like(norm))
-    # No product in memory; for 16-bit gradients this rounds the length of what is added, not its direction.
-    torch._foreach_addcmul_(gradients, kept, [factor.to(part) for part in kept])
-
-
-def per_example_losses(logits: Tensor, labels: Tensor, shifted: bool = False) -> Tensor:
-    """The loss of each example, shape `(batch,)`, for ESAM's choice of the examples that a perturbation hits hardest.
+@dataclass(frozen=True)
+class SurrogateGap(Descent):
+    """`g_s - alpha g_orth`, g_orth the part of g orthogonal to g_s (GSAM, Zhuang et al. 2022, arXiv 2203.08065, Alg. 1).
 
     Args:
-        logits (`Tensor`): `(batch, classes)`, or `(batch, tokens, vocabulary)`.
-        labels (`Tensor`): Class indices with -100 ignored, or floats of the shape of `logits`: several 0/1 labels for
-            each example, or one target.
-        shifted (`bool`, *optional*, defaults to `False`): Token t is predicted at position t - 1 (causal models).
+        alpha (`float`): Weight of that part, which closes the gap L(w + eps) - L(w).
     """
-    if labels.is_floating_point():
-        targets = labels.reshape(logits.shape)
-        loss = F.binary_cross_entropy_with_logits if logits.shape[-1] > 1 else F.mse_loss
-        return loss(logits.float(), targets.float(), reduction="none").flatten(1).mean(1)
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
-    losses, counted = losses.reshape(len(labels), -1), labels.ne(-100).reshape(len(labels), -1)
-    return losses.sum(1) / counted.sum(1).clamp(min=1)
+
+    needs: ClassVar = Needs.CLEAN_GRADIENT
+
+    alpha: float = number(0.4, 0)
+
+    def gradient(self, g: Vector, g_s: Vector, step: Step) -> Vector:
+        g_s *= 1 + self.alpha * projection(g, onto=g_s)
+        g_s -= g * self.alpha
+        return g_s
 
 
-def hardest_hit(before: Tensor, after: Tensor, gamma: float) -> Tensor:
-    """Indices, in order, of the share `gamma` of examples whose loss rose most (Du et al. 2022, Equation 9)."""
-    count = max(1, math.ceil(gamma * len(before)))
-    return (after - before).topk(count).indices.sort().values
+@dataclass(frozen=True)
+class Weighted(Descent):
+    """`(1 - 2 gamma)/(1 - gamma) g + gamma/(1 - gamma) g_s` (WSAM, Yue et al. 2023, arXiv 2305.15817, Algorithm 1).
+
+    Args:
+        gamma (`float`): Weight of the sharpness term; 0.5 is SAM.
+    """
+
+    needs: ClassVar = Needs.CLEAN_GRADIENT
+
+    gamma: float = number(0.9, 0, 1, below=True)
+
+    def gradient(self, g: Vector, g_s: Vector, step: Step) -> Vector:
+        g_s *= self.gamma / (1 - self.gamma)
+        g_s += g * ((1 - 2 * self.gamma) / (1 - self.gamma))
+        return g_s
 
 
-def functional_loss(loss: Tensor, logits: Tensor, clean_gradient: Tensor) -> Tensor:
-    """A loss with the value of `loss` and the gradient `J(w + eps)^T grad_logits L(w)` (Singh et al. 2025, Section 4)."""
-    surrogate = (logits * clean_gradient).sum()
-    return loss.detach() + surrogate - surrogate.detach()
+@dataclass(frozen=True)
+class Reused(Descent):
+    """SAM in due steps; between, `g + alpha ||g||/||g_v|| g_v`, g_v the part of g_s orthogonal to g that was kept.
+
+    LookSAM, Liu et al. 2022, arXiv 2203.02714, Algorithm 1 and Equation 5.
+
+    Args:
+        alpha (`float`): Weight of the part that is used again.
+    """
+
+    needs: ClassVar = Needs.CLEAN_GRADIENT
+    memory: ClassVar = ("orthogonal",)
+
+    alpha: float = number(0.7, 0)
+
+    def gradient(self, g: Vector, g_s: Vector, step: Step) -> Vector:
+        step.memory["orthogonal"] = orthogonal_part(g_s, to=g)
+        return g_s
+
+    def between(self, g: Vector, step: Step) -> Vector:
+        kept = step.memory["orthogonal"]
+        norm = kept.norm()
+        g += kept * usable(norm, self.alpha * g.norm() / norm)
+        return g
 
 
-def _projection_coefficient(vectors: list[Tensor], onto: list[Tensor], reductions: Reductions) -> Tensor:
-    """`<v, u> / <u, u>`, or 0 where `u` is 0."""
-    square = reductions.dot(onto, onto)
-    return torch.where(square > 0, reductions.dot(vectors, onto) / square, torch.zeros_like(square))
+@dataclass(frozen=True)
+class HardestHit(Descent):
+    """g_s of the examples whose loss rises most under eps (ESAM, Du et al. 2022, arXiv 2110.03141, Equation 9).
+
+    Args:
+        gamma (`float`): Share of the examples that is kept.
+    """
+
+    needs: ClassVar = Needs.SUBSET
+
+    gamma: float = number(0.5, 0, 1, above=True)
+
+    @property
+    def extra_passes(self) -> float:
+        return 0.0 if self.gamma == 1 else self.gamma + FORWARD_SHARE - 1
+
+    def examples(self, before: Tensor, after: Tensor) -> Tensor | None:
+        if self.gamma == 1:
+            return None
+        count = max(1, math.ceil(self.gamma * len(before)))
+        return (after - before).topk(count).indices.sort().values
+
+
+@dataclass(frozen=True)
+class Functional(Descent):
+    """`J(w + eps)^T grad_logits L(w)`: the clean loss's gradient at the logits (Singh et al. 2025, arXiv 2502.02407)."""
+
+    needs: ClassVar = Needs.LOGITS
+
+    def keep(self, loss: Tensor, logits: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    def loss(self, loss: Tensor, logits: Tensor, kept: Any) -> Tensor:
+        surrogate = (logits * kept).sum()
+        return loss.detach() + surrogate - surrogate.detach()  # the value of the one, the gradient of the other
+
+
+@dataclass(frozen=True)
+class ThroughPerturbation(Descent):
+    """`g_s + (d eps/d w)^T g_s = g_s + rho/||g|| H (I - u u^T) g_s`, u = g/||g||: the term that SAM drops, for p = 2.
+
+    Foret et al. 2021, Equation 3 before its approximation. Logs the cosine between this and g_s.
+    """
+
+    needs: ClassVar = Needs.CLEAN_GRADIENT | Needs.HVP
+
+    @property
+    def extra_passes(self) -> float:
+        return HESSIAN_PASSES
+
+    def gradient(self, g: Vector, g_s: Vector, step: Step) -> Vector:
+        g, perturbed = g.over(step.weights), g_s.over(step.weights)
+        norm = g.norm()
+        product = step.hessian_product(orthogonal_part(perturbed, to=g))
+        plain = perturbed.clone()
+        g_s += product * usable(norm, step.rho / norm)
+        perturbed = g_s.over(step.weights)
+        step.record(sam_second_order_cosine=plain.dot(perturbed) / (plain.norm() * perturbed.norm()))
+        return g_s
+
+
+def orthogonal_part(vector: Vector, to: Vector) -> Vector:
+    """`v - proj_u(v)`."""
+    return vector - to * projection(vector, onto=to)

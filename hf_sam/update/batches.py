@@ -1,18 +1,22 @@
-"""A micro-batch as a pass needs it: inputs, loss normalisation and random states, whole or in parts."""
+"""A micro-batch as a pass needs it: inputs, loss normalisation and what the pass starts from, whole or in parts."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor
 
-from .replay import RandomStates
+from .replay import Snapshot
+
+# How the losses of the parts of a batch make up that of the whole: their sum, or a mean in proportion to examples or to
+# labelled items.
+ADDING_UP = ("sum", "examples", "labelled")
 
 
 @dataclass
@@ -20,65 +24,157 @@ class MicroBatch:
     """What the Trainer hands to one `training_step`, kept so that the pass can be run again.
 
     Args:
-        inputs (`Mapping[str, Any]`): What the data collator returned.
+        inputs (`Mapping[str, Any]`): What the data collator returned, of whatever kind.
         num_items_in_batch (`Tensor` or `int`, *optional*): Labelled items in the whole window; divides the loss of
             models that accept it.
-        accumulation_steps (`float`): Divides the loss of all other models. For a part of a micro-batch it is larger by
-            as much as the part is smaller, so that the losses of the parts add up to the whole one's.
-        random_states (`RandomStates`, *optional*): To run under; None draws fresh random numbers.
+        accumulation_steps (`float`): Divides the loss of all other models.
+        before (`Snapshot`, *optional*): What the clean pass started from.
         fraction (`float`, *optional*, defaults to 1.0): Share of the Trainer's micro-batch that this is.
+        weight (`float` or `Tensor`, *optional*, defaults to 1.0): Multiplies the loss, so that a part counts as its share
+            of the whole, or stands for the whole.
+        kept (`Any`): What the clean pass leaves for a descent with a changed loss: the loss of each example, or what
+            `Descent.keep` returned.
     """
 
     inputs: Mapping[str, Any]
     num_items_in_batch: Tensor | int | None
     accumulation_steps: float
-    random_states: RandomStates | None = None
+    before: Snapshot | None = None
     fraction: float = 1.0
-    # What the clean pass leaves for a descent pass with a changed loss: the loss of each example, or the gradient at
-    # the logits.
-    clean: Tensor | None = None
+    weight: float | Tensor = 1.0
+    kept: Any = field(default=None, repr=False)
 
-    def fresh_inputs(self) -> Mapping[str, Any]:
-        """A shallow copy, so that a `compute_loss` that pops labels leaves them to the next pass."""
-        return copy.copy(self.inputs)
+    def fresh_inputs(self) -> Any:
+        """Inputs whose containers are new and whose tensors are not, so that a pass that pops labels leaves them here."""
+        return _copied(self.inputs)
 
-    def split(self, m: int | None) -> list[MicroBatch]:
-        """Parts of `m` examples each, the last one smaller where `m` does not divide; one part where `m` is None."""
-        size = find_batch_size(self.inputs)
-        if m is None or size is None or size <= m:
-            return [self]
-        return [self._part(slice(first, min(first + m, size)), size) for first in range(0, size, m)]
+    @property
+    def size(self) -> int | None:
+        """How many examples it holds: the common length of most of its tensors, or of its lists; None if there is none."""
+        return batch_size(self.inputs)
 
-    def share(self, fraction: float) -> MicroBatch:
-        """The first `fraction` of the examples, with the loss scaled to estimate the whole one's."""
-        size = find_batch_size(self.inputs)
-        if fraction == 1 or not size:
-            return self
-        return self.sample(torch.arange(math.ceil(fraction * size)))
+    def chunks(self, m: int) -> list[Tensor]:
+        """Indices of parts of `m` examples each, the last one smaller where `m` does not divide."""
+        return list(torch.arange(self.size or 0).split(m))
 
-    def sample(self, indices: Tensor) -> MicroBatch:
-        """The examples at `indices`, shape `(k,)`, with the loss scaled to estimate the whole one's."""
-        size = find_batch_size(self.inputs)
-        part = self._part(indices, size)
-        part.accumulation_steps, part.random_states = self.accumulation_steps, self.random_states
-        if self.num_items_in_batch is not None:
-            part.num_items_in_batch = self.num_items_in_batch * _labelled_share(self.inputs, part.inputs)
+    def part(self, indices: Tensor, adding_up: str) -> MicroBatch:
+        """The examples at `indices`, shape `(k,)`, weighted so that the parts' losses add up to the whole's."""
+        size, inputs = self.size, self.fresh_inputs()
+        _take(inputs, indices, size)
+        share = len(indices) / size
+        weight = {"sum": 1.0, "examples": share, "labelled": None}[adding_up]
+        weight = labelled_share(self.inputs, inputs) if weight is None else weight
+        return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weight=weight)
+
+    def sample(self, indices: Tensor, adding_up: str) -> MicroBatch:
+        """The examples at `indices`, their loss scaled to stand for the whole's."""
+        part = self.part(indices, adding_up)
+        part.weight = 1 / labelled_share(self.inputs, part.inputs) if adding_up == "sum" else 1.0
         return part
 
-    def _part(self, index: slice | Tensor, size: int) -> MicroBatch:
-        inputs = self.fresh_inputs()
-        for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
-                inputs[name] = value[index if isinstance(index, slice) else index.to(value.device)]
-            elif isinstance(value, list | tuple) and len(value) == size:
-                inputs[name] = value[index] if isinstance(index, slice) else [value[i] for i in index.tolist()]
-        count = len(range(size)[index]) if isinstance(index, slice) else len(index)
-        fraction = count / size
-        steps = self.accumulation_steps / fraction
-        return MicroBatch(inputs, self.num_items_in_batch, steps, fraction=self.fraction * fraction)
+
+class ChangedInputs:
+    """Tensors of batches that passes change in place, told by watching: `normalise_(pixels)` in a forward, for one.
+
+    The first batch of each layout is copied whole; afterwards only what has been seen to change is.
+    """
+
+    def __init__(self):
+        self._known: dict[tuple, set[int]] = {}
+
+    def protect(self, batch: MicroBatch) -> Callable[[], bool]:
+        """Call before the clean pass, and what it returns after it: then the inputs are whole again, or it is False."""
+        tensors = list(_tensors(batch.inputs))
+        layout = tuple((t.dtype, t.dim()) for t in tensors)
+        changing = self._known.get(layout)
+        copied = range(len(tensors)) if changing is None else changing
+        copies = {i: tensors[i].clone() for i in copied}
+        versions = [t._version for t in tensors]
+
+        def mend() -> bool:
+            changed = {i for i, t in enumerate(tensors) if t._version != versions[i]}
+            self._known[layout] = (changing or set()) | changed
+            if changed:
+                originals = {id(tensors[i]): copies[i] for i in changed if i in copies}
+                batch.inputs = _copied(batch.inputs, originals)
+            return changed <= copies.keys()
+
+        return mend
+
+    def protected(self, batch: MicroBatch) -> Any:
+        """Inputs for a pass that may change them while another one is still to come."""
+        tensors = list(_tensors(batch.inputs))
+        changing = self._known.get(tuple((t.dtype, t.dim()) for t in tensors)) or ()
+        return _copied(batch.inputs, {id(tensors[i]): tensors[i].clone() for i in changing})
 
 
-def _labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any]) -> Tensor | float:
+def batch_size(inputs: Any) -> int | None:
+    """The first dimension that most tensors share, wherever they are; without tensors, the length that most lists share."""
+    lengths = [len(t) for t in _tensors(inputs) if t.dim() > 0]
+    if not lengths and isinstance(inputs, Mapping):
+        lengths = [len(v) for v in inputs.values() if isinstance(v, list | tuple)]
+    return max(dict.fromkeys(lengths), key=lengths.count) if lengths else None
+
+
+def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any]) -> Tensor | float:
+    """The share of the whole's labelled items that a part has; of its examples where labels are no tensor."""
     if not isinstance(whole.get("labels"), Tensor):
-        return find_batch_size(part) / find_batch_size(whole)
+        return (batch_size(part) or 0) / batch_size(whole)
     return part["labels"].ne(-100).sum() / whole["labels"].ne(-100).sum()
+
+
+def how_losses_add_up(
+    whole: float, parts: list[float], shares: Mapping[str, list[float]], tolerance: float
+) -> str | None:
+    """Which of `ADDING_UP` makes the whole's loss out of the parts', the nearest one; None if none does.
+
+    Args:
+        whole (`float`): The loss of the batch.
+        parts (`list[float]`): The loss of each of its parts.
+        shares (`Mapping[str, list[float]]`): For each way to add up, the weight of each part.
+        tolerance (`float`): Relative difference that rounding may make.
+    """
+    errors = {
+        way: abs(sum(w * loss for w, loss in zip(weights, parts, strict=True)) - whole)
+        for way, weights in shares.items()
+    }
+    best = min(errors, key=errors.get)
+    scale = max(abs(whole), *(abs(loss) for loss in parts), 1e-8)
+    return best if errors[best] <= tolerance * scale and not math.isnan(errors[best]) else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _copied(value: Any, tensors: Mapping[int, Tensor] | None = None) -> Any:
+    """Containers are new ones of the same type; tensors are the same, unless `tensors` has another for their id."""
+    if isinstance(value, Tensor):
+        return value if tensors is None else tensors.get(id(value), value)
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for key, entry in value.items():
+            new[key] = _copied(entry, tensors)
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(_copied(entry, tensors) for entry in value)
+    return value
+
+
+def _take(inputs: Any, indices: Tensor, size: int) -> None:
+    """Keep the examples at `indices` of every entry that has `size` of them, in place."""
+    entries = list(inputs.items()) if isinstance(inputs, MutableMapping) else []
+    for name, value in entries:
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
+            inputs[name] = value[indices.to(value.device)]
+        elif isinstance(value, MutableMapping):
+            _take(value, indices, size)
+        elif isinstance(value, list | tuple) and len(value) == size:
+            inputs[name] = [value[i] for i in indices.tolist()]

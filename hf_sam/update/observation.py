@@ -3,60 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from transformers.utils import logging
 
-from ..config import SAMConfig
-from ..engines.base import Engine
-from .parameters import Gradients, Perturbation, local
+from .parameters import Gradients, local
+from .perturbation import Perturbation
 from .telemetry import Telemetry
+from .vector import Space, Vector
 
 logger = logging.get_logger(__name__)
 
 
-def displacement_shows_gradient(config: SAMConfig) -> bool:
-    """Whether `g` can be read off eps, so that its direction needs no copy of its own."""
-    if config.row.ascent not in ("gradient", "carried") or config.adaptive or config.weight_decay_in_ascent:
-        return False
-    return 1 < config.p < math.inf and config.ascent_steps in (None, 1)
-
-
 def record_displacement(
     telemetry: Telemetry,
-    engine: Engine,
-    config: SAMConfig,
+    space: Space,
     perturbation: Perturbation,
     perturbed: Gradients,
-    clean: Gradients,
+    clean: Vector | None,
+    gradient_in: Callable[[Tensor], Tensor | None],
 ) -> None:
     """Record the realised `||(w + eps) - w||`, and `cos(g, g_s)` over the perturbed parameters.
 
     Args:
         perturbation (`Perturbation`): While the weights are moved.
         perturbed (`Gradients`): `g_s`.
-        clean (`Gradients`): `g` where it was kept; elsewhere it is read off the displacement, or there is no cosine.
+        clean (`Vector`, *optional*): `g`, where it was kept.
+        gradient_in (`Callable`): Elsewhere `g` up to a factor, read off the displacement; where that is None there is no
+            cosine.
     """
+    kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
     for p, displacement in perturbation.displacement():
         moved.append(p)
         norms.append(torch.linalg.vector_norm(displacement))
-        if p in perturbed and (p in clean or displacement_shows_gradient(config)):
+        direction = kept[p] if p in kept else gradient_in(displacement) if p in perturbed else None
+        if p in perturbed and direction is not None:
             common.append(p)
-            direction = clean[p] if p in clean else _gradient_direction(displacement, config.p)
             dots.append(torch.sum(direction * local(perturbed[p])))
             g.append(torch.linalg.vector_norm(direction))
             g_s.append(torch.linalg.vector_norm(local(perturbed[p]).to(direction.dtype)))
     if norms:
-        norm = engine.reductions(moved).sum(torch.stack(norms) ** 2).sqrt()
-        telemetry.record(sam_perturbation_norm=norm)
+        telemetry.record(sam_perturbation_norm=_total(space, moved, [n**2 for n in norms]).sqrt())
     if dots:
-        reductions = engine.reductions(common)
-        squares = [reductions.sum(torch.stack(parts) ** 2) for parts in (g, g_s)]
-        telemetry.record(sam_cosine=reductions.sum(torch.stack(dots)) / (squares[0] * squares[1]).sqrt())
+        squares = [_total(space, common, [n**2 for n in parts]) for parts in (g, g_s)]
+        telemetry.record(sam_cosine=_total(space, common, dots) / (squares[0] * squares[1]).sqrt())
+
+
+def _total(space: Space, parameters: list[Parameter], parts: list[Tensor]) -> Tensor:
+    device = parts[0].device  # a model split over several devices has scalars on each
+    return space.reductions(parameters).sum(torch.stack([part.to(device) for part in parts]))
 
 
 def log_entries(means: dict[str, float], perturbed: Iterable[Parameter]) -> dict[str, float]:
@@ -79,8 +78,3 @@ def log_entries(means: dict[str, float], perturbed: Iterable[Parameter]) -> dict
         for name, value in means.items()
         if not name.startswith("_") and not (name == "sam_cosine" and math.isnan(value))
     }
-
-
-def _gradient_direction(displacement: Tensor, p: float) -> Tensor:
-    """`g` up to a factor: eps is `sign(g) |g|^(q-1)`, and (q - 1)(p - 1) = 1."""
-    return displacement if p == 2 else displacement.sign() * displacement.abs() ** (p - 1)

@@ -1,10 +1,10 @@
-"""Which parameters; gradients put aside and back; perturb and restore exactly."""
+"""Which parameters train and which are perturbed; gradients put aside and back."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,49 +13,110 @@ from torch.nn import Parameter
 
 Gradients = dict[Parameter, Tensor]
 
+SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
+
 
 # --- which ---------------------------------------------------------------------------------------------------------
 
 
-def select(model: nn.Module, perturb: str | Sequence[str]) -> dict[str, Parameter]:
-    """The trainable parameters that are perturbed, by name; a tied parameter appears once.
+class TrainedParameters:
+    """Who trains and who is perturbed, asked anew in every step: callbacks freeze and thaw layers.
 
     Args:
         model (`nn.Module`): The model, not wrapped for distributed training, so that names are the user's own.
         perturb (`str` or `list[str]`): `SAMConfig.perturb`.
+        optimizer (`torch.optim.Optimizer`, *optional*): Whose groups say what is trained, where they hold the model's own
+            parameters; None where they do not (DeepSpeed), and `requires_grad` alone decides.
+        others (`Mapping[str, nn.Module]`, *optional*): Modules beside the model whose parameters the optimizer may
+            hold, such as a loss with weights of its own, by the prefix of their names.
+
+    Attributes:
+        names (`dict[Parameter, str]`): Of every parameter, trained or not.
+        trainable (`list[Parameter]`): What requires a gradient, of the model and of the optimizer.
+        in_model (`list[Parameter]`): Of these, the model's.
+        selected (`list[Parameter]`): Of these, what is perturbed: it is selected, and the optimizer steps it.
 
     Raises:
-        ValueError: Nothing is selected, or a pattern matches no trainable parameter.
+        ValueError: Nothing is selected, or a pattern matches no parameter that trains.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    norms = {
-        id(p)
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        for p in module._parameters.values()
-    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        perturb: str | Sequence[str] = "all",
+        optimizer: torch.optim.Optimizer | None = None,
+        others: Mapping[str, nn.Module] | None = None,
+    ):
+        self._model, self._perturb, self._optimizer, self._others = model, perturb, optimizer, dict(others or {})
+        self._seen: tuple | None = None
+        self.refresh()
+        if not self.selected:
+            raise ValueError(
+                f"perturb={perturb!r} selects none of the {len(self.trainable)} trainable parameters of this model."
+            )
+
+    def refresh(self) -> bool:
+        """Look again; returns whether anything has changed."""
+        if self._seen is not None and self._seen == self._state():
+            return False
+        is_first = self._seen is None
+        model_names = {p: name for name, p in self._model.named_parameters()}
+        self.names = dict(model_names)
+        for prefix, module in self._others.items():
+            self.names.update((p, f"{prefix}.{n}") for n, p in module.named_parameters() if p not in self.names)
+        stepped = self._stepped()
+        self.names.update((p, f"optimizer.{i}") for i, p in enumerate(stepped or ()) if p not in self.names)
+        held = None if stepped is None or model_names.keys().isdisjoint(stepped) else set(stepped)
+        self.trainable = [
+            p for p in self.names if p.requires_grad and (p in model_names or (held is not None and p in held))
+        ]
+        self.in_model = [p for p in self.trainable if p in model_names]
+        candidates = {self.names[p]: p for p in self.trainable if held is None or p in held}
+        chosen = select(self._model, self._perturb, candidates, is_strict=is_first)
+        self.selected = list(chosen.values())
+        self._all = list(self.names)
+        self._seen = self._state()
+        return True
+
+    def _state(self) -> tuple:
+        groups = () if self._optimizer is None else [len(group["params"]) for group in self._optimizer.param_groups]
+        return [p.requires_grad for p in self._all], list(groups)
+
+    def _stepped(self) -> list[Parameter] | None:
+        if self._optimizer is None:
+            return None
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+
+def select(
+    model: nn.Module, perturb: str | Sequence[str], trainable: Mapping[str, Parameter], *, is_strict: bool = True
+) -> dict[str, Parameter]:
+    """Of the parameters `trainable`, by name, those that are perturbed.
+
+    Raises:
+        ValueError: A pattern matches none of them, if `is_strict`.
+    """
     if perturb == "all":
-        selected = trainable
-    elif perturb == "norm":
-        selected = {name: p for name, p in trainable.items() if id(p) in norms}
-    elif perturb == "no-norm-no-bias":
-        selected = {
-            name: p for name, p in trainable.items() if id(p) not in norms and name.rpartition(".")[2] != "bias"
+        return dict(trainable)
+    if perturb in ("norm", "no-norm-no-bias"):
+        norms = {
+            p
+            for module in model.modules()
+            if "norm" in type(module).__name__.lower()
+            for p in module._parameters.values()
+            if p is not None
         }
-    else:
-        patterns = [perturb] if isinstance(perturb, str) else perturb
-        for pattern in patterns:
-            if not fnmatch.filter(trainable, pattern):
-                raise ValueError(
-                    f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters; they "
-                    f"have names such as {', '.join(list(trainable)[:3])}. Shell patterns match the whole name."
-                )
-        selected = {n: p for n, p in trainable.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
-    if not selected:
-        raise ValueError(
-            f"perturb={perturb!r} selects none of the {len(trainable)} trainable parameters of this model."
-        )
-    return selected
+        if perturb == "norm":
+            return {name: p for name, p in trainable.items() if p in norms}
+        return {n: p for n, p in trainable.items() if p not in norms and n.rpartition(".")[2] != "bias"}
+    patterns = [perturb] if isinstance(perturb, str) else perturb
+    for pattern in patterns if is_strict else ():
+        if not fnmatch.filter(trainable, pattern):
+            raise ValueError(
+                f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters; they "
+                f"have names such as {', '.join(list(trainable)[:3])}. Shell patterns match the whole name."
+            )
+    return {n: p for n, p in trainable.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
@@ -76,16 +137,19 @@ def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
     return gradient
 
 
-def take_gradients(parameters: Iterable[Parameter]) -> Gradients:
+def take_gradients(parameters: Iterable[Parameter], *, are_views: bool = False) -> Gradients:
     """Move the gradients out of `p.grad`, which is left at None, as after `zero_grad`.
 
-    What is taken belongs to the caller alone: a gradient that lies in a buffer of DDP's is copied out of it.
+    What is taken belongs to the caller alone: a gradient that lies in a buffer of somebody else's (`are_views`, or a
+    storage larger than itself) is copied out of it.
     """
     taken = {}
     for p in parameters:
         if p.grad is not None:
-            in_bucket = not isinstance(p.grad, DTensor) and p.grad.untyped_storage().nbytes() > p.grad.nbytes
-            taken[p] = p.grad.clone() if in_bucket else laid_out_as(p, p.grad)
+            is_view = not isinstance(p.grad, DTensor) and (
+                are_views or p.grad.untyped_storage().nbytes() > p.grad.nbytes
+            )
+            taken[p] = p.grad.clone() if is_view else laid_out_as(p, p.grad)
             p.grad = None
     return taken
 
@@ -99,8 +163,8 @@ def put_gradients(gradients: Gradients) -> None:
 @contextlib.contextmanager
 def gradients_only_for(chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
     """Backward passes inside compute no gradients of the other trainable parameters."""
-    wanted = {id(p) for p in chosen}
-    others = [p for p in trainable if id(p) not in wanted]
+    wanted = set(chosen)
+    others = [p for p in trainable if p not in wanted]
     for p in others:
         p.requires_grad_(False)
     try:
@@ -108,118 +172,3 @@ def gradients_only_for(chosen: Sequence[Parameter], trainable: Sequence[Paramete
     finally:
         for p in others:
             p.requires_grad_(True)
-
-
-# --- weights -------------------------------------------------------------------------------------------------------
-
-
-class Perturbation:
-    """Moves weights away and puts them back bitwise: `with Perturbation() as eps: eps.add(...)`.
-
-    What is saved and what is perturbed share two memories, the weights' own and the directions' (the ascent gradient's,
-    for the plain method), so that one copy of the perturbed parameters is all that is held beyond stock training.
-    Weights are put back, never recomputed by subtraction, whatever the block raises.
-
-    Args:
-        generator (`torch.Generator`, *optional*):
-            Round `w + eps` stochastically to the parameters' 16-bit type with this generator.
-        renew_copies (`Callable[[], None]`, *optional*, defaults to `torch.clear_autocast_cache`):
-            Called whenever weights have moved: what was derived from them is stale.
-        swaps_memory (`bool`, *optional*, defaults to `False`):
-            Let parameters point to the perturbed weights and back instead of copying both ways. Halves the memory
-            traffic, which is what a step on a CPU spends here; wrong where something else holds on to their addresses
-            (CUDA graphs, flat buffers).
-    """
-
-    def __init__(
-        self,
-        generator: torch.Generator | None = None,
-        renew_copies: Callable[[], None] = torch.clear_autocast_cache,
-        swaps_memory: bool = False,
-    ):
-        self._saved: dict[Parameter, Tensor] = {}
-        self._generator = generator
-        self._renew_copies = renew_copies
-        self._swaps_memory = swaps_memory
-
-    def __enter__(self) -> Perturbation:
-        return self
-
-    def __exit__(self, *_) -> None:
-        try:
-            self._restore()
-        except BaseException:  # a second Ctrl-C, while restoring
-            self._restore()
-            raise
-        finally:
-            self._saved.clear()
-            self._renew_copies()  # autocast's cache may hold 16-bit copies of the perturbed weights
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for p, original in self._saved.items():
-            if self._swaps_memory:
-                p.data = original
-            else:
-                local(p).copy_(original)
-
-    @property
-    def is_applied(self) -> bool:
-        """Whether any weight has been moved."""
-        return bool(self._saved)
-
-    @torch.no_grad()
-    def add(
-        self, parameters: list[Parameter], directions: list[Tensor], scale: Tensor, *, borrowed: bool = False
-    ) -> None:
-        """`w <- w + scale * directions`, which are local parts; their memory is taken over unless it is `borrowed`.
-
-        Where `scale` is 0 nothing moves, not even where a direction is NaN or infinite.
-        """
-        if scale.device.type == "cpu" and scale == 0:  # reading it waits for nothing here
-            return
-        # Parameter by parameter rather than foreach: each one stays in cache through its few operations.
-        for p, direction in zip(parameters, directions, strict=True):
-            weight = local(p)
-            if p in self._saved:
-                weight.copy_(self._moved(weight, direction, scale))
-            elif self._swaps_memory:
-                self._saved[p] = p.data  # from here on an interruption is undone
-                out = torch.empty_like(weight) if borrowed else direction
-                p.data = self._moved(weight, direction, scale, out=out)
-            else:
-                moved = self._moved(weight, direction, scale)
-                self._saved[p] = weight.clone() if borrowed else direction.copy_(weight)
-                weight.copy_(moved)  # an interruption from here on is undone
-        self._renew_copies()
-
-    def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
-        """What was really added to each parameter after rounding, `(w + eps) - w`, one at a time."""
-        for p, original in self._saved.items():
-            weight = local(p).detach()
-            yield p, weight.to(torch.promote_types(p.dtype, torch.float32)) - original
-
-    def _moved(self, weight: Tensor, direction: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        if weight.dtype == exact and weight.device.type == "cpu":
-            return torch.addcmul(weight, direction, scale.to(exact), out=out)
-        moved = torch.nan_to_num_(direction.to(exact) * scale, nan=0.0, posinf=0.0, neginf=0.0).add_(weight)
-        if self._generator is not None and weight.dtype != exact:
-            moved = round_stochastically(moved, weight.dtype, self._generator)
-        return moved if out is None else out.copy_(moved)
-
-
-def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round float32 `values` to one of the two neighbours in `dtype`, the nearer one more often, so that E[out] = in.
-
-    Args:
-        values (`Tensor`): float32, any shape.
-        dtype (`torch.dtype`): `torch.bfloat16` or `torch.float16`.
-        generator (`torch.Generator`): Source of the random numbers, on the device of `values`.
-    """
-    nearest = values.to(dtype)
-    other = torch.nextafter(nearest, torch.where(values > nearest, torch.inf, -torch.inf).to(dtype))
-    gap = (other.float() - nearest.float()).abs()
-    share = (values - nearest.float()).abs() / gap  # of the way from the nearest to the other neighbour
-    draw = torch.rand(values.shape, generator=generator, device=values.device)
-    return torch.where(draw < share, other, nearest)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .buckets import buckets
+
 
 class Reductions:
     """Global norms and inner products of lists of tensors that this process holds whole.
@@ -13,6 +15,9 @@ class Reductions:
     Every method returns a 0-dim tensor on the device of the first argument and does not synchronise with the host.
     `ShardedReductions` overrides `sum` and `max`, through which every other method goes.
     """
+
+    # Whether tensors may be added up together before `sum` sees them.
+    treats_all_alike = True
 
     def sum(self, parts: Tensor) -> Tensor:
         """Add one value per tensor, shape `(n,)`, up to a scalar."""
@@ -32,16 +37,16 @@ class Reductions:
         parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
         return self.sum(parts**order) ** (1 / order)
 
-    def dot(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
+    def dot(self, left: list[Tensor], right: list[Tensor], in_buckets: bool = False) -> Tensor:
         """The inner product of the concatenations of both lists."""
         dtype = accumulation_dtype(left)
-        return self.sum(
-            _stack([torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)) for a, b in zip(left, right, strict=True)])
-        )
-
-    def count(self, masks: list[Tensor]) -> Tensor:
-        """How many elements of the boolean masks are true."""
-        return self.sum(_stack([mask.sum() for mask in masks]).to(torch.float64))
+        if (
+            in_buckets and self.treats_all_alike
+        ):  # as many operations as there are buckets, each on a copy of at most one
+            pairs = [[torch.cat([t.flatten() for t in part]) for part in pair] for pair in buckets(left, right)]
+        else:
+            pairs = [(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]
+        return self.sum(_stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]))
 
 
 class ShardedReductions(Reductions):
@@ -52,6 +57,8 @@ class ShardedReductions(Reductions):
             For each tensor of the lists to come one 0-dim tensor: 1 over the number of processes that hold the same
             part of it, so that what is replicated counts once.
     """
+
+    treats_all_alike = False
 
     def __init__(self, shares: list[Tensor]):
         self._shares = shares

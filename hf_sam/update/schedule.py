@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ..config import SAMConfig
+
+# A learning rate given as a function of the step is looked at this often to find its peak.
+_LOOKS = 1000
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Schedule:
         start, end = (
             moment if isinstance(moment, int) else round(moment * max_steps) for moment in (config.start, config.end)
         )
-        if config.row.ascent == "momentum":
+        if config.parts.ascent.after_warmup:
             start = max(start, warmup_steps)
         if config.rho > 0 and not start < min(end, max_steps):
             raise ValueError(
@@ -43,16 +49,26 @@ class Schedule:
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 0, takes the sharpness-aware update."""
-        return self.is_inside(step) and (self.age(step) == 0 or self.config.row.ascent == "carried")
+        return self.is_due(step) or (self.is_inside(step) and self.config.parts.ascent.perturbs_between)
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` is one of every `interval` between start and end."""
+        return self.is_inside(step) and self.age(step) == 0
+
+    def next_perturbed(self, step: int) -> int | None:
+        """The first step from `step` on that perturbs; None if there is none."""
+        step = max(step, self.start)
+        if not self.config.parts.ascent.perturbs_between:
+            step += -(step - self.start) % (self.config.interval or 1)
+        return step if self.is_inside(step) else None
 
     def age(self, step: int) -> int:
-        """Steps since the last one in which the method looked where to climb; 0 in such a step."""
+        """Steps since the last one that was due; 0 in such a step."""
         return (step - self.start) % (self.config.interval or 1)
 
     def passes(self, step: int) -> float:
         """Forward-backward passes over the batch in optimizer step `step`."""
-        looks = self.perturbs(step) and self.age(step) == 0
-        return self.config.passes_per_step if looks else 1.0
+        return self.config.passes_per_step if self.is_due(step) else 1.0
 
     def is_inside(self, step: int) -> bool:
         """Whether `step` lies between start and end, perturbed or between two steps that are."""
@@ -63,8 +79,8 @@ class Schedule:
 
         Args:
             step (`int`): Optimizer step, counted from 0.
-            lr_fraction (`float`): Learning rate relative to its peak, for `rho_schedule="lr"` (Zhuang et al. 2022,
-                arXiv 2203.08065, Section 4.3).
+            lr_fraction (`float`): Learning rate relative to its peak, see `lr_fraction`, for `rho_schedule="lr"` (Zhuang
+                et al. 2022, arXiv 2203.08065, Section 4.3).
         """
         config = self.config
         if config.rho_schedule == "constant":
@@ -76,3 +92,26 @@ class Schedule:
             "lr": lr_fraction,
         }[config.rho_schedule]
         return config.rho_min + (config.rho - config.rho_min) * min(max(share, 0.0), 1.0)
+
+
+def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) -> float:
+    """The highest learning rate that any group of the optimizer will have in a run of `max_steps`.
+
+    It is `max_lr` where a cyclic schedule has left one, the base rate times the largest factor where the schedule is a
+    function of the step, and otherwise the rate that the group began with.
+    """
+    peaks = []
+    factors = getattr(scheduler, "lr_lambdas", None) or [None] * len(optimizer.param_groups)
+    default = getattr(optimizer, "defaults", {}).get("lr")
+    for group, factor in zip(optimizer.param_groups, factors, strict=False):
+        base = group.get("initial_lr", default if default is not None else group["lr"])
+        if factor is not None:
+            every = max(1, max_steps // _LOOKS)
+            base *= max(factor(step) for step in {*range(0, max_steps, every), max_steps - 1})
+        peaks.append(float(group.get("max_lr", base)))
+    return max(peaks)
+
+
+def lr_fraction(optimizer: torch.optim.Optimizer, peak: float) -> float:
+    """The present learning rate of the fastest group, relative to its peak."""
+    return max(float(group["lr"]) for group in optimizer.param_groups) / peak if peak > 0 else 0.0

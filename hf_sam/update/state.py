@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import SAMConfig
-from .parameters import local
 from .step import SharpnessAwareUpdate
 
 CONFIG_NAME = "sam_config.json"
@@ -70,9 +69,12 @@ def save_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
 
 
 def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
-    """The inverse of `save_state`. On more ranks than the checkpoint has, the first ones' state is shared out."""
+    """The inverse of `save_state`. On more ranks than the checkpoint has, the first ones' state is shared out.
+
+    Ranks go on alike: if one of them finds nothing, none takes up what the others have.
+    """
     files = sorted(Path(folder).glob(STATE_NAME.format(rank="*")))
-    if not files:
+    if not update.engine.agree(bool(files)):
         return
     own = Path(folder) / STATE_NAME.format(rank=rank)
     if own not in files:
@@ -80,15 +82,7 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
         logger.warning(
             f"{folder} holds the SAM state of {len(files)} processes: process {rank} goes on with {own.name}."
         )
-    tensors = load_file(own, device=str(update.device))
-    for name, tensor in tensors.items():
-        here = local(update.names[name]).shape if name in update.names else tensor.shape
-        if tensor.shape != here:
-            raise ValueError(
-                f"{own} holds a part of {name} of shape {list(tensor.shape)}, and this process one of shape {list(here)}. "
-                "Resume a sharded run on as many processes as the checkpoint has, sharded alike."
-            )
-    update.load_state_dict(tensors)
+    update.load_state_dict(load_file(own, device=str(update.device)))
 
 
 def reload_renamed_weights(model: nn.Module, folder: str) -> None:

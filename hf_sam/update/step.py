@@ -1,52 +1,82 @@
-"""What one run of sharpness-aware updates holds between two passes. It knows tensors and batches, but no Trainer."""
+"""One optimizer step of Algorithm 1 (Foret et al. 2021), whatever the method and wherever it runs."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import Enum
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from transformers.utils import logging
 
 from ..config import SAMConfig
 from ..engines.base import Engine
-from ..methods.auxiliary_lora import AuxiliaryLora
-from ..methods.descents import (
-    add_orthogonal_part,
-    functional_loss,
-    orthogonal_part,
-    per_example_losses,
-    surrogate_gap,
-    weighted_sharpness,
-)
-from ..methods.geometry import (
-    adaptive_direction,
-    add_weight_decay,
-    dual_norm_direction,
-    momentum_direction,
-    random_direction,
-    remove_average,
-)
-from .batches import MicroBatch
-from .observation import displacement_shows_gradient, record_displacement
-from .parameters import Gradients, Perturbation, local, put_gradients, select, take_gradients
-from .replay import RunningStatistics
-from .schedule import Schedule
+from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, copies_for_cosine, overrides
+from .batches import ChangedInputs, MicroBatch
+from .current_step import CurrentStep
+from .memory import Memory
+from .observation import record_displacement
+from .parameters import Gradients, TrainedParameters, local, put_gradients, take_gradients
+from .perturbation import Perturbation
+from .replay import PassState, RandomStates, Snapshot
+from .schedule import Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
+from .vector import Space, Vector
+
+logger = logging.get_logger(__name__)
+
+# Whether to work on whole lists, as on an accelerator; None asks the device. Tests set it.
+IN_BUCKETS: bool | None = None
+
+
+class Passes(Protocol):
+    """How the trainer runs one pass of its own: forward, loss, backward."""
+
+    def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
+        """One forward and backward; gradients add up in `p.grad`. Returns the loss, detached."""
+
+    def losses_of_examples(self, batch: MicroBatch) -> Tensor:
+        """One forward; the loss of every example, shape `(batch,)`."""
+
+    def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
+        """Add `H vector` of the batch's loss to `product`."""
+
+    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
+        """How the losses of parts of `size` examples make up the batch's: one of `batches.ADDING_UP`."""
+
+    def was_skipped(self) -> bool:
+        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+
+
+class Kind(Enum):
+    """What an optimizer step does."""
+
+    PLAIN = "the stock step"
+    BETWEEN = "one pass at w, whose gradient the descent changes"
+    ONE_PASS = "one pass, at w + eps"
+    TWO_PASSES = "a pass at w, then one at w + eps"
 
 
 class SharpnessAwareUpdate:
-    """The parts of Algorithm 1 (Foret et al. 2021), put together for one model and one run.
+    """The sharpness-aware steps of one run of one model.
 
     Args:
         config (`SAMConfig`): The user's choices.
         model (`nn.Module`): The model, not wrapped for distributed training.
-        optimizer (`torch.optim.Optimizer`): The base optimizer; read for its weight decay, never stepped here.
+        optimizer (`torch.optim.Optimizer`): The base optimizer; read, never stepped here.
         engine (`Engine`): How gradients are synchronised and norms are taken.
+        passes (`Passes`): How the trainer runs one pass.
         max_steps (`int`): Optimizer steps of the whole run.
-        warmup_steps (`int`, *optional*, defaults to 0): Those in which the learning rate warms up.
         seed (`int`): For whatever the method draws; the same on every rank, so that ranks decide alike.
+        warmup_steps (`int`, *optional*, defaults to 0): Those in which the learning rate warms up.
+        scheduler (*optional*): The learning rate's.
+        others (`dict[str, nn.Module]`, *optional*): Modules beside the model that take part in its loss, by name.
+        owner (`object`, *optional*): Whose plain attributes are restored for the second pass, but for those `ignored`.
 
     Raises:
         ValueError: `config.perturb` selects nothing, or no step of the run would perturb.
@@ -58,315 +88,491 @@ class SharpnessAwareUpdate:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         engine: Engine,
+        passes: Passes,
+        *,
         max_steps: int,
         seed: int,
         warmup_steps: int = 0,
+        scheduler: Any = None,
+        others: dict[str, nn.Module] | None = None,
+        owner: object | None = None,
+        ignored: Iterable[str] = (),
     ):
-        self.config = config
-        self.engine = engine
+        self.config, self.parts, self.engine = config, config.parts, engine
+        self.needs = self.parts.needs
         self.scope = engine.scope(config)
         self.schedule = Schedule.resolve(config, max_steps, warmup_steps)
-        self.selected = select(model, config.perturb or "all")
-        self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.trainable = list(self.names.values())
-        self.device = self.trainable[0].device
-        self.statistics = RunningStatistics(model)
-        self.telemetry = Telemetry(self.device)
-        self.cost = Cost(self.device)
-        self.window: list[MicroBatch] = []
-        self._weight_decay = {
-            p: group.get("weight_decay", 0.0) for group in optimizer.param_groups for p in group["params"]
-        }
-        self._seed = seed
-        self._clean: Gradients = {}
-        # What the method carries from step to step, one tensor per parameter: Friendly SAM's average gradient, LookSAM's
-        # orthogonal part, the gradient that later steps climb along.
-        self.state: dict[Parameter, Tensor] = {}
-        self.auxiliary = AuxiliaryLora(model, seed) if config.row.ascent == "auxiliary" else None
+        groups = optimizer if engine.optimizer_holds_parameters else None
+        self.parameters = TrainedParameters(model, config.perturb or "all", groups, others)
+        self.device = self.parameters.trainable[0].device
+        in_buckets = self.device.type != "cpu" if IN_BUCKETS is None else IN_BUCKETS
+        self.space = Space(engine.reductions, list(self.parameters.names), in_buckets)
+        self.telemetry, self.cost = Telemetry(self.device), Cost(self.device)
+        self.attached = self.parts.ascent.attach(model, seed)
+        self.memory = Memory(
+            (*self.parts.ascent.memory, *self.parts.descent.memory), config.label, engine.may_skip_steps
+        )
+        self.pass_state = PassState([model, *(others or {}).values()], owner, ignored, not engine.parameters_move)
+        self.changed_inputs = ChangedInputs()
+        # Whether a pass runs that the clean one has gone before: what it logs and counts is not to be seen.
+        self.is_repeating = False
+        self.index, self.kind = 0, Kind.PLAIN
+        self._model, self._optimizer, self._passes, self._seed = model, optimizer, passes, seed
+        self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
+        self._devices = list(dict.fromkeys(p.device for p in self.parameters.names))
+        self._window: list[MicroBatch] = []
+        self._begins, self._micro = True, 0
+        self._is_unsettled, self._looks_again = False, False
+        self._adding_up: str | None = None
+        self._observed: Vector | None = None
+        self._has_checked_shapes = False
 
-    def perturbation(self, step: int) -> Perturbation:
-        """A context in which weights can be moved, and after which they are bitwise what they were."""
-        generator = self._generator(step) if self.config.stochastic_rounding else None
-        swaps_memory = self.device.type == "cpu" and not self.engine.parameters_are_views
-        return Perturbation(generator, self.engine.renew_copies, swaps_memory)
+    # --- Algorithm 1 -----------------------------------------------------------------------------------------------
 
-    # --- where to look -------------------------------------------------------------------------------------------------
+    def run(
+        self, model: nn.Module, batch: MicroBatch, index: int, is_last: bool, measured: Callable[[], bool]
+    ) -> Tensor:
+        """One micro-batch of optimizer step `index`; returns its loss.
 
-    def looks(self, step: int) -> bool:
-        """Whether optimizer step `step`, which perturbs, has a pass of its own that shows where to."""
-        is_carried = self.config.row.ascent == "carried" and self.schedule.age(step) > 0 and bool(self.state)
-        return self.config.row.has_clean_pass and not is_carried
-
-    def ascent_parameters(self, step: int) -> list[Parameter]:
-        """The parameters whose gradients the ascent pass of optimizer step `step` has to compute."""
-        if self.keeps_clean_gradient:
-            return self.trainable
-        chosen = list(self.selected.values())
-        if self.config.beta is not None and self.config.beta < 1:
-            # The same tensors on every rank and in every micro-batch of the step (Du et al. 2022, Section 3.1).
-            dice = random.Random(f"{self._seed} {step}")
-            chosen = [p for p in chosen if dice.random() < self.config.beta] or [dice.choice(chosen)]
-        return chosen
-
-    def climb(self, perturbation: Perturbation, gradients: Gradients, rho: float, *, measured: bool = False) -> None:
-        """`w <- w + eps`, one inner ascent step of size `rho / ascent_steps` along `gradients`, which are consumed.
+        Perturbed weights never leave this call: where the perturbation needs the whole accumulation window, all but
+        its last micro-batch only run the ascent pass, and the last one runs the descent passes of the window.
 
         Args:
-            perturbation (`Perturbation`): The context to move the weights in.
-            gradients (`Gradients`): Of the ascent pass; those of parameters that are not perturbed are dropped.
-            rho (`float`): Radius of the whole perturbation.
-            measured (`bool`, *optional*, defaults to `False`): Keep what `observe` needs afterwards.
+            model (`nn.Module`): The model as the trainer has wrapped it.
+            batch (`MicroBatch`): What the trainer has drawn.
+            index (`int`): Optimizer steps before this one.
+            is_last (`bool`): Whether gradients are synchronised, and the optimizer steps, after this micro-batch.
+            measured (`Callable[[], bool]`): Whether this step's values are about to be logged.
         """
-        config = self.config
-        is_first = not perturbation.is_applied
-        if is_first and self.keeps_clean_gradient:
-            self._clean = {p: local(g).clone() for p, g in gradients.items()}
-        parameters = [p for p in self.selected.values() if p in gradients]
-        if not parameters:  # nothing perturbed took part in this pass
-            return
-        reductions = self.engine.reductions(parameters)
-        weights, directions = [local(p) for p in parameters], [local(gradients[p]) for p in parameters]
-        loss_scale = self.engine.loss_scale(self.device)
-        if is_first:
-            self.telemetry.record(sam_rho=rho, sam_ascent_grad_norm=reductions.norm(directions) / loss_scale)
-        if (
-            measured
-            and not self.keeps_clean_gradient
-            and config.method != "sam"
-            and not displacement_shows_gradient(config)
-        ):
-            self._clean = {p: g.clone() for p, g in zip(parameters, directions, strict=True)}
-        if config.weight_decay_in_ascent:
-            decay = [self._weight_decay.get(p, 0.0) for p in parameters]
-            add_weight_decay(directions, weights, decay, loss_scale)
-        if config.row.ascent == "friendly":
-            self._remove_average(parameters, directions, loss_scale)
-        if config.row.ascent == "carried":
-            self.state = {p: g.clone() for p, g in zip(parameters, directions, strict=True)}
-        size = rho / config.ascent_steps if config.ascent_steps else rho
-        directions, scale = self._maximiser(parameters, directions, size, reductions)
-        if config.beta is not None:
-            scale = scale / config.beta
-        if measured and config.ascent_steps in (None, 1):
-            self.telemetry.record(_intended_norm=scale * reductions.norm(directions))
-        perturbation.add(parameters, directions, scale)
+        if self._begins:
+            self._begin(model, index, measured())
+        step = {
+            Kind.PLAIN: self._plain_step,
+            Kind.BETWEEN: self._step_between,
+            Kind.ONE_PASS: self._one_pass_step,
+            Kind.TWO_PASSES: self._two_pass_steps,
+        }[self.kind]
+        with self.cost.micro_batch(index):
+            loss = step(model, batch, is_last)
+            if is_last and self.kind in (Kind.ONE_PASS, Kind.TWO_PASSES):
+                self._finish()
+        self._begins, self._micro = is_last, 0 if is_last else self._micro + 1
+        self._is_unsettled = True
+        if is_last:
+            self.engine.finish_step()
+        return loss
 
-    def _maximiser(self, parameters, directions, size, reductions) -> tuple[list[Tensor], Tensor]:
-        config = self.config
-        if config.adaptive:
-            weights = [local(p) for p in parameters]
-            return adaptive_direction(directions, weights, size, config.p, config.eta, reductions)
-        return dual_norm_direction(directions, size, config.p or 2.0, reductions)
+    def _two_pass_steps(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        m = self.config.m
+        if m is None or (batch.size is not None and batch.size <= m):
+            return self._two_pass_step(model, batch, is_last)
+        if self._adding_up is None:
+            self._adding_up = self._passes.how_parts_add_up(batch, m)
+        parts = [batch.part(indices, self._adding_up) for indices in batch.chunks(m)]
+        return torch.stack([self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]).sum()
 
-    def step_aside(self, perturbation: Perturbation, rho: float, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """`w <- w + eps` for an `eps` that needs no pass; nothing while the optimizer has no momentum yet."""
-        parameters, borrowed = list(self.selected.values()), False
-        if self.config.row.ascent == "random":
-            rank = 0 if self.scope == "global" else self.engine.rank
-            reductions = self.engine.reductions(parameters)
-            directions, scale = random_direction(parameters, rho, self._generator(step, rank), reductions)
-        elif self.config.row.ascent in ("previous", "carried"):
-            parameters = [p for p in parameters if p in self.state]
-            if not parameters:  # no step has gone before
-                return
-            reductions = self.engine.reductions(parameters)
-            rho *= (1.0 if self.config.alpha is None else self.config.alpha) ** self.schedule.age(step)
-            directions = [self.state[p] for p in parameters]
-            borrowed = not self.config.adaptive and self.config.p in (None, 2)  # other norms overwrite what they get
-            if not borrowed:
-                directions = [direction.clone() for direction in directions]
-            directions, scale = self._maximiser(parameters, directions, rho, reductions)
-        else:
-            momenta = {p: momentum_of(optimizer, p) for p in parameters}
-            parameters = [p for p in parameters if momenta[p] is not None]
-            if not parameters and step > self.cost.first_step:
-                name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # inside Accelerate's wrapper
-                raise ValueError(
-                    f"method='msam' perturbs along the optimizer's momentum, and {name} keeps none that can be read. Use one with "
-                    "`exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
-                )
-            if not parameters:  # the optimizer has not stepped yet
-                return
-            reductions = self.engine.reductions(parameters)
-            directions, scale = momentum_direction([momenta[p] for p in parameters], rho, reductions)
-            borrowed = True
-        self.telemetry.record(sam_rho=rho)
-        perturbation.add(parameters, directions, scale, borrowed=borrowed)
+    def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        accumulated = take_gradients(self.parameters.trainable) if self.scope == "micro" else {}
+        clean_loss = self._ascent_pass(model, batch, is_last)  # g = grad L(w), in p.grad
+        self._window.append(batch)
+        if self.scope != "micro" and not is_last:
+            return clean_loss if self._sees_all else torch.zeros_like(clean_loss)
+        window, self._window = self._window, []
 
-    def keep_gradient(self) -> None:
-        """For the step to come: what this one goes along, before clipping."""
-        if self.config.row.ascent == "previous":
-            gradients = self.engine.gradients(list(self.selected.values()))
-            self.state = {p: local(g).clone() for p, g in gradients.items()}
+        gradients = self.engine.take_gradients(self.parameters.trainable)
+        clean = self._vector(gradients).clone() if self.needs & Needs.CLEAN_GRADIENT else None
+        can_repeat = self._can_repeat(window)
+        with self.leaving_no_trace(), self._perturbation() as weights, self.parts.ascent.applied(self._step()):
+            eps = self._eps(self._vector(gradients, self.parameters.selected)) if can_repeat else None
+            if eps is None and self._is_complete:  # this step goes along g
+                self._hand_over(self._vector(gradients), gradients, accumulated, is_last)
+                return clean_loss
+            if eps is not None:
+                weights.add(eps)  # w + eps
+                self._climb_on(model, weights, window, is_last)
+            if not self.parts.combines:
+                put_gradients(accumulated)
+            perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
+            if self._is_measured and not accumulated:
+                self._observe(weights, clean)
+        if self.parts.combines:  # w again
+            with self.leaving_no_trace():
+                self._combine(clean, accumulated, window, is_last)
+        elif self.parts.ascent.may_skip:
+            self._average(is_last)
+        self.telemetry.add(perturbed_loss=perturbed_loss)
+        return clean_loss if self._sees_all else perturbed_loss
 
-    def climb_beside(self, rho: float, optimizer: torch.optim.Optimizer) -> None:
-        """Bi-LoRA's ascent, at the base optimizer's learning rate."""
-        loss_scale = self.engine.loss_scale(self.device)
-        norm = self.auxiliary.climb(rho, optimizer.param_groups[0]["lr"], loss_scale)
-        self.telemetry.record(sam_rho=rho, sam_perturbation_norm=norm)
+    def _can_repeat(self, window: list[MicroBatch]) -> bool:
+        """Whether the second pass can start as the first did, or must be made all the same."""
+        if all(part.before.is_whole for part in window):
+            return True
+        logger.warning_once(
+            "A pass has changed in place something that earlier passes had left alone (a buffer, a parameter without gradient, "
+            "or its own inputs), and what it was before is lost. From now on it is kept; this one step is "
+            + ("made without perturbation." if self._is_complete else "made from where the first pass has left it.")
+        )
+        return not self._is_complete
 
-    def _remove_average(self, parameters: list[Parameter], gradients: list[Tensor], loss_scale: Tensor | float) -> None:
-        averages = [self.state.setdefault(p, torch.zeros_like(local(p))) for p in parameters]
-        own = [g.clone() for g in gradients]
-        remove_average(gradients, averages, self.config.sigma, loss_scale)
-        torch._foreach_mul_(averages, self.config.ema_decay)
-        torch._foreach_add_(averages, torch._foreach_mul(own, (1 - self.config.ema_decay) / loss_scale))
+    def _climb_on(self, model: nn.Module, weights: Perturbation, window: list[MicroBatch], is_last: bool) -> None:
+        """The inner ascent steps after the first one."""
+        for _ in range(1, self.parts.ascent.ascent_steps):
+            self._run_all(model, window, synced=is_last and self.scope == "global", is_ascent=True)
+            g = self._vector(self.engine.take_gradients(self.parameters.trainable), self.parameters.selected)
+            eps = self._eps(g, is_first=False)
+            if eps is not None:
+                weights.add(eps)
 
-    def _generator(self, step: int, rank: int = 0) -> torch.Generator:
-        """Random numbers that depend on nothing but seed, step and rank, so that a resumed run draws the same ones."""
-        return torch.Generator(self.device).manual_seed(random.Random(f"{self._seed} {step} {rank}").getrandbits(63))
+    def _one_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """For perturbations known without a clean pass; the loss returned is the perturbed one."""
+        if callable(getattr(self._optimizer, "train", None)):
+            self._optimizer.train()  # schedule-free optimizers move the weights here: before eps, not within
+        step = self._step()
+        with self._perturbation() as weights, self.parts.ascent.applied(step):
+            eps = self._checked(self.parts.ascent.eps(None, step))
+            if eps is not None:
+                self.telemetry.record(sam_rho=step.rho)
+                weights.add(eps)
+            loss = self._run_all(model, [batch], synced=True)
+            if self._is_measured and eps is not None:
+                record_displacement(self.telemetry, self.space, weights, {}, None, self.parts.ascent.gradient_in)
+        self.telemetry.add(perturbed_loss=loss)
+        return loss
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the method carries from step to step, by name, for a checkpoint."""
-        if self.auxiliary is not None:
-            return self.auxiliary.state_dict()
-        return {name: self.state[p] for name, p in self.names.items() if p in self.state}
+    def _step_between(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """A plain pass, whose gradient the descent leads along what it has kept."""
+        loss = self._run_all(model, [batch], synced=self.scope == "global")
+        if is_last:
+            gradients = self.engine.take_gradients(self.parameters.trainable)
+            g = self.parts.descent.between(self._vector(gradients), self._step())
+            self._hand_over(g, gradients, {}, is_last)
+        return loss
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
-        if self.auxiliary is not None:
-            self.auxiliary.load_state_dict(state)
-        else:
-            self.state = {self.names[name]: tensor for name, tensor in state.items()}
+    def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        return self._run_all(model, [batch], synced=True)
 
-    # --- what to step along --------------------------------------------------------------------------------------------
+    # --- what kind of step -------------------------------------------------------------------------------------------
+
+    def _begin(self, model: nn.Module, index: int, measured: bool) -> None:
+        """Look at the schedule, at what trains, and at what became of the step before."""
+        self.settle()
+        if self.parameters.refresh():
+            self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
+        if not model.training:
+            model.train()  # as the trainer is about to, before anything is put aside
+        self.index, self._is_measured = index, measured
+        self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
+        self.kind = self._kind()
+        looks = self.kind is Kind.TWO_PASSES
+        self._chosen = self._ascent_parameters() if looks else self.parameters.trainable
+
+    def _kind(self) -> Kind:
+        if not self.schedule.is_inside(self.index) or not self.parameters.selected:
+            return Kind.PLAIN
+        ascent, descent = self.parts
+        has_between = overrides(descent, "between")
+        is_missing = has_between and not self.memory.is_complete
+        looks = bool(self.needs & Needs.GRADIENT)
+        if self.schedule.is_due(self.index) or self._looks_again or is_missing:
+            return Kind.TWO_PASSES if looks else Kind.ONE_PASS
+        if ascent.perturbs_between:
+            return Kind.ONE_PASS if ascent.ready(self._step()) else Kind.TWO_PASSES
+        return Kind.BETWEEN if has_between else Kind.PLAIN
+
+    def _ascent_parameters(self) -> list[Parameter]:
+        """The parameters whose gradients the ascent pass has to compute."""
+        if self.parts.combines or self.parts.ascent.may_skip:
+            return self.parameters.trainable
+        if not overrides(self.parts.ascent, "parameters"):
+            return self.parameters.selected
+        by_name = {self.parameters.names[p]: p for p in self.parameters.selected}
+        return [by_name[name] for name in self.parts.ascent.parameters(list(by_name), self._step())]
 
     @property
-    def keeps_clean_gradient(self) -> bool:
-        """Whether the descent combines `g` with `g_s`: one more copy of the parameters."""
-        return self.config.row.combines or bool(self.config.second_order)
+    def _sees_all(self) -> bool:
+        """Whether the ascent pass sees every example of the batch."""
+        return (self.config.ascent_fraction or 1.0) == 1 and not overrides(self.parts.ascent, "examples")
 
-    def combine(
-        self,
-        accumulated: Gradients,
-        rho: float,
-        is_last: bool,
-        hessian_vector_product: Callable[[dict[Parameter, Tensor]], dict[Parameter, Tensor]],
-    ) -> None:
-        """`p.grad` from `g_s` to what the optimizer steps along, added to the earlier micro-batches' `accumulated`.
+    @property
+    def _is_complete(self) -> bool:
+        """Whether the gradient of the ascent pass is the whole one, which the optimizer could step along."""
+        return self._sees_all and len(self._chosen) == len(self.parameters.trainable)
+
+    def settle(self) -> None:
+        """Between two steps: keep what the last one has left in memory, unless the optimizer skipped it."""
+        if not self._is_unsettled:
+            return
+        self._is_unsettled = False
+        was_skipped = self.engine.may_skip_steps and self._passes.was_skipped()
+        self.memory.settle(was_skipped)
+        # What a skipped step would have found out is looked for in the next one, not an interval later.
+        self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
+
+    def _step(self, rho: float | None = None) -> CurrentStep:
+        rank = self.engine.rank if self.scope != "global" else 0
+        return CurrentStep(
+            index=self.index,
+            progress=self.index / self._max_steps,
+            rho=self.rho if rho is None else rho,
+            age=0 if self.kind is Kind.TWO_PASSES else self.schedule.age(self.index),
+            is_first=self.cost.first_step in (None, self.index),
+            selected=self.parameters.selected,
+            optimizer=self._optimizer,
+            space=self.space,
+            memory=self.memory,
+            seed=(self._seed, rank, self._micro if self.scope == "micro" else 0),
+            telemetry=self.telemetry,
+            attached=self.attached,
+            loss_scale=self.engine.loss_scale(self.device),
+        )
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def _ascent_pass(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """The clean pass: the only one whose traces stay."""
+        seen = self._seen(batch)
+        batch.before = self.pass_state.capture(
+            self._random_states(),
+            budget=sum(p.nbytes for p in self.parameters.trainable),
+        )
+        mend = self.changed_inputs.protect(batch)
+        synced = is_last and self.scope == "global"
+        with self.engine.gradients_only_for(self._chosen, self.parameters.trainable):
+            loss = self._passes.run(model, seen, synced=synced, is_ascent=True)
+        batch.before.is_whole &= mend()
+        self.pass_state.learn(batch.before)
+        batch.kept = seen.kept
+        self.telemetry.add(clean_loss=loss)
+        self.cost.ascent_passes += seen.fraction
+        return loss
+
+    def _seen(self, batch: MicroBatch) -> MicroBatch:
+        """What of the batch the ascent pass sees."""
+        size, fraction = batch.size, self.config.ascent_fraction or 1.0
+        indices = self.parts.ascent.examples(batch.inputs, self._step())
+        if indices is None and fraction < 1 and size:
+            indices = torch.arange(math.ceil(fraction * size))
+        if indices is None or len(indices) == size:
+            return batch
+        if self._adding_up is None:
+            self._adding_up = self._passes.how_parts_add_up(batch, max(1, int(fraction * size)))
+        return batch.sample(indices, self._adding_up)
+
+    def _descent_passes(self, model: nn.Module, window: list[MicroBatch], is_last: bool) -> Tensor:
+        """The passes at `w + eps`, of the examples and the loss that the method descends on."""
+        if self.needs & Needs.SUBSET:
+            window = [self._chosen_examples(batch) for batch in window]
+        unsynced = (self.parts.combines or self.parts.ascent.may_skip) and self.scope != "global"
+        return self._run_all(model, window, synced=is_last and not unsynced)
+
+    def _chosen_examples(self, batch: MicroBatch) -> MicroBatch:
+        size = batch.size
+        if self.parts.descent.examples(torch.zeros(size or 0), torch.zeros(size or 0)) is None:
+            return batch
+        if self._adding_up is None:
+            self._adding_up = self._passes.how_parts_add_up(batch, max(1, size // 2))
+        self.pass_state.restore(batch.before)
+        after = self._passes.losses_of_examples(batch)
+        self.cost.ascent_passes += FORWARD_SHARE * batch.fraction
+        return batch.sample(self.parts.descent.examples(batch.kept, after), self._adding_up)
+
+    def _run_all(self, model: nn.Module, window: list[MicroBatch], synced: bool, is_ascent: bool = False) -> Tensor:
+        """Run the window as the clean pass saw it, if there was one; returns the sum of its losses.
+
+        `synced` leaves synchronisation after the last one as the trainer has set it; otherwise there is none.
+        `is_ascent` where the gradients show where to perturb; otherwise the optimizer steps along them.
+        """
+        losses = []
+        for batch in window:
+            if batch.before is not None:
+                self.pass_state.restore(batch.before)
+            with self.cost.full_pass(batch.fraction):
+                last = batch is window[-1]
+                losses.append(self._passes.run(model, batch, synced=synced and last, is_ascent=is_ascent))
+        return torch.stack(losses).sum()
+
+    @contextlib.contextmanager
+    def leaving_no_trace(self) -> Iterator[Snapshot]:
+        """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
+        now = self.pass_state.capture(self._random_states())
+        self.is_repeating = True
+        try:
+            yield now
+        finally:
+            self.is_repeating = False
+            self.pass_state.restore(now)
+
+    def _random_states(self) -> RandomStates | None:
+        return RandomStates(self._devices) if self.config.replay_rng else None
+
+    # --- gradients and weights ---------------------------------------------------------------------------------------
+
+    def _vector(self, gradients: Gradients, over: Sequence[Parameter] | None = None) -> Vector:
+        """Gradients, unscaled, as a Vector that shares their memory."""
+        parameters = [p for p in (self.parameters.trainable if over is None else over) if p in gradients]
+        scale = self.engine.loss_scale(self.device)
+        factor = 1 / scale if isinstance(scale, Tensor) else None
+        return Vector(parameters, [local(gradients[p]) for p in parameters], self.space, factor=factor)
+
+    def _perturbation(self) -> Perturbation:
+        """A context in which weights can be moved, and after which they are bitwise what they were."""
+        generator = self._step().generator if self.config.stochastic_rounding else None
+        swaps_memory = self.device.type == "cpu" and not self.engine.parameters_are_views and not self.space.in_buckets
+        return Perturbation(generator, self.engine.renew_copies, swaps_memory, self.space.in_buckets)
+
+    def _eps(self, g: Vector, is_first: bool = True) -> Vector | None:
+        """The perturbation that the method makes of `g`, which it consumes."""
+        if not len(g):  # nothing that is perturbed took part in this pass
+            return None
+        ascent = self.parts.ascent
+        step = self._step(self.rho / ascent.ascent_steps)
+        norm = g.norm()
+        if is_first and self._is_measured and self._wants_copy:
+            self._observed = g.clone()
+        if getattr(ascent, "weight_decay_in_ascent", False):
+            self._add_weight_decay(g)
+        eps = self._checked(ascent.eps(g, step), norm)
+        if eps is not None and is_first:
+            self.telemetry.record(sam_rho=self.rho, sam_ascent_grad_norm=norm)
+            if self._is_measured and ascent.ascent_steps == 1:
+                self.telemetry.record(_intended_norm=eps.norm())
+        return eps
+
+    def _checked(self, eps: Vector | None, norm: Tensor | None = None) -> Vector | None:
+        """`eps` over perturbed parameters only, and 0 where it or the gradient is not finite.
+
+        Raises:
+            ValueError: It is no Vector, or has not the shape of the weights.
+        """
+        if eps is None:
+            return None
+        name = f"{type(self.parts.ascent).__name__}.eps"
+        if not isinstance(eps, Vector):
+            raise ValueError(
+                f"{name} must return a Vector over the perturbed parameters, or None, not {type(eps).__name__}."
+            )
+        eps = eps.over(self.parameters.selected)
+        if not self._has_checked_shapes:
+            self._has_checked_shapes = True
+            for p, part in zip(eps.parameters, eps.tensors, strict=True):
+                if part.shape != local(p).shape:
+                    raise ValueError(
+                        f"{name} must have the shape of the weights: for {self.parameters.names[p]} it is "
+                        f"{list(part.shape)} instead of {list(local(p).shape)}."
+                    )
+        if not len(eps):
+            return None
+        size = eps.norm()
+        is_usable = torch.isfinite(size) & (size > 0)
+        if norm is not None:
+            is_usable &= torch.isfinite(norm)
+        return eps.where(is_usable)
+
+    def _add_weight_decay(self, g: Vector) -> None:
+        decay = {p: group.get("weight_decay", 0.0) for group in self._optimizer.param_groups for p in group["params"]}
+        for factor in dict.fromkeys(decay.get(p, 0.0) for p in g.parameters):
+            if factor:
+                g += self._step().weights.over([p for p in g.parameters if decay.get(p) == factor]) * factor
+
+    def _combine(self, clean: Vector | None, accumulated: Gradients, window: list[MicroBatch], is_last: bool) -> None:
+        """From `g` and `g_s` to what the optimizer steps along, added to what earlier micro-batches `accumulated`.
 
         Where `g` and `g_s` are this rank's own, so is the combination, and the ranks' mean is taken at the end.
         """
-        config = self.config
-        perturbed = take_gradients(self.trainable)
-        parameters = [p for p in self.trainable if p in perturbed or p in self._clean]
-        reductions = self.engine.reductions(parameters)
-        g = [self._clean[p] if p in self._clean else torch.zeros_like(local(p)) for p in parameters]
-        descents = [perturbed[p] if p in perturbed else torch.zeros_like(p) for p in parameters]
-        g_s = [local(gradient) for gradient in descents]
-        self._clean = {}
-        if config.row.descent == "surrogate-gap":
-            surrogate_gap(g, g_s, config.alpha, reductions)
-        elif config.row.descent == "weighted":
-            weighted_sharpness(g, g_s, config.gamma)
-        elif config.row.descent == "reused":
-            self.state = dict(zip(parameters, orthogonal_part(g, g_s, reductions), strict=True))
-        if config.second_order:
-            self._add_second_order(parameters, g, g_s, rho, hessian_vector_product)
-        for p, gradient in zip(parameters, descents, strict=True):
-            p.grad = accumulated[p].add_(gradient) if p in accumulated else gradient
-        put_gradients({p: gradient for p, gradient in accumulated.items() if p.grad is None})
+        step = self._step()
+        if self.needs & Needs.HVP:
+            step._hessian_product = partial(self._hessian_product, window)
+        perturbed = take_gradients(self.parameters.trainable)
+        g_s = self._vector(perturbed)
+        if clean is not None:  # a parameter may take part in one of the passes only
+            clean, g_s = clean.widened(g_s), g_s.widened(clean)
+        self._hand_over(self.parts.descent.gradient(clean, g_s, step), perturbed, accumulated, is_last)
+
+    def _hand_over(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
+        """Put `gradient` into `p.grad`, scaled and laid out as the gradients `like`."""
+        scale = self.engine.loss_scale(self.device)
+        if isinstance(scale, Tensor):
+            gradient *= scale
+        for p, part in zip(gradient.parameters, gradient.materialise(), strict=True):
+            whole = like[p] if p in like else torch.zeros_like(p)
+            if local(whole).data_ptr() != part.data_ptr():
+                if type(whole) is Tensor:
+                    whole = part
+                else:
+                    local(whole).copy_(part)
+            p.grad = accumulated[p].add_(whole) if p in accumulated else whole
+        put_gradients({p: rest for p, rest in accumulated.items() if p.grad is None})
         self._average(is_last)
-
-    def examine_clean(self, batch: MicroBatch, loss: Tensor, outputs, labels: Tensor | None, shifted: bool) -> Tensor:
-        """Leave with `batch` what a descent with a changed loss needs of the clean pass; returns the loss unchanged."""
-        logits = logits_of(outputs, self.config.method)
-        if self.config.row.descent == "functional":
-            (batch.clean,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        else:
-            batch.clean = per_example_losses(logits.detach(), labels, shifted)
-        return loss
-
-    def examine_perturbed(
-        self, batch: MicroBatch, loss: Tensor, outputs, labels: Tensor | None, shifted: bool
-    ) -> Tensor:
-        """The loss to descend on."""
-        if self.config.row.descent == "functional" and batch.clean is not None:
-            return functional_loss(loss, logits_of(outputs, self.config.method), batch.clean)
-        return loss
-
-    def reuse(self, is_last: bool) -> None:
-        """LookSAM's steps between: `p.grad` of a plain pass, led along the part of `g_s` that was kept."""
-        parameters = [p for p in self.trainable if p.grad is not None and p in self.state]
-        if not is_last or not parameters:
-            return
-        kept = [self.state[p] for p in parameters]
-        gradients = self.engine.gradients(parameters)
-        parts = [local(gradients[p]) for p in parameters]
-        add_orthogonal_part(parts, kept, self.config.alpha, self.engine.reductions(parameters))
-        put_gradients(gradients)
-        self._average(is_last)
-
-    def _add_second_order(self, parameters, g, g_s, rho, hessian_vector_product) -> None:
-        selected = set(self.selected.values())
-        perturbed = [i for i, p in enumerate(parameters) if p in selected]
-        reductions = self.engine.reductions([parameters[i] for i in perturbed])
-        g, v = [g[i] for i in perturbed], [g_s[i] for i in perturbed]
-        norm = reductions.norm(g) / self.engine.loss_scale(self.device)
-        v = orthogonal_part(g, v, reductions)
-        product = hessian_vector_product({parameters[i]: v_i for i, v_i in zip(perturbed, v, strict=True)})
-        if self.scope == "global":  # g and g_s are the ranks' means: so has the product to be
-            put_gradients(product)
-            self.engine.average_gradients(self.trainable)
-            product = take_gradients(self.trainable)
-        plain = [gradient.clone() for gradient in g_s]
-        for p, gradient in zip(parameters, g_s, strict=True):
-            gradient.add_(torch.nan_to_num(product[p] * (rho / norm), nan=0.0, posinf=0.0, neginf=0.0))
-        reductions = self.engine.reductions(parameters)
-        cosine = reductions.dot(plain, g_s) / (reductions.norm(plain) * reductions.norm(g_s))
-        self.telemetry.record(sam_second_order_cosine=cosine)
 
     def _average(self, is_last: bool) -> None:
         if is_last and self.scope != "global":
-            self.engine.average_gradients(self.trainable)
+            self.engine.average_gradients(self.parameters.in_model)
 
-    # --- what a run logs -----------------------------------------------------------------------------------------------
+    def _hessian_product(self, window: list[MicroBatch], vector: Vector) -> Vector:
+        """`H v` at `w`, of the loss of the window as the clean pass saw it."""
+        product = {p: torch.zeros_like(p) for p in self.parameters.trainable}
+        direction = dict(zip(vector.parameters, vector.numbers(), strict=True))
+        for batch in window:
+            self.pass_state.restore(batch.before)
+            self._passes.add_hessian_product(batch, direction, product)
+            self.cost.ascent_passes += HESSIAN_PASSES * batch.fraction
+        if self.scope == "global":  # g and g_s are the ranks' means: so has the product to be
+            put_gradients(product)
+            self.engine.average_gradients(self.parameters.trainable)
+            product = take_gradients(self.parameters.trainable)
+        return self._vector(product)
 
-    def observe(self, perturbation: Perturbation, perturbed: Gradients) -> None:
-        """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
-        record_displacement(self.telemetry, self.engine, self.config, perturbation, perturbed, self._clean)
-        if not self.keeps_clean_gradient:
-            self._clean = {}
+    # --- what stays of a step ----------------------------------------------------------------------------------------
 
-    def close_window(self) -> list[MicroBatch]:
-        """The micro-batches that share one perturbation; the next one starts a new window."""
-        window, self.window = self.window, []
-        return window
-
-    def close_step(self) -> None:
-        """Record the losses of the optimizer step whose last micro-batch this was."""
+    def _finish(self) -> None:
+        """The gradient that the optimizer is about to step along is known."""
+        if self.needs & Needs.STEP_GRADIENT:
+            gradient = self._vector(self.engine.gradients(self.parameters.selected)).share()
+            self.parts.ascent.after(gradient, self._step())
         losses = self.telemetry.close_step()
+        if "perturbed_loss" not in losses:
+            return
         self.telemetry.record(sam_perturbed_loss=losses["perturbed_loss"])
-        if "clean_loss" in losses:  # a one-pass method never sees it
+        if "clean_loss" in losses and self._sees_all and not self._descends_on_part:
             self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
 
-    def effective_m(self, batch_size: int, accumulation_steps: int, world_size: int) -> int:
+    @property
+    def _descends_on_part(self) -> bool:
+        return (
+            bool(self.needs & Needs.SUBSET) and self.parts.descent.examples(torch.zeros(2), torch.zeros(2)) is not None
+        )
+
+    @property
+    def _wants_copy(self) -> bool:
+        """Whether `g` has to be copied for the cosine: neither the descent keeps it nor does eps show it."""
+        return not (self.needs & Needs.CLEAN_GRADIENT) and copies_for_cosine(self.parts.ascent)
+
+    def _observe(self, weights: Perturbation, clean: Vector | None) -> None:
+        """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
+        perturbed = self.engine.gradients(self.parameters.selected)
+        g = self._observed if clean is None else clean
+        self._observed = None
+        record_displacement(self.telemetry, self.space, weights, perturbed, g, self.parts.ascent.gradient_in)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the method carries from step to step, by name, for a checkpoint."""
+        self.settle()
+        state = self.memory.state_dict(self.parameters.names)
+        if self.attached is not None:
+            state |= self.attached.state_dict()
+        return state | ({"_looks_again": torch.ones(1)} if self._looks_again else {})
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self._looks_again = state.pop("_looks_again", None) is not None
+        if self.attached is not None:
+            self.attached.load_state_dict(state)
+        else:
+            by_name = {name: p for p, name in self.parameters.names.items()}
+            self.memory.load_state_dict(state, by_name, self.space)
+
+    def effective_m(self, batch_size: int, accumulation_steps: int) -> int:
         """Examples that share one perturbation, where every micro-batch is full."""
         if self.scope == "micro":
             return min(self.config.m or batch_size, batch_size)
-        return batch_size * accumulation_steps * (world_size if self.scope == "global" else 1)
-
-
-def momentum_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> Tensor | None:
-    """The optimizer's average of past gradients of `parameter`, None where it has none that can be read.
-
-    One that is kept in few bits (torchao's 8-bit and 4-bit optimizers) is returned as the numbers it stands for.
-    """
-    state = optimizer.state.get(parameter, {})
-    momentum = state.get("exp_avg", state.get("momentum_buffer"))
-    if momentum is None:
-        return None
-    momentum = local(momentum)
-    return momentum if type(momentum) in (Tensor, Parameter) else momentum.dequantize()
-
-
-def logits_of(outputs, method: str) -> Tensor:
-    """The model's logits.
-
-    Raises:
-        ValueError: The output has none.
-    """
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    if logits is None:
-        raise ValueError(f"method={method!r} needs a model whose output has `logits`; this one returned none.")
-    return logits
+        return batch_size * accumulation_steps * (self.engine.batches if self.scope == "global" else 1)

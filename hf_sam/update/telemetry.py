@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# Events of blocks not yet added up; on a device they are over long before there are as many again.
+MOST_PENDING = 64
+
 
 class Telemetry:
     """Means of scalars between two log entries.
@@ -44,7 +47,7 @@ class Telemetry:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] += 1
 
-    def add(self, **values: Tensor) -> None:
+    def add(self, **values: Tensor | float) -> None:
         """Add to sums that run over the micro-batches of one optimizer step."""
         for name, value in values.items():
             self._step[name] = self._step[name] + value if name in self._step else value
@@ -90,8 +93,11 @@ class Stopwatch:
     def __exit__(self, *_) -> None:
         if self._device.type == "cpu":
             self._seconds += self._now() - self._start
-        else:
-            self._pending.append((self._start, self._now()))
+            return
+        self._pending.append((self._start, self._now()))
+        if len(self._pending) >= MOST_PENDING:  # read those that are over, without waiting for the others
+            running = (i for i, (_, end) in enumerate(self._pending) if not end.query())
+            self._read(next(running, len(self._pending)))
 
     def reset(self) -> None:
         """Forget what was measured so far."""
@@ -100,11 +106,14 @@ class Stopwatch:
 
     def seconds(self) -> float:
         """The sum so far; waits for the last event."""
-        for start, end in self._pending:
+        self._read(len(self._pending))
+        return self._seconds
+
+    def _read(self, count: int) -> None:
+        for start, end in self._pending[:count]:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1e3
-        self._pending.clear()
-        return self._seconds
+        del self._pending[:count]
 
     def _now(self):
         if self._device.type == "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +205,10 @@ def arguments(folder: Path | str, **overrides) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **overrides})
 
 
+# Not on the trainers themselves, where what the second pass collects is taken back.
+_PASSES: WeakKeyDictionary[Trainer, list[tuple[int, Tensor]]] = WeakKeyDictionary()
+
+
 class Watched:
     """Mixed into a trainer: notes every forward pass of the training loop and the weights after every step.
 
@@ -214,9 +219,12 @@ class Watched:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.passes: list[tuple[int, Tensor]] = []
         self.trajectory: list[Tensor] = []
         self.add_callback(_NoteWeights(self))
+
+    @property
+    def passes(self) -> list[tuple[int, Tensor]]:
+        return _PASSES.setdefault(self, [])
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.model.training:

@@ -1,0 +1,232 @@
+"""Where to perturb: the ascents of the published methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .auxiliary_lora import AuxiliaryLora
+from .base import Ascent, Needs, Step
+from .fields import flag, number, whole
+from .geometry import steepest, usable
+
+if TYPE_CHECKING:
+    from ..update.vector import Vector
+
+
+@dataclass(frozen=True)
+class Geometry(Ascent):
+    """The norm that measures a perturbation.
+
+    Args:
+        p (`float`): The ball's norm, in [1, inf] (Foret et al. 2021, Equation 2).
+        adaptive (`bool`): Measure in units of the weights, `T = |w| + eta` (Kwon et al. 2021, Equation 3). Every
+            perturbed tensor is scaled, as in the paper; its authors' code leaves T = 1 on tensors not named weight.
+        eta (`float`): Added to `|w|`, so that weights at zero move too.
+    """
+
+    p: float = number(2.0, 1, inf=True)
+    adaptive: bool = flag(False)
+    eta: float = number(0.01, 0)
+
+    def steepest(self, direction: Vector, step: Step, rho: float | None = None) -> Vector:
+        """The steepest perturbation of size `rho`, by default the step's, along `direction`, which is consumed."""
+        scale = step.weights.abs() if self.adaptive else None
+        if scale is not None:
+            scale += self.eta
+        return steepest(direction, step.rho if rho is None else rho, self.p, scale)
+
+    def gradient_in(self, displacement: Tensor) -> Tensor | None:
+        """`eps` is `sign(g) |g|^(q-1)`, and (q - 1)(p - 1) = 1."""
+        has_moved_on = getattr(self, "weight_decay_in_ascent", False) or self.ascent_steps > 1
+        if self.adaptive or has_moved_on or not 1 < self.p < float("inf"):
+            return None
+        return displacement if self.p == 2 else displacement.sign() * displacement.abs() ** (self.p - 1)
+
+
+@dataclass(frozen=True)
+class Steepest(Geometry):
+    """`eps = rho g / ||g||`, or the maximiser under another norm (Foret et al. 2021, arXiv 2010.01412, Algorithm 1).
+
+    Args:
+        ascent_steps (`int`): Inner steps K, each of size rho / K.
+        weight_decay_in_ascent (`bool`): Climb along `g + weight_decay * w`, the paper's L2 term.
+    """
+
+    ascent_steps: int = whole(1)
+    weight_decay_in_ascent: bool = flag(False)
+
+    @property
+    def logs_cosine(self) -> bool:
+        """Plain SAM holds one copy of the weights, in steps that log too."""
+        return self.adaptive
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        return self.steepest(g, step)
+
+
+@dataclass(frozen=True)
+class Friendly(Geometry):
+    """Along the batch's own part of the gradient, `g - sigma m` (Li et al. 2024, arXiv 2403.12350, Equation 10).
+
+    `m` is the running average of `g`, zero at first, so that the first step is plain SAM.
+
+    Args:
+        sigma (`float`): How much of the average is taken away.
+        ema_decay (`float`): Decay of the average.
+    """
+
+    memory: ClassVar = ("mean",)
+
+    sigma: float = number(1.0, 0)
+    ema_decay: float = number(0.9, 0, 1, below=True)
+    weight_decay_in_ascent: bool = flag(False)
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        mean = step.memory.get("mean")
+        update = g * (1 - self.ema_decay)
+        step.memory["mean"] = update.clone() if mean is None else mean * self.ema_decay + update
+        if mean is not None:
+            g -= mean * self.sigma
+        return self.steepest(g, step)
+
+    def gradient_in(self, displacement: Tensor) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class RandomTensors(Geometry):
+    """A random choice of tensors, perturbed by `eps / beta` (Du et al. 2022, arXiv 2110.03141, Section 3.1).
+
+    Args:
+        beta (`float`): Probability that a tensor is chosen. The authors' code, too, chooses whole tensors.
+    """
+
+    beta: float = number(0.6, 0, 1, above=True)
+    weight_decay_in_ascent: bool = flag(False)
+
+    def parameters(self, names: Sequence[str], step: Step) -> Sequence[str]:
+        if self.beta == 1:
+            return names
+        dice = step.shared_random
+        return [name for name in names if dice.random() < self.beta] or [dice.choice(names)]
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        return self.steepest(g, step) / self.beta
+
+
+@dataclass(frozen=True)
+class Carried(Geometry):
+    """The gradient of the last due step, climbed along until the next one (this project).
+
+    Args:
+        alpha (`float`): Factor by which the perturbation shrinks with each step its direction grows older.
+    """
+
+    needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_STEP
+    memory: ClassVar = ("gradient",)
+    perturbs_between: ClassVar = True
+
+    alpha: float = number(1.0, 0)
+
+    def ready(self, step: Step) -> bool:
+        return "gradient" in step.memory
+
+    def eps(self, g: Vector | None, step: Step) -> Vector:
+        if g is None:
+            return self.steepest(step.memory["gradient"], step, step.rho * self.alpha**step.age)
+        step.memory["gradient"] = g.clone()
+        return self.steepest(g, step)
+
+
+@dataclass(frozen=True)
+class Previous(Ascent):
+    """Along the gradient that the step before went along; one pass (Ji et al. 2024, NeurIPS, S2-SAM)."""
+
+    needs: ClassVar = Needs.NOTHING
+    memory: ClassVar = ("gradient",)
+
+    def eps(self, g: None, step: Step) -> Vector | None:
+        gradient = step.memory.get("gradient")
+        return None if gradient is None else steepest(gradient, step.rho)
+
+    def after(self, gradient: Vector, step: Step) -> None:
+        step.memory["gradient"] = gradient.clone()
+
+
+@dataclass(frozen=True)
+class Momentum(Ascent):
+    """`eps = -rho v / ||v||`, v the optimizer's momentum: ahead, where it is about to carry the weights.
+
+    One pass; none is perturbed while the learning rate warms up (Becker et al. 2024, arXiv 2401.12033, Algorithm 1).
+
+    Raises:
+        ValueError: The optimizer has stepped and keeps no momentum that can be read.
+    """
+
+    needs: ClassVar = Needs.OPTIMIZER_STATE
+    after_warmup: ClassVar = True
+
+    def eps(self, g: None, step: Step) -> Vector | None:
+        momentum = step.optimizer_state("exp_avg", "momentum_buffer")
+        if momentum is None and not step.is_first:
+            raise ValueError(
+                f"method='msam' perturbs along the optimizer's momentum, and {step.optimizer_name} keeps none that can be "
+                "read. Use one with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
+            )
+        return None if momentum is None else -steepest(momentum, step.rho)
+
+
+@dataclass(frozen=True)
+class Noise(Ascent):
+    """`eps = rho z / ||z||`, z standard normal: uniform on the sphere, the control for every other direction."""
+
+    needs: ClassVar = Needs.NOISE
+
+    def eps(self, g: None, step: Step) -> Vector:
+        def draw(w: Tensor) -> Tensor:
+            return torch.randn(w.shape, generator=step.generator, device=w.device, dtype=w.dtype)
+
+        return steepest(step.weights.map(draw), step.rho)
+
+
+@dataclass(frozen=True)
+class AuxiliaryPair(Ascent):
+    """A second LoRA pair that climbs at the base learning rate while the first one descends, in one pass.
+
+    Its `||s B2 A2||` stays at most rho (Bi-LoRA, Liu et al. 2025, arXiv 2508.19564).
+    """
+
+    needs: ClassVar = Needs.NOTHING
+
+    def eps(self, g: None, step: Step) -> None:
+        return None
+
+    def attach(self, model: nn.Module, seed: int) -> AuxiliaryLora:
+        return AuxiliaryLora(model, seed)
+
+    def applied(self, step: Step) -> AbstractContextManager:
+        return step.attached.active()
+
+    def after(self, gradient: Vector, step: Step) -> None:
+        norm = step.attached.climb(step.rho, step.lr, step.loss_scale)
+        step.record(sam_rho=step.rho, sam_perturbation_norm=norm)
+
+
+__all__ = [
+    "AuxiliaryPair",
+    "Carried",
+    "Friendly",
+    "Geometry",
+    "Momentum",
+    "Noise",
+    "Previous",
+    "RandomTensors",
+    "Steepest",
+    "usable",
+]

@@ -1,0 +1,271 @@
+"""The protocol of a method: an `Ascent` says where to perturb, a `Descent` what the optimizer gets.
+
+Both are frozen dataclasses whose fields are their hyperparameters. The package runs them: it accumulates and
+synchronises gradients, perturbs and restores the weights, keeps `memory` in checkpoints, and derives from `needs` what
+a step costs and where it cannot run. `docs/write_your_own.md` writes one from a formula.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+
+from .fields import check_fields
+
+if TYPE_CHECKING:
+    import random
+
+    from torch import Tensor, nn
+
+    from ..update.vector import Vector
+
+# A backward pass costs about twice a forward pass, and a Hessian-vector product two of both.
+FORWARD_SHARE = 1 / 3
+HESSIAN_PASSES = 2.0
+
+
+class Needs(Flag):
+    """What a method needs of a step; an engine states which of these it lacks, and why."""
+
+    NOTHING = 0
+    # Of an ascent
+    GRADIENT = auto()  # the gradient at w, from a pass of its own
+    WHOLE_STEP = auto()  # a gradient that stands for the whole step, not for one micro-batch
+    WHOLE_TENSORS = auto()  # statistics of single tensors, which a shard of one does not have
+    OPTIMIZER_STATE = auto()  # the base optimizer's state, such as its momentum
+    NOISE = auto()  # random numbers, other ones on every rank
+    # Of a descent
+    CLEAN_GRADIENT = auto()  # g beside g_s: one more copy of the weights
+    SUBSET = auto()  # the loss of each example, and parts of a batch
+    LOGITS = auto()  # the loss as a function of the model's logits
+    HVP = auto()  # a Hessian-vector product
+    # Derived from what a class overrides
+    STEP_GRADIENT = auto()  # `after`: the gradient that the optimizer is about to step along
+    ATTACHMENT = auto()  # `attach`: modules beside the model's own
+
+
+class Step(Protocol):
+    """What a method can ask about the optimizer step it runs in.
+
+    Attributes:
+        index (`int`): Optimizer steps before this one.
+        progress (`float`): Share of the run that has gone by, in [0, 1).
+        rho (`float`): Size of the perturbation: the schedule's, divided by the number of inner ascent steps.
+        lr (`float`): The largest learning rate of the optimizer's groups.
+        age (`int`): Steps since the last one that was due under `interval`; 0 in such a step.
+        is_first (`bool`): Whether no step has gone before in this run, resumed or not.
+        weights (`Vector`): `w` over the perturbed parameters; do not change it in place.
+        memory (`MutableMapping[str, Vector]`): What the method carries from step to step, under its declared names. What
+            is read here is never overwritten by an in-place form.
+        generator (`torch.Generator`): Random numbers that depend on seed, step, rank and micro-batch alone.
+        shared_random (`random.Random`): The same on every rank and in every micro-batch of the step.
+        attached (`Any`): What `Ascent.attach` returned.
+        loss_scale (`Tensor` or `float`): By how much gradients outside of Vectors are scaled up, under fp16.
+    """
+
+    index: int
+    progress: float
+    rho: float
+    lr: float
+    age: int
+    is_first: bool
+    weights: Vector
+    memory: MutableMapping[str, Vector]
+    generator: torch.Generator
+    shared_random: random.Random
+    attached: Any
+    loss_scale: Tensor | float
+    optimizer_name: str
+
+    def optimizer_state(self, *names: str) -> Vector | None:
+        """The first of the states `names` that the optimizer keeps of each perturbed parameter; None if there are none."""
+
+    def hessian_product(self, vector: Vector) -> Vector:
+        """`H vector` at `w`, over all trainable parameters; only with `Needs.HVP`."""
+
+    def record(self, **values: Tensor | float) -> None:
+        """Log scalars under names that `Telemetry` knows."""
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Where to perturb. Subclass it, write `eps`, and declare what that needs.
+
+    Class attributes:
+        needs (`Needs`): `GRADIENT` by default; without it `eps` gets None for `g` and the step has one pass.
+        memory (`tuple[str, ...]`): Names under which `step.memory` carries Vectors from step to step. They are in
+            checkpoints, and each one counts as a copy of the perturbed weights.
+        ascent_steps (`int`): How often `eps` is asked for; each further time costs a pass at the perturbed weights.
+        may_skip (`bool`): `eps` may return None in some steps and not in others, and ranks may differ in it.
+        perturbs_between (`bool`): Under `interval`, perturb in the steps between, too, without an ascent pass.
+        after_warmup (`bool`): Do not perturb while the learning rate warms up.
+        logs_cosine (`bool`): Keep a copy of `g` in steps that log, where `gradient_in` does not show it.
+    """
+
+    needs: ClassVar[Needs] = Needs.GRADIENT
+    memory: ClassVar[tuple[str, ...]] = ()
+    ascent_steps: ClassVar[int] = 1
+    may_skip: ClassVar[bool] = False
+    perturbs_between: ClassVar[bool] = False
+    after_warmup: ClassVar[bool] = False
+    logs_cosine: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def eps(self, g: Vector | None, step: Step) -> Vector | None:
+        """The perturbation, over the perturbed parameters or some of them.
+
+        Args:
+            g (`Vector`, *optional*): The gradient at `w` over the perturbed parameters, unscaled and yours: in-place
+                forms may consume it. None without `Needs.GRADIENT`, and in a step between two due ones.
+            step (`Step`): The step it is for; `step.rho` is the size asked for.
+
+        Returns:
+            `Vector`, or None for no perturbation in this step. Where `g` or the result is not finite, nothing moves.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define eps(g, step).")
+
+    def after(self, gradient: Vector, step: Step) -> None:
+        """Called when the gradient that the optimizer steps along is known, before clipping; to update `step.memory`."""
+
+    def ready(self, step: Step) -> bool:
+        """Whether this step's perturbation is known without an ascent pass; asked in steps between two due ones."""
+        return not self.needs & Needs.GRADIENT
+
+    def parameters(self, names: Sequence[str], step: Step) -> Sequence[str]:
+        """Of the perturbed parameters' `names`, those whose gradient the ascent pass has to compute."""
+        return names
+
+    def examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor | None:
+        """Indices, shape `(k,)`, of the examples that the ascent pass sees; None for all of them."""
+        return None
+
+    def attach(self, model: nn.Module, seed: int) -> Any:
+        """Set up what the method keeps beside the model for one run; it needs `state_dict`, `load_state_dict`, `remove`."""
+        return None
+
+    def applied(self, step: Step) -> AbstractContextManager:
+        """A context around the passes at the perturbed weights, for a perturbation that is no Vector."""
+        return contextlib.nullcontext()
+
+    def gradient_in(self, displacement: Tensor) -> Tensor | None:
+        """`g` up to a factor, read off the realised displacement of one tensor, where no copy of `g` is to be kept."""
+        return None
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What the optimizer gets. As it stands: `g_s`, the gradient at `w + eps`.
+
+    Class attributes:
+        needs (`Needs`): `CLEAN_GRADIENT` to see `g` in `gradient`.
+        memory (`tuple[str, ...]`): As an ascent's.
+    """
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+    memory: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        check_fields(self)
+
+    @property
+    def extra_passes(self) -> float:
+        """Forward-backward passes over the batch beyond the one at the perturbed weights; may be negative."""
+        return 0.0
+
+    def gradient(self, g: Vector | None, g_s: Vector, step: Step) -> Vector:
+        """The gradient for the optimizer, over all trainable parameters, from `g` at `w` and `g_s` at `w + eps`.
+
+        Both are unscaled and yours. Where each rank perturbs for itself they are this rank's own, and the package takes
+        the ranks' mean of what is returned. `g` is None without `Needs.CLEAN_GRADIENT`.
+        """
+        return g_s
+
+    def between(self, g: Vector, step: Step) -> Vector:
+        """The same in a step between two due ones, from the gradient of its one pass."""
+        return g
+
+    def examples(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """Indices of the examples to descend on, given every one's loss at `w` and at `w + eps`, shape `(batch,)`.
+
+        Only with `Needs.SUBSET`; None for all.
+        """
+        return None
+
+    def keep(self, loss: Tensor, logits: Tensor) -> Any:
+        """What `loss` below needs of the clean pass; only with `Needs.LOGITS`."""
+        return None
+
+    def loss(self, loss: Tensor, logits: Tensor, kept: Any) -> Tensor:
+        """The loss to descend on, at `w + eps`; only with `Needs.LOGITS`."""
+        return loss
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a published method as an ascent, a descent, and defaults.
+
+    Args:
+        name (`str`): What the user writes in `SAMConfig(method=...)`.
+        paper (`str`): Authors, year and arXiv number.
+        summary (`str`): The update in one sentence.
+        ascent (`type[Ascent]`): Where to perturb.
+        descent (`type[Descent]`): What the optimizer gets.
+        defaults (`Mapping[str, Any]`): `SAMConfig` fields whose default is another one than usual.
+    """
+
+    name: str
+    paper: str
+    summary: str
+    ascent: type[Ascent]
+    descent: type[Descent] = Descent
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def overrides(part: Ascent | Descent | type, name: str) -> bool:
+    """Whether a class has its own `name` rather than the one of `Ascent` or `Descent`."""
+    kind = part if isinstance(part, type) else type(part)
+    base = Ascent if issubclass(kind, Ascent) else Descent
+    return getattr(kind, name) is not getattr(base, name)
+
+
+def needs_of(ascent: Ascent | type, descent: Descent | type) -> Needs:
+    """What a method needs, declared or shown by what it overrides."""
+    needs = ascent.needs | descent.needs
+    if overrides(ascent, "after"):
+        needs |= Needs.STEP_GRADIENT
+    if overrides(ascent, "attach"):
+        needs |= Needs.ATTACHMENT
+    if overrides(descent, "between"):
+        needs |= Needs.WHOLE_STEP
+    return needs
+
+
+def combines(descent: Descent | type) -> bool:
+    """Whether the descent makes a gradient of its own out of `g_s`."""
+    return overrides(descent, "gradient")
+
+
+def copies_for_cosine(ascent: Ascent) -> bool:
+    """Whether a step that logs copies `g`, for its cosine to `g_s`, because eps does not show it."""
+    return ascent.logs_cosine and bool(ascent.needs & Needs.GRADIENT) and ascent.gradient_in(torch.ones(1)) is None
+
+
+def copies_of(ascent: Ascent, descent: Descent) -> int:
+    """Copies of the perturbed weights beyond the stock Trainer's, at the worst moment of a step that logs.
+
+    One holds the weights to come back to, one each what `memory` carries; one more is `g`, kept for the descent or for the
+    cosine between `g` and `g_s`.
+    """
+    if needs_of(ascent, descent) & Needs.ATTACHMENT:
+        return 0
+    keeps_gradient = bool(descent.needs & Needs.CLEAN_GRADIENT) or copies_for_cosine(ascent)
+    return 1 + len(ascent.memory) + len(descent.memory) + keeps_gradient

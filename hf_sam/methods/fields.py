@@ -1,0 +1,147 @@
+"""Hyperparameters with their ranges: one check for each kind of value, whose message names the field and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Check = Callable[[str, Any], Any]
+
+
+def number(
+    default: float, low: float = -math.inf, high: float = math.inf, *, above=False, below=False, inf=False
+) -> Any:
+    """A field of an `Ascent` or `Descent` that holds a finite number in [low, high].
+
+        sigma: float = number(0.05, 0)              # [0, inf)
+        decay: float = number(0.9, 0, 1, below=True)    # [0, 1)
+
+    Args:
+        default (`float`): Its value when the user says nothing.
+        low, high (`float`, *optional*): The bounds, both included.
+        above (`bool`, *optional*, defaults to `False`): The value must lie above `low`.
+        below (`bool`, *optional*, defaults to `False`): The value must lie below `high`.
+        inf (`bool`, *optional*, defaults to `False`): Infinity is a value, too.
+    """
+    return _field(default, is_number(low, high, above=above, below=below, inf=inf))
+
+
+def whole(default: int, low: int = 1) -> Any:
+    """A field that holds a whole number, at least `low`."""
+    return _field(default, is_whole(low))
+
+
+def flag(default: bool) -> Any:
+    """A field that holds `True` or `False`."""
+    return _field(default, is_flag)
+
+
+def _field(default: Any, check: Check) -> Any:
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def check_fields(instance: Any) -> None:
+    """Check every field of a frozen dataclass, and give each value its own type.
+
+    Raises:
+        ValueError: A value is out of range, or of another type than its annotation.
+    """
+    for field in dataclasses.fields(instance):
+        check = field.metadata.get("check") or _BY_ANNOTATION.get(str(getattr(field.type, "__name__", field.type)))
+        if check is not None:
+            value = check(field.name, getattr(instance, field.name))
+            object.__setattr__(instance, field.name, value)
+
+
+# --- one check per kind of value: returns the value in its own type, or raises ------------------------------------
+
+
+def is_number(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False, inf: bool = False
+) -> Check:
+    """A finite number (or inf where `inf`) in [low, high], open at `low` where `above` and at `high` where `below`."""
+    interval = (
+        f"{'(' if above or low == -math.inf else '['}{low:g}, {high:g}"
+        f"{']' if (high < math.inf and not below) or inf else ')'}"
+    )
+
+    def check(field: str, value: Any) -> float:
+        try:
+            result = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError):
+            result = math.nan
+        inside = (low < result if above else low <= result) and (result < high if below else result <= high)
+        if not inside or (math.isinf(result) and not inf):  # a NaN is never inside
+            raise ValueError(f"{field}={value!r} must be a number in {interval}.")
+        return result
+
+    return check
+
+
+def is_whole(low: int) -> Check:
+    """A whole number, at least `low`."""
+
+    def check(field: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{field}={value!r} must be a whole number, at least {low}.")
+        return value
+
+    return check
+
+
+def is_choice(allowed: Sequence[str]) -> Check:
+    """One of `allowed`."""
+
+    def check(field: str, value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(
+                f"{field}={value!r} is unknown.{did_you_mean(value, allowed)} Allowed: {', '.join(allowed)}."
+            )
+        return value
+
+    return check
+
+
+def is_flag(field: str, value: Any) -> bool:
+    """`True` or `False`, and nothing that is only like it."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field}={value!r} must be True or False.")
+    return value
+
+
+def is_moment(field: str, value: Any) -> int | float:
+    """A step (int) or a fraction of the run (float)."""
+    is_step = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_fraction = isinstance(value, float) and 0.0 <= value <= 1.0
+    if not (is_step or is_fraction):
+        raise ValueError(
+            f"{field}={value!r} must be a step (a whole number, at least 0) or a fraction of the run (0.0 to 1.0)."
+        )
+    return value
+
+
+def is_selector(named: Sequence[str]) -> Check:
+    """One of the selectors `named`, a shell pattern, or a list of patterns."""
+
+    def check(field: str, value: Any) -> str | list[str]:
+        patterns = [value] if isinstance(value, str) else value
+        if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+            raise ValueError(
+                f"{field}={value!r} must be one of {', '.join(named)}, or shell patterns over parameter names."
+            )
+        return value if isinstance(value, str) else list(value)
+
+    return check
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A sentence that suggests the known name nearest to `name`, or nothing."""
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+# For fields of users' own classes that say no more than their type.
+_BY_ANNOTATION: dict[str, Check] = {"float": is_number(inf=True), "int": is_whole(-(2**63)), "bool": is_flag}

@@ -1,0 +1,91 @@
+"""Ascents and descents of the user's own, as text and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Ascent, Descent
+from .fields import did_you_mean
+
+
+def describe_part(part: Ascent | Descent) -> dict[str, Any]:
+    """The path of an object's class, and its fields."""
+    kind = type(part)
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", **dataclasses.asdict(part)}
+
+
+def part_from_description(values: Any, kind: type) -> Ascent | Descent:
+    """The inverse of `describe_part`, for classes of modules that are imported: a file never causes an import.
+
+    Raises:
+        ValueError: The class is not there, no subclass of `kind`, or has other fields.
+    """
+    if isinstance(values, kind):
+        return values
+    if not isinstance(values, Mapping) or not isinstance(values.get("class"), str):
+        raise ValueError(f'{values!r} must be a mapping with the path of a class, such as {{"class": "module:Class"}}.')
+    fields = dict(values)
+    path = fields.pop("class")
+    module, _, name = path.partition(":")
+    if module not in sys.modules:
+        raise ValueError(
+            f"{path} is a class of a module that is not imported, and a file may not import it: `import {module}` first, or "
+            f"name it on the command line (--sam_{kind.__name__.lower()} {path})."
+        )
+    return make_part(_class_in(sys.modules[module], module, name, kind), fields)
+
+
+def load_part(path: str, kind: type) -> type:
+    """Import the class at `module:Class`, as the user has typed it.
+
+    Raises:
+        ValueError: There is no such module or class, or it is no subclass of `kind`.
+    """
+    module, _, name = path.partition(":")
+    if not name:
+        raise ValueError(f"{path!r} must be the path of a class, as in my_package.my_module:MyClass.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module beside the command, as under `python -m`
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: the module {module} cannot be imported ({error}). Start the command in the folder that has it, or put that "
+            "on PYTHONPATH."
+        ) from error
+    return _class_in(found, module, name, kind)
+
+
+def make_part(kind: type, values: Mapping[str, Any]) -> Ascent | Descent:
+    """An instance, with an error that names an unknown field.
+
+    Raises:
+        ValueError: A field that the class does not have, or a value out of range.
+    """
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"{kind.__name__} has no field {name!r}.{did_you_mean(name, known)} Allowed: {', '.join(known) or 'none'}."
+            )
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__} cannot be made: {error}.") from error
+
+
+def _class_in(module: Any, module_name: str, name: str, kind: type) -> type:
+    found = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type) or not issubclass(found, kind):
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, kind) and v is not kind]
+        raise ValueError(
+            f"{module_name}:{name} is no subclass of hf_sam.{kind.__name__}.{did_you_mean(name, classes)} The module has: "
+            f"{', '.join(classes) or 'none'}."
+        )
+    return found

@@ -1,0 +1,343 @@
+"""How a Trainer runs one pass: its own training step, with the loss seen and, where a method asks for it, changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .engines.base import loss_instead_of_backward
+from .methods.base import Needs
+from .update.batches import MicroBatch, how_losses_add_up, labelled_share
+from .update.parameters import Gradients
+from .update.second_order import add_hessian_vector_product, twice_differentiable_attention
+
+if TYPE_CHECKING:
+    from .trainer import SAMTrainerMixin
+    from .update.step import SharpnessAwareUpdate
+
+# Outputs of a model whose loss is a function of its logits.
+_BESIDE_LOGITS = frozenset(["loss", "logits", "hidden_states", "attentions", "past_key_values"])
+# How far the losses of a batch's parts may be from the whole's, relatively: rounding of float32, and of 16 bits.
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 3e-2
+
+
+class TrainerPasses:
+    """The passes of one trainer; see `hf_sam.update.step.Passes`.
+
+    Args:
+        trainer (`SAMTrainerMixin`): The trainer.
+        training_step (`Callable`): The base trainer's `training_step`.
+    """
+
+    def __init__(self, trainer: SAMTrainerMixin, training_step: Callable[..., Tensor]):
+        self._trainer, self._training_step = trainer, training_step
+        self._outputs: Any = None
+        self._hook = None
+        self._has_checked_logits = False
+
+    def start(self, update: SharpnessAwareUpdate) -> None:
+        """Bind to the update of a run."""
+        self._update = update
+        if update.needs & (Needs.LOGITS | Needs.SUBSET):
+            self._hook = self._trainer.model.register_forward_hook(self._see)
+
+    def end(self) -> None:
+        """Leave nothing on the model."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def was_skipped(self) -> bool:
+        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+        return bool(self._trainer.accelerator.optimizer_step_was_skipped)
+
+    # --- one pass ----------------------------------------------------------------------------------------------------
+
+    def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
+        """One forward and backward of the base trainer; gradients add up in `p.grad`. Returns the loss.
+
+        `synced` leaves synchronisation as the Trainer has set it for this micro-batch; otherwise there is none.
+        `is_ascent` where the gradients show where to perturb; otherwise the optimizer steps along them.
+        """
+        trainer, update = self._trainer, self._update
+        is_clean = is_ascent and not update.is_repeating
+        # Behind DDP the loss no longer depends on the logits: a gradient there needs the model itself.
+        reaches_logits = is_clean and bool(update.needs & Needs.LOGITS)
+        module = trainer.model if reaches_logits else model
+        change = self._change_of(batch, is_clean)
+        trainer.current_gradient_accumulation_steps = batch.accumulation_steps
+        context = update.engine.ascent_pass if is_ascent else update.engine.descent_pass
+        inputs = update.changed_inputs.protected(batch) if update.is_repeating else batch.fresh_inputs()
+        with context(module, synced) as wrapped, self._loss_changed(batch.weight, change), self._no_generation():
+            loss = self._training_step(wrapped, inputs, batch.num_items_in_batch)
+        if synced and reaches_logits:
+            update.engine.average_gradients(update.parameters.in_model)
+        return loss
+
+    def _change_of(self, batch: MicroBatch, is_clean: bool) -> Callable[[Tensor, Any], Tensor] | None:
+        """What becomes of a pass's loss: looked at in the clean pass, changed in the others."""
+        needs, descent = self._update.needs, self._update.parts.descent
+
+        def keep(loss: Tensor, labels: Any) -> Tensor:
+            if needs & Needs.SUBSET:
+                batch.kept = self._example_losses(labels)
+            else:
+                logits = self._logits()
+                self._check_logits(loss, logits)
+                batch.kept = descent.keep(loss, logits)
+            return loss
+
+        def change(loss: Tensor, labels: Any) -> Tensor:
+            return loss if batch.kept is None else descent.loss(loss, self._logits(), batch.kept)
+
+        if is_clean and needs & (Needs.SUBSET | Needs.LOGITS):
+            return keep
+        return change if needs & Needs.LOGITS and not is_clean else None
+
+    @contextlib.contextmanager
+    def _loss_changed(self, weight: float | Tensor, change: Callable[[Tensor, Any], Tensor] | None) -> Iterator[None]:
+        """The trainer's `compute_loss`, whoever has written it, hands its loss to `change` and is weighted."""
+        if change is None and isinstance(weight, float) and weight == 1:
+            yield
+            return
+        trainer = self._trainer
+        own = vars(trainer).get("compute_loss")
+        compute_loss = trainer.compute_loss
+
+        def changed(model: nn.Module, inputs: Any, *args, **kwargs) -> Any:
+            labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+            result = compute_loss(model, inputs, *args, **kwargs)
+            loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
+            loss = loss if change is None else change(loss, labels)
+            loss = loss if isinstance(weight, float) and weight == 1 else loss * weight
+            self._outputs = None
+            return loss if rest is None else (loss, *rest)
+
+        trainer.compute_loss = changed
+        try:
+            yield
+        finally:
+            if own is None:
+                del trainer.compute_loss
+            else:
+                trainer.compute_loss = own
+
+    @contextlib.contextmanager
+    def _no_generation(self) -> Iterator[None]:
+        """A model that is asked to generate within a pass says why it must not."""
+        attributes = vars(self._trainer.model)
+        if not hasattr(self._trainer.model, "generate") or "generate" in attributes:
+            yield
+            return
+
+        def refuse(*args, **kwargs):
+            raise ValueError(
+                f"SAMTrainer: {type(self._trainer).__name__} generates within its training step, so that the second pass "
+                "would see other completions than the first. Generate before training, or in a `training_step` that "
+                "overrides SAMTrainer's and then calls it."
+            )
+
+        attributes["generate"] = refuse
+        try:
+            yield
+        finally:
+            attributes.pop("generate", None)
+
+    # --- logits and the losses of examples -----------------------------------------------------------------------------
+
+    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._outputs = output
+
+    def _logits(self) -> Tensor:
+        """The model's logits in the pass that is going on.
+
+        Raises:
+            ValueError: Its output has none.
+        """
+        outputs, self._outputs = self._outputs, None
+        self._has_other_outputs = not isinstance(outputs, Mapping) or not _BESIDE_LOGITS.issuperset(outputs)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is None and isinstance(outputs, tuple):  # (loss, logits, ...) or (logits, ...)
+            logits = next((o for o in outputs if isinstance(o, Tensor) and o.dim() >= 2), None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{self._update.config.label} needs a model whose output has `logits`; this one returned none. Choose another "
+                "method."
+            )
+        return logits
+
+    def _check_logits(self, loss: Tensor, logits: Tensor) -> None:
+        """Once: whether the loss depends on the parameters through the logits alone.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self._has_checked_logits:
+            return
+        self._has_checked_logits = True
+        if self._has_own_loss and not self._has_other_outputs:
+            return
+        label = self._update.config.label
+        reason = (
+            f"{label} needs a loss that depends on the model through its logits alone. Leave auxiliary losses (router, boxes, "
+            "regularisers) out, or choose another method."
+        )
+        parameters = self._update.parameters.trainable
+        (outer,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if outer is None:
+            raise ValueError(reason)
+        whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        through = torch.autograd.grad(logits, parameters, outer, retain_graph=True, allow_unused=True)
+        difference, size = 0.0, 0.0
+        for a, b in zip(whole, through, strict=True):
+            if a is not None or b is not None:
+                a, b = (torch.zeros_like(a if b is None else b) if g is None else g for g in (a, b))
+                difference += (a - b).double().square().sum().item()
+                size += a.double().square().sum().item()
+        if difference > (10 * TOLERANCE_16_BITS if loss.dtype.itemsize == 2 else TOLERANCE_16_BITS) ** 2 * size:
+            raise ValueError(reason)
+
+    def losses_of_examples(self, batch: MicroBatch) -> Tensor:
+        """One forward at the present weights; the loss of every example, shape `(batch,)`."""
+        trainer, found = self._trainer, []
+
+        def look(loss: Tensor, labels: Any) -> Tensor:
+            found.append(self._example_losses(labels))
+            return loss
+
+        with torch.no_grad(), self._loss_changed(1.0, look), trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(self._update.changed_inputs.protected(batch))
+            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
+        return found[0]
+
+    def _example_losses(self, labels: Any) -> Tensor:
+        logits = self._logits().detach()
+        try:
+            return per_example_losses(logits, labels, getattr(self._trainer, "_loss_shifts_labels", False))
+        except (RuntimeError, AttributeError, IndexError, TypeError, ValueError) as error:
+            shapes = (
+                f"logits {list(logits.shape)}, labels {list(labels.shape) if isinstance(labels, Tensor) else labels}"
+            )
+            raise ValueError(
+                f"{self._update.config.label} needs the loss of each example, which it takes from `logits` and `labels` of "
+                f"classification or language models; here they do not fit together ({shapes}). Choose another method."
+            ) from error
+
+    # --- more than passes ------------------------------------------------------------------------------------------------
+
+    def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
+        """Add `H vector` at the present weights, of the batch's loss, to `product`."""
+        trainer = self._trainer
+        with (
+            twice_differentiable_attention(trainer.model),
+            loss_instead_of_backward(trainer.accelerator) as losses,
+        ):
+            self.run(trainer.model, batch, synced=False, is_ascent=False)
+            add_hessian_vector_product(losses[0], vector, product)
+
+    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
+        """How the losses of parts of `size` examples make up the batch's, found by computing them.
+
+        Raises:
+            ValueError: They do not: examples are compared with each other, as in-batch negatives are, or the size of the
+                batch cannot be told.
+        """
+        config = self._update.config
+        fields = "m, ascent_fraction and methods that choose examples"
+        if not batch.size:
+            raise ValueError(
+                f"{fields} take parts of a batch, and how many examples this one has cannot be told: none of its entries is a "
+                "tensor or list with one entry for each. Leave m and ascent_fraction out."
+            )
+        trainer, update = self._trainer, self._update
+        default = "sum" if self._normalises_by_items(batch) else "examples"
+        chunks = batch.chunks(size)
+        if len(chunks) < 2 or self._is_of_single_examples(batch):
+            return default
+        parts = [batch.part(indices, "sum") for indices in chunks]
+        shares = {
+            "sum": [1.0] * len(parts),
+            "examples": [len(indices) / batch.size for indices in chunks],
+            "labelled": [float(labelled_share(batch.inputs, part.inputs)) for part in parts],
+        }
+        shares = {default: shares[default], **shares}  # the first of equally good ones
+        with update.leaving_no_trace() as state:
+            trainer.model.eval()
+            try:
+                whole, *losses = [self._loss_of(part, state) for part in [batch, *parts]]
+                again = self._loss_of(batch, None)  # with other random numbers
+            finally:
+                trainer.model.train()
+        is_rounded = (
+            any(p.dtype.itemsize == 2 for p in update.parameters.trainable) or trainer.args.bf16 or trainer.args.fp16
+        )
+        tolerance = TOLERANCE_16_BITS if is_rounded else TOLERANCE
+        way = how_losses_add_up(whole, losses, shares, tolerance)
+        if way is not None:
+            return way
+        if abs(whole - again) > tolerance * abs(whole):  # random even so: nothing can be told from it
+            return default
+        asked = (
+            f"m={config.m}"
+            if config.m
+            else config.label
+            if config.ascent_fraction in (None, 1)
+            else (f"ascent_fraction={config.ascent_fraction}")
+        )
+        raise ValueError(
+            f"{asked} takes parts of a batch, and the losses of the parts do not make up that of the whole ({whole:.4g} from "
+            f"{', '.join(f'{loss:.4g}' for loss in losses[:4])}): its examples are compared with each other, as in-batch "
+            "negatives are, or the loss has terms that belong to the batch. Leave m and ascent_fraction out, and choose a method "
+            "that sees whole batches."
+        )
+
+    def _is_of_single_examples(self, batch: MicroBatch) -> bool:
+        """Whether the loss is the Trainer's or the model's own, of one label, or one row of labels, for each example."""
+        labels = batch.inputs.get("labels")
+        is_labelled = isinstance(labels, Tensor) and labels.dim() > 0 and len(labels) == batch.size
+        return self._has_own_loss and is_labelled and not batch.inputs.get("return_loss")
+
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether nobody has put a loss in the place of the Trainer's."""
+        return type(self._trainer).compute_loss is Trainer.compute_loss and self._trainer.compute_loss_func is None
+
+    def _loss_of(self, batch: MicroBatch, state: Any) -> float:
+        trainer = self._trainer
+        if state is not None:
+            self._update.pass_state.restore(state)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(self._update.changed_inputs.protected(batch))
+            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
+        return (loss[0] if isinstance(loss, tuple) else loss).item()
+
+    def _normalises_by_items(self, batch: MicroBatch) -> bool:
+        trainer = self._trainer
+        takes_count = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+        return takes_count and batch.num_items_in_batch is not None
+
+
+def per_example_losses(logits: Tensor, labels: Tensor, shifted: bool = False) -> Tensor:
+    """The loss of each example, shape `(batch,)`, for a choice of the examples that a perturbation hits hardest.
+
+    Args:
+        logits (`Tensor`): `(batch, classes)`, or `(batch, tokens, vocabulary)`.
+        labels (`Tensor`): Class indices with -100 ignored, or floats of the shape of `logits`: several 0/1 labels for
+            each example, or one target.
+        shifted (`bool`, *optional*, defaults to `False`): Token t is predicted at position t - 1 (causal models).
+    """
+    if labels.is_floating_point():
+        targets = labels.reshape(logits.shape)
+        loss = F.binary_cross_entropy_with_logits if logits.shape[-1] > 1 else F.mse_loss
+        return loss(logits.float(), targets.float(), reduction="none").flatten(1).mean(1)
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
+    losses, counted = losses.reshape(len(labels), -1), labels.ne(-100).reshape(len(labels), -1)
+    return losses.sum(1) / counted.sum(1).clamp(min=1)

@@ -1,0 +1,105 @@
+"""What a method can ask about the optimizer step it runs in: see `hf_sam.methods.Step`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .memory import Memory
+from .parameters import local
+from .telemetry import Telemetry
+from .vector import Space, Vector
+
+
+class CurrentStep:
+    """One optimizer step, or one inner ascent step of it, as a method sees it.
+
+    Args:
+        index (`int`), progress (`float`), rho (`float`), age (`int`), is_first (`bool`): As in `Step`.
+        selected (`list[Parameter]`): The perturbed parameters.
+        optimizer (`torch.optim.Optimizer`): Read only.
+        space (`Space`): Of the Vectors.
+        memory (`Memory`): What the method carries on.
+        seed (`tuple`): What random numbers depend on beside `index`: the run's seed, the rank, the micro-batch.
+        telemetry (`Telemetry`): Where `record` goes.
+        attached (`Any`): What `Ascent.attach` returned.
+        loss_scale (`Tensor` or `float`): By how much gradients outside of Vectors are scaled up.
+        hessian_product (`Callable`, *optional*): For descents that need it.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        progress: float,
+        rho: float,
+        age: int,
+        is_first: bool,
+        selected: list[Parameter],
+        optimizer: torch.optim.Optimizer,
+        space: Space,
+        memory: Memory,
+        seed: tuple[int, int, int],
+        telemetry: Telemetry,
+        attached: Any,
+        loss_scale: Tensor | float,
+        hessian_product: Callable[[Vector], Vector] | None = None,
+    ):
+        self.index, self.progress, self.rho, self.age, self.is_first = index, progress, rho, age, is_first
+        self.memory, self.attached, self.loss_scale = memory, attached, loss_scale
+        self.record = telemetry.record
+        self._selected, self._optimizer, self._space, self._seed = selected, optimizer, space, seed
+        self._hessian_product = hessian_product
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate of the optimizer's groups."""
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    @property
+    def weights(self) -> Vector:
+        """`w` over the perturbed parameters, where they are now."""
+        return Vector(self._selected, [local(p) for p in self._selected], self._space, is_shared=True)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Random numbers that depend on nothing but seed, step, rank and micro-batch: a resumed run draws the same."""
+        seed, rank, micro = self._seed
+        key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "")
+        return torch.Generator(self._selected[0].device).manual_seed(random.Random(key).getrandbits(63))
+
+    @cached_property
+    def shared_random(self) -> random.Random:
+        """The same on every rank and in every micro-batch of the step."""
+        return random.Random(f"{self._seed[0]} {self.index}")
+
+    @property
+    def optimizer_name(self) -> str:
+        """The class of the base optimizer, inside Accelerate's wrapper."""
+        return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
+
+    def optimizer_state(self, *names: str) -> Vector | None:
+        """The first of the states `names` that the optimizer keeps of each perturbed parameter; None if there are none.
+
+        One that is kept in few bits (torchao's 8-bit and 4-bit optimizers) is returned as the numbers it stands for.
+        """
+        found: dict[Parameter, Tensor] = {}
+        for p in self._selected:
+            state = self._optimizer.state.get(p, {})
+            value = next((state[name] for name in names if state.get(name) is not None), None)
+            if value is not None:
+                value = local(value)
+                found[p] = value if type(value) in (Tensor, Parameter) else value.dequantize()
+        return Vector(list(found), list(found.values()), self._space, is_shared=True) if found else None
+
+    def hessian_product(self, vector: Vector) -> Vector:
+        """`H vector` at `w`, over all trainable parameters."""
+        if self._hessian_product is None:
+            raise ValueError("step.hessian_product is there for descents that declare Needs.HVP.")
+        return self._hessian_product(vector)

@@ -1,0 +1,101 @@
+"""What a method carries from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from .parameters import local
+from .vector import Space, Vector
+
+
+class Memory(MutableMapping[str, Vector]):
+    """Vectors under declared names. Where a step may yet be skipped (fp16), they count once it was not.
+
+    Args:
+        names (`Sequence[str]`): The declared names.
+        owner (`str`): Whose they are, for messages.
+        waits (`bool`, *optional*, defaults to `False`): Keep what is written apart until `settle`.
+    """
+
+    def __init__(self, names: Sequence[str], owner: str, waits: bool = False):
+        self.names, self._owner, self._waits = tuple(names), owner, waits
+        self._kept: dict[str, Vector] = {}
+        self._pending: dict[str, Vector] = {}
+
+    def __getitem__(self, name: str) -> Vector:
+        self._check(name)
+        return (self._pending[name] if name in self._pending else self._kept[name]).view()
+
+    def __setitem__(self, name: str, vector: Vector) -> None:
+        self._check(name)
+        if not isinstance(vector, Vector):
+            raise ValueError(f"step.memory[{name!r}] of {self._owner} must be a Vector, not {type(vector).__name__}.")
+        (self._pending if self._waits else self._kept)[name] = vector.share().view()
+
+    def __delitem__(self, name: str) -> None:
+        self._check(name)
+        self._pending.pop(name, None)
+        self._kept.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pending or name in self._kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._kept, **self._pending})
+
+    def __len__(self) -> int:
+        return len({**self._kept, **self._pending})
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(
+                f"{self._owner} uses step.memory[{name!r}] and has not declared it: write memory = "
+                f"{(*self.names, name)!r} in the class, so that checkpoints keep it."
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every declared name holds something."""
+        return all(name in self for name in self.names)
+
+    def settle(self, was_skipped: bool) -> None:
+        """The step in which the latest Vectors were written is over: keep them, or forget them if it was skipped."""
+        if not was_skipped:
+            self._kept.update(self._pending)
+        self._pending.clear()
+
+    def state_dict(self, names: dict[Parameter, str]) -> dict[str, Tensor]:
+        """One tensor for each name and parameter, as `name/parameter`."""
+        return {
+            f"{name}/{names[p]}": tensor
+            for name, vector in self.items()
+            for p, tensor in zip(vector.parameters, vector.numbers(), strict=True)
+            if p in names
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor], parameters: dict[str, Parameter], space: Space) -> None:
+        """The inverse of `state_dict`; also of one whose only name was left out.
+
+        Raises:
+            ValueError: A part does not have the shape of this process's part of its parameter.
+        """
+        found: dict[str, dict[Parameter, Tensor]] = {}
+        for key, tensor in state.items():
+            name, _, parameter = key.rpartition("/")
+            name = name or self.names[0]
+            if parameter not in parameters:
+                continue
+            here = local(parameters[parameter]).shape
+            if tensor.shape != here:
+                raise ValueError(
+                    f"The checkpoint holds a part of {parameter} of shape {list(tensor.shape)}, and this process one of shape "
+                    f"{list(here)}. Resume a sharded run on as many processes as the checkpoint has, sharded alike."
+                )
+            found.setdefault(name, {})[parameters[parameter]] = tensor
+        for name, tensors in found.items():
+            ordered = sorted(tensors, key=lambda p: space.position[p])  # so that norms are summed as they were
+            self[name] = Vector(ordered, [tensors[p] for p in ordered], space)
+        self.settle(was_skipped=False)

@@ -1,0 +1,356 @@
+"""Many tensors as one vector: what formulas of methods are written in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import is_
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .buckets import buckets
+from .reductions import Reductions
+
+Scalar = float | Tensor
+
+
+class Space:
+    """Where Vectors live: how norms are taken over all processes, and how tensors are best worked on.
+
+    Args:
+        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Reductions over parts of these parameters.
+        order (`Sequence[Parameter]`, *optional*): In which sums of Vectors over different parameters are sorted.
+        in_buckets (`bool`, *optional*, defaults to `False`): Work on whole lists, so that the number of operations does
+            not grow with the number of tensors, as an accelerator wants it; otherwise tensor by tensor where that
+            keeps them in the CPU's cache.
+    """
+
+    def __init__(
+        self,
+        reductions: Callable[[Sequence[Parameter]], Reductions] = lambda parameters: Reductions(),
+        order: Sequence[Parameter] = (),
+        in_buckets: bool = False,
+    ):
+        self.reductions = reductions
+        self.position = {p: i for i, p in enumerate(order)}
+        self.in_buckets = in_buckets
+
+
+class _Data:
+    """Tensors that several Vectors may scale: one for each parameter, and norms as far as they are known."""
+
+    __slots__ = ("is_shared", "norms", "parameters", "space", "tensors")
+
+    def __init__(self, parameters: Sequence[Parameter], tensors: list[Tensor], space: Space, is_shared: bool):
+        self.parameters, self.tensors, self.space, self.is_shared = tuple(parameters), tensors, space, is_shared
+        self.norms: dict[float, Tensor] = {}
+
+    def is_over(self, other: _Data) -> bool:
+        """Whether both have the same parameters in the same order."""
+        mine, theirs = self.parameters, other.parameters
+        return mine is theirs or (len(mine) == len(theirs) and all(map(is_, mine, theirs)))
+
+
+class Vector:
+    """This process's part of many tensors, one for each of some parameters, as one long vector.
+
+    Arithmetic with numbers, 0-dim tensors and other Vectors reads as on paper; a parameter that only one of two Vectors
+    has counts as zero in the other. `norm` and `dot` are taken over all processes, in float32 or better, and stay on
+    the device. Multiplication by a scalar costs nothing until the result is added to something, and shares the memory of
+    what was scaled: an in-place form (`-=`, `map_`) consumes both. What `Step.memory` holds is copied first.
+
+    Args:
+        parameters (`Sequence[Parameter]`): Whose parts these are.
+        tensors (`list[Tensor]`): One local part for each.
+        space (`Space`, *optional*): Where norms are taken.
+        factor (`float` or `Tensor`, *optional*): By which all of it is to be multiplied.
+        is_shared (`bool`, *optional*, defaults to `False`): The tensors belong to somebody else: never overwrite them.
+    """
+
+    __slots__ = ("_data", "_factor")
+    __array_priority__ = 1000  # a number or tensor on the left leaves the product to us
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        tensors: list[Tensor],
+        space: Space | None = None,
+        *,
+        factor: Scalar | None = None,
+        is_shared: bool = False,
+    ):
+        self._data = _Data(parameters, tensors, space or Space(), is_shared)
+        self._factor = factor
+
+    @classmethod
+    def _of(cls, data: _Data, factor: Scalar | None) -> Vector:
+        vector = cls.__new__(cls)
+        vector._data, vector._factor = data, factor
+        return vector
+
+    def _new(self, tensors: Iterable[Tensor]) -> Vector:
+        return Vector(self._data.parameters, list(tensors), self._data.space)
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Whose parts these are."""
+        return self._data.parameters
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parts themselves, not yet multiplied by `factor`; not to be changed."""
+        return self._data.tensors
+
+    @property
+    def factor(self) -> Scalar | None:
+        """By which the parts are still to be multiplied; None for 1."""
+        return self._factor
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the tensors belong to somebody else, too."""
+        return self._data.is_shared
+
+    def shares_memory_with(self, other: Vector) -> bool:
+        """Whether both are multiples of the same tensors."""
+        return self._data is other._data
+
+    def share(self) -> Vector:
+        """Itself, its tensors from now on protected from in-place forms."""
+        self._data.is_shared = True
+        return self
+
+    def view(self) -> Vector:
+        """A Vector of the same tensors; an in-place form of one that is shared leaves the other as it is."""
+        return Vector._of(self._data, self._factor)
+
+    def over(self, other: Vector | Iterable[Parameter]) -> Vector:
+        """The part over the parameters of `other`, sharing memory."""
+        wanted = set(other.parameters if isinstance(other, Vector) else other)
+        if wanted.issuperset(self._data.parameters):
+            return self
+        kept = [(p, t) for p, t in zip(self._data.parameters, self._data.tensors, strict=True) if p in wanted]
+        part = Vector([p for p, _ in kept], [t for _, t in kept], self._data.space, is_shared=self._data.is_shared)
+        part._factor = self._factor
+        return part
+
+    def widened(self, other: Vector) -> Vector:
+        """Itself, with zeros for the parameters that only `other` has."""
+        self._widen(other)
+        return self
+
+    def where(self, condition: Tensor) -> Vector:
+        """Itself where a 0-dim condition holds, else with a factor of exactly 0; no device is waited for."""
+        if condition.device.type == "cpu":
+            return self if condition else self * 0.0
+        factor = torch.ones_like(condition, dtype=torch.float32) if self._factor is None else self._factor
+        return Vector._of(self._data, torch.where(condition, factor, 0.0))
+
+    def __len__(self) -> int:
+        return len(self._data.tensors)
+
+    def __repr__(self) -> str:
+        return f"Vector of {sum(t.numel() for t in self._data.tensors):,} numbers in {len(self)} tensors"
+
+    # --- reductions ------------------------------------------------------------------------------------------------
+
+    def norm(self, p: float = 2.0) -> Tensor:
+        """`||v||_p`, 0-dim, for p in [1, inf]."""
+        data = self._data
+        if p not in data.norms:
+            data.norms[p] = data.space.reductions(data.parameters).norm(data.tensors, p)
+        return data.norms[p] if self._factor is None else data.norms[p] * abs(self._factor)
+
+    def dot(self, other: Vector) -> Tensor:
+        """`<v, u>`, 0-dim."""
+        mine, theirs = self._data, other._data
+        parameters, left, right = mine.parameters, mine.tensors, theirs.tensors
+        if not mine.is_over(theirs):
+            there = dict(zip(theirs.parameters, right, strict=True))
+            common = [(p, t, there[p]) for p, t in zip(parameters, left, strict=True) if p in there]
+            parameters, left, right = ([entry[i] for entry in common] for i in range(3))
+        product = mine.space.reductions(parameters).dot(left, right, mine.space.in_buckets)
+        for factor in (self._factor, other._factor):
+            if factor is not None:
+                product = product * factor
+        return product
+
+    # --- arithmetic ------------------------------------------------------------------------------------------------
+
+    def clone(self) -> Vector:
+        """The same numbers in memory of their own."""
+        tensors, factor = self._data.tensors, self._factor
+        if factor is not None:
+            return self._new(_multiplied(tensors, factor))
+        copies = self._new(torch._foreach_mul(tensors, 1) if self._data.space.in_buckets else map(torch.clone, tensors))
+        copies._data.norms.update(self._data.norms)
+        return copies
+
+    def __mul__(self, other: Scalar | Vector) -> Vector:
+        if isinstance(other, Vector):
+            product = self.clone()
+            product *= other
+            return product
+        return Vector._of(self._data, other if self._factor is None else self._factor * other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Scalar | Vector) -> Vector:
+        if isinstance(other, Vector):
+            quotient = self.clone()
+            quotient /= other
+            return quotient
+        return Vector._of(self._data, 1 / other if self._factor is None else self._factor / other)
+
+    def __neg__(self) -> Vector:
+        return self * -1.0
+
+    def __add__(self, other: Scalar | Vector) -> Vector:
+        total = self.clone()
+        total += other
+        return total
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Scalar | Vector) -> Vector:
+        return self + -other
+
+    def __rsub__(self, other: Scalar | Vector) -> Vector:
+        return -self + other
+
+    def __imul__(self, other: Scalar | Vector) -> Vector:
+        if not isinstance(other, Vector):
+            self._factor = other if self._factor is None else self._factor * other
+            return self
+        mine, theirs = self._owned(), self._aligned(other)
+        torch._foreach_mul_(mine, theirs)
+        return self if other._factor is None else self.__imul__(other._factor)
+
+    def __itruediv__(self, other: Scalar | Vector) -> Vector:
+        if not isinstance(other, Vector):
+            tensors = self._owned()
+            for group, divisor in _by_device(tensors, other):
+                torch._foreach_div_(group, divisor)
+            return self
+        torch._foreach_div_(self._owned(), self._aligned(other))
+        return self if other._factor is None else self.__imul__(1 / other._factor)
+
+    def __iadd__(self, other: Scalar | Vector) -> Vector:
+        if not isinstance(other, Vector):
+            for group, term in _by_device(self._owned(), other):
+                torch._foreach_add_(group, term)
+            return self
+        self._widen(other)
+        mine, theirs = self._owned(), other._data.tensors
+        if not self._data.is_over(other._data):
+            position = {p: i for i, p in enumerate(self._data.parameters)}
+            mine = [mine[position[p]] for p in other._data.parameters]
+        _add_multiple(mine, theirs, other._factor, self._data.space.in_buckets)
+        return self
+
+    def __isub__(self, other: Scalar | Vector) -> Vector:
+        return self.__iadd__(-other)
+
+    # --- number by number ------------------------------------------------------------------------------------------
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Vector:
+        """`function` of each tensor, which returns a new one of the same shape."""
+        return self._new(map(function, self._multiplied_out()))
+
+    def map_(self, function: Callable[[Tensor], Tensor]) -> Vector:
+        """`function` of each tensor, which changes it in place."""
+        for tensor in self._owned():
+            function(tensor)
+        return self
+
+    def abs(self) -> Vector:
+        """The absolute value of every number."""
+        return self._new(torch._foreach_abs(self._multiplied_out()))
+
+    def sqrt(self) -> Vector:
+        """The square root of every number."""
+        return self._new(torch._foreach_sqrt(self._multiplied_out()))
+
+    def sign(self) -> Vector:
+        """-1, 0 or 1 for every number."""
+        return self._new(torch._foreach_sign(self._multiplied_out()))
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def _multiplied_out(self) -> list[Tensor]:
+        """The numbers themselves, to be read only."""
+        return self._data.tensors if self._factor is None else list(_multiplied(self._data.tensors, self._factor))
+
+    def _owned(self) -> list[Tensor]:
+        """The numbers themselves, in memory that may be overwritten."""
+        if self._data.is_shared:
+            self._data, self._factor = self.clone()._data, None
+        elif self._factor is not None:
+            for group, factor in _by_device(self._data.tensors, self._factor):
+                torch._foreach_mul_(group, factor)
+            self._factor = None
+        self._data.norms.clear()
+        return self._data.tensors
+
+    def numbers(self) -> list[Tensor]:
+        """The numbers themselves, multiplied by `factor`; not to be changed."""
+        return self._multiplied_out()
+
+    def materialise(self) -> list[Tensor]:
+        """The numbers themselves: in the Vector's own memory, unless that belongs to somebody else, too."""
+        return self._data.tensors if self._factor is None and not self._data.is_shared else self._owned()
+
+    def _aligned(self, other: Vector) -> list[Tensor]:
+        """The tensors of `other` for this Vector's parameters, zeros where it has none."""
+        if self._data.is_over(other._data):
+            return other._data.tensors
+        there = dict(zip(other._data.parameters, other._data.tensors, strict=True))
+        mine = zip(self._data.parameters, self._data.tensors, strict=True)
+        return [there[p] if p in there else torch.zeros_like(t) for p, t in mine]
+
+    def _widen(self, other: Vector) -> None:
+        """Take in parameters that only `other` has, as zeros."""
+        if self._data.is_over(other._data):
+            return
+        known = set(self._data.parameters)
+        extra = [
+            (p, torch.zeros_like(t))
+            for p, t in zip(other._data.parameters, other._data.tensors, strict=True)
+            if p not in known
+        ]
+        if not extra:
+            return
+        pairs = [*zip(self._data.parameters, self._owned(), strict=True), *extra]
+        position = self._data.space.position
+        pairs.sort(key=lambda pair: position.get(pair[0], math.inf))
+        self._data = _Data([p for p, _ in pairs], [t for _, t in pairs], self._data.space, is_shared=False)
+
+
+def _by_device(tensors: list[Tensor], scalar: Scalar) -> Iterator[tuple[list[Tensor], Scalar]]:
+    """The tensors of each device, with the scalar there."""
+    if not isinstance(scalar, Tensor) or all(t.device == scalar.device for t in tensors):
+        yield tensors, scalar
+        return
+    for device in dict.fromkeys(t.device for t in tensors):
+        yield [t for t in tensors if t.device == device], scalar.to(device)
+
+
+def _multiplied(tensors: list[Tensor], factor: Scalar) -> Iterator[Tensor]:
+    if not isinstance(factor, Tensor) or all(t.device == factor.device for t in tensors):
+        yield from torch._foreach_mul(tensors, factor)
+    else:
+        yield from (t * factor.to(t.device) for t in tensors)
+
+
+def _add_multiple(mine: list[Tensor], theirs: list[Tensor], factor: Scalar | None, in_buckets: bool) -> None:
+    """`mine += factor * theirs`, in place."""
+    if not isinstance(factor, Tensor):
+        torch._foreach_add_(mine, theirs, alpha=1 if factor is None else factor)
+        return
+    # Not addcmul in 16 bits, which would round the factor to them. A product needs memory: a part at a time.
+    for left, right in buckets(mine, theirs) if in_buckets else (([a], [b]) for a, b in zip(mine, theirs, strict=True)):
+        torch._foreach_add_(left, torch._foreach_mul(right, factor.to(left[0].device)))
