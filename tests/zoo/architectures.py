@@ -369,7 +369,7 @@ ENCODERS = {
             "output_groups": 2,
         },
         classified,
-    ),  # fmt: skip
+    ),
     "ModernBERT": A(
         "ModernBertForMaskedLM",
         {
@@ -383,7 +383,7 @@ ENCODERS = {
         },
         unmasked,
         collate=masked_at_random,
-    ),  # fmt: skip
+    ),
     "RemBERT": A(
         "RemBertForMaskedLM",
         {**TEXT, "input_embedding_size": 8, "output_embedding_size": 8},
@@ -434,7 +434,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "GPT-2, two heads": A(
         "GPT2DoubleHeadsModel",
         {
@@ -450,7 +450,7 @@ DECODERS = {
         },
         of(input_ids=ids(2, 8), mc_token_ids=constant(torch.tensor([7, 7])), labels=ids(2, 8), mc_labels=number(2)),
         arguments={"label_names": ["labels", "mc_labels"]},
-    ),  # fmt: skip
+    ),
     "GPT-Neo": A(
         "GPTNeoForCausalLM",
         {
@@ -469,7 +469,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "GPT-NeoX": A("GPTNeoXForCausalLM", {**DECODER, "hidden_dropout": 0.1}, causal),
     "GPT-J": A(
         "GPTJForCausalLM",
@@ -487,7 +487,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "Llama": A("LlamaForCausalLM", DECODER, causal),
     "Llama, classifying": A("LlamaForSequenceClassification", {**DECODER, "num_labels": CLASSES}, classified),
     "Llama, frequencies that follow the length": A(
@@ -501,7 +501,7 @@ DECODERS = {
         collate=cut_short,
         arguments={"train_sampling_strategy": "sequential"},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "Phi-3, two lengths of rope": A(
         "Phi3ForCausalLM",
         {
@@ -522,7 +522,7 @@ DECODERS = {
         collate=cut_short,
         arguments={"train_sampling_strategy": "sequential"},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "Mistral": A("MistralForCausalLM", {**DECODER, "sliding_window": 4}, causal),
     "Mixtral, router's loss": A(
         "MixtralForCausalLM",
@@ -544,7 +544,7 @@ DECODERS = {
             "output_router_logits": True,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "OLMoE": A("OlmoeForCausalLM", {**DECODER, "num_experts": 4, "num_experts_per_tok": 2}, causal),
     "DeepSeek-V3": A(
         "DeepseekV3ForCausalLM",
@@ -566,7 +566,7 @@ DECODERS = {
             "first_k_dense_replace": 1,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "Bloom": A(
         "BloomForCausalLM",
         {
@@ -579,7 +579,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "Falcon": A("FalconForCausalLM", {**TEXT, "hidden_dropout": 0.1, "alibi": True, "use_cache": False}, causal),
     "OPT": A(
         "OPTForCausalLM",
@@ -604,7 +604,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "Mamba": A(
         "MambaForCausalLM",
         {
@@ -616,7 +616,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "Mamba 2": A(
         "Mamba2ForCausalLM",
         {
@@ -631,7 +631,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "Falcon Mamba": A(
         "FalconMambaForCausalLM",
         {
@@ -643,7 +643,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "RWKV": A(
         "RwkvForCausalLM",
         {
@@ -656,7 +656,7 @@ DECODERS = {
             "use_cache": False,
         },
         of(input_ids=ids(8), labels=ids(8)),
-    ),  # fmt: skip
+    ),
     "RecurrentGemma": A(
         "RecurrentGemmaForCausalLM",
         {**DECODER, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 8, "use_cache": False},
@@ -678,7 +678,7 @@ DECODERS = {
             "output_router_logits": True,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "xLSTM": A(
         "xLSTMForCausalLM",
         {
@@ -691,7 +691,7 @@ DECODERS = {
             "use_cache": False,
         },
         causal,
-    ),  # fmt: skip
+    ),
     "LFM2": A(
         "Lfm2ForCausalLM", {**DECODER, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, causal
     ),
@@ -710,7 +710,7 @@ DECODERS = {
             "linear_value_head_dim": 8,
         },
         causal,
-    ),  # fmt: skip
+    ),
 }
 
 SEQUENCES = {
@@ -743,7 +743,7 @@ SEQUENCES = {
         },
         translated,
         **GENERATES,
-    ),  # fmt: skip
+    ),
     "LongT5": A(
         "LongT5ForConditionalGeneration",
         {**T5, "local_radius": 2, "global_block_size": 4, "encoder_attention_type": "transient-global"},
@@ -764,7 +764,7 @@ SEQUENCES = {
         },
         translated,
         trainer="Seq2SeqTrainer",
-    ),  # fmt: skip
+    ),
     "NLLB-MoE": A(
         "NllbMoeForConditionalGeneration",
         {
@@ -779,7 +779,7 @@ SEQUENCES = {
         translated,
         trainer="Seq2SeqTrainer",
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "ProphetNet": A(
         "ProphetNetForConditionalGeneration",
         {
@@ -801,7 +801,7 @@ SEQUENCES = {
         },
         translated,
         **GENERATES,
-    ),  # fmt: skip
+    ),
     "Encoder-decoder of BERTs": A(
         "EncoderDecoderModel",
         {
@@ -813,7 +813,7 @@ SEQUENCES = {
         },
         translated,
         **GENERATES,
-    ),  # fmt: skip
+    ),
 }
 
 PICTURES = {
@@ -829,7 +829,7 @@ PICTURES = {
             "mask_ratio": 0.5,
         },
         bare_pictures,
-    ),  # fmt: skip
+    ),
     "DeiT": A("DeiTForImageClassification", {**IMAGE, "hidden_dropout_prob": 0.1}, pictures),
     "BEiT, layers left out": A("BeitForImageClassification", {**IMAGE, "drop_path_rate": 0.3}, pictures),
     "Swin": A(
@@ -845,7 +845,7 @@ PICTURES = {
             "num_labels": CLASSES,
         },
         pictures,
-    ),  # fmt: skip
+    ),
     "Swin v2": A(
         "Swinv2ForImageClassification",
         {
@@ -859,7 +859,7 @@ PICTURES = {
             "num_labels": CLASSES,
         },
         pictures,
-    ),  # fmt: skip
+    ),
     "DINOv2": A("Dinov2ForImageClassification", {**IMAGE, "mlp_ratio": 2, "drop_path_rate": 0.3}, pictures),
     "ResNet, BatchNorm": A("ResNetForImageClassification", {**BACKBONE, "num_labels": CLASSES}, larger_pictures),
     "RegNet, BatchNorm": A(
@@ -872,7 +872,7 @@ PICTURES = {
             "num_labels": CLASSES,
         },
         larger_pictures,
-    ),  # fmt: skip
+    ),
     "MobileNetV1, BatchNorm": A(
         "MobileNetV1ForImageClassification",
         {"depth_multiplier": 0.25, "image_size": 32, "num_labels": CLASSES},
@@ -915,7 +915,7 @@ PICTURES = {
             "patch_size": 16,
         },
         larger_pictures,
-    ),  # fmt: skip
+    ),
     "PoolFormer": A(
         "PoolFormerForImageClassification",
         {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "drop_path_rate": 0.3, "num_labels": CLASSES},
@@ -937,7 +937,7 @@ PICTURES = {
             "num_labels": CLASSES,
         },
         of(pixel_values=reals(3, 16, 16), labels=ids(16, 16, low=0, high=CLASSES)),
-    ),  # fmt: skip
+    ),
     "UPerNet": A(
         "UperNetForSemanticSegmentation",
         {
@@ -949,7 +949,7 @@ PICTURES = {
             "num_labels": CLASSES,
         },
         of(pixel_values=reals(3, 32, 32), labels=ids(32, 32, low=0, high=CLASSES)),
-    ),  # fmt: skip
+    ),
     "DPT": A(
         "DPTForSemanticSegmentation",
         {
@@ -962,7 +962,7 @@ PICTURES = {
             "use_batch_norm_in_fusion_residual": True,
         },
         of(pixel_values=reals(3, 16, 16), labels=ids(16, 16, low=0, high=CLASSES)),
-    ),  # fmt: skip
+    ),
     "MaskFormer": A(
         "MaskFormerForInstanceSegmentation",
         {
@@ -997,7 +997,7 @@ PICTURES = {
         },
         arguments={"label_names": ["mask_labels", "class_labels"]},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "YOLOS": A(
         "YolosForObjectDetection",
         {
@@ -1011,7 +1011,7 @@ PICTURES = {
         scenes,
         collate=detection,
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "DETR": A(
         "DetrForObjectDetection",
         {
@@ -1033,7 +1033,7 @@ PICTURES = {
         scenes,
         collate=detection,
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "Deformable DETR": A(
         "DeformableDetrForObjectDetection",
         {
@@ -1058,7 +1058,7 @@ PICTURES = {
         scenes,
         collate=detection,
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "RT-DETR, denoising queries": A(
         "RTDetrForObjectDetection",
         {
@@ -1089,7 +1089,7 @@ PICTURES = {
         of(pixel_values=reals(3, 64, 64), labels=boxes),
         collate=detection,
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "VideoMAE": A(
         "VideoMAEForVideoClassification",
         {**IMAGE, "num_frames": 2, "tubelet_size": 1, "hidden_dropout_prob": 0.1},
@@ -1123,7 +1123,7 @@ SOUNDS = {
             sampled_negative_indices=lambda g, i: torch.randint(0, 31, (31, 3), generator=g),
         ),
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "wav2vec 2.0 conformer, BatchNorm": A(
         "Wav2Vec2ConformerForCTC", {**SPEECH, "conv_depthwise_kernel_size": 5, "pad_token_id": 0}, spoken
     ),
@@ -1148,7 +1148,7 @@ SOUNDS = {
             "num_labels": CLASSES,
         },
         of(input_values=reals(16, 16), labels=number()),
-    ),  # fmt: skip
+    ),
     "Whisper": A(
         "WhisperForConditionalGeneration",
         {
@@ -1168,7 +1168,7 @@ SOUNDS = {
         of(input_features=reals(8, 32), labels=ignoring(ids(6), 3)),
         trainer="Seq2SeqTrainer",
         arguments={"predict_with_generate": True, "generation_max_length": 6},
-    ),  # fmt: skip
+    ),
     "Speech2Text": A(
         "Speech2TextForConditionalGeneration",
         {
@@ -1185,7 +1185,7 @@ SOUNDS = {
         of(input_features=reals(16, 8), attention_mask=constant(torch.ones(16, dtype=torch.long)), labels=ids(6)),
         trainer="Seq2SeqTrainer",
         arguments={"predict_with_generate": True, "generation_max_length": 6},
-    ),  # fmt: skip
+    ),
     "Speech encoder-decoder": A(
         "SpeechEncoderDecoderModel",
         {
@@ -1197,7 +1197,7 @@ SOUNDS = {
         },
         of(input_values=reals(512), labels=ids(6)),
         trainer="Seq2SeqTrainer",
-    ),  # fmt: skip
+    ),
     "SpeechT5": A(
         "SpeechT5ForSpeechToText",
         {
@@ -1213,7 +1213,7 @@ SOUNDS = {
             "decoder_layerdrop": 0.2,
         },
         of(input_values=reals(512), labels=ids(6)),
-    ),  # fmt: skip
+    ),
 }
 
 CLIP_TEXT = {**TEXT, "projection_dim": 8}
@@ -1250,7 +1250,7 @@ TOGETHER = {
         paired,
         collate=with_loss,
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "BLIP, captions": A(
         "BlipForConditionalGeneration",
         {
@@ -1260,7 +1260,7 @@ TOGETHER = {
         },
         of(pixel_values=reals(3, 16, 16), input_ids=ids(6), labels=ids(6)),
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "ViT to GPT-2": A(
         "VisionEncoderDecoderModel",
         {
@@ -1283,7 +1283,7 @@ TOGETHER = {
         },
         captioned,
         **GENERATES,
-    ),  # fmt: skip
+    ),
     "ViLT": A(
         "ViltForQuestionAnswering",
         {
@@ -1295,7 +1295,7 @@ TOGETHER = {
             "hidden_dropout_prob": 0.1,
         },
         of(input_ids=ids(8), pixel_values=reals(3, 16, 16), labels=positive(CLASSES)),
-    ),  # fmt: skip
+    ),
     "LLaVA": A(
         "LlavaForConditionalGeneration",
         {
@@ -1314,7 +1314,7 @@ TOGETHER = {
             labels=lambda g, i: torch.cat([torch.full((16,), -100), torch.randint(3, 32, (6,), generator=g)]),
         ),
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "LXMERT": A(
         "LxmertForQuestionAnswering",
         {
@@ -1327,7 +1327,7 @@ TOGETHER = {
             "num_qa_labels": CLASSES,
         },
         of(input_ids=ids(8), visual_feats=reals(3, 8), visual_pos=reals(3, 4), labels=number()),
-    ),  # fmt: skip
+    ),
     "CLAP, BatchNorm": A(
         "ClapModel",
         {
@@ -1352,7 +1352,7 @@ TOGETHER = {
         of(input_ids=ids(8), input_features=reals(1, 60, 8)),
         collate=with_loss,
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
 }
 
 SERIES = {
@@ -1379,7 +1379,7 @@ SERIES = {
         ),
         arguments={"label_names": ["future_values"]},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "Informer, random keys": A(
         "InformerForPrediction",
         {
@@ -1405,7 +1405,7 @@ SERIES = {
         ),
         arguments={"label_names": ["future_values"]},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "Autoformer": A(
         "AutoformerForPrediction",
         {
@@ -1429,7 +1429,7 @@ SERIES = {
         ),
         arguments={"label_names": ["future_values"]},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "PatchTST, BatchNorm": A(
         "PatchTSTForPrediction",
         {
@@ -1448,7 +1448,7 @@ SERIES = {
         of(past_values=reals(16, 2), future_values=reals(4, 2)),
         arguments={"label_names": ["future_values"]},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "PatchTST, random masks": A(
         "PatchTSTForPretraining",
         {
@@ -1464,7 +1464,7 @@ SERIES = {
         },
         of(past_values=reals(16, 2)),
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
     "PatchTSMixer": A(
         "PatchTSMixerForPrediction",
         {
@@ -1481,7 +1481,7 @@ SERIES = {
         of(past_values=reals(16, 2), future_values=reals(4, 2)),
         arguments={"label_names": ["future_values"]},
         checks_predictions=False,
-    ),  # fmt: skip
+    ),
 }
 REFORMER = A(
     "ReformerModelWithLMHead",
