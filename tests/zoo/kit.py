@@ -131,6 +131,30 @@ def assert_same_as_stock(
     assert any(not same(first[name], last.get(name)) for name in first), "nothing was trained"
 
 
+def assert_first_entry_is_the_stock_trainers(
+    build: Callable[..., Trainer], stock: type[Trainer] = Trainer, *, but: set[str] = frozenset()
+) -> None:
+    """With a perturbation that matters, what is logged first was still collected in the clean pass alone.
+
+    A mean over both passes of a vanishing perturbation would hide what was collected twice.
+
+    Args:
+        build (`Callable`): As for `assert_same_as_stock`; to log its first entry after one step.
+        stock (`type`, *optional*, defaults to `Trainer`): The stock trainer's class.
+        but (`set[str]`, *optional*): Keys that come from the perturbed pass.
+    """
+    plain, mixed = classes(stock)
+    theirs, ours = run(build, plain), run(build, mixed, sam_config=SAMConfig(rho=5.0))
+    (mine, *_), (yours, *_) = logged(ours), logged(theirs)
+    assert mine.keys() == yours.keys()
+    found = [
+        f"{key}: {told(mine[key], yours[key])}" for key in yours if key not in but and not same(mine[key], yours[key])
+    ]
+    assert not found, "\n".join(found)
+    (perturbed,) = tiny.logged(ours, "sam_perturbed_loss")
+    assert abs(perturbed - yours["loss"]) > 1e-4, "this perturbation does not matter"
+
+
 def differences(ours: Observed, stock: Observed) -> list[str]:
     """One line for each thing in which two runs differ, in the order in which it went wrong."""
     lines = []
