@@ -71,6 +71,9 @@ class _Snapshots(TrainerCallback):
 def contents(trainer: Trainer) -> Snapshot:
     """A copy of all that the modules of a trainer hold, by name, and of what else the optimizer steps."""
     held = {"model": trainer.model, **vars(trainer)}
+    for name, value in vars(trainer).items():  # a loss for each data set
+        if isinstance(value, dict):
+            held |= {f"{name}.{key}": part for key, part in value.items()}
     modules = {name: value for name, value in held.items() if isinstance(value, nn.Module)}
     found: Snapshot = {}
     seen: set[int] = set()
