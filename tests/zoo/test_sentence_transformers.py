@@ -1,6 +1,8 @@
 """sentence-transformers' trainers with the mixin: losses that look at the whole batch, that run backward passes of their own,
 that have parameters which only the optimizer knows, several data sets."""
 
+# ruff: noqa: E402 (what is imported may not be there)
+
 from __future__ import annotations
 
 import pytest

@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from zoo import kit, words
-
-pytest.importorskip("trl")
 from datasets import Dataset
 from peft import LoraConfig
+from zoo import kit, words
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL's own
