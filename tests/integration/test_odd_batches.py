@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import UserDict, namedtuple
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -30,7 +30,6 @@ def takes_more() -> TakesMore:
     return TakesMore()
 
 
-Pair = namedtuple("Pair", ["name", "weight"])
 FIRST_ENTRIES = {
     "string": lambda n: "nli",
     "empty string": lambda n: "",
@@ -46,7 +45,7 @@ FIRST_ENTRIES = {
     "list that begins with None": lambda n: [None, torch.zeros(n, 1)],
     "nested list": lambda n: [[], ["a", {"b": None}]],
     "dict of strings": lambda n: {"task": "nli", "ids": ["a"] * n},
-    "tuple with a name": lambda n: Pair("a", torch.ones(n)),
+    "tuple": lambda n: ("a", torch.ones(n)),
     "set": lambda n: {"a"},
     "bytes": lambda n: b"a",
     "function": lambda n: len,
