@@ -144,7 +144,6 @@ GRAPHS = [
     {"mode": "reduce-overhead"},
     {"mode": "max-autotune"},
     {"options": {"triton.cudagraphs": True}},
-    {"backend": "cudagraphs"},
 ]
 NO_GRAPHS = [{}, {"mode": "default"}, {"mode": "max-autotune-no-cudagraphs"}, {"backend": "eager"}]
 COMPILERS = [by_function, by_method, by_layer, by_method_of_a_layer]
@@ -155,6 +154,12 @@ COMPILERS = [by_function, by_method, by_layer, by_method_of_a_layer]
 def test_a_model_that_replays_cuda_graphs_is_refused(compiler, how, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="CUDA graphs"):
         start(compiler(tiny.mlp(), **how), tmp_path, monkeypatch, "cuda")
+
+
+@pytest.mark.parametrize("compiler", [by_function, by_layer])
+def test_the_backend_that_does_nothing_else_is_refused(compiler, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        start(compiler(tiny.mlp(), backend="cudagraphs"), tmp_path, monkeypatch, "cuda")
 
 
 @pytest.mark.parametrize("how", NO_GRAPHS, ids=str)
