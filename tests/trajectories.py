@@ -24,6 +24,7 @@ from models import InOrder, arguments, examples, tiny_classifier
 from transformers import PrinterCallback
 
 from hf_sam import SAMConfig, SAMTrainer
+from hf_sam.config import fields_used
 from hf_sam.methods import METHODS
 
 GOLDEN = Path(__file__).with_suffix(".json")
@@ -104,7 +105,7 @@ def cases() -> dict[str, Case]:
     adamw = {"optim": "adamw_torch", "learning_rate": 0.02}
     for method, row in METHODS.items():
         for fields, name in (({}, "defaults"), (VARIATIONS[method], "varied")):
-            for scope in SCOPES if row.uses("scope") else (None,):
+            for scope in SCOPES if ("scope" in fields_used(row)) else (None,):
                 if scope == "micro" and method in ("looksam", "carried", "random"):
                     continue  # refused; random draws anew for each micro-batch or once a step, which is its own choice
                 for accumulation in (1, 2):
@@ -113,7 +114,7 @@ def cases() -> dict[str, Case]:
                     sam = {"method": method, **fields, **({"scope": scope} if scope else {})}
                     args = {"gradient_accumulation_steps": accumulation, **(adamw if name == "defaults" else {})}
                     found[f"{method} {name} {scope or 'one pass'} {accumulation}"] = Case(sam, args)
-        if row.uses("m"):
+        if ("m" in fields_used(row)):
             sam = {"method": method, **VARIATIONS[method], "scope": "micro", "m": 2}
             found[f"{method} m=2"] = Case(sam, {"gradient_accumulation_steps": 2})
     for name, fields in SHARED.items():

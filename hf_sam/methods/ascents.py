@@ -134,12 +134,15 @@ class Carried(Geometry):
 
     alpha: float = number(1.0, 0)
 
+    def radius(self, step: Step) -> float:
+        return step.rho * self.alpha**step.age
+
     def ready(self, step: Step) -> bool:
         return "gradient" in step.memory
 
     def eps(self, g: Vector | None, step: Step) -> Vector:
         if g is None:
-            return self.steepest(step.memory["gradient"], step, step.rho * self.alpha**step.age)
+            return self.steepest(step.memory["gradient"], step, self.radius(step))
         step.memory["gradient"] = g.clone()
         return self.steepest(g, step)
 

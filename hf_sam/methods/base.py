@@ -136,6 +136,10 @@ class Ascent:
     def after(self, gradient: Vector, step: Step) -> None:
         """Called when the gradient that the optimizer steps along is known, before clipping; to update `step.memory`."""
 
+    def radius(self, step: Step) -> float:
+        """The size of the perturbation that is logged, `step.rho` unless the method shrinks it by a rule of its own."""
+        return step.rho
+
     def ready(self, step: Step) -> bool:
         """Whether this step's perturbation is known without an ascent pass; asked in steps between two due ones."""
         return not self.needs & Needs.GRADIENT

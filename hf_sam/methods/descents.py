@@ -134,7 +134,7 @@ class ThroughPerturbation(Descent):
         norm = g.norm()
         product = step.hessian_product(orthogonal_part(perturbed, to=g))
         plain = perturbed.clone()
-        g_s += product * usable(norm, step.rho / norm)
+        g_s += product.over(g_s) * usable(norm, step.rho / norm)
         perturbed = g_s.over(step.weights)
         step.record(sam_second_order_cosine=plain.dot(perturbed) / (plain.norm() * perturbed.norm()))
         return g_s

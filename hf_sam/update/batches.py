@@ -64,12 +64,12 @@ class MicroBatch:
         share = len(indices) / size
         weight = {"sum": 1.0, "examples": share, "labelled": None}[adding_up]
         weight = labelled_share(self.inputs, inputs) if weight is None else weight
-        return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weight=weight)
+        return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weight=self.weight * weight)
 
     def sample(self, indices: Tensor, adding_up: str) -> MicroBatch:
         """The examples at `indices`, their loss scaled to stand for the whole's."""
         part = self.part(indices, adding_up)
-        part.weight = 1 / labelled_share(self.inputs, part.inputs) if adding_up == "sum" else 1.0
+        part.weight = self.weight / labelled_share(self.inputs, part.inputs) if adding_up == "sum" else self.weight
         return part
 
 

@@ -231,7 +231,7 @@ class SharpnessAwareUpdate:
         with self._perturbation() as weights, self.parts.ascent.applied(step):
             eps = self._checked(self.parts.ascent.eps(None, step))
             if eps is not None:
-                self.telemetry.record(sam_rho=step.rho)
+                self.telemetry.record(sam_rho=self.parts.ascent.radius(step))
                 weights.add(eps)
             loss = self._run_all(model, [batch], synced=True)
             if self._is_measured and eps is not None:

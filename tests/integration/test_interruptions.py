@@ -14,7 +14,7 @@ import torch
 from integration import tiny
 
 from hf_sam import SAMConfig
-from hf_sam.update.parameters import Perturbation
+from hf_sam.update.perturbation import Perturbation
 
 SCOPES = ("micro", "device", "global")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
