@@ -6,6 +6,8 @@ import pytest
 import torch
 from zoo import architectures, kit
 
+from hf_sam import SAMConfig
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # the models' own
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -41,11 +43,12 @@ QUICK = {
 def builder(row, tmp_path, **overrides):
     def build(cls, **sam):
         options = {**row.arguments, **overrides}
+        evaluates = options.get("eval_strategy") != "no"
         return cls(
             model=row.build(),
             args=kit.arguments(tmp_path, kit.arguments_of(row.stock), **options),
             train_dataset=row.data(),
-            eval_dataset=row.data()[:4],
+            eval_dataset=row.data()[:4] if evaluates else None,
             data_collator=row.collate,
             compute_metrics=kit.checksums if row.checks_predictions else None,
             **sam,
@@ -65,6 +68,24 @@ def builder(row, tmp_path, **overrides):
 def test_an_architecture(name, micro_batches, tmp_path):
     build, stock = builder(architectures.ZOO[name], tmp_path, gradient_accumulation_steps=micro_batches)
     kit.assert_same_as_stock(build, stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(architectures.ZOO))
+def test_an_architecture_under_gradient_checkpointing(name, tmp_path):
+    """Its forward passes run again in the backward pass, and so does all that they change."""
+    row = architectures.ZOO[name]
+    if not row.model_class.supports_gradient_checkpointing:
+        pytest.skip("this architecture has none")
+    build, stock = builder(row, tmp_path, gradient_accumulation_steps=2, activation_checkpointing=True)
+    kit.assert_same_as_stock(build, stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(architectures.ZOO))
+def test_an_architecture_whose_micro_batches_are_perturbed_each(name, tmp_path):
+    build, stock = builder(architectures.ZOO[name], tmp_path, gradient_accumulation_steps=2)
+    kit.assert_same_as_stock(build, stock, sam=SAMConfig(rho=1e-30, scope="micro"))
 
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(count, marks=pytest.mark.slow) for count in (1, 2)])

@@ -46,11 +46,14 @@ class Architecture:
     def stock(self) -> type[Trainer]:
         return getattr(transformers, self.trainer)
 
+    @property
+    def model_class(self) -> type[transformers.PreTrainedModel]:
+        return getattr(transformers, self.model)
+
     def build(self) -> torch.nn.Module:
         """The model, always with the same weights."""
         set_seed(0)
-        cls = getattr(transformers, self.model)
-        model = cls(cls.config_class(**self.config))
+        model = self.model_class(self.model_class.config_class(**self.config))
         # Where a weight is exactly 0, 1e-30 is not lost to rounding, and a ReLU has its kink.
         for parameter in model.parameters():
             if not parameter.any():
@@ -144,6 +147,21 @@ def detection(features: Examples) -> dict[str, Any]:
         "labels": [feature["labels"] for feature in features],
         "pixel_values": torch.stack([feature["pixel_values"] for feature in features]),
     }
+
+
+def masks(features: Examples) -> dict[str, Any]:
+    """Masks and their classes are lists, with one tensor for each image."""
+    return {
+        "pixel_values": torch.stack([feature["pixel_values"] for feature in features]),
+        "mask_labels": [feature["mask_labels"] for feature in features],
+        "class_labels": [feature["class_labels"] for feature in features],
+    }
+
+
+def patches(features: Examples) -> dict[str, Any]:
+    """The patches of all images of a batch are rows of one matrix, so that its length is no number of examples."""
+    batch = default_data_collator(features)
+    return {**batch, "pixel_values": batch["pixel_values"].flatten(0, 1)}
 
 
 def boxes(generator: torch.Generator, i: int) -> dict[str, Tensor]:

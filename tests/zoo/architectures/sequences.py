@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from .parts import CLASSES, GENERATES, SEQ2SEQ, T5, TEXT, VOCABULARY, Architecture, number, of, translated
+from .parts import (
+    CLASSES,
+    DECODER,
+    GENERATES,
+    LENGTH,
+    SEQ2SEQ,
+    T5,
+    TEXT,
+    VOCABULARY,
+    Architecture,
+    ids,
+    number,
+    of,
+    padding,
+    translated,
+)
 
 SEQUENCES = {
     "T5, generating": Architecture("T5ForConditionalGeneration", T5, translated, **GENERATES),
@@ -106,5 +121,44 @@ SEQUENCES = {
         },
         translated,
         **GENERATES,
+    ),
+    "BigBird-Pegasus, random blocks": Architecture(
+        "BigBirdPegasusForConditionalGeneration",
+        {**SEQ2SEQ, "attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 2},
+        of(input_ids=ids(32), labels=ids(6)),
+        trainer="Seq2SeqTrainer",
+    ),
+    "Pegasus-X": Architecture(
+        "PegasusXForConditionalGeneration",
+        {**SEQ2SEQ, "block_size": 4, "num_global_tokens": 2},
+        translated,
+        **GENERATES,
+    ),
+    "UMT5": Architecture("UMT5ForConditionalGeneration", T5, translated, **GENERATES),
+    "FSMT": Architecture(
+        "FSMTForConditionalGeneration",
+        {**SEQ2SEQ, "langs": ["a", "b"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY},
+        of(input_ids=ids(LENGTH), attention_mask=padding(LENGTH), labels=ids(LENGTH)),
+        **GENERATES,
+    ),
+    "MVP, prompts": Architecture(
+        "MvpForConditionalGeneration",
+        {**SEQ2SEQ, "use_prompt": True, "prompt_length": 3, "prompt_mid_dim": 8},
+        translated,
+        **GENERATES,
+    ),
+    "Blenderbot": Architecture("BlenderbotForConditionalGeneration", SEQ2SEQ, translated, **GENERATES),
+    "T5Gemma": Architecture(
+        "T5GemmaForConditionalGeneration",
+        {
+            "encoder": {**DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4},
+            "decoder": {**DECODER, "query_pre_attn_scalar": 8, "sliding_window": 4},
+            "vocab_size": VOCABULARY,
+            "decoder_start_token_id": 1,
+            "pad_token_id": 0,
+        },
+        translated,
+        trainer="Seq2SeqTrainer",
+        checks_predictions=False,
     ),
 }
