@@ -193,6 +193,8 @@ class SAMConfig:
             raise ValueError(
                 f"method={self.method!r} is unknown.{did_you_mean(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
+        # What the user has said, apart from what follows from it.
+        self._given = {name: getattr(self, name) for name in self.fields() if getattr(self, name) is not None}
         for field, kind in (("ascent", Ascent), ("descent", Descent)):
             value = getattr(self, field)
             if value is not None and not isinstance(value, kind):
@@ -287,6 +289,21 @@ class SAMConfig:
             raise ValueError(f"rho_min={self.rho_min} must be at most rho={self.rho}.")
         if type(self.start) is type(self.end) and self.start >= self.end:
             raise ValueError(f"start={self.start} must be below end={self.end}: as it is, no step would be perturbed.")
+
+    def changed(self, **changes: Any) -> SAMConfig:
+        """The configuration that the user would have made with these values beside, or in the place of, the ones given.
+
+        Another method takes over only what does not depend on the method: a radius or a hyperparameter chosen for one means
+        something else to the next.
+
+        Raises:
+            ValueError: As the constructor does; also for a name that is no field.
+        """
+        given = dict(self._given)
+        if changes.get("method", self.method) != self.method:
+            used = fields_used(METHODS[changes["method"]]) if changes["method"] in METHODS else ()
+            given = {name: value for name, value in given.items() if name in used and name not in _OF_THE_METHOD}
+        return SAMConfig.from_dict({**given, **changes})
 
     # --- what follows from the fields ------------------------------------------------------------------------------
 
@@ -393,6 +410,17 @@ class SAMConfig:
 
 
 _FLAT = frozenset(SAMConfig.fields())
+# Those whose value is chosen for one method and means something else, or nothing, to another.
+_OF_THE_METHOD = {
+    *("rho", "rho_schedule", "rho_min", "interval", "start", "end", "ascent_fraction", "second_order"),
+    *("ascent", "descent", "options"),
+    *(
+        field.name
+        for row in METHODS.values()
+        for kind in (row.ascent, row.descent)
+        for field in dataclasses.fields(kind)
+    ),
+}
 
 
 # --- which fields a method uses, derived from its classes ----------------------------------------------------------

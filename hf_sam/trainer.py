@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
 from .config import SAMConfig
@@ -26,6 +27,7 @@ logger = logging.get_logger(__name__)
 _OF_THE_TRAINER = {i.argval for i in dis.get_instructions(Trainer.__init__) if i.opname == "STORE_ATTR"} | {
     "_sam",
     "_sam_checkpoint",
+    "_sam_config_given",
     "_sam_passes",
     "compute_loss",
     "current_gradient_accumulation_steps",
@@ -69,6 +71,7 @@ class SAMTrainerMixin:
         self._sam: SharpnessAwareUpdate | None = None
         self._sam_passes: TrainerPasses | None = None
         self._sam_checkpoint: str | None = None
+        self._sam_config_given: SAMConfig | None = None  # before a search for hyperparameters
         super().__init__(*args, **kwargs)
         if sam_config.rho > 0:
             refuse_unsupported(self)
@@ -167,6 +170,29 @@ class SAMTrainerMixin:
         """The base trainer's own, with the section on sharpness-aware minimization; `push_to_hub` comes by here."""
         super().create_model_card(*args, **kwargs)
         write_model_card(self, kwargs.get("dataset") or kwargs.get("dataset_name"), kwargs.get("tasks"))
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """The Trainer's own; the trial's `sam_*` values, which are none of `TrainingArguments`, go to `sam_config`.
+
+        Raises:
+            ValueError: A `sam_*` name that is no field of `SAMConfig`, or a value out of range.
+        """
+        if self.hp_search_backend is None or trial is None:
+            super()._hp_search_setup(trial)
+            return
+        if self._sam_config_given is None:
+            self._sam_config_given = self.sam_config
+        values = dict(self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial)
+        ours = {name: values.pop(name) for name in list(values) if name.startswith("sam_")}
+        self.sam_config = self._sam_config_given.changed(**{name.removeprefix("sam_"): v for name, v in ours.items()})
+        hp_space = self.hp_space
+        try:
+            self.hp_space = lambda _: values
+            super()._hp_search_setup(trial if self.hp_search_backend == HPSearchBackend.OPTUNA else values)
+        finally:
+            self.hp_space = hp_space
+        if ours and self.sam_config.rho > 0:
+            refuse_unsupported(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

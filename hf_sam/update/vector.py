@@ -146,7 +146,7 @@ class Vector:
     def where(self, condition: Tensor) -> Vector:
         """Itself where a 0-dim condition holds, else with a factor of exactly 0; no device is waited for."""
         if condition.device.type == "cpu":
-            return self if condition else self * 0.0
+            return self if condition else Vector._of(self._data, 0.0)
         factor = torch.ones_like(condition, dtype=torch.float32) if self._factor is None else self._factor
         return Vector._of(self._data, torch.where(condition, factor, 0.0))
 
