@@ -152,6 +152,16 @@ def assert_same(left: Any, right: Any, where: str) -> None:
         assert left == right, f"{where}: {left} instead of {right}"
 
 
+def words_as_tokens():
+    """A tokenizer for words such as <7>, apart from each other."""
+    from integration.test_other_trainers import Tokens
+    from tokenizers import pre_tokenizers
+
+    tokenizer = Tokens()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
 # --- by hand -------------------------------------------------------------------------------------------------------
 
 

@@ -135,7 +135,7 @@ class NoteModes(TrainerCallback):
 def test_weights_of_training_are_restored_bitwise(optimizer, method, scope, accumulation, tmp_path):
     """At a rho that matters: what the optimizer steps from is what its own `train()` makes of the weights."""
     noted = NoteModes()
-    takes_scope = method.get("method") in (None, "periodic", "carried")
+    takes_scope = method.get("method") in (None, "periodic")
     trainer = equivalence.trained(
         SAMConfig(rho=0.5, **method, **({"scope": scope} if takes_scope else {})),
         tmp_path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from integration import equivalence, tiny
-from integration.test_other_trainers import Tokens, common
+from integration.test_other_trainers import common
 from transformers import set_seed
 
 from hf_sam import SAMConfig, SAMTrainerMixin
@@ -46,7 +46,7 @@ def run(kind, folder, sam: SAMConfig | None, **overrides):
         model=tiny.llama(),
         args=config(**common(folder, max_length=16, **overrides)),
         train_dataset=preferences(),
-        processing_class=Tokens(),
+        processing_class=equivalence.words_as_tokens(),
         **({} if sam is None else {"sam_config": sam}),
     )
     trainer.train()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from integration import equivalence, tiny
 from integration.equivalence import assert_like_stock
-from integration.test_other_trainers import Tokens, common
+from integration.test_other_trainers import common
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainerCallback, set_seed
@@ -163,22 +163,25 @@ def test_generalized_knowledge_distillation(lmbda, tmp_path):
     class SAMGKD(SAMTrainerMixin, GKDTrainer):
         pass
 
-    tokenizer = Tokens()
+    tokenizer = equivalence.words_as_tokens()
     tokenizer.chat_template = CHAT
 
-    def run():
+    def run(sam):
         args = GKDConfig(**common(tmp_path, lmbda=lmbda, max_new_tokens=4, max_length=16))
+        set_seed(0)
         trainer = SAMGKD(
             model=tiny.llama(),
             teacher_model=tiny.llama(),
             args=args,
             train_dataset=conversations(),
             processing_class=tokenizer,
-            sam_config=SAMConfig(),
+            sam_config=sam,
         )
         trainer.train()
+        return trainer
 
-    assert_refused(run, "generat")
+    assert all(loss > 0 for loss in tiny.logged(run(SAMConfig(rho=0)), "grad_norm")), "the stock trainer trains"
+    assert_refused(lambda: run(SAMConfig()), "generat")
 
 
 # --- in-batch negatives -------------------------------------------------------------------------------------------

@@ -222,6 +222,7 @@ def test_nothing_is_noted_twice_where_there_are_more_passes(body, sam, tmp_path)
     stock = equivalence.trained(None, tmp_path, body=body, max_steps=1, gradient_accumulation_steps=2)
     equivalence.assert_same(state_of(ours), state_of(stock), "state")
     for mine, theirs in zip(equivalence.entries(ours), equivalence.entries(stock), strict=True):
+        assert mine.keys() == theirs.keys()
         for key in theirs.keys() - {"grad_norm"}:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-6), key
 
