@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from hf_sam import SAMConfig
 Run = Callable[[Path], dict[str, Any]]
 # A rank that waits for one that does something else fails after this many seconds instead of half an hour.
 PATIENCE = {"ddp_timeout": 30}
+# And one that still waits ends after this many.
+SECONDS = 60
 STATEFUL = {
     "looksam": {"method": "looksam", "rho": 0.3, "interval": 4},
     "carried": {"method": "carried", "rho": 0.3, "interval": 4},
@@ -84,10 +87,12 @@ def resumed(sam: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
         **PATIENCE,
     }
     model, data = functools.partial(tiny.mlp, torch.float64), tiny.vectors(64, torch.float64)
+    signal.alarm(SECONDS)  # ranks that wait for different things do not always find out
     tiny.trained(model(), data, folder, SAMConfig(**sam), **options)
     start = lose(folder / "checkpoint-2", what)
     again = tiny.trainer_for(model(), data, folder / "again", SAMConfig(**sam), **options)
     again.train(resume_from_checkpoint=str(start))
+    signal.alarm(0)
     return result(again, passes=[step for step, _ in again.passes])
 
 
