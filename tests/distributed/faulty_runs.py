@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from in_place import weights_changed_in_place
 from integration import tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +24,8 @@ from hf_sam import SAMConfig
 Run = Callable[[Path], dict[str, Any]]
 # A rank that waits for one that does something else fails after this many seconds instead of half an hour.
 PATIENCE = {"ddp_timeout": 30}
+# And one that still waits ends after this many.
+SECONDS = 60
 STATEFUL = {
     "looksam": {"method": "looksam", "rho": 0.3, "interval": 4},
     "carried": {"method": "carried", "rho": 0.3, "interval": 4},
@@ -82,10 +87,12 @@ def resumed(sam: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
         **PATIENCE,
     }
     model, data = functools.partial(tiny.mlp, torch.float64), tiny.vectors(64, torch.float64)
+    signal.alarm(SECONDS)  # ranks that wait for different things do not always find out
     tiny.trained(model(), data, folder, SAMConfig(**sam), **options)
     start = lose(folder / "checkpoint-2", what)
     again = tiny.trainer_for(model(), data, folder / "again", SAMConfig(**sam), **options)
     again.train(resume_from_checkpoint=str(start))
+    signal.alarm(0)
     return result(again, passes=[step for step, _ in again.passes])
 
 
@@ -133,11 +140,9 @@ COMBINING = {
     "wsam": {"method": "wsam", "rho": 0.3},
     "looksam": {"method": "looksam", "rho": 0.3, "interval": 2},
     "friendly": {"method": "friendly", "rho": 0.3},
-    "carried": {"method": "carried", "rho": 0.3, "interval": 2},
     "previous": {"method": "previous", "rho": 0.3},
     "ascent_steps": {"rho": 0.3, "ascent_steps": 2},
-    "a layer": {"rho": 0.3, "perturb": ["first.*"]},
-    "esam": {"method": "esam", "rho": 0.3},
+    "p=1.5": {"rho": 0.3, "p": 1.5},
 }
 
 
@@ -169,14 +174,16 @@ class OneLayer(nn.Module):
 MODELS = {"one big layer": OneBigLayer, "one layer": OneLayer}
 VIEWS = {
     "no views": {},
-    "views": {"gradient_as_bucket_view": True},
-    "views, small buckets": {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001},
-    "small buckets": {"bucket_cap_mb": 0.001},
+    "views": {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001},
 }
+# Whether parameters may point to other memory, as they do on a CPU, or are changed where they lie, as on a GPU.
+MOVES = {"swapped": contextlib.nullcontext, "in place": weights_changed_in_place}
 
 
-def in_buckets(model: str, sam: dict[str, Any], view: str, finds_unused: bool, folder: Path) -> dict[str, Any]:
-    """`still`: the weights after each step at a learning rate of zero, which are those restored."""
+def in_buckets(
+    model: str, sam: dict[str, Any], view: str, finds_unused: bool, moves: str, folder: Path
+) -> dict[str, Any]:
+    """Buckets of a kilobyte. `still`: the weights after each step at a learning rate of zero, which are those restored."""
     found = {}
     for learning_rate in (0.05, 0.0):
         tiny.set_seed(0)
@@ -195,23 +202,33 @@ def in_buckets(model: str, sam: dict[str, Any], view: str, finds_unused: bool, f
         for name, value in VIEWS[view].items():
             setattr(trainer.accelerator.ddp_handler, name, value)
         before = tiny.flat(trainer.model)
-        trainer.train()
+        with MOVES[moves]():
+            trainer.train()
         found[learning_rate] = result(trainer, before=before)
     return {**found[0.05], "still": found[0.0]["trajectory"], "before": found[0.0]["before"]}
 
 
+def bucket_groups() -> dict[str, tuple]:
+    """What is run with views and without: the arguments of `in_buckets` but for the view."""
+    groups: dict[str, tuple] = {}
+    for model, (name, sam), moves in itertools.product(MODELS, COMBINING.items(), MOVES):
+        scopes = (None,) if name == "previous" else ("global", "device") if name in ("sam", "wsam") else ("global",)
+        for scope in scopes:
+            fields = {**sam, **({"scope": scope} if scope else {})}
+            groups[f"{model} {name} {scope} {moves}"] = (model, fields, False, moves)
+    groups["one big layer sam global finds unused"] = (
+        "one big layer",
+        {"rho": 0.3, "scope": "global"},
+        True,
+        "in place",
+    )
+    return groups
+
+
 def bucket_runs() -> dict[str, Run]:
     table: dict[str, Run] = {}
-    for model, (name, sam), view in itertools.product(MODELS, COMBINING.items(), VIEWS):
-        if model == "one layer" and name == "a layer":
-            continue
-        scopes = (None,) if name == "previous" else ("global", "device") if view != "small buckets" else ("global",)
-        for scope, finds_unused in itertools.product(scopes, (True, False)):
-            if finds_unused and scope == "device":
-                continue
-            fields = {**sam, **({"scope": scope} if scope else {})}
-            key = f"{model} {name} {scope} {'finds' if finds_unused else 'counts'} {view}"
-            table[key] = functools.partial(in_buckets, model, fields, view, finds_unused)
+    for (group, (model, sam, finds_unused, moves)), view in itertools.product(bucket_groups().items(), VIEWS):
+        table[f"{group} {view}"] = functools.partial(in_buckets, model, sam, view, finds_unused, moves)
     return table
 
 

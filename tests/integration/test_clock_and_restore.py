@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import weakref
 
 import pytest
 import torch
+from in_place import Perturbation, found_in, weights_changed_in_place
 from integration import tiny
 from torch import nn
 
 from hf_sam import SAMConfig
 
-
-def found_in(name: str, *modules: str):
-    """The class, wherever it lives."""
-    for module in modules:
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-    raise ImportError(f"{name} is in none of {', '.join(modules)}")
-
-
 Stopwatch = found_in("Stopwatch", "hf_sam.update.telemetry", "hf_sam.telemetry")
-Perturbation = found_in("Perturbation", "hf_sam.update.parameters", "hf_sam.parameters", "hf_sam.update.perturbation")
 
 FEW = 2 * 64 + 8  # events: two for each of the blocks that may wait to be read
 
@@ -200,14 +188,9 @@ class Shared(nn.Module):
 
 
 @pytest.fixture
-def in_place(monkeypatch):
-    """As on a GPU, where weights are changed where they lie."""
-    original = Perturbation.__init__
-
-    def init(self, *args, **kwargs):
-        original(self, *args[:2], **{**kwargs, "swaps_memory": False})
-
-    monkeypatch.setattr(Perturbation, "__init__", init)
+def in_place():
+    with weights_changed_in_place():
+        yield
 
 
 @pytest.mark.parametrize("reverse", [False, True])
