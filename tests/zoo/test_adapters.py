@@ -172,20 +172,40 @@ def test_an_adapter_that_a_callback_switches(tmp_path):
     kit.assert_same_as_stock(causal_builder(wrap, tmp_path, callbacks=[Switches]))
 
 
+# By architecture: the layers that get an adapter, and what trains beside them.
+ELSEWHERE = {
+    "ViT": {"target_modules": "all-linear", "modules_to_save": ["classifier"]},
+    "ResNet, BatchNorm": {"target_modules": ["convolution"], "modules_to_save": ["classifier"]},
+    "MobileNetV2, BatchNorm": {"target_modules": ["classifier"], "modules_to_save": ["normalization"]},
+    "SegFormer": {"target_modules": "all-linear", "modules_to_save": ["decode_head"]},
+    "wav2vec 2.0 conformer, BatchNorm": {"target_modules": ["linear_q", "linear_v"]},
+    "Whisper": {"target_modules": ["q_proj", "v_proj"]},
+    "T5, generating": {"target_modules": ["q", "v"]},
+    "BART, layers left out": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
+    "Mamba": {"target_modules": ["in_proj", "x_proj"]},
+    "Mixtral, router's loss": {"target_modules": ["q_proj", "v_proj"]},
+    "Llama, frequencies that follow the length": {"target_modules": ["q_proj"]},
+    "CLIP, contrastive": {"target_modules": ["q_proj", "v_proj"]},
+    "Time series transformer": {"target_modules": ["q_proj", "v_proj"]},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["projection"], "all-linear"], ids=str)
-def test_pictures(targets, tmp_path):
-    row = ZOO["ViT"]
+@pytest.mark.parametrize("name", list(ELSEWHERE))
+def test_an_adapter_in_another_architecture(name, tmp_path):
+    row = ZOO[name]
 
     def build(cls, **sam):
-        options = peft.LoraConfig(r=2, target_modules=targets, lora_dropout=0.1, modules_to_save=["classifier"])
+        options = peft.LoraConfig(r=2, lora_dropout=0.1, init_lora_weights=False, **ELSEWHERE[name])
+        settings = {"label_names": ["labels"], **row.arguments, "gradient_accumulation_steps": 2}
         return cls(
             model=peft.get_peft_model(row.build(), options),
-            args=kit.arguments(tmp_path, label_names=["labels"]),
+            args=kit.arguments(tmp_path, kit.arguments_of(row.stock), **settings),
             train_dataset=row.data(),
             eval_dataset=row.data()[:4],
-            compute_metrics=kit.checksums,
+            data_collator=row.collate,
+            compute_metrics=kit.checksums if row.checks_predictions else None,
             **sam,
         )
 
-    kit.assert_same_as_stock(build)
+    kit.assert_same_as_stock(build, row.stock)

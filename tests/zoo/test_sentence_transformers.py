@@ -11,6 +11,7 @@ from zoo import kit, words
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
@@ -67,6 +68,13 @@ def bert(folder) -> SentenceTransformer:
     set_seed(1)
     modules = [body, Pooling(body.get_embedding_dimension()), Dropout(0.1), Dense(16, 12)]
     return SentenceTransformer(modules=modules, device="cpu")
+
+
+def with_adapter(folder) -> SentenceTransformer:
+    model = bert(folder)
+    options = LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.1, init_lora_weights=False)
+    model[0].model = get_peft_model(model[0].model, options)
+    return model
 
 
 def lstm(folder) -> SentenceTransformer:
@@ -225,6 +233,15 @@ ENCODERS = {
     "several data sets, one loss": (bert, lambda: DatasetDict({"a": pairs(), "b": pairs(50)}), ranking, {}),
     "several data sets and losses": (bert, several, "several", {}),
     "several data sets in turn": (bert, several, "several", {"multi_dataset_batch_sampler": "round_robin"}),
+    "LoRA": (with_adapter, pairs, ranking, {}),
+    "LoRA, softmax": (with_adapter, labelled(), softmax, {}),
+    "recomputed": (bert, pairs, ranking, {"activation_checkpointing": True}),
+    "recomputed, cached": (
+        bert,
+        pairs,
+        lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2),
+        {"activation_checkpointing": True},
+    ),
     "LSTM": (lstm, pairs, ranking, {}),
     "static embeddings": (bag_of_words, pairs, ranking, {}),
 }
