@@ -246,7 +246,7 @@ def arguments(folder: Path | str, cls: type[TrainingArguments] = TrainingArgumen
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": 3,
-        "bf16": False,
+        "bf16": False,  # which TRL turns on by itself
     }
     return cls(**{**defaults, **overrides})
 

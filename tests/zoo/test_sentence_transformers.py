@@ -16,6 +16,9 @@ from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
     CrossEncoderTrainingArguments,
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -23,8 +26,10 @@ from sentence_transformers import (
     SparseEncoderTrainer,
     SparseEncoderTrainingArguments,
 )
-from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.cross_encoder import losses as pair_losses
+from sentence_transformers.multi_vector_encoder import losses as token_losses
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import LSTM, Dropout, Pooling, StaticEmbedding, WordEmbeddings
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
@@ -398,3 +403,46 @@ def test_a_sparse_encoder(name, micro_batches, tmp_path):
         )
 
     kit.assert_same_as_stock(build, SparseEncoderTrainer)
+
+
+# --- a vector for each token -----------------------------------------------------------------------------------------
+
+TOKENS = {
+    "in-batch negatives": (triplets, token_losses.MultiVectorMultipleNegativesRankingLoss),
+    "in-batch negatives, in small parts": (
+        triplets,
+        lambda model: token_losses.MultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=2),
+    ),
+    "in-batch negatives, cached": (
+        triplets,
+        lambda model: token_losses.CachedMultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=2),
+    ),
+    "distilled margins": (taught_triplets, token_losses.MultiVectorMarginMSELoss),
+}
+
+
+@pytest.mark.parametrize("name", list(TOKENS))
+def test_a_multi_vector_encoder(name, tmp_path):
+    data, loss = TOKENS[name]
+
+    def build(cls, **sam):
+        body = Transformer(saved(tmp_path))
+        set_seed(1)
+        project = Dense(
+            16, 8, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings"
+        )
+        normalize = Normalize(module_input_name="token_embeddings")
+        model = MultiVectorEncoder(modules=[body, project, MultiVectorMask(), normalize], device="cpu")
+        set_seed(4)
+        return cls(
+            model=model,
+            args=kit.arguments(
+                tmp_path, MultiVectorEncoderTrainingArguments, per_device_train_batch_size=4, learning_rate=1e-3
+            ),
+            train_dataset=data(),
+            eval_dataset=data().select(range(4)),
+            loss=loss(model),
+            **sam,
+        )
+
+    kit.assert_same_as_stock(build, MultiVectorEncoderTrainer)
