@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from integration import tiny
@@ -29,7 +31,9 @@ def test_one_pass_is_no_run_of_two_passes(tmp_path):
         kit.assert_same_as_stock(build(tmp_path), sam=SAMConfig(rho=0))
 
 
-@pytest.mark.parametrize("where", ["a buffer", "a plain tensor", "a number", "the random state"])
+@pytest.mark.parametrize(
+    "where", ["a buffer", "a plain tensor", "a number", "a list", "a generator", "the random state"]
+)
 def test_whatever_one_kind_of_run_does_more_is_told(where, tmp_path):
     class Moving(Trainer):
         def compute_loss(self, model, *args, **kwargs):
@@ -38,20 +42,29 @@ def test_whatever_one_kind_of_run_does_more_is_told(where, tmp_path):
                     torch.rand(1)
                 elif where == "a number":
                     model.count += 1
+                elif where == "a list":
+                    model.seen.append(model.count)
+                elif where == "a generator":
+                    model.dice["own"].random()
                 else:
                     model.level.add_(1)
             return super().compute_loss(model, *args, **kwargs)
 
     def model():
         mlp = tiny.mlp()
-        mlp.count = 0
+        mlp.count, mlp.seen, mlp.dice = 0, [], {"own": random.Random(0)}
         if where == "a buffer":
             mlp.register_buffer("level", torch.zeros(1), persistent=False)
         else:
             mlp.level = torch.zeros(1)
         return mlp
 
-    expected = {"a number": r"model\.count", "the random state": "random state: torch"}.get(where, r"model\.level")
+    expected = {
+        "a number": r"model\.count",
+        "a list": r"model\.seen\[0\]",
+        "a generator": r"model\.dice\[own\]",
+        "the random state": "random state: torch",
+    }.get(where, r"model\.level")
     with pytest.raises(AssertionError, match=expected):
         kit.assert_same_as_stock(build(tmp_path, model), Moving)
 
