@@ -437,7 +437,9 @@ def common_fields(ascent: Ascent | type, descent: Descent | type, row: Method) -
     used = {"method", "ascent", "descent", "options", "rho", "start", "end", "rho_schedule", "rho_min"}
     if not needs & Needs.ATTACHMENT:
         used |= {"interval", "perturb", "stochastic_rounding", "log_shares"}
-    if needs & (Needs.GRADIENT | Needs.NOISE):
+    if needs & Needs.UNEVEN_PASSES:
+        return frozenset(used | {"replay_rng"})
+    if needs & (Needs.GRADIENT | Needs.NOISE) and not needs & Needs.ATTACHMENT:
         used |= {"scope"}
     if needs & Needs.GRADIENT:
         used |= {"replay_rng"} if needs & Needs.WHOLE_STEP else {"replay_rng", "m"}

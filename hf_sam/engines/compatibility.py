@@ -218,6 +218,7 @@ NEEDS: Mapping[Needs, str] = MappingProxyType(
         Needs.OPTIMIZER_STATE: "the optimizer's state",
         Needs.NOISE: "noise of its own on every rank",
         Needs.ATTACHMENT: "modules beside the model's own",
+        Needs.UNEVEN_PASSES: "passes that ranks make in different number",
         Needs.WHOLE_TENSORS: "statistics of whole tensors",
         Needs.HVP: "a Hessian-vector product (second_order=True)",
     }
@@ -242,6 +243,7 @@ _SHARDED: dict[Needs | str, str] = {
     Needs.ATTACHMENT: "they would have to be sharded like the model. Use one process or DDP.",
     Needs.LOGITS: "it ends the engine's backward pass before it has begun. Use one process or DDP.",
     Needs.NOISE: "every process would draw the same noise for its own shard. Use one process or DDP.",
+    Needs.UNEVEN_PASSES: "processes would wait for each other's shards. Use one process or DDP.",
     Needs.WHOLE_TENSORS: "each process has a part of every tensor. Use one process or DDP.",
     Needs.HVP: "it does not pass through sharded parameters. Use one process or DDP.",
     "stochastic_rounding=True": (
@@ -254,6 +256,7 @@ _FLAT = "DeepSpeed keeps the optimizer's groups and states in flat buffers. Use 
 _ZERO: dict[Needs | str, str] = {
     Needs.CLEAN_GRADIENT: _COMBINED,
     Needs.STEP_GRADIENT: _COMBINED,
+    Needs.UNEVEN_PASSES: _COMBINED,
     Needs.HVP: _COMBINED,
     Needs.OPTIMIZER_STATE: _FLAT,
     Needs.ATTACHMENT: _FLAT,

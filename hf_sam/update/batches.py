@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,12 @@ class MicroBatch:
         """Inputs whose containers are new and whose tensors are not, so that a pass that pops labels leaves them here."""
         return _copied(self.inputs)
 
+    def without(self, name: str | None) -> MicroBatch:
+        """The same batch without the entry `name`, which is not the model's."""
+        if name is None:
+            return self
+        return dataclasses.replace(self, inputs={key: value for key, value in self.inputs.items() if key != name})
+
     @property
     def size(self) -> int | None:
         """How many examples it holds: the common length of most of its tensors, or of its lists; None if there is none."""
@@ -74,38 +81,81 @@ class MicroBatch:
 
 
 class ChangedInputs:
-    """Tensors of batches that passes change in place, told by watching: `normalise_(pixels)` in a forward, for one.
+    """Whether passes change batches in place: normalise pixels, count, ask for gradients of inputs.
 
-    The first batch of each layout is copied whole; afterwards only what has been seen to change is.
+    The first batch of each layout is copied whole and compared afterwards; batches of a layout that has changed are copied
+    always, others never. Tensors' version counters tell where one that was left alone changes after all.
     """
 
     def __init__(self):
-        self._known: dict[tuple, set[int]] = {}
+        self._changes: dict[tuple, bool] = {}
 
     def protect(self, batch: MicroBatch) -> Callable[[], bool]:
         """Call before the clean pass, and what it returns after it: then the inputs are whole again, or it is False."""
-        tensors = list(_tensors(batch.inputs))
-        layout = tuple((t.dtype, t.dim()) for t in tensors)
-        changing = self._known.get(layout)
-        copied = range(len(tensors)) if changing is None else changing
-        copies = {i: tensors[i].clone() for i in copied}
-        versions = [t._version for t in tensors]
+        layout, tensors = _layout(batch.inputs), list(_tensors(batch.inputs))
+        kept = _deep_copy(batch.inputs) if self._changes.get(layout, True) else None
+        traces = [_trace(t) for t in tensors]
 
         def mend() -> bool:
-            changed = {i for i, t in enumerate(tensors) if t._version != versions[i]}
-            self._known[layout] = (changing or set()) | changed
-            if changed:
-                originals = {id(tensors[i]): copies[i] for i in changed if i in copies}
-                batch.inputs = _copied(batch.inputs, originals)
-            return changed <= copies.keys()
+            changed = [_trace(t) for t in tensors] != traces
+            if layout not in self._changes:
+                changed = changed or not _same(batch.inputs, kept)
+            self._changes[layout] = self._changes.get(layout, False) or changed
+            if self._changes[layout] and kept is not None:
+                batch.inputs = kept
+                return True
+            return not changed
 
         return mend
 
     def protected(self, batch: MicroBatch) -> Any:
         """Inputs for a pass that may change them while another one is still to come."""
-        tensors = list(_tensors(batch.inputs))
-        changing = self._known.get(tuple((t.dtype, t.dim()) for t in tensors)) or ()
-        return _copied(batch.inputs, {id(tensors[i]): tensors[i].clone() for i in changing})
+        return _deep_copy(batch.inputs) if self._changes.get(_layout(batch.inputs)) else batch.fresh_inputs()
+
+
+def _layout(inputs: Any) -> tuple:
+    names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else ()
+    return names, tuple((t.dtype, t.dim()) for t in _tensors(inputs))
+
+
+def _trace(tensor: Tensor) -> tuple:
+    """What changes with most changes in place."""
+    return tensor._version if not tensor.is_inference() else 0, tensor.requires_grad, tensor.grad is None
+
+
+def _deep_copy(inputs: Any) -> Any:
+    """A copy in which entries that share memory share it still; what cannot be copied is passed on."""
+    memo: dict = {}
+
+    def copied(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(copied, value))
+        if isinstance(value, MutableMapping):
+            new = copy.copy(value)
+            for key, entry in value.items():
+                new[key] = copied(entry)
+            return new
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception:  # an open file, a lock, a tensor with a history
+            return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return copied(inputs)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two entries are equal as far as it can be told."""
+    if isinstance(value, Tensor):
+        return value.requires_grad == other.requires_grad and torch.equal(value.detach(), other.detach())
+    if isinstance(value, Mapping):
+        return value.keys() == other.keys() and all(_same(v, other[key]) for key, v in value.items())
+    if isinstance(value, list | tuple):
+        return len(value) == len(other) and all(map(_same, value, other))
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value == other or value != value  # NaN
+    if isinstance(value, np.ndarray):
+        return bool(np.array_equal(value, other))
+    return hasattr(value, "__dict__") and _same(vars(value), vars(other))
 
 
 def batch_size(inputs: Any) -> int | None:
@@ -154,27 +204,34 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
-def _copied(value: Any, tensors: Mapping[int, Tensor] | None = None) -> Any:
-    """Containers are new ones of the same type; tensors are the same, unless `tensors` has another for their id."""
-    if isinstance(value, Tensor):
-        return value if tensors is None else tensors.get(id(value), value)
+def _copied(value: Any) -> Any:
+    """Containers are new ones of the same type; what they hold is the same."""
     if isinstance(value, MutableMapping):
         new = copy.copy(value)
         for key, entry in value.items():
-            new[key] = _copied(entry, tensors)
+            new[key] = _copied(entry)
         return new
     if type(value) in (list, tuple):
-        return type(value)(_copied(entry, tensors) for entry in value)
+        return type(value)(_copied(entry) for entry in value)
     return value
 
 
 def _take(inputs: Any, indices: Tensor, size: int) -> None:
     """Keep the examples at `indices` of every entry that has `size` of them, in place."""
-    entries = list(inputs.items()) if isinstance(inputs, MutableMapping) else []
-    for name, value in entries:
-        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
-            inputs[name] = value[indices.to(value.device)]
-        elif isinstance(value, MutableMapping):
-            _take(value, indices, size)
-        elif isinstance(value, list | tuple) and len(value) == size:
-            inputs[name] = [value[i] for i in indices.tolist()]
+    for name, value in list(inputs.items()) if isinstance(inputs, MutableMapping) else []:
+        inputs[name] = _taken(value, indices, size)
+
+
+def _taken(value: Any, indices: Tensor, size: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[indices.to(value.device)] if value.dim() > 0 and len(value) == size else value
+    if isinstance(value, MutableMapping):
+        _take(value, indices, size)
+    elif isinstance(value, list | tuple):
+        if any(isinstance(entry, Tensor) and entry.dim() > 0 and len(entry) == size for entry in value):
+            return type(value)(_taken(entry, indices, size) for entry in value)
+        if len(value) == size:
+            return [value[i] for i in indices.tolist()]
+    elif isinstance(value, np.ndarray) and value.ndim > 0 and len(value) == size:
+        return value[indices.numpy()]
+    return value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers.utils import logging
 
-from ..config import SAMConfig
+from ..config import Parts, SAMConfig
 from ..engines.base import Engine
 from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, copies_for_cosine, overrides
 from .batches import ChangedInputs, MicroBatch
@@ -76,7 +76,9 @@ class SharpnessAwareUpdate:
         warmup_steps (`int`, *optional*, defaults to 0): Those in which the learning rate warms up.
         scheduler (*optional*): The learning rate's.
         others (`dict[str, nn.Module]`, *optional*): Modules beside the model that take part in its loss, by name.
+        train_dataset (*optional*): What the method may look up in the training data.
         owner (`object`, *optional*): Whose plain attributes are restored for the second pass, but for those `ignored`.
+        looked_into (`Sequence[Any]`, *optional*): More objects whose contents are.
 
     Raises:
         ValueError: `config.perturb` selects nothing, or no step of the run would perturb.
@@ -97,10 +99,13 @@ class SharpnessAwareUpdate:
         others: dict[str, nn.Module] | None = None,
         owner: object | None = None,
         ignored: Iterable[str] = (),
+        looked_into: Sequence[Any] = (),
+        train_dataset: Any = None,
     ):
-        self.config, self.parts, self.engine = config, config.parts, engine
+        ascent, descent = config.parts
+        self.config, self.parts, self.engine = config, Parts(ascent.resolved(train_dataset), descent), engine
         self.needs = self.parts.needs
-        self.scope = engine.scope(config)
+        self.scope = "micro" if self.needs & Needs.UNEVEN_PASSES else engine.scope(config)
         self.schedule = Schedule.resolve(config, max_steps, warmup_steps)
         groups = optimizer if engine.optimizer_holds_parameters else None
         self.parameters = TrainedParameters(model, config.perturb or "all", groups, others)
@@ -109,10 +114,10 @@ class SharpnessAwareUpdate:
         self.space = Space(engine.reductions, list(self.parameters.names), in_buckets)
         self.telemetry, self.cost = Telemetry(self.device), Cost(self.device)
         self.attached = self.parts.ascent.attach(model, seed)
-        self.memory = Memory(
-            (*self.parts.ascent.memory, *self.parts.descent.memory), config.label, engine.may_skip_steps
+        self.memory = Memory((*ascent.memory, *descent.memory), config.label, engine.may_skip_steps, ascent.scalars)
+        self.pass_state = PassState(
+            [model, *(others or {}).values()], owner, ignored, not engine.parameters_move, looked_into
         )
-        self.pass_state = PassState([model, *(others or {}).values()], owner, ignored, not engine.parameters_move)
         self.changed_inputs = ChangedInputs()
         # Whether a pass runs that the clean one has gone before: what it logs and counts is not to be seen.
         self.is_repeating = False
@@ -163,6 +168,8 @@ class SharpnessAwareUpdate:
         return loss
 
     def _two_pass_steps(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        if self.needs & Needs.UNEVEN_PASSES:
+            return self._step_on_part(model, batch, is_last)
         m = self.config.m
         if m is None or (batch.size is not None and batch.size <= m):
             return self._two_pass_step(model, batch, is_last)
@@ -202,6 +209,25 @@ class SharpnessAwareUpdate:
             self._average(is_last)
         self.telemetry.add(perturbed_loss=perturbed_loss)
         return clean_loss if self._sees_all else perturbed_loss
+
+    def _step_on_part(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """The examples that the method names at `w + eps`, eps from their own gradient; the others at `w`."""
+        ascent = self.parts.ascent
+        chosen = ascent.perturbed_examples(batch.inputs, self._step())
+        others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
+        if len(chosen) and len(others) and self._adding_up is None:
+            self._adding_up = self._passes.how_parts_add_up(batch, max(1, batch.size // 2))
+        losses = []
+        if len(others):
+            rest = batch.part(others, self._adding_up) if len(chosen) else batch
+            losses.append(self._run_all(model, [rest.without(ascent.part)], synced=False))
+        if len(chosen):
+            part = batch.part(chosen, self._adding_up) if len(others) else batch
+            part.weight = part.weight * ascent.tail_weight
+            losses.append(self._two_pass_step(model, part.without(ascent.part), is_last))
+        else:
+            self._average(is_last)
+        return torch.stack(losses).sum()
 
     def _can_repeat(self, window: list[MicroBatch]) -> bool:
         """Whether the second pass can start as the first did, or must be made all the same."""
@@ -258,8 +284,7 @@ class SharpnessAwareUpdate:
         self.settle()
         if self.parameters.refresh():
             self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
-        if not model.training:
-            model.train()  # as the trainer is about to, before anything is put aside
+        model.train()  # as the trainer is about to, before anything is put aside
         self.index, self._is_measured = index, measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
@@ -333,6 +358,7 @@ class SharpnessAwareUpdate:
         seen = self._seen(batch)
         batch.before = self.pass_state.capture(
             self._random_states(),
+            self.index,
             budget=sum(p.nbytes for p in self.parameters.trainable),
         )
         mend = self.changed_inputs.protect(batch)
@@ -350,12 +376,12 @@ class SharpnessAwareUpdate:
         """What of the batch the ascent pass sees."""
         size, fraction = batch.size, self.config.ascent_fraction or 1.0
         indices = self.parts.ascent.examples(batch.inputs, self._step())
-        if indices is None and fraction < 1 and size:
-            indices = torch.arange(math.ceil(fraction * size))
-        if indices is None or len(indices) == size:
+        if indices is None and fraction < 1:
+            indices = torch.arange(math.ceil(fraction * (size or 0)))
+        if indices is None or (size and len(indices) == size):
             return batch
         if self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, max(1, int(fraction * size)))
+            self._adding_up = self._passes.how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
         return batch.sample(indices, self._adding_up)
 
     def _descent_passes(self, model: nn.Module, window: list[MicroBatch], is_last: bool) -> Tensor:
