@@ -19,6 +19,7 @@ from .update.second_order import add_hessian_vector_product, twice_differentiabl
 
 if TYPE_CHECKING:
     from .trainer import SAMTrainerMixin
+    from .update.replay import Snapshot
     from .update.step import SharpnessAwareUpdate
 
 # Outputs of a model whose loss is a function of its logits.
@@ -74,7 +75,12 @@ class TrainerPasses:
         trainer.current_gradient_accumulation_steps = batch.accumulation_steps
         context = update.engine.ascent_pass if is_ascent else update.engine.descent_pass
         inputs = update.changed_inputs.protected(batch) if update.is_repeating else batch.fresh_inputs()
-        with context(module, synced) as wrapped, self._loss_changed(batch.weight, change), self._no_generation():
+        before = batch.before if is_clean else None
+        with (
+            context(module, synced) as wrapped,
+            self._loss_changed(batch.weight, change, before),
+            self._no_generation(),
+        ):
             loss = self._training_step(wrapped, inputs, batch.num_items_in_batch)
         if synced and reaches_logits:
             update.engine.average_gradients(update.parameters.in_model)
@@ -101,9 +107,14 @@ class TrainerPasses:
         return change if needs & Needs.LOGITS and not is_clean else None
 
     @contextlib.contextmanager
-    def _loss_changed(self, weight: float | Tensor, change: Callable[[Tensor, Any], Tensor] | None) -> Iterator[None]:
-        """The trainer's `compute_loss`, whoever has written it, hands its loss to `change` and is weighted."""
-        if change is None and isinstance(weight, float) and weight == 1:
+    def _loss_changed(
+        self, weight: float | Tensor, change: Callable[[Tensor, Any], Tensor] | None, before: Snapshot | None = None
+    ) -> Iterator[None]:
+        """The trainer's `compute_loss`, whoever has written it, hands its loss to `change` and is weighted.
+
+        `before` is what a clean pass started from; it is completed when the trainer is about to call the model.
+        """
+        if change is None and before is None and isinstance(weight, float) and weight == 1:
             yield
             return
         trainer = self._trainer
@@ -112,6 +123,8 @@ class TrainerPasses:
 
         def changed(model: nn.Module, inputs: Any, *args, **kwargs) -> Any:
             labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+            if before is not None:
+                self._update.look_again(before)
             result = compute_loss(model, inputs, *args, **kwargs)
             loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
             loss = loss if change is None else change(loss, labels)

@@ -178,7 +178,7 @@ def _refill(value: Any, pairs: list[tuple[Any, Any]]) -> None:
     container = value if isinstance(value, _CONTAINERS) else vars(value)
     container.clear()
     if isinstance(container, dict):
-        container.update(pairs)
+        dict.update(container, pairs)  # a Counter's own would count
     elif isinstance(container, set):
         container.update(entry for _, entry in pairs)
     else:

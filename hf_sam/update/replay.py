@@ -54,18 +54,21 @@ class Snapshot:
     Attributes:
         random_states (`RandomStates`, *optional*): None where random numbers are not to be replayed.
         namespaces (`list`): Dictionaries of modules, and what was in them.
-        tensors (`list`): Tensors that a pass may change in place, and their numbers where they are known to change.
+        tensors (`list`): Tensors that a pass may change in place, their versions, and their numbers where they are copied.
+        addresses (`list[int]`): Of the tensors' memory.
         contents (`list[Contents]`): Of containers, arrays, generators and objects.
-        watched (`dict`): For a pass that is watched, numbers and addresses to tell by whether it changes them.
+        own (`dict`): The owner's plain attributes.
+        is_watched (`bool`): Whether everything that can be is copied, to be compared.
         is_whole (`bool`): Whether all that the pass after it has changed can be put back.
     """
 
     random_states: RandomStates | None
     namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     tensors: list[tuple[Tensor, int, Tensor | None]] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
     contents: list[Contents] = field(default_factory=list)
-    watched: dict[int, tuple[Tensor | None, int]] | None = None
-    own: dict[str, Any] | None = None
+    own: dict[str, Any] = field(default_factory=dict)
+    is_watched: bool = False
     is_whole: bool = True
 
 
@@ -101,7 +104,8 @@ class PassState:
         self._watches_parameters = watches_parameters
         self._moving: set[int] = set()  # ids of what passes change in place
         self._signature: tuple | None = None
-        self._watch_until = -1
+        self._step: int | None = None
+        self._is_watching, self._steps_to_watch = False, 0
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -118,7 +122,7 @@ class PassState:
                 m for m in self._modules if any(p is not None and not p.requires_grad for p in m._parameters.values())
             )
             self._namespaces += [m._parameters for m in frozen]
-        self._always = {  # whose kernels change them without a change of version
+        self._always = {  # of BatchNorm, whose kernels change them without a change of version
             id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
         }
         found: dict[int, Tensor] = {}
@@ -132,8 +136,8 @@ class PassState:
             found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
         self._tensors, self._looked_into = list(found.values()), list(looked_into.values())
 
-    def _state_of_modules(self) -> tuple:
-        return [m.training for m in self._modules], [len(m._modules) for m in self._modules]
+    def _state_of_modules(self) -> tuple[list[bool], list[int]]:
+        return [m.training for m in self._modules], [id(c) for m in self._modules for c in m._modules.values()]
 
     def _own_attributes(self) -> dict[str, Any]:
         return {} if self._owner is None else {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
@@ -141,59 +145,64 @@ class PassState:
     # --- putting aside ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def capture(
-        self, random_states: RandomStates | None, step: int | None = None, budget: int | None = None
-    ) -> Snapshot:
+    def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
         """What is now.
 
         Args:
             random_states (`RandomStates`, *optional*): Kept with it.
-            step (`int`, *optional*): The optimizer step of the clean pass to come; None before other passes.
-            budget (`int`, *optional*): Bytes of parameters without gradient that may be copied in a pass that is
-                watched by value, the smallest first.
+            step (`int`): The optimizer step.
+            budget (`int`, *optional*): Bytes of parameters without gradient that may be copied while passes are watched
+                by value, the smallest first.
         """
-        if step is not None and (self._signature is None or self._signature != self._state_of_modules()):
+        if self._signature is None:
             self._scan()
-            self._signature, self._watch_until = self._state_of_modules(), step + _WATCHED_STEPS
-        is_watched = step is not None and step < self._watch_until
-        snapshot = Snapshot(random_states, own=self._own_attributes())
+            self._signature, self._steps_to_watch = self._state_of_modules(), _WATCHED_STEPS
+        if step != self._step:
+            self._step, self._is_watching = step, self._steps_to_watch > 0
+            self._steps_to_watch -= 1
+        snapshot = Snapshot(random_states, own=self._own_attributes(), is_watched=self._is_watching)
         snapshot.namespaces = [(namespace, namespace.copy()) for namespace in self._namespaces]
         copied = self._moving | self._always
+        if self._is_watching:
+            copied = copied.union(self._affordable(budget))
+            snapshot.addresses = [_address(t) for t in self._tensors]
         snapshot.tensors = [(t, t._version, t.detach().clone() if id(t) in copied else None) for t in self._tensors]
-        if is_watched:
-            affordable = set(self._affordable(budget))
-            snapshot.watched = {
-                i: (t.detach().clone() if i in affordable and kept is None else None, _address(t))
-                for i, (t, _, kept) in enumerate(snapshot.tensors)
-            }
         snapshot.contents = [
-            Contents(value, is_deep=is_watched or id(value) in self._moving) for value in self._looked_into
+            Contents(value, is_deep=self._is_watching or id(value) in self._moving) for value in self._looked_into
         ]
         return snapshot
 
+    def look_again(self, snapshot: Snapshot, budget: int | None = None) -> None:
+        """Between the trainer's `model.train()` and the forward: take in modules that have come, or changed their mode."""
+        if self._signature == self._state_of_modules():
+            return
+        self._signature = self._step = None
+        now = self.capture(None, -1, budget)
+        known = {id(namespace) for namespace, _ in snapshot.namespaces}
+        snapshot.namespaces += [pair for pair in now.namespaces if id(pair[0]) not in known]
+        snapshot.tensors, snapshot.contents = now.tensors, now.contents
+        snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses
+
     def _affordable(self, budget: int | None) -> Iterator[int]:
-        """Buffers and attributes, and parameters without gradient as far as the budget goes."""
-        for i, tensor in sorted(enumerate(self._tensors), key=lambda entry: entry[1].numel()):
+        """The ids of buffers and attributes, and parameters without gradient as far as the budget goes."""
+        for tensor in sorted(self._tensors, key=Tensor.numel):
             if isinstance(tensor, nn.Parameter) and budget is not None:
                 budget -= tensor.nbytes
                 if budget < 0:
                     return
             if type(tensor) in _PLAIN and tensor.device.type != "meta":
-                yield i
+                yield id(tensor)
 
     @torch.no_grad()
     def learn(self, before: Snapshot) -> None:
         """After the clean pass that `before` was captured for: note what it has changed in place."""
-        for i, (tensor, version, kept) in enumerate(before.tensors):
-            if kept is not None:
+        for i, (tensor, version, value) in enumerate(before.tensors):
+            if id(tensor) in self._moving:
                 continue
-            value, address = (None, 0) if before.watched is None else before.watched[i]
-            has_moved = tensor._version != version or (before.watched is not None and _address(tensor) != address)
-            if has_moved or (value is not None and not torch.equal(tensor, value)):
+            has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
+            if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
                 self._moving.add(id(tensor))
-                before.tensors[i] = (tensor, version, value)
                 before.is_whole &= value is not None  # otherwise what it was is lost
-        before.watched = None
         for contents in before.contents:
             if id(contents.value) not in self._moving and contents.has_changed():
                 self._moving.add(id(contents.value))

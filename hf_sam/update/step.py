@@ -284,7 +284,6 @@ class SharpnessAwareUpdate:
         self.settle()
         if self.parameters.refresh():
             self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
-        model.train()  # as the trainer is about to, before anything is put aside
         self.index, self._is_measured = index, measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
@@ -356,11 +355,8 @@ class SharpnessAwareUpdate:
     def _ascent_pass(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """The clean pass: the only one whose traces stay."""
         seen = self._seen(batch)
-        batch.before = self.pass_state.capture(
-            self._random_states(),
-            self.index,
-            budget=sum(p.nbytes for p in self.parameters.trainable),
-        )
+        before = self.pass_state.capture(self._random_states(), self.index, self._copied_at_most)
+        batch.before = seen.before = before
         mend = self.changed_inputs.protect(batch)
         synced = is_last and self.scope == "global"
         with self.engine.gradients_only_for(self._chosen, self.parameters.trainable):
@@ -420,13 +416,22 @@ class SharpnessAwareUpdate:
     @contextlib.contextmanager
     def leaving_no_trace(self) -> Iterator[Snapshot]:
         """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
-        now = self.pass_state.capture(self._random_states())
+        now = self.pass_state.capture(self._random_states(), self.index, self._copied_at_most)
         self.is_repeating = True
         try:
             yield now
         finally:
             self.is_repeating = False
             self.pass_state.restore(now)
+
+    @property
+    def _copied_at_most(self) -> int:
+        """Bytes of frozen parameters that may be copied while passes are watched: those that a gradient takes anyway."""
+        return sum(p.nbytes for p in self.parameters.trainable)
+
+    def look_again(self, before: Snapshot) -> None:
+        """Called between the trainer's `model.train()` and the forward of a clean pass."""
+        self.pass_state.look_again(before, self._copied_at_most)
 
     def _random_states(self) -> RandomStates | None:
         return RandomStates(self._devices) if self.config.replay_rng else None
