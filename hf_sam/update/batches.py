@@ -31,8 +31,8 @@ class MicroBatch:
         accumulation_steps (`float`): Divides the loss of all other models.
         before (`Snapshot`, *optional*): What the clean pass started from.
         fraction (`float`, *optional*, defaults to 1.0): Share of the Trainer's micro-batch that this is.
-        weight (`float` or `Tensor`, *optional*, defaults to 1.0): Multiplies the loss, so that a part counts as its share
-            of the whole, or stands for the whole.
+        weights (`Mapping[str, float | Tensor]`, *optional*): For each way in which the losses of parts may add up, what
+            the loss is multiplied by so that a part counts as its share of the whole, or stands for the whole.
         kept (`Any`): What the clean pass leaves for a descent with a changed loss: the loss of each example, or what
             `Descent.keep` returned.
     """
@@ -42,7 +42,7 @@ class MicroBatch:
     accumulation_steps: float
     before: Snapshot | None = None
     fraction: float = 1.0
-    weight: float | Tensor = 1.0
+    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(ADDING_UP, 1.0))
     kept: Any = field(default=None, repr=False)
 
     def fresh_inputs(self) -> Any:
@@ -64,20 +64,26 @@ class MicroBatch:
         """Indices of parts of `m` examples each, the last one smaller where `m` does not divide."""
         return list(torch.arange(self.size or 0).split(m))
 
-    def part(self, indices: Tensor, adding_up: str) -> MicroBatch:
+    def part(self, indices: Tensor) -> MicroBatch:
         """The examples at `indices`, shape `(k,)`, weighted so that the parts' losses add up to the whole's."""
-        size, inputs = self.size, self.fresh_inputs()
-        _take(inputs, indices, size)
-        share = len(indices) / size
-        weight = {"sum": 1.0, "examples": share, "labelled": None}[adding_up]
-        weight = labelled_share(self.inputs, inputs) if weight is None else weight
-        return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weight=self.weight * weight)
+        return self._taken(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
 
-    def sample(self, indices: Tensor, adding_up: str) -> MicroBatch:
+    def sample(self, indices: Tensor) -> MicroBatch:
         """The examples at `indices`, their loss scaled to stand for the whole's."""
-        part = self.part(indices, adding_up)
-        part.weight = self.weight / labelled_share(self.inputs, part.inputs) if adding_up == "sum" else self.weight
-        return part
+        return self._taken(indices, lambda share, labelled: {"sum": 1 / labelled, "examples": 1.0, "labelled": 1.0})
+
+    def _taken(self, indices: Tensor, weights: Callable[[float, Any], dict[str, Any]]) -> MicroBatch:
+        inputs = self.fresh_inputs()
+        _take(inputs, indices, self.size)
+        share = len(indices) / self.size
+        factors = weights(share, labelled_share(self.inputs, inputs, share))
+        weights = {way: self.weights[way] * factor for way, factor in factors.items()}
+        return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weights=weights)
+
+    def times(self, factor: float) -> MicroBatch:
+        """The same batch, its loss multiplied by `factor`."""
+        weights = {way: weight * factor for way, weight in self.weights.items()}
+        return dataclasses.replace(self, weights=weights)
 
 
 class ChangedInputs:
@@ -166,11 +172,12 @@ def batch_size(inputs: Any) -> int | None:
     return max(dict.fromkeys(lengths), key=lengths.count) if lengths else None
 
 
-def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any]) -> Tensor | float:
-    """The share of the whole's labelled items that a part has; of its examples where labels are no tensor."""
-    if not isinstance(whole.get("labels"), Tensor):
-        return (batch_size(part) or 0) / batch_size(whole)
-    return part["labels"].ne(-100).sum() / whole["labels"].ne(-100).sum()
+def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], share: float) -> Tensor | float:
+    """The share of the whole's labelled items that a part has; `share`, that of its examples, where labels are no tensor."""
+    labels, own = (inputs.get("labels") if isinstance(inputs, Mapping) else None for inputs in (whole, part))
+    if not isinstance(labels, Tensor) or not isinstance(own, Tensor) or labels.dim() < 2:
+        return share
+    return own.ne(-100).sum().double() / labels.ne(-100).sum()
 
 
 def how_losses_add_up(

@@ -226,7 +226,7 @@ class PassState:
                 del own[name]
             own.update(snapshot.own)
         for tensor, _, value in snapshot.tensors:
-            if value is None:
+            if value is None or tensor.requires_grad:  # thawed since, and perturbed
                 continue
             if tensor.shape == value.shape:
                 tensor.detach().copy_(value)
@@ -238,8 +238,8 @@ class PassState:
 
 def _put_back(namespace: dict[str, Any], before: dict[str, Any]) -> None:
     mode = namespace.get("training")  # is the trainer's to set
-    for name in [name for name in namespace if name not in before]:
-        del namespace[name]
+    for name in [name for name, value in namespace.items() if name not in before and _is_data(value)]:
+        del namespace[name]  # but for what was set up once, such as the mark of installed hooks
     namespace.update(before)
     if mode is not None:
         namespace["training"] = mode
@@ -247,6 +247,10 @@ def _put_back(namespace: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _modules_differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
     return any(isinstance(value, nn.Module) and now.get(name) is not value for name, value in then.items())
+
+
+def _is_data(value: Any) -> bool:
+    return not isinstance(value, bool) and (isinstance(value, Tensor | int | float | complex) or is_looked_into(value))
 
 
 def _is_state(value: Any) -> bool:

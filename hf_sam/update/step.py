@@ -126,9 +126,12 @@ class SharpnessAwareUpdate:
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
         self._devices = list(dict.fromkeys(p.device for p in self.parameters.names))
         self._window: list[MicroBatch] = []
+        self._accumulated: Gradients = {}
         self._begins, self._micro = True, 0
         self._is_unsettled, self._looks_again = False, False
-        self._adding_up: str | None = None
+        # How the losses of parts make up a batch's; known when parts are first taken.
+        self.adding_up: str | None = None
+        self.adding_up_is_settled = False
         self._observed: Vector | None = None
         self._has_checked_shapes = False
 
@@ -173,18 +176,19 @@ class SharpnessAwareUpdate:
         m = self.config.m
         if m is None or (batch.size is not None and batch.size <= m):
             return self._two_pass_step(model, batch, is_last)
-        if self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, m)
-        parts = [batch.part(indices, self._adding_up) for indices in batch.chunks(m)]
+        self._find_how_parts_add_up(batch, m)
+        parts = [batch.part(indices) for indices in batch.chunks(m)]
         return torch.stack([self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]).sum()
 
     def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        accumulated = take_gradients(self.parameters.trainable) if self.scope == "micro" else {}
+        if self.scope == "micro" or not self._window:  # else p.grad holds the ascent gradient of this window so far
+            self._accumulated = take_gradients(self.parameters.trainable)
         clean_loss = self._ascent_pass(model, batch, is_last)  # g = grad L(w), in p.grad
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
             return clean_loss if self._sees_all else torch.zeros_like(clean_loss)
         window, self._window = self._window, []
+        accumulated, self._accumulated = self._accumulated, {}
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
         clean = self._vector(gradients).clone() if self.needs & Needs.CLEAN_GRADIENT else None
@@ -215,15 +219,14 @@ class SharpnessAwareUpdate:
         ascent = self.parts.ascent
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
         others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
-        if len(chosen) and len(others) and self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, max(1, batch.size // 2))
+        if len(chosen) and len(others):
+            self._find_how_parts_add_up(batch, max(1, batch.size // 2))
         losses = []
         if len(others):
-            rest = batch.part(others, self._adding_up) if len(chosen) else batch
+            rest = batch.part(others) if len(chosen) else batch
             losses.append(self._run_all(model, [rest.without(ascent.part)], synced=False))
         if len(chosen):
-            part = batch.part(chosen, self._adding_up) if len(others) else batch
-            part.weight = part.weight * ascent.tail_weight
+            part = (batch.part(chosen) if len(others) else batch).times(ascent.tail_weight)
             losses.append(self._two_pass_step(model, part.without(ascent.part), is_last))
         else:
             self._average(is_last)
@@ -376,9 +379,13 @@ class SharpnessAwareUpdate:
             indices = torch.arange(math.ceil(fraction * (size or 0)))
         if indices is None or (size and len(indices) == size):
             return batch
-        if self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
-        return batch.sample(indices, self._adding_up)
+        self._find_how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
+        return batch.sample(indices)
+
+    def _find_how_parts_add_up(self, batch: MicroBatch, size: int) -> None:
+        if not self.adding_up_is_settled:
+            self.adding_up_is_settled = True
+            self.adding_up = self._passes.how_parts_add_up(batch, size)
 
     def _descent_passes(self, model: nn.Module, window: list[MicroBatch], is_last: bool) -> Tensor:
         """The passes at `w + eps`, of the examples and the loss that the method descends on."""
@@ -391,12 +398,11 @@ class SharpnessAwareUpdate:
         size = batch.size
         if self.parts.descent.examples(torch.zeros(size or 0), torch.zeros(size or 0)) is None:
             return batch
-        if self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, max(1, size // 2))
+        self._find_how_parts_add_up(batch, max(1, size // 2))
         self.pass_state.restore(batch.before)
         after = self._passes.losses_of_examples(batch)
         self.cost.ascent_passes += FORWARD_SHARE * batch.fraction
-        return batch.sample(self.parts.descent.examples(batch.kept, after), self._adding_up)
+        return batch.sample(self.parts.descent.examples(batch.kept, after))
 
     def _run_all(self, model: nn.Module, window: list[MicroBatch], synced: bool, is_ascent: bool = False) -> Tensor:
         """Run the window as the clean pass saw it, if there was one; returns the sum of its losses.
@@ -566,6 +572,13 @@ class SharpnessAwareUpdate:
         self.telemetry.record(sam_perturbed_loss=losses["perturbed_loss"])
         if "clean_loss" in losses and self._sees_all and not self._descends_on_part:
             self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether passes may see parts of a batch."""
+        return (
+            not self._sees_all or self.config.m is not None or bool(self.needs & (Needs.SUBSET | Needs.UNEVEN_PASSES))
+        )
 
     @property
     def _descends_on_part(self) -> bool:
