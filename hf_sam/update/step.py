@@ -132,6 +132,7 @@ class SharpnessAwareUpdate:
         # How the losses of parts make up a batch's; known when parts are first taken.
         self.adding_up: str | None = None
         self.adding_up_is_settled = False
+        self._usable: list[Tensor] = []  # whether the ascent gradients of the present step were finite
         self._observed: Vector | None = None
         self._has_checked_shapes = False
 
@@ -330,7 +331,10 @@ class SharpnessAwareUpdate:
         if not self._is_unsettled:
             return
         self._is_unsettled = False
-        was_skipped = self.engine.may_skip_steps and self._passes.was_skipped()
+        was_skipped = False
+        if self.engine.may_skip_steps:  # the scaler has waited for the device already
+            was_skipped = self._passes.was_skipped() or not all(map(bool, self._usable))
+        self._usable.clear()
         self.memory.settle(was_skipped)
         # What a skipped step would have found out is looked for in the next one, not an interval later.
         self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
@@ -423,11 +427,11 @@ class SharpnessAwareUpdate:
     def leaving_no_trace(self) -> Iterator[Snapshot]:
         """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
         now = self.pass_state.capture(self._random_states(), self.index, self._copied_at_most)
-        self.is_repeating = True
+        was_repeating, self.is_repeating = self.is_repeating, True
         try:
             yield now
         finally:
-            self.is_repeating = False
+            self.is_repeating = was_repeating
             self.pass_state.restore(now)
 
     @property
@@ -503,6 +507,7 @@ class SharpnessAwareUpdate:
         is_usable = torch.isfinite(size) & (size > 0)
         if norm is not None:
             is_usable &= torch.isfinite(norm)
+            self._usable.append(torch.isfinite(norm))
         return eps.where(is_usable)
 
     def _add_weight_decay(self, g: Vector) -> None:

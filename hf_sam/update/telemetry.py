@@ -97,7 +97,7 @@ class Stopwatch:
         self._pending.append((self._start, self._now()))
         if len(self._pending) >= MOST_PENDING:  # read those that are over; wait only for a device that lags far behind
             running = (i for i, (_, end) in enumerate(self._pending) if not end.query())
-            self._read(max(next(running, len(self._pending)), len(self._pending) - 2 * MOST_PENDING))
+            self._read(max(next(running, len(self._pending)), MOST_PENDING // 2))
 
     def reset(self) -> None:
         """Forget what was measured so far."""
