@@ -123,6 +123,7 @@ class SharpnessAwareUpdate:
         self._window: list[MicroBatch] = []
         self._begins, self._micro = True, 0
         self._is_unsettled, self._looks_again = False, False
+        self._has_overflowed: Tensor | None = None  # an ascent pass of this step, under fp16
         self._adding_up: str | None = None
         self._observed: Vector | None = None
         self._has_checked_shapes = False
@@ -299,11 +300,14 @@ class SharpnessAwareUpdate:
         return self._sees_all and len(self._chosen) == len(self.parameters.trainable)
 
     def settle(self) -> None:
-        """Between two steps: keep what the last one has left in memory, unless the optimizer skipped it."""
+        """Between two steps: keep what the last one has left in memory, unless a pass of it overflowed."""
         if not self._is_unsettled:
             return
         self._is_unsettled = False
         was_skipped = self.engine.may_skip_steps and self._passes.was_skipped()
+        if self._has_overflowed is not None:  # the optimizer may have stepped all the same, along a finite g_s
+            was_skipped |= bool(self._has_overflowed)
+            self._has_overflowed = None
         self.memory.settle(was_skipped)
         # What a skipped step would have found out is looked for in the next one, not an interval later.
         self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
@@ -427,6 +431,9 @@ class SharpnessAwareUpdate:
         ascent = self.parts.ascent
         step = self._step(self.rho / ascent.ascent_steps)
         norm = g.norm()
+        if self.engine.may_skip_steps and self.memory.names:
+            overflows = ~torch.isfinite(norm)
+            self._has_overflowed = overflows if self._has_overflowed is None else self._has_overflowed | overflows
         if is_first and self._is_measured and self._wants_copy:
             self._observed = g.clone()
         if getattr(ascent, "weight_decay_in_ascent", False):
