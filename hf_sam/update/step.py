@@ -132,7 +132,7 @@ class SharpnessAwareUpdate:
         # How the losses of parts make up a batch's; known when parts are first taken.
         self.adding_up: str | None = None
         self.adding_up_is_settled = False
-        self._usable: list[Tensor] = []  # whether the ascent gradients of the present step were finite
+        self._has_overflowed: Tensor | None = None  # an ascent pass of this step, under fp16
         self._observed: Vector | None = None
         self._has_checked_shapes = False
 
@@ -327,14 +327,14 @@ class SharpnessAwareUpdate:
         return self._sees_all and len(self._chosen) == len(self.parameters.trainable)
 
     def settle(self) -> None:
-        """Between two steps: keep what the last one has left in memory, unless the optimizer skipped it."""
+        """Between two steps: keep what the last one has left in memory, unless a pass of it overflowed."""
         if not self._is_unsettled:
             return
         self._is_unsettled = False
-        was_skipped = False
-        if self.engine.may_skip_steps:  # the scaler has waited for the device already
-            was_skipped = self._passes.was_skipped() or not all(map(bool, self._usable))
-        self._usable.clear()
+        was_skipped = self.engine.may_skip_steps and self._passes.was_skipped()
+        if self._has_overflowed is not None:  # the optimizer may have stepped all the same, along a finite g_s
+            was_skipped |= bool(self._has_overflowed)
+            self._has_overflowed = None
         self.memory.settle(was_skipped)
         # What a skipped step would have found out is looked for in the next one, not an interval later.
         self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
@@ -468,6 +468,9 @@ class SharpnessAwareUpdate:
         ascent = self.parts.ascent
         step = self._step(self.rho / ascent.ascent_steps)
         norm = g.norm()
+        if self.engine.may_skip_steps and self.memory.names:
+            overflows = ~torch.isfinite(norm)
+            self._has_overflowed = overflows if self._has_overflowed is None else self._has_overflowed | overflows
         if is_first and self._is_measured and self._wants_copy:
             self._observed = g.clone()
         if getattr(ascent, "weight_decay_in_ascent", False):
@@ -507,7 +510,6 @@ class SharpnessAwareUpdate:
         is_usable = torch.isfinite(size) & (size > 0)
         if norm is not None:
             is_usable &= torch.isfinite(norm)
-            self._usable.append(torch.isfinite(norm))
         return eps.where(is_usable)
 
     def _add_weight_decay(self, g: Vector) -> None:

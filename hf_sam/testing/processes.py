@@ -1,0 +1,169 @@
+"""Runs of methods on several processes of this machine, users' classes included."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SAMConfig
+from ..methods.base import Ascent, Descent
+
+# How long processes may take together before they are taken to wait for each other.
+SECONDS = 300
+# For one of them, after another has ended.
+SECONDS_ALONE = 30
+Key = tuple[str, str]
+
+
+class CannotSend(Exception):
+    """Another process cannot come by a class; the message says why."""
+
+
+@dataclasses.dataclass
+class Sent:
+    """An object of a user's class, for another process: where the class is, and the fields."""
+
+    module: str
+    file: str | None
+    name: str
+    fields: dict[str, Any]
+
+    @classmethod
+    def of(cls, part: Ascent | Descent) -> Sent:
+        """Raises `CannotSend` where the class has no name in a file."""
+        kind = type(part)
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if "<locals>" in kind.__qualname__:
+            raise CannotSend(f"{kind.__name__} is defined inside a function: define it at the top of a file")
+        if file is None or not Path(file).is_file():
+            raise CannotSend(f"{kind.__name__} is defined in no file")
+        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        return cls(kind.__module__, str(Path(file).resolve()), kind.__qualname__, fields)
+
+    def make(self) -> Ascent | Descent:
+        """The object."""
+        if self.module == "__main__":  # a script: import it under another name, as multiprocessing does
+            module = sys.modules.get("__mp_main__") or _import_file("__mp_main__", self.file)
+        else:
+            try:
+                module = importlib.import_module(self.module)
+            except ImportError:
+                module = _import_file(self.module, self.file)
+        found: Any = module
+        for part in self.name.split("."):
+            found = getattr(found, part)
+        return found(**self.fields)
+
+
+def _import_file(name: str, file: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def packed(config: SAMConfig) -> bytes:
+    """A configuration, for `unpacked` in another process.
+
+    Raises:
+        CannotSend: A class of the user's, or the value of a field, cannot be sent.
+    """
+    values = {name: getattr(config, name) for name in config.fields() if getattr(config, name) is not None}
+    values |= {name: Sent.of(values[name]) for name in ("ascent", "descent") if name in values}
+    try:
+        return pickle.dumps(values)
+    except Exception as error:
+        raise CannotSend(f"a field cannot be sent to another process ({error})") from error
+
+
+def unpacked(text: bytes) -> SAMConfig:
+    """The inverse of `packed`."""
+    values = pickle.loads(text)
+    return SAMConfig(**{name: value.make() if isinstance(value, Sent) else value for name, value in values.items()})
+
+
+def run_on_processes(
+    runs: Mapping[Key, tuple[SAMConfig, dict]], folder: Path, processes: int
+) -> tuple[dict[Key, list[list[Tensor]]], dict[str, str]]:
+    """Make every run on `processes` processes, over gloo.
+
+    Returns:
+        The weights after each step, for each rank, by run; and why what was not sent was not.
+
+    Raises:
+        AssertionError: A process ended with an error, or they wait for each other.
+    """
+    jobs, unsent = {}, {}
+    for key, (config, options) in runs.items():
+        try:
+            jobs[key] = packed(config), options
+        except CannotSend as reason:
+            unsent[key[0]] = str(reason)
+    if not jobs:
+        return {}, unsent
+    (folder / "jobs").write_bytes(pickle.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    path = os.pathsep.join(dict.fromkeys(str(Path(entry).resolve()) for entry in sys.path))
+    common = {**os.environ, **world, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    common["OMP_NUM_THREADS"] = "1"
+    started = []
+    for rank in range(processes):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+        command = [sys.executable, "-m", "hf_sam.testing.worker", str(folder)]
+        with (folder / f"{rank}.log").open("w") as log:
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        failure = _wait(started)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    if failure is not None:
+        raise AssertionError(_explained(folder, processes, failure))
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    return {key: [rank[key] for rank in found] for key in jobs}, unsent
+
+
+def _wait(started: list[subprocess.Popen]) -> str | None:
+    """Until all have ended; returns what went wrong."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        codes = [process.poll() for process in started]
+        if all(code == 0 for code in codes):
+            return None
+        if any(codes):
+            return "a process ended with an error"
+        if 0 in codes:
+            deadline = min(deadline, time.monotonic() + SECONDS_ALONE)
+        if time.monotonic() > deadline:
+            return "processes wait for each other"
+        time.sleep(0.05)
+
+
+def _explained(folder: Path, processes: int, failure: str) -> str:
+    names = {path.read_text() for path in folder.glob("*.running")}
+    lines = []
+    for rank in range(processes):
+        log = (folder / f"{rank}.log").read_text().strip().splitlines()
+        lines += [f"rank {rank}: {line}" for line in log[-12:]]
+    return (
+        f"{', '.join(sorted(names))}: {failure}. Every rank has to make the same passes; an ascent that returns None on some of "
+        "them declares may_skip = True.\n" + "\n".join(lines)
+    )
