@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     model_args, data_args, lm_args, run_args, sam_args, args = parse_arguments(
         [ModelArguments, DataArguments, LanguageArguments, RunArguments, SAMArguments, SFTConfig], argv
     )
-    sam_config = sam_args.to_config()
-    prepare(args, run_args)
+    sam_config = prepare(args, run_args, sam_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, columns = read_data(data_args, lm_args)

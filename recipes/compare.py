@@ -18,17 +18,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shared.arguments import parse_arguments
+from shared.arguments import parse_arguments, read_layers
 from shared.errors import UserError, run
 from transformers import TrainingArguments
 
 from hf_sam.comparison.execution import end_with, end_with_parent, execute
 from hf_sam.comparison.foreign import find_foreign_records
-from hf_sam.comparison.plan import AVERAGE_KEYS, Plan, Run, command_line, describe, final_runs, mean_passes, read_plan
+from hf_sam.comparison.method_settings import explain, merge
+from hf_sam.comparison.plan import Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
 from hf_sam.comparison.records import write_json
 from hf_sam.comparison.report import write_report
 from hf_sam.comparison.results import BUDGETS
 from hf_sam.comparison.worker import Workshop, counts, estimate, records_of, retry_failed, work
+from hf_sam.config import SAMConfig
 
 RECIPES = Path(__file__).parent
 PLAN_NAME = "comparison.json"
@@ -64,7 +66,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     for word in args.set:
         if "=" not in word:
             raise UserError(f"--set takes key=value pairs, not {word!r}.")
-    settings = {**plan.settings, **dict(word.split("=", 1) for word in args.set)}
+    given = dict(word.split("=", 1) for word in args.set)
+    settings = merge([("settings of the study", plan.settings), ("--set", given)]).values
     return dataclasses.replace(plan, seeds=args.seeds or plan.seeds, settings=settings)
 
 
@@ -78,38 +81,40 @@ def open_workshop(plan: Plan) -> Workshop:
     parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
 
     def passes(task: str, arm: str) -> float:
-        args, sam_config = parsed[task, arm]
+        args, sam_config, _ = parsed[task, arm]
         steps = args.max_steps if args.max_steps > 0 else 1000  # with epochs, only the share of steps matters
         return mean_passes(sam_config, steps, args.get_warmup_steps(steps))
 
     def length(run: Run) -> dict[str, Any]:
-        args, _ = parsed[run.task, run.arm]
+        args, *_ = parsed[run.task, run.arm]
         return {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
 
-    return Workshop(plan, final_runs(plan, passes), length, RECIPES)
+    in_force = {key: words for key, (*_, words) in parsed.items()}
+    return Workshop(plan, final_runs(plan, passes), length, RECIPES, in_force)
 
 
-def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, Any]:
-    """What the recipe makes of an arm under every condition; returns its training and its SAM arguments."""
-    settings = plan.tasks[task].get("settings") or {}
-    overrides = {key: value for key, value in plan.arms[arm].items() if key not in AVERAGE_KEYS}
+def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMConfig, str]:
+    """
+    What the recipe makes of an arm under every condition; returns its training arguments, its SAM configuration, and
+    the latter in words.
+    """
     types = argument_types(plan.tasks[task]["recipe"])
-    for name, condition in plan.conditions.items():
-        words = command_line(
-            plan.tasks[task].get("config"), {**plan.settings, **settings, **condition, **overrides}, plan.output_dir
-        )
+    config = plan.tasks[task].get("config")
+    for name in plan.conditions:
+        layers = layers_of(plan, task, name, arm)
         try:
-            parsed = parse_arguments(types, words)
-            by_name = {kind.__name__: values for kind, values in zip(types, parsed, strict=True)}
-            sam_config = by_name.pop("SAMArguments").to_config()
+            parsed = parse_arguments(types, command_line(config, merge(layers).values, plan.output_dir))
+            sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
+            sam_config = sam_args.to_config()
+            in_force = explain(sam_config, merge([*(read_layers(Path(config)) if config else []), *layers]))
         except (UserError, ValueError) as error:
             raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error
-    named = [key for key in overrides if key.startswith("sam_") and key != "sam_rho"]
+    named = [key for key in plan.arms[arm] if key.startswith("sam_") and key != "sam_rho"]
     if named and sam_config.rho == 0:
         raise UserError(
             f"arm {arm}: {', '.join(named)} does nothing while sam_rho is 0, as the base has it; give sam_rho."
         )
-    return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config
+    return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
 
 
 @lru_cache
@@ -121,7 +126,7 @@ def argument_types(recipe: str) -> tuple[type, ...]:
         UserError: There is no such recipe.
     """
     if not (RECIPES / f"{recipe}.py").is_file():
-        there = sorted(path.stem for path in RECIPES.glob("*.py") if "SAMArguments" in path.read_text())
+        there = sorted(path.stem for path in RECIPES.glob("*.py") if "import SAMTrainer" in path.read_text())
         raise UserError(f"recipe {recipe!r} does not exist. There are: {', '.join(there)}.")
     module = importlib.import_module(recipe)
     asked: list[type] = []
@@ -199,13 +204,22 @@ def print_plan(workshop: Workshop, workers: int) -> None:
         first = {run.budget: run for run in workshop.runs if run.arm == arm}
         for budget, run_ in first.items():
             name = " and ".join(BUDGETS[part] for part in budget.split("+"))
-            settings = ", ".join(f"{key}={value}" for key, value in plan.arms[arm].items()) or "as the base"
-            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings))
+            others = {key: value for key, value in plan.arms[arm].items() if not key.startswith("sam_")}
+            settings = ", ".join(f"{key}={value}" for key, value in others.items())
+            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings or "as the base"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(f"{plan.name}: {plan.question.treatment} against {plan.question.control}, by {plan.question.metric}")
     print(f"tasks {', '.join(plan.tasks)}; conditions {', '.join(plan.conditions)}; seeds {plan.seeds}")
     for row in rows:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    print("SAM in force, and where each value comes from:")
+    for arm in plan.arms:
+        told: dict[str, list[str]] = {}
+        for task in plan.tasks:
+            told.setdefault(workshop.in_force[task, arm], []).append(task)
+        for words, tasks in told.items():
+            where = f" on {', '.join(tasks)}" if len(told) > 1 else ""
+            print(f"  {arm}{where}: {words}")
     trials = f" and {count['trials']} trials" if count["trials"] else ""
     print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
 

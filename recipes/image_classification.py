@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
     model_args, data_args, image_args, run_args, sam_args, args = parse_arguments(
         [ModelArguments, DataArguments, ImageArguments, RunArguments, SAMArguments, TrainingArguments], argv
     )
-    sam_config = sam_args.to_config()
-    prepare(args, run_args)
+    sam_config = prepare(args, run_args, sam_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, image_column, label_column, names = read_data(data_args, image_args)

@@ -1,6 +1,6 @@
 """Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number; texts or pairs.
 
-    accelerate launch recipes/text_classification.py configs/text_classification/glue_mrpc.yaml --sam_rho 0.01
+    accelerate launch recipes/text_classification.py configs/text_classification/glue_mrpc.yaml --sam_method asam
 
 `--sam_rho 0` is the baseline with the same script and configuration.
 """
@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
     model_args, data_args, text_args, run_args, sam_args, args = parse_arguments(
         [ModelArguments, DataArguments, TextArguments, RunArguments, SAMArguments, TrainingArguments], argv
     )
-    sam_config = sam_args.to_config()
-    prepare(args, run_args)
+    sam_config = prepare(args, run_args, sam_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, texts, label_column, problem_type, names = read_data(data_args, text_args)

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class Workshop:
         runs (`list[Run]`): The final runs, see `final_runs`.
         length (`Callable[[Run], dict]`): `max_steps` or `num_train_epochs` that the recipe has before a budget applies.
         recipes (`Path`): Where the recipes are.
+        in_force (`dict[tuple[str, str], str]`, *optional*): The SAM configuration of each task and arm, in words.
     """
 
     plan: Plan
     runs: list[Run]
     length: Callable[[Run], dict[str, Any]]
     recipes: Path
+    in_force: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self):
         self._ended: dict[Path, RunRecord] = {}

@@ -20,7 +20,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.comparison.fingerprints import describe_data
 from hf_sam.comparison.records import RECORD_NAME, RunRecord, recording
+from hf_sam.config import SAMConfig
 
+from .arguments import SAMArguments
 from .data import Splits
 from .errors import UserError
 from .metrics import class_probabilities, logits_of
@@ -30,15 +32,19 @@ logger = logging.getLogger(__name__)
 Table = Callable[[Any, np.ndarray], dict[str, Any]]
 
 
-def prepare(args: TrainingArguments, run_args: RunArguments) -> None:
+def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArguments) -> SAMConfig:
     """
-    Seed, quieten what should be quiet, and settle which checkpoint training goes on from.
+    Seed, quieten what should be quiet, and settle which checkpoint training goes on from. Prints the SAM configuration
+    in force, which it returns.
 
     `resume_from_checkpoint` may be `"auto"`: the last complete checkpoint in `output_dir`, none if there is none.
 
     Raises:
         UserError: `output_dir` cannot be used, or holds checkpoints that nothing is said about.
     """
+    sam_config = sam_args.to_config()
+    if args.process_index == 0:
+        print(f"SAM: {sam_args.explain()}", flush=True)
     if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -69,6 +75,7 @@ def prepare(args: TrainingArguments, run_args: RunArguments) -> None:
             f"output_dir={folder} already holds {checkpoints[-1].name}. Go on from it by --resume_from_checkpoint auto, "
             f"start anew by --overwrite_output_dir true, or name another folder."
         )
+    return sam_config
 
 
 def last_complete_checkpoint(folder: Path, args: TrainingArguments) -> str | None:

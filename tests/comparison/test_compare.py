@@ -96,6 +96,27 @@ def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(study, tmp_path, capsys):
+    arms = {
+        "adamw": {"sam_rho": 0},
+        "sam": {"sam_rho": 0.05},
+        "asam": {"sam_method": "asam"},
+        "msam": {"sam_method": "msam", "sam_rho": 0.2},
+    }
+    path = study(arms=arms, settings={**STUDY["settings"], "sam_rho": 0.01})
+    compare.main([path, "--output_dir", str(tmp_path / "out"), "--plan"])
+    printed = capsys.readouterr().out
+    assert "adamw: no SAM: rho 0 (arm adamw)" in printed
+    assert "sam: method sam (default), rho 0.05 (arm sam)\n" in printed
+    assert "asam: method asam (arm asam), rho 0.5 (default of asam)" in printed
+    assert "left out: sam_rho=0.01 of settings of the study, which was for sam" in printed
+    assert "msam: method msam (arm msam), rho 0.2 (arm msam)" in printed
+    workshop = compare.open_workshop(compare.plan_of(compare.build_parser().parse_args([path])))
+    made = {run.arm: " ".join(workshop.job(run)["argv"]) for run in workshop.runs}
+    assert "--sam_rho" not in made["asam"]
+    assert "--sam_rho=0.2" in made["msam"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -104,7 +125,7 @@ def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
             "arm sam: 'sam_rhoo' is no argument of this recipe. Did you mean 'sam_rho'",
         ),
         ({"arms": {"sam": {"sam_rho": -1}}}, "arm sam: .*rho=-1"),
-        ({"arms": {"sam": {"sam_method": "asam"}}}, "arm sam: sam_method does nothing while sam_rho is 0"),
+        ({"arms": {"sam": {"sam_scope": "micro"}}}, "arm sam: sam_scope does nothing while sam_rho is 0"),
         ({"arms": {"sam": {"sam_method": "sma"}}}, "arm sam: sam_method='sma' is unknown. Did you mean 'sam'"),
         ({"conditions": {"noise": {"label_noise": 1.5}}}, "condition noise, arm adamw: label_noise=1.5"),
         ({"recipe": "digits"}, "recipe 'digits' does not exist. There are: .*image_classification"),

@@ -55,6 +55,7 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/all_results.json").read_text())["sam_passes"] == 2
     assert "test metrics" in done.stdout
+    assert "SAM: method sam (default), rho 0.01 (command line)\n" in done.stdout
     assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
 
 
