@@ -154,6 +154,8 @@ def value_of(run: RunRecord, name: str) -> float | None:
         name = name.removeprefix("gap.")
         train, test = run.metrics.get(f"train_{name}"), run.metrics.get(name)
         return train - test if train is not None and test is not None else None
+    if name in ("passes", "seconds", "samples_per_second") and not run.has_whole_costs:
+        return None
     if name in ("steps", "passes", "seconds", "samples_per_second", "peak_memory"):
         return getattr(run, name)
     return run.metrics.get(name)

@@ -285,9 +285,7 @@ def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
 
 def passes_spent(record: RunRecord) -> float:
     """Gradient passes of one phase, as its trainer counted them."""
-    if not record.steps or record.passes is None:
-        return 0.0
-    return record.passes / record.steps * (record.steps - (record.resumed_from or 0))
+    return record.segments[-1]["passes"] if record.segments else 0.0
 
 
 def _remove_checkpoints(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from .document import Block, Listing
+from .records import OPEN
 from .results import count_trials, in_budget, is_trial, metric_of, pairing_problems
 from .study import Study
 
@@ -65,16 +66,25 @@ def _about_runs(study: Study) -> list[str]:
     found = []
     if status["failed"]:
         found.append(f"{status['failed']} runs failed; they are listed with their errors and count nowhere.")
-    if status["running"] or study.missing:
-        found.append(f"{status['running']} runs are unfinished and {study.missing} have not begun: this is a part.")
+    unfinished = sum(status[name] for name in OPEN)
+    if unfinished or study.missing:
+        found.append(f"{unfinished} runs are unfinished and {study.missing} have not begun: this is a part.")
     if status["foreign"]:
         found.append(
             f"{status['foreign']} runs were written by something else. They are shown beside the others but not "
             f"paired or tested, since nothing says that they had the same head, order, noise and splits."
         )
-    resumed = sum(run.resumed_from is not None for run in study.records)
+    resumed = [run for run in study.records if run.resumed_from is not None]
     if resumed:
-        found.append(f"{resumed} runs were interrupted and resumed: their seconds and passes are those of the rest.")
+        parts = sum(not run.has_whole_costs for run in resumed)
+        found.append(
+            f"{_runs(len(resumed))} interrupted and resumed: seconds and passes are the sums of the parts"
+            + (
+                f", but for {parts}, whose earlier parts are not known and which are left out of timings."
+                if parts
+                else "."
+            )
+        )
     without = [run for run in study.records if run.status == "finished" and run.metrics.get(metric) is None]
     if without:
         found.append(f"{len(without)} finished runs have no finite {metric_of(metric).label} and count nowhere.")
@@ -105,6 +115,10 @@ def _about_machines(study: Study) -> list[str]:
         if len(values) > 1:
             found.append(f"The runs come from {len(values)} {what}.")
     return found
+
+
+def _runs(count: int) -> str:
+    return "1 run was" if count == 1 else f"{count} runs were"
 
 
 def _shortened(messages: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .claims import Claims
 from .execution import JOB_NAME, LOG_NAME, exit_code, is_running, mark_failed, start, stop
 from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
-from .records import RECORD_NAME, RecordError, RunRecord, read_record, write_json
+from .records import OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
 from .tuning import best_trial, next_settings
 
 logger = logging.get_logger(__name__)
@@ -234,7 +234,7 @@ def estimate(workshop: Workshop) -> tuple[float, int] | None:
     rest = 0.0
     for run in workshop.all_runs():
         record = workshop.record(run)
-        if record is None or record.status == "running":
+        if record is None or record.status in OPEN:
             rest += run.cost
         elif record.status == "finished" and record.resumed_from is None:
             spent += _seconds(record)
@@ -254,7 +254,7 @@ def counts(workshop: Workshop) -> dict[str, int]:
     for run in workshop.all_runs():
         record = workshop.record(run)
         found["trials"] += run.trial is not None
-        found["waiting" if record is None else "begun" if record.status == "running" else record.status] += 1
+        found["waiting" if record is None else "begun" if record.status in OPEN else record.status] += 1
     return found
 
 

@@ -10,10 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hf_sam
+from hf_sam.comparison.records import RunFinishedError
 
 
 class UserError(Exception):
     """Something the user can put right; the message names the field, what is allowed, and the remedy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; the message says where the run stands and how to go on."""
 
 
 @contextmanager
@@ -42,14 +47,23 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
 def run(main: Callable[[], object]) -> None:
     """
     Run a recipe's `main` as a program: a `UserError`, or a `ValueError` that hf_sam raises about its configuration, is
-    printed by the first process as one line, and the exit code is 2. Anything else is a bug and keeps its traceback.
+    printed by the first process as one line, and the exit code is 2; Ctrl-C too, with 130. A run that is finished already
+    is no mistake. Anything else is a bug and keeps its traceback.
     """
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
         main()
+    except RunFinishedError as error:
+        if is_first:
+            print(one_line(error))
+    except KeyboardInterrupt as error:
+        if is_first:
+            print(f"\n{one_line(error) if str(error) else 'Interrupted.'}", file=sys.stderr)
+        sys.exit(130)
     except (UserError, ValueError) as error:
         if not isinstance(error, UserError) and not _raised_by_hf_sam(error):
             raise
-        if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+        if is_first:
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +18,24 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.comparison.fingerprints import describe_data
-from hf_sam.comparison.records import RECORD_NAME, RunRecord, recording
+from hf_sam.comparison.records import RECORD_NAME, RecordError, RunRecord, read_record, recording
 from hf_sam.config import SAMConfig
 
 from .arguments import SAMArguments
 from .data import Splits
-from .errors import UserError
+from .errors import Interrupted, UserError, one_line
 from .metrics import class_probabilities, logits_of
 from .options import DataArguments, RunArguments
 
 logger = logging.getLogger(__name__)
+LOCK_NAME = "_run.lock"  # what begins with an underscore does not go to the hub
+LOCK_SECONDS = 6.0  # workers of a DataLoader outlive a killed run by five seconds
+_LOCKS: dict[Path, FileLock] = {}
 Table = Callable[[Any, np.ndarray], dict[str, Any]]
 
 
@@ -55,11 +62,14 @@ def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArgume
     folder = Path(args.output_dir)
     if folder.is_file():
         raise UserError(f"output_dir={folder} is a file; name a folder.")
+    if args.process_index == 0:
+        lock_folder(folder)
     checkpoints = sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
     if run_args.overwrite_output_dir:
         if args.resume_from_checkpoint:
             raise UserError("Give resume_from_checkpoint or overwrite_output_dir, not both.")
         if args.process_index == 0:
+            (folder / RECORD_NAME).unlink(missing_ok=True)
             for checkpoint in checkpoints:
                 shutil.rmtree(checkpoint)
     elif args.resume_from_checkpoint in ("auto", "true", "True"):
@@ -75,7 +85,49 @@ def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArgume
             f"output_dir={folder} already holds {checkpoints[-1].name}. Go on from it by --resume_from_checkpoint auto, "
             f"start anew by --overwrite_output_dir true, or name another folder."
         )
+    elif is_finished(folder):
+        raise UserError(
+            f"output_dir={folder} holds a finished run: start anew by --overwrite_output_dir true, or name another folder."
+        )
     return sam_config
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder has the record of a run that came to its end."""
+    try:
+        return read_record(folder / RECORD_NAME).status == "finished"
+    except RecordError:
+        return False
+
+
+def lock_folder(folder: Path) -> None:
+    """
+    Keep other runs out of `output_dir` until this process ends. The system gives the lock up with the process, however
+    that ends, so that none is ever stale; `_run.owner` says who has it.
+
+    Raises:
+        UserError: Another run has it; the message says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    try:
+        lock = _LOCKS.setdefault(
+            path.resolve(), FileLock(path, thread_local=False)
+        )  # one that is collected is released
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        try:
+            owner = path.with_suffix(".owner").read_text(encoding="utf-8").strip()
+        except OSError:
+            owner = "another process"
+        raise UserError(
+            f"output_dir={folder} is in use by {owner}. Wait for that run or end it, or name another folder."
+        ) from None
+    except (NotImplementedError, OSError) as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): start no second run in it.", folder, one_line(error))
+        return
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    path.with_suffix(".owner").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
 
 
 def last_complete_checkpoint(folder: Path, args: TrainingArguments) -> str | None:
@@ -133,12 +185,14 @@ def check_training_arguments(args: TrainingArguments, data_args: DataArguments, 
 
 def train(trainer: Trainer) -> None:
     """
-    Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. Timings and
-    `train_loss` cover, as the Trainer has it, the steps of this call: a resumed run counts those since its checkpoint.
+    Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. After a resume, time
+    and `train_loss` are those of the whole run where the checkpoint says what the steps before it took.
     """
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    ended = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
+    metrics |= {name: ended[name] for name in metrics.keys() & ended.keys()}
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
 
 
 @contextmanager
@@ -166,9 +220,21 @@ def recorded(
         arm=run_args.arm or arm,
         condition=run_args.condition or noise,
         budget=run_args.budget,
+        data={name: describe_data(split) for name, split in splits.items()},
     ) as record:
-        record.data = {name: describe_data(split) for name, split in splits.items()}
-        yield record
+        try:
+            yield record
+        except KeyboardInterrupt:
+            raise Interrupted(_where_it_stands(trainer)) from None
+
+
+def _where_it_stands(trainer: Trainer) -> str:
+    """What is left of a run that was stopped, and how to go on."""
+    line = f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}."
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir), trainer.args)
+    if checkpoint is None:
+        return f"{line} No checkpoint had been written (save_strategy, save_steps): the same command begins anew."
+    return f"{line} The same command with --resume_from_checkpoint auto goes on from {checkpoint}."
 
 
 def evaluate(trainer: Trainer, split: Any, name: str, table: Table | None = None) -> dict[str, float]:

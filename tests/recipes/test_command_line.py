@@ -108,3 +108,40 @@ def test_killed_and_resumed_by_the_same_command_is_the_uninterrupted_run(tmp_pat
     results = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, broken)]
     assert results[0]["test_nll"] == results[1]["test_nll"]
     assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-4)
+    record = json.loads((broken / "run_record.json").read_text())
+    assert record["passes"] == 400
+    assert sum(part["end"] - part["begin"] for part in record["segments"]) == 200
+    again = finished(command(*words, f"--output_dir={broken}"))  # as a requeued job
+    assert again.returncode == 0
+    assert "finished after 200 steps. Nothing to do." in again.stdout
+    assert json.loads((broken / "run_record.json").read_text()) == record
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_refused_and_ctrl_c_ends_the_first_in_a_line(tmp_path):
+    (tmp_path / "data").mkdir()
+    stand_ins.write("images", tmp_path / "data")
+    words = ["recipes/image_classification.py", f"--dataset={tmp_path / 'data'}", "--model_type=vit", "--sam_rho=0.1"]
+    words += [f"--config_overrides={VIT}", "--max_steps=100000", *QUIET[:-1], "--save_steps=50"]
+    words += [f"--output_dir={tmp_path / 'out'}", "--save_total_limit=1"]
+    with open(tmp_path / "errors.txt", "w") as errors:
+        process = subprocess.Popen(
+            command(*words), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=errors
+        )
+    try:
+        while not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = finished(command(*words, "--overwrite_output_dir=true"))
+        assert second.returncode == 2
+        assert f"is in use by process {process.pid} on " in second.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    printed = (tmp_path / "errors.txt").read_text()
+    assert "Traceback" not in printed
+    assert "--resume_from_checkpoint auto goes on from" in printed.splitlines()[-1]
+    assert json.loads((tmp_path / "out/run_record.json").read_text())["status"] == "interrupted"
