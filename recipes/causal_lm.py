@@ -17,7 +17,7 @@ from shared.arguments import SAMArguments, parse_arguments
 from shared.data import Splits, load_splits, make_splits, public_name
 from shared.errors import UserError, as_user_error, run
 from shared.language import COMPLETION, CONVERSATION, TokenWeightedEvaluation, pick_format, tokenize_texts
-from shared.metrics import hub_metrics, perplexity_metrics
+from shared.metrics import LANGUAGE, hub_metrics, perplexity_metrics
 from shared.models import check_max_length, load_config, load_model, load_tokenizer
 from shared.options import DataArguments, ModelArguments, RunArguments, option
 from shared.running import (
@@ -44,6 +44,7 @@ try:
 except ImportError:  # the plain Trainer needs no TRL
     SFTConfig, SFTTrainer = TrainingArguments, None
 
+METRICS = LANGUAGE  # of the test split
 TRAINERS = ("sft", "plain")
 
 

@@ -13,20 +13,21 @@ import dataclasses
 import importlib
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from shared.arguments import parse_arguments, read_layers
-from shared.errors import UserError, run
+from shared.errors import UserError, did_you_mean, run
 from transformers import TrainingArguments
 
-from hf_sam.comparison.execution import end_with, end_with_parent, execute
+from hf_sam.comparison.execution import LOG_NAME, end_with, end_with_parent, execute
 from hf_sam.comparison.foreign import find_foreign_records
 from hf_sam.comparison.method_settings import explain, merge
 from hf_sam.comparison.plan import Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
-from hf_sam.comparison.records import write_json
+from hf_sam.comparison.records import RunRecord, write_json
 from hf_sam.comparison.report import write_report
 from hf_sam.comparison.results import BUDGETS
 from hf_sam.comparison.worker import Workshop, counts, estimate, records_of, retry_failed, work
@@ -34,6 +35,7 @@ from hf_sam.config import SAMConfig
 
 RECIPES = Path(__file__).parent
 PLAN_NAME = "comparison.json"
+MAX_REASONS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -55,9 +57,26 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if not args.report:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
         make_all(args, workshop)
-    report = report_on(workshop, args.foreign)
+    failures = describe_failures(workshop)
+    report = report_on(workshop, args.foreign, failures)
     print(f"\nReport: {report}")
+    if failures and not args.report:
+        raise UserError(failures)
     return report
+
+
+def describe_failures(workshop: Workshop) -> str:
+    """How many runs failed, why, and what to do about it; empty where none did."""
+    failed = [record for record in records_of(workshop) if record.status == "failed"]
+    if not failed:
+        return ""
+    reasons = Counter(_why(record) for record in failed)
+    listed = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.most_common(MAX_REASONS))
+    total = sum(counts(workshop)[name] for name in ("finished", "failed", "begun", "waiting"))
+    return (
+        f"{len(failed)} of {total} runs failed: {listed}. The whole story is in {failed[0].path.parent}/{LOG_NAME}; "
+        f"mend the cause and repeat the command with --retry_failed."
+    )
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -109,12 +128,31 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
             in_force = explain(sam_config, merge([*(read_layers(Path(config)) if config else []), *layers]))
         except (UserError, ValueError) as error:
             raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error
+    check_metric(plan, plan.tasks[task]["recipe"], parsed)
     named = [key for key in plan.arms[arm] if key.startswith("sam_") and key != "sam_rho"]
     if named and sam_config.rho == 0:
         raise UserError(
             f"arm {arm}: {', '.join(named)} does nothing while sam_rho is 0, as the base has it; give sam_rho."
         )
     return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
+
+
+def check_metric(plan: Plan, recipe: str, parsed: Sequence[Any]) -> None:
+    """
+    Raises:
+        UserError: The recipe does not measure what the question asks about.
+    """
+    known, metric = getattr(importlib.import_module(recipe), "METRICS", ()), plan.question.metric
+    run_args = next((values for values in parsed if type(values).__name__ == "RunArguments"), None)
+    if run_args is not None and run_args.hub_metrics:
+        return  # their names are only known when they have been computed
+    if run_args is not None and run_args.evaluate_train:
+        known = (*known, *(f"train_{name}" for name in known))
+    if known and metric not in known:
+        near = did_you_mean(metric, known)
+        raise UserError(
+            f"question.metric={metric!r} is none that {recipe} measures.{near} Allowed: {', '.join(known)}."
+        )
 
 
 @lru_cache
@@ -175,6 +213,8 @@ def _work(workshop: Workshop, stale_after: float, workers: int = 1) -> None:
     def tell(run: Run, what: str) -> None:
         name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
         print(f"{what:>10}  {name}", flush=True)
+        if what == "failed":
+            print(f"{'':>10}  {_why(workshop.record(run))}", flush=True)
         if what in ("finished", "failed"):
             print(f"{'':>10}  {progress(workshop, workers)}", flush=True)
 
@@ -224,8 +264,20 @@ def print_plan(workshop: Workshop, workers: int) -> None:
     print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
 
 
-def report_on(workshop: Workshop, foreign: Sequence[Path] = ()) -> Path:
-    """The report of what there is."""
+def _why(record: RunRecord) -> str:
+    """What ended a failed run, in a line."""
+    error = record.error or {}
+    lines = error.get("message", "").splitlines()
+    return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
+
+
+def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "") -> Path:
+    """
+    The report of what there is.
+
+    Raises:
+        UserError: No run has finished.
+    """
     plan, records = workshop.plan, records_of(workshop)
     problems: list[str] = []
     for folder in foreign:
@@ -235,11 +287,14 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = ()) -> Path:
         records, problems = records + found, problems + messages
     final = records_of(workshop, workshop.runs)
     done = {entry.arm for entry in final if entry.status == "finished"}
+    if not any(record.status in ("finished", "foreign") for record in records):
+        raise UserError(failures or f"No run has finished in {plan.output_dir}: there is nothing to report on.")
     question = dataclasses.asdict(plan.question)
     if not {question["control"], question["treatment"]} <= done:  # too early for the question: show what there is
         question = {}
     elif not any(record.metrics.get(plan.question.metric) is not None for record in final):
-        raise UserError(f"question.metric={plan.question.metric!r} is in no record; see metrics in {plan.output_dir}.")
+        measured = sorted({name for record in final for name in record.metrics})
+        raise UserError(f"question.metric={plan.question.metric!r} is in no record. There are: {', '.join(measured)}.")
     return write_report(
         records,
         plan.output_dir / "report",

@@ -16,7 +16,7 @@ from shared.data import Splits, load_splits, make_splits, pick_column, public_na
 from shared.errors import run
 from shared.images import AUGMENTATIONS, ImageDataset, ImageTransform, NewDrawEachEpoch, output_size, stream_images
 from shared.labels import add_label_noise, check_classes, class_labels
-from shared.metrics import classification_metrics, hub_metrics
+from shared.metrics import CLASSIFICATION, classification_metrics, hub_metrics
 from shared.models import check_image_size, load_config, load_image_processor, load_model
 from shared.options import DataArguments, ModelArguments, RunArguments, option
 from shared.running import (
@@ -32,6 +32,8 @@ from shared.running import (
 from transformers import AutoModelForImageClassification, BaseImageProcessor, TrainingArguments, default_data_collator
 
 from hf_sam import SAMTrainer
+
+METRICS = CLASSIFICATION  # of the test split
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import datasets
+from shared import metrics as measured
 from shared.arguments import SAMArguments, parse_arguments
 from shared.data import Splits, load_splits, make_splits, pick_column, public_name
 from shared.errors import UserError, run
@@ -36,6 +37,9 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from hf_sam import SAMTrainer
 
+METRICS = tuple(
+    dict.fromkeys([*measured.CLASSIFICATION, *measured.MULTI_LABEL, *measured.REGRESSION])
+)  # on the test split
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # What is measured for each kind of label, and which predictions are kept.
 EVALUATION: dict[str, tuple[Callable, Callable]] = {

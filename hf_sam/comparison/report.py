@@ -87,6 +87,10 @@ def make_document(study: Study, title: str, folder: Path, seed: int = 0) -> Docu
 
 def _answer_blocks(study: Study) -> list[Block]:
     question = study.question
+    if question.treatment == question.control:
+        done = any(run.status == "finished" for run in study.records)
+        what = f"only {question.control} has finished runs" if done else "no run has finished"
+        return [Text(f"No answer yet: {what}.", "warning")]
     blocks: list[Block] = [
         Text(
             f"Does {question.treatment} give a better {metric_of(question.metric).label} than {question.control}, "

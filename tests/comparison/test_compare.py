@@ -128,6 +128,11 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
         ({"arms": {"sam": {"sam_scope": "micro"}}}, "arm sam: sam_scope does nothing while sam_rho is 0"),
         ({"arms": {"sam": {"sam_method": "sma"}}}, "arm sam: sam_method='sma' is unknown. Did you mean 'sam'"),
         ({"conditions": {"noise": {"label_noise": 1.5}}}, "condition noise, arm adamw: label_noise=1.5"),
+        (
+            {"question": {"metric": "acuracy"}},
+            "metric='acuracy' is none .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
+        ),
+        ({"question": {"metric": "train_nll"}}, "metric='train_nll' is none that image_classification measures"),
         ({"recipe": "digits"}, "recipe 'digits' does not exist. There are: .*image_classification"),
     ],
 )
@@ -135,6 +140,25 @@ def test_an_arm_that_its_recipe_would_refuse_is_refused_before_anything_runs(stu
     with pytest.raises(UserError, match=message):
         compare.main([study(**changes), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tmp_path, capsys):
+    """All of them, and then one of two: that one is reported without comparing an arm with itself."""
+    wrong = {"settings": {**STUDY["settings"], "label_column": "lable"}, "seeds": [0]}
+    with pytest.raises(
+        UserError, match=r"2 of 2 runs failed: UserError: label_column=lable is no column .*2 x.*--retry_failed"
+    ):
+        compare.main([study(**wrong), "--output_dir", str(tmp_path / "out")])
+    assert "UserError: label_column=lable is no column" in capsys.readouterr().out
+    assert not (tmp_path / "out/report").exists()
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        compare.main([study(**wrong), "--output_dir", str(tmp_path / "out"), "--report"])
+    arms = {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.05, "label_column": "lable"}}
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: .*mend the cause"):
+        compare.main([study(arms=arms, seeds=[0]), "--output_dir", str(tmp_path / "part")])
+    text = (tmp_path / "part/report/report.md").read_text()
+    assert "No answer yet: only adamw has finished runs." in text
+    assert "better accuracy than adamw" not in text
 
 
 def test_outputs_of_a_plain_trainer_stand_beside(study, tmp_path):
