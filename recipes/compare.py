@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.arguments import parse_arguments, read_layers
+from shared.early import trains
 from shared.errors import UserError, did_you_mean, run
 from transformers import TrainingArguments
 
@@ -164,7 +165,7 @@ def argument_types(recipe: str) -> tuple[type, ...]:
         UserError: There is no such recipe.
     """
     if not (RECIPES / f"{recipe}.py").is_file():
-        there = sorted(path.stem for path in RECIPES.glob("*.py") if "import SAMTrainer" in path.read_text())
+        there = sorted(path.stem for path in RECIPES.glob("*.py") if trains(path))
         raise UserError(f"recipe {recipe!r} does not exist. There are: {', '.join(there)}.")
     module = importlib.import_module(recipe)
     asked: list[type] = []

@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import datasets
 from shared import metrics as measured
 from shared.arguments import SAMArguments, parse_arguments
 from shared.data import Splits, load_splits, make_splits, pick_column, public_name
@@ -154,10 +154,12 @@ def use_glue(data_args: DataArguments, text_args: TextArguments) -> None:
         text_args.text_pair_column = text_args.text_pair_column or task.texts[1]
 
 
-def find_problem_type(features: datasets.Features | None, label_column: str) -> str:
+def find_problem_type(features: Mapping[str, Any] | None, label_column: str) -> str:
     """What the labels are by their type: lists are several labels, fractional numbers a regression, else classes."""
+    from datasets import LargeList, List
+
     feature = (features or {}).get(label_column)
-    if isinstance(feature, (datasets.List, datasets.LargeList, list)):
+    if isinstance(feature, (List, LargeList, list)):
         return MULTI
     if str(getattr(feature, "dtype", "")).startswith("float"):
         return REGRESSION

@@ -7,20 +7,19 @@ import json
 import re
 import sys
 from argparse import Action
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from hf_sam.comparison.method_settings import Merged, explain, merge
 from hf_sam.config import SAMConfig
 
+from .config_files import read_layers, split_command_line, unknown_key
 from .docstrings import described
-from .errors import UserError, as_user_error, did_you_mean, one_line
+from .errors import UserError, as_user_error
 
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 COMMAND_LINE = "command line"
 _SAM_OPTION = re.compile(r"--(?P<key>sam[_-][\w-]+)(=(?P<value>.*))?$", re.DOTALL)
 
@@ -46,12 +45,12 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     for name, values in layers:
         for key in values:
             if key not in parser.actions:
-                raise UserError(f"{name}: {_unknown_key(key, parser.actions)}")
+                raise UserError(f"{name}: {unknown_key(key, parser.actions)}")
     merged = merge([*layers, (COMMAND_LINE, _sam_options(options))])
     from_files = {key: value for key, value in merged.values.items() if merged.sources[key] != COMMAND_LINE}
     namespace, rest = parser.parse_known_args([*_tokens(from_files, parser), *options])
     if rest:
-        raise UserError(_unknown_key(rest[0], parser.actions))
+        raise UserError(unknown_key(rest[0], parser.actions))
     values = vars(namespace)
     with as_user_error(ValueError, TypeError, ImportError):
         parsed = tuple(
@@ -62,12 +61,6 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         if isinstance(arguments, _SAMArguments):
             arguments.merged = merged
     return parsed
-
-
-def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The configuration files that lead the command line, and the options that follow."""
-    count = next((i for i, word in enumerate(argv) if not word.endswith(CONFIG_SUFFIXES)), len(argv))
-    return list(argv[:count]), list(argv[count:])
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -84,29 +77,6 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: The file does not exist, is no mapping, or is its own base.
     """
     return merge(read_layers(path)).values
-
-
-def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """Name and keys of a configuration file, after those of its `base`; raises like `read_config`."""
-    if path.resolve() in above:
-        raise UserError(f"{path} is its own base; remove that `base:`.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        words, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
-    except OSError:
-        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES)
-        there = f" {path.parent} has: {', '.join(others)}." if others else ""
-        raise UserError(f"Configuration file {path} cannot be read.{there}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {one_line(error)}") from None
-    if not isinstance(typed, dict):
-        raise UserError(f"{path} must hold lines of the form `key: value`.")
-    values = {key: typed[key] if isinstance(typed[key], dict) else words[key] for key in words if key in typed}
-    values = {key: None if typed[key] is None else value for key, value in values.items()}
-    below = []
-    if "base" in values:
-        below = read_layers(path.parent / str(values.pop("base")), (*above, path.resolve()))
-    return [*below, (path.name, values)]
 
 
 def _tokens(values: dict[str, Any], parser: _Parser) -> Iterator[str]:
@@ -129,14 +99,6 @@ def _sam_options(options: Sequence[str]) -> dict[str, str]:
         if match := _SAM_OPTION.match(word):
             found[match["key"].replace("-", "_")] = match["value"] if match["value"] is not None else following
     return found
-
-
-def _unknown_key(word: str, known: Iterable[str]) -> str:
-    """The message for a word on the command line, or a key of a file, that is no argument."""
-    name = word.split("=")[0].lstrip("-").replace("-", "_")
-    if not re.fullmatch(r"\w+", name):
-        return f"{word!r} is no argument: give `--key value` pairs, after the configuration file."
-    return f"{name!r} is no argument of this recipe.{did_you_mean(name, known, ' --help lists all arguments.')}"
 
 
 class _Parser(HfArgumentParser):

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import hf_sam
-from hf_sam.comparison.records import RunFinishedError
-
 
 class UserError(Exception):
     """Something the user can put right; the message names the field, what is allowed, and the remedy."""
@@ -53,9 +50,6 @@ def run(main: Callable[[], object]) -> None:
     is_first = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
         main()
-    except RunFinishedError as error:
-        if is_first:
-            print(one_line(error))
     except KeyboardInterrupt as error:
         if is_first:
             print(f"\n{one_line(error) if str(error) else 'Interrupted.'}", file=sys.stderr)
@@ -66,11 +60,16 @@ def run(main: Callable[[], object]) -> None:
         if is_first:
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != "RunFinishedError":  # by name: what defines it takes seconds to import
+            raise
+        if is_first:
+            print(one_line(error))
 
 
 def _raised_by_hf_sam(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    package = Path(hf_sam.__file__).parent
+    package = Path(sys.modules["hf_sam"].__file__).parent if "hf_sam" in sys.modules else None
     return trace is not None and package in Path(trace.tb_frame.f_code.co_filename).parents

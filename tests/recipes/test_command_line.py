@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import stand_ins
 import torch
+from compare import argument_types
 from conftest import ROOT
 from safetensors.torch import load_file
+from shared import early
 
 QUIET = ["--use_cpu=true", "--disable_tqdm=true", "--per_device_train_batch_size=2", "--save_strategy=no"]
 VIT = '{"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}'
@@ -59,11 +62,37 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
 
 
-@pytest.mark.slow
-def test_mistake_prints_one_line_and_fails():
-    done = finished(command("recipes/image_classification.py", "--sam_roh=1"))
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["image_classification.py", "--sam_roh=1"],
+            "'sam_roh' is no argument of this recipe. Did you mean 'sam_rho'?",
+        ),
+        (
+            ["text_classification.py", "--learning_rate", "fast"],
+            "argument --learning_rate: invalid float value: 'fast'",
+        ),
+        (["causal_lm.py", "--packin=true"], "'packin' is no argument of this recipe. Did you mean 'packing'?"),
+        (["causal_lm.py", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
+        (["compare.py", "nowhere.yaml", "--plan"], "nowhere.yaml cannot be read: there is no such file."),
+    ],
+)
+def test_mistake_prints_one_line_and_fails_before_torch_is_imported(words, message, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    words = command(f"recipes/{words[0]}", *words[1:])
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**environment(), "PYTHONPATH": path}
+    )
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: 'sam_roh' is no argument of this recipe. Did you mean 'sam_rho'?"
+    assert done.stderr.strip() == f"error: {message}"
+
+
+@pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
+def test_the_first_look_knows_the_arguments_that_the_parser_has(name):
+    fields = {field.name: field for kind in argument_types(name) for field in dataclasses.fields(kind) if field.init}
+    assert early.arguments_of(ROOT / f"recipes/{name}.py").keys() == fields.keys()
 
 
 @pytest.mark.slow

@@ -188,7 +188,10 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
     ("words", "message"),
     [
         ([DIGITS], "Give the recipe first, such as image_classification"),
-        (["image_clasification", DIGITS], "recipe 'image_clasification' does not exist. There are: .*image_class"),
+        (
+            ["image_clasification", DIGITS],
+            r"recipe 'image_clasification' does not exist. There are: causal_lm, image_classification, text_classification\.$",
+        ),
         (["image_classification", DIGITS, "--budget=-1"], "budget=-1 must be above 0"),
         (["image_classification", DIGITS, "--budget=nan"], "budget=nan must be above 0"),
         (["image_classification", DIGITS, "--seeds=1"], "seeds=1 must be at least 2"),
