@@ -31,6 +31,7 @@ from hf_sam.comparison.plan import Plan, Run, command_line, describe, final_runs
 from hf_sam.comparison.records import RunRecord, write_json
 from hf_sam.comparison.report import write_report
 from hf_sam.comparison.results import BUDGETS
+from hf_sam.comparison.statistics import detectable_effect, established_effect
 from hf_sam.comparison.worker import Workshop, counts, estimate, records_of, retry_failed, work
 from hf_sam.config import SAMConfig
 
@@ -261,6 +262,7 @@ def print_plan(workshop: Workshop, workers: int) -> None:
         for words, tasks in told.items():
             where = f" on {', '.join(tasks)}" if len(told) > 1 else ""
             print(f"  {arm}{where}: {words}")
+    print(describe_power(plan))
     trials = f" and {count['trials']} trials" if count["trials"] else ""
     print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
 
@@ -270,6 +272,21 @@ def _why(record: RunRecord) -> str:
     error = record.error or {}
     lines = error.get("message", "").splitlines()
     return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
+
+
+def describe_power(plan: Plan) -> str:
+    """What the seeds of a plan can establish."""
+    seeds, cells = len(plan.seeds), len(plan.tasks) * len(plan.conditions)
+    if seeds < 2:
+        return "With one seed no verdict is possible: give at least 3, by --seeds or in the YAML."
+    level = 0.05 / cells
+    over = f", Holm over {cells} tasks and conditions" if cells > 1 else ""
+    return (
+        f"With {seeds} seeds a difference is established (paired t-test at 5 %{over}) from "
+        f"{established_effect(seeds, level):.1f} standard deviations of the paired differences on; a true one of "
+        f"{detectable_effect(seeds, level):.1f} is found four times in five (with {2 * seeds} seeds, of "
+        f"{detectable_effect(2 * seeds, level):.1f})."
+    )
 
 
 def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "") -> Path:

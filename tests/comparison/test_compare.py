@@ -93,6 +93,10 @@ def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
     assert "time is estimated after the first" in printed
     rows = {tuple(line.split()[:3]): line.split() for line in printed.splitlines()}
     assert rows["late", "equal", "passes"][3:5] == ["1.33", "2"]
+    assert "With 3 seeds a difference is established (paired t-test at 5 %) from 2.5 standard deviations" in printed
+    assert "a true one of 3.3 is found four times in five (with 6 seeds, of 1.4)" in printed
+    compare.main([path, "--output_dir", str(tmp_path / "out"), "--plan", "--seeds", "0"])
+    assert "With one seed no verdict is possible" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -223,7 +227,7 @@ def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
     report = compare.main([path, "--output_dir", str(tmp_path / "out"), "--report"])
     text = report.with_name("report.md").read_text()
     assert "2 of 4 runs" in text
-    assert "0 runs are unfinished and 2 have not begun" in text
+    assert "0 runs unfinished and 2 not begun" in text
     assert "one seed gives no interval" in text
 
 
