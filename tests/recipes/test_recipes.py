@@ -352,6 +352,19 @@ def test_text_pairs(encoder, tmp_path):
     assert predict({"text": "a fine film", "text_pair": "no fun"})["label"] in ("same", "different")
 
 
+def test_the_card_of_a_model_from_a_folder_names_it_and_no_path_of_this_machine(encoder, tmp_path):
+    rows = {"text": SENTENCES * 2, "label": [0, 1] * 8}
+    words = ["--validation_size=0.25", "--eval_strategy=steps", "--eval_steps=1", "--logging_steps=1"]
+    texts(rows, encoder, tmp_path, *words)
+    text = (tmp_path / "out/README.md").read_text()
+    assert f"A model fine-tuned from `{Path(encoder).name}` on data.parquet." in text
+    assert "from scratch" not in text
+    assert "| step | training loss | sam sharpness | validation loss |" in text
+    assert str(tmp_path) not in text
+    assert encoder not in text
+    assert "(https://huggingface.co/)" not in text
+
+
 def test_several_labels_each(encoder, tmp_path):
     rows = {"text": SENTENCES * 2, "label": [["a"], ["a", "b"], [], ["b"]] * 4}
     trainer = texts(rows, encoder, tmp_path)
@@ -405,6 +418,21 @@ def test_both_trainers_measure_the_same_perplexity(decoder, tmp_path):
         tmp_path / "plain" / "out" / "run_record.json"
     )  # it can be read back, losses per token and all
     assert record.metrics["perplexity"] == perplexities["plain"]
+
+
+@pytest.mark.parametrize("words", [["--trainer=plain"], ["--trainer=sft"], ["--lora_r=2"]], ids=lambda words: words[0])
+def test_the_card_of_a_language_model_is_one_card_of_this_model(decoder, tmp_path, words):
+    language({"text": SENTENCES * 2}, decoder, tmp_path, *words)
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.text.strip().splitlines()[0] == "# out"
+    kind = "LoRA adapter" if "--lora_r=2" in words else "model"
+    assert f"A {kind} fine-tuned from `{Path(decoder).name}` on data.parquet." in card.text
+    assert card.data.pipeline_tag == "text-generation"
+    assert {result.metric_type for result in card.data.eval_results} >= {"perplexity"}
+    assert "None" not in card.content
+    assert "TRL" not in card.text
+    assert str(tmp_path) not in card.content
+    assert decoder not in card.content
 
 
 def test_completions_alone_are_learnt(decoder, tokenizer, tmp_path):
