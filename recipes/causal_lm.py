@@ -30,6 +30,7 @@ from shared.running import (
     train,
     write_card,
 )
+from shared.summary import sizes, tell, truncation
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -86,10 +87,13 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
 
     tokenizer = load_tokenizer(model_args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    sizes = {"vocab_size": len(tokenizer)} if model_args.model_type else {}
-    config = load_config(model_args, **sizes)
+    vocabulary = {"vocab_size": len(tokenizer)} if model_args.model_type else {}
+    config = load_config(model_args, **vocabulary)
     check_max_length(lm_args.max_length, config)
     model = load_model(AutoModelForCausalLM, model_args, config)
+    if args.process_index == 0:
+        measured = truncation(splits, columns, tokenizer, lm_args.max_length) if columns != CONVERSATION else []
+        tell([*sizes(splits), *measured])
 
     common = {
         "model": model,

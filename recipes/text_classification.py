@@ -32,6 +32,7 @@ from shared.running import (
     train,
     write_card,
 )
+from shared.summary import classes, sizes, tell, truncation
 from shared.texts import GLUE, GLUE_HUB_ID, check_texts, tokenize
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
+    if args.process_index == 0:
+        counted = classes(splits, label_column, names) if problem_type == SINGLE else []
+        tell([*sizes(splits), *counted, *truncation(splits, texts, tokenizer, text_args.max_length)])
     model = load_model(AutoModelForSequenceClassification, model_args, config)
 
     with args.main_process_first(desc="tokenizing"):
@@ -131,7 +135,7 @@ def read_data(
     if problem_type == SINGLE:
         splits, names = class_labels(splits, label_column, data_args)
         splits = make_splits(splits, data_args, strata=label_column)
-        check_classes(splits, label_column, names)
+        check_classes(splits, label_column, names, data_args)
         return add_label_noise(splits, label_column, len(names), data_args), texts, label_column, problem_type, names
     for name in ("label_noise", "streaming", "train_samples_per_class"):
         if getattr(data_args, name):

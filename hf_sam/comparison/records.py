@@ -278,7 +278,9 @@ ARGUMENTS_OF_A_RUN = (
     "assistant_only_loss",
 )
 # Of a recipe's arguments, those that name a place, or what is measured afterwards.
-NO_PART_OF_A_RUN = frozenset(["dataset", "model_name_or_path", "tokenizer_name", "test_samples", "check_images"])
+NO_PART_OF_A_RUN = frozenset(
+    ["dataset", "model_name_or_path", "tokenizer_name", "validation_samples", "test_samples", "check_images"]
+)
 
 
 def _batch_size(run: RunRecord) -> int | None:

@@ -59,6 +59,10 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     assert json.loads((tmp_path / "out/all_results.json").read_text())["sam_passes"] == 2
     assert "test metrics" in done.stdout
     assert "SAM: method sam (default), rho 0.01 (command line)\n" in done.stdout
+    assert "data: train 12, test 12 examples\n" in done.stdout or "data: test 12, train 12 examples\n" in done.stdout
+    assert ("always saying no is right in 50.0 %" in done.stdout) == (name != "causal_lm")
+    assert ("images opened" in done.stdout) == (name == "image_classification")
+    assert ("max_length=" in done.stdout) == (name != "image_classification")
     assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
 
 
