@@ -7,8 +7,9 @@ import logging
 import os
 import shutil
 import socket
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pandas as pd
 import torch
 import transformers
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.comparison.fingerprints import describe_data
@@ -28,7 +31,7 @@ from hf_sam.config import SAMConfig
 
 from .arguments import SAMArguments
 from .data import Splits
-from .errors import Interrupted, UserError, one_line
+from .errors import Interrupted, UserError, as_user_error, did_you_mean, one_line
 from .metrics import class_probabilities, logits_of
 from .options import DataArguments, RunArguments
 
@@ -59,6 +62,7 @@ def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArgume
     if args.logging_steps == 1:
         args.logging_steps = 1  # the command line has read 1.0, and `TrainingArguments` rounds only what is above 1
     set_seed(args.seed)
+    check_reporters(args)
     folder = Path(args.output_dir)
     if folder.is_file():
         raise UserError(f"output_dir={folder} is a file; name a folder.")
@@ -155,11 +159,52 @@ def missing_from_checkpoint(path: Path, args: TrainingArguments) -> str | None:
     missing = [name for name in wanted if not (path / name).is_file()]
     if not any(next(path.glob(pattern), None) for pattern in weights):
         missing.append("the weights")
+    missing += [file.name for file in sorted(path.iterdir()) if is_cut_off(file)]
+    for index in path.glob("*.safetensors.index.json"):
+        with suppress(ValueError, KeyError):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            missing += sorted(shard for shard in shards if not (path / shard).is_file())
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         missing.append("trainer_state.json")
     return f"{', '.join(missing)} missing or incomplete" if missing else None
+
+
+def is_cut_off(file: Path) -> bool:
+    """Whether a file of weights or states was not written to its end: a full disk or a kill leaves such ones."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="np"):
+                return False
+        except (SafetensorError, OSError):
+            return True
+    return file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)
+
+
+def check_reporters(args: TrainingArguments) -> None:
+    """
+    Raises:
+        UserError: A tracker in `report_to` that there is none of, or whose package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    for name in args.report_to if isinstance(args.report_to, list) else [args.report_to]:
+        if name in ("all", "none", *available):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, f" Allowed: none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
+            raise UserError(f"report_to={name} is no tracker that the Trainer knows.{hint}")
+        raise UserError(f"report_to={name}: its package is not installed. Install it (pip install {name}), or give "
+                        f"--report_to none.")  # fmt: skip
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: The optimizer's library is not installed, or it lacks an argument.
+    """
+    with as_user_error(ImportError, ValueError, RuntimeError, prefix=f"optim={trainer.args.optim.value}: "):
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
 
 
 def check_training_arguments(args: TrainingArguments, data_args: DataArguments, has_validation: bool) -> None:
@@ -210,6 +255,7 @@ def recorded(
         **settings: The argument objects of the recipe, to be able to run it again.
     """
     sam = trainer.sam_config
+    check_optimizer(trainer)
     arm = f"{sam.method} ({trainer.args.optim.value})" if sam.rho > 0 else trainer.args.optim.value
     noise = f"noise {data_args.label_noise:g}" if data_args.label_noise else "clean"
     with recording(

@@ -235,6 +235,17 @@ CASES = {
     "stream without an end": (TEXTS, ["--dataset={}/texts", "--streaming=true", "--max_steps=-1"], "give --max_steps"),
     "no learning rate": (TEXTS, ["--dataset={}/texts", "--learning_rate=0"], "learning_rate=0.0 must be above 0"),
     "no batch": (TEXTS, ["--dataset={}/texts", "--per_device_train_batch_size=0"], "must be at least 1"),
+    "tracker that is not installed": (
+        TEXTS,
+        ["--dataset={}/texts", "--report_to=comet_ml"],
+        r"report_to=comet_ml: its package is not installed\. Install it .*--report_to none",
+    ),
+    "unknown tracker": (TEXTS, ["--report_to=wandbb"], "report_to=wandbb is no tracker .* Did you mean 'wandb'"),
+    "optimizer that is not installed": (
+        TEXTS,
+        ["--dataset={}/texts", "--optim=adamw_bnb_8bit"],
+        "optim=adamw_bnb_8bit: .*bitsandbytes",
+    ),
     "output that is a file": (TEXTS, ["--dataset={}/texts", "--output_dir={}/file"], "is a file; name a folder"),
     "output with a run in it": (TEXTS, ["--output_dir={}/kept"], "already holds checkpoint-5. .*--resume_from_"),
     "checkpoint that is not there": (TEXTS, ["--resume_from_checkpoint={}/no"], "no complete checkpoint: there is no"),

@@ -172,6 +172,23 @@ def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(finished, data
     assert results[0]["train_runtime"] == pytest.approx(record.seconds, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_file_that_is_cut_off_is_passed_over(finished, data, tmp_path, name, caplog):
+    out = tmp_path / "digits_sam"
+    for step in (2, 4):
+        shutil.copytree(finished / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    file = out / f"checkpoint-4/{name}"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    trainer = images(data, out, *SAME, "--resume_from_checkpoint=auto")
+    assert trainer.args.resume_from_checkpoint.endswith("checkpoint-2")
+    assert f"checkpoint-4 is not complete ({name} missing or incomplete); going on from the one before" in caplog.text
+    assert same(out, finished)
+    with pytest.raises(UserError, match=f"is no complete checkpoint: {name} missing or incomplete"):
+        file = out / "checkpoint-2" / name
+        file.write_bytes(file.read_bytes()[:100])
+        images(data, tmp_path / "other", *SAME, f"--resume_from_checkpoint={out}/checkpoint-2")
+
+
 SAME = ["--num_train_epochs=2", "--save_steps=2", "--sam_rho=0.1", "--label_noise=0.25", "--evaluate_train"]
 
 
