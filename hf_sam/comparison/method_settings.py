@@ -13,7 +13,7 @@ from typing import Any
 from ..config import SAMConfig
 from ..methods import METHODS
 
-PREFIX = "sam_"
+PREFIX, OFF = "sam_", "no SAM"
 # Sizes and shapes of the perturbation and of the step, which belong to the method that they were chosen for.
 OF_ONE_METHOD = frozenset(
     ["rho", "rho_min", "rho_schedule", "p", "adaptive", "eta", "alpha", "gamma", "beta", "sigma", "ema_decay"]
@@ -27,10 +27,11 @@ class Dropped:
     key: str
     value: Any
     source: str
-    method: str  # the one it was meant for; "no SAM" where it switched SAM off
+    method: str  # the one it was meant for, or `OFF`
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value} of {self.source}, which was for {self.method}"
+        meant = "switched SAM off" if self.method == OFF else f"was for {self.method}"
+        return f"{self.key}={self.value} of {self.source}, which {meant}"
 
 
 @dataclass
@@ -61,7 +62,7 @@ def merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Merged:
         method = settings.get(f"{PREFIX}method")
         if method is not None:
             for key in _foreign_keys(merged.values, str(method)):
-                before = "no SAM" if _is_zero(merged.values.get(f"{PREFIX}rho")) else _method(merged.values)
+                before = OFF if _is_zero(merged.values.get(f"{PREFIX}rho")) else _method(merged.values)
                 merged.dropped.append(Dropped(key, merged.values[key], merged.sources[key], before))
             for entry in merged.dropped:
                 merged.values.pop(entry.key, None)

@@ -156,5 +156,7 @@ def test_the_configuration_in_force_says_where_each_value_comes_from(files):
         "method asam (command line), rho 0.5 (default of asam), adaptive True (default of asam), "
         "eta 0.1 (command line), scope global (sam.yaml); left out: sam_rho=0.01 of sam.yaml, which was for sam"
     )
+    off = parse(str(files / "off.yaml"), "--sam_method=msam")[3].explain()
+    assert off.endswith("; left out: sam_rho=0 of off.yaml, which switched SAM off")
     assert parse()[3].explain() == "method sam (default), rho 0.005 (default)"
     assert parse(str(files / "off.yaml"))[3].explain() == "no SAM: rho 0 (off.yaml)"
