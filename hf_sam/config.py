@@ -148,11 +148,13 @@ class SAMConfig:
             are stored in 16 bits.
         log_shares (`bool`, *optional*, defaults to `False`):
             Log which share of the squared norm of `eps` each group of modules has, as `sam_share/attention` and the like.
-        ascent (`Ascent`, *optional*), descent (`Descent`, *optional*):
-            Objects of your own, or of `hf_sam.methods`, in the place of the method's: where to perturb, and what the
-            optimizer gets. Their hyperparameters are set there. See `docs/write_your_own.md`.
+        ascent (`Ascent`, *optional*):
+            Where to perturb: an object of your own, or of `hf_sam.methods`, in the place of the method's; on the command
+            line the path of its class, `module:Class`. Its hyperparameters are set there. See `docs/write_your_own.md`.
+        descent (`Descent`, *optional*):
+            What the optimizer gets, likewise.
         options (`Mapping[str, Any]`, *optional*):
-            Hyperparameters of the method that have no field here.
+            Hyperparameters of the method that have no field here; on the command line, as JSON, also those of classes.
 
     Raises:
         ValueError: An unknown method, a value out of range, or a field that the chosen method does not use. The
@@ -301,8 +303,8 @@ class SAMConfig:
         """
         given = dict(self._given)
         if changes.get("method", self.method) != self.method:
-            used = fields_used(METHODS[changes["method"]]) if changes["method"] in METHODS else ()
-            given = {name: value for name, value in given.items() if name in used and name not in _OF_THE_METHOD}
+            new = METHODS.get(changes["method"], self.row)
+            given = {k: v for k, v in given.items() if k != "method" and not depends_on_method(k, self.row, new)}
         return SAMConfig.from_dict({**given, **changes})
 
     # --- what follows from the fields ------------------------------------------------------------------------------
@@ -322,6 +324,11 @@ class SAMConfig:
     def label(self) -> str:
         """The method as messages name it."""
         return f"method={self.name!r}"
+
+    @property
+    def paper(self) -> str | None:
+        """The method's paper; None where the user has put something else in the place of a part."""
+        return self.row.paper if self.ascent is None and self.descent is None else None
 
     @property
     def summary(self) -> str:
@@ -410,17 +417,7 @@ class SAMConfig:
 
 
 _FLAT = frozenset(SAMConfig.fields())
-# Those whose value is chosen for one method and means something else, or nothing, to another.
-_OF_THE_METHOD = {
-    *("rho", "rho_schedule", "rho_min", "interval", "start", "end", "ascent_fraction", "second_order"),
-    *("ascent", "descent", "options"),
-    *(
-        field.name
-        for row in METHODS.values()
-        for kind in (row.ascent, row.descent)
-        for field in dataclasses.fields(kind)
-    ),
-}
+_OF_THE_METHOD = {"rho", "rho_min", "rho_schedule", "second_order", "ascent", "descent", "options"}
 
 
 # --- which fields a method uses, derived from its classes ----------------------------------------------------------
@@ -455,3 +452,9 @@ def fields_used(row: Method) -> frozenset[str]:
     """The `SAMConfig` fields that a row of the table uses."""
     own = hyperparameters(row.ascent) | hyperparameters(row.descent)
     return common_fields(row.ascent, row.descent, row) | (own.keys() & _FLAT)
+
+
+def depends_on_method(name: str, old: Method, new: Method) -> bool:
+    """Whether a field's value chosen for the method `old` means something else, or nothing, to `new`."""
+    hyper = {field for row in METHODS.values() for kind in (row.ascent, row.descent) for field in hyperparameters(kind)}
+    return name in _OF_THE_METHOD | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)

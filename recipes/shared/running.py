@@ -256,7 +256,7 @@ def recorded(
     """
     sam = trainer.sam_config
     check_optimizer(trainer)
-    arm = f"{sam.method} ({trainer.args.optim.value})" if sam.rho > 0 else trainer.args.optim.value
+    arm = f"{sam.name} ({trainer.args.optim.value})" if sam.rho > 0 else trainer.args.optim.value
     noise = f"noise {data_args.label_noise:g}" if data_args.label_noise else "clean"
     with recording(
         Path(trainer.args.output_dir) / RECORD_NAME,
