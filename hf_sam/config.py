@@ -21,7 +21,8 @@ SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
-# What a field is when neither the user nor the method says anything. A field that is not here stays None: off.
+# What a field is when neither the user nor the method says anything; for a method that does not use the field, a value that
+# says no more than silence does. A field that is not here stays None: off.
 DEFAULTS: dict[str, Any] = {
     "rho": 0.005,  # a tenth of the usual one, which does harm in short fine-tuning: docs/methods.md, "The default rho"
     "scope": "auto",
@@ -35,9 +36,11 @@ DEFAULTS: dict[str, Any] = {
     "second_order": False,
     "stochastic_rounding": False,
     "log_shares": False,
+    "p": 2.0,
+    "adaptive": False,
+    "ascent_steps": 1,
+    "weight_decay_in_ascent": False,
 }
-# Values that say no more than silence does, for methods that do not use the field.
-_NEUTRAL = DEFAULTS | {"p": 2.0, "adaptive": False, "ascent_steps": 1, "weight_decay_in_ascent": False}
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "method": is_choice(tuple(METHODS)),
@@ -234,7 +237,7 @@ class SAMConfig:
             value = getattr(self, field)
             if value is None or self._uses(field):
                 continue
-            if value == _NEUTRAL.get(field):  # a neutral value may be said aloud
+            if value == DEFAULTS.get(field):  # a neutral value may be said aloud
                 setattr(self, field, None)
                 continue
             users = [name for name, row in METHODS.items() if field in fields_used(row)]
