@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..replay import RandomStates
+from ..update.replay import RandomStates
 from ..trainer import SAMTrainerMixin
 from .hand_loop import TwoPassLoop
 
