@@ -246,7 +246,7 @@ class SharpnessAwareUpdate:
         if is_last:
             gradients = self.engine.take_gradients(self.parameters.trainable)
             g = self.parts.descent.between(self._vector(gradients), self._step())
-            self._hand_over(g, gradients, {}, is_last)
+            self._hand_over(self._returned(g, "between"), gradients, {}, is_last)
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
@@ -493,7 +493,17 @@ class SharpnessAwareUpdate:
         g_s = self._vector(perturbed)
         if clean is not None:  # a parameter may take part in one of the passes only
             clean, g_s = clean.widened(g_s), g_s.widened(clean)
-        self._hand_over(self.parts.descent.gradient(clean, g_s, step), perturbed, accumulated, is_last)
+        gradient = self._returned(self.parts.descent.gradient(clean, g_s, step), "gradient")
+        self._hand_over(gradient, perturbed, accumulated, is_last)
+
+    def _returned(self, gradient: Any, method: str) -> Vector:
+        """What the descent has returned; an error that names it where that is no Vector."""
+        if not isinstance(gradient, Vector):
+            raise ValueError(
+                f"{type(self.parts.descent).__name__}.{method} must return a Vector over the trainable parameters, not "
+                f"{type(gradient).__name__}."
+            )
+        return gradient
 
     def _hand_over(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
         """Put `gradient` into `p.grad`, scaled and laid out as the gradients `like`."""
