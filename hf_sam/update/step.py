@@ -188,6 +188,7 @@ class SharpnessAwareUpdate:
             if eps is None and self._is_complete:  # this step goes along g
                 self._hand_over(self._vector(gradients), gradients, accumulated, is_last)
                 return clean_loss
+            gradients.clear()  # of an eps that is made of something else: g is not needed any more
             if eps is not None:
                 weights.add(eps)  # w + eps
                 self._climb_on(model, weights, window, is_last)
@@ -438,7 +439,7 @@ class SharpnessAwareUpdate:
             self._observed = g.clone()
         if getattr(ascent, "weight_decay_in_ascent", False):
             self._add_weight_decay(g)
-        eps = self._checked(ascent.eps(g, step), norm)
+        eps = self._checked(ascent.eps(g if ascent.needs & Needs.GRADIENT else None, step), norm)
         if eps is not None and is_first:
             self.telemetry.record(sam_rho=self.rho, sam_ascent_grad_norm=norm)
             if self._is_measured and ascent.ascent_steps == 1:
