@@ -48,6 +48,7 @@ def test_fields_pass_on_one_process(fields):
 def test_every_row_and_a_users_class_pass_on_two_processes():
     configs = {name: SAMConfig(method=name) for name in METHODS}
     configs["Ramp + Mixed"] = SAMConfig(ascent=Ramp(slope=0.5), descent=Mixed(), rho=0.1)
+    configs["Sometimes"] = SAMConfig(ascent=Sometimes(), rho=0.1)
     left_out = {name: reasons for name, reasons in check_on_processes(configs).items() if reasons}
     assert left_out.keys() == {"esam", "bilora"}
 
@@ -85,6 +86,21 @@ def test_a_users_method_passes_and_is_reported():
     assert 2 < report.copies < 3.1
     assert "holds     resumes bitwise" in str(report)
     assert f"left out  {PROCESSES}: processes=1" in str(report)
+
+
+@dataclass(frozen=True)
+class Sometimes(Ascent):
+    """Returns None in half of the steps, on each rank in others where its gradient is its own."""
+
+    may_skip: ClassVar = True
+
+    def eps(self, g, step):
+        return g * (step.rho / g.norm()) if g.norm() * 1e4 % 2 < 1 else None
+
+
+@pytest.mark.parametrize("descent", [Descent(), Mixed()], ids=["plain", "mixed"])
+def test_an_ascent_that_skips_steps_passes(descent):
+    check_method(SAMConfig(ascent=Sometimes(), descent=descent), processes=1)
 
 
 def test_a_class_that_cannot_be_sent_is_checked_on_one_process():
@@ -234,6 +250,12 @@ class NanInMemory(Ascent):
 
 
 @dataclass(frozen=True)
+class FailsOnNan(Ascent):
+    def eps(self, g, step):
+        return g * (step.rho / g.norm()) if int(g.norm()) >= 0 else None
+
+
+@dataclass(frozen=True)
 class OtherOnEachRank(Ascent):
     def eps(self, g, step):
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -271,6 +293,7 @@ BROKEN = {
     WrongType: r"WrongType\.eps must return a Vector.*not list",
     GradientOfTheWrongType: r"GradientOfTheWrongType\.gradient must return a Vector.*not list",
     NanOfAZeroGradient: r"weights are not finite in step 0, after a step whose gradient is exactly zero.*usable",
+    FailsOnNan: r"'fp16 overflows': it ends with ValueError: cannot convert float NaN to integer",
     NanInMemory: r"step\.memory\['direction'\] is not finite in step 0, after a step whose gradient is exactly zero",
 }
 

@@ -220,6 +220,7 @@ def test_a_file_never_imports_a_module(tmp_path, monkeypatch):
         SAMConfig.from_json(text)
 
 
+@pytest.mark.slow
 def test_a_class_of_the_script_itself_is_stored_resumed_and_sent(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -244,6 +245,7 @@ def test_a_class_of_the_script_itself_is_stored_resumed_and_sent(tmp_path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "holds     two processes" in done.stdout
+    assert "arning" not in done.stderr
 
 
 # --- errors --------------------------------------------------------------------------------------------------------------
