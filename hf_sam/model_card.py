@@ -1,8 +1,12 @@
-"""What the model card says about sharpness-aware minimization, beside what the base trainer's card says."""
+"""The model card: one whole card in place of the draft that the base trainer makes, or a section in a card of one's own."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +19,14 @@ from .config import DEFAULTS, SAMConfig
 
 TAG = "sharpness-aware-minimization"
 _BEGIN, _END = "<!-- hf_sam: generated from here -->", "<!-- hf_sam: to here -->"
-# What the Trainer's card says of a model that comes from no checkpoint.
-_NAMELESS = "is a fine-tuned version of [](https://huggingface.co/) on"
+# By these words a card is known as a draft of the Trainer's, of TRL's or of PEFT's, or as an earlier one of ours.
+_DRAFTS = (
+    "has been generated automatically according to the information the Trainer had access to",
+    "It has been trained using [TRL]",
+    "<!-- Provide a quick summary of what the model is/does. -->",
+    _WHOLE := "<!-- hf_sam: the whole card -->",
+)
+_MAX_CURVE_ROWS = 12
 # The hub's own names of metrics that have one.
 _METRIC_TYPES = {
     "f1_macro": "f1",
@@ -47,6 +57,10 @@ class SAMCard:
         datasets (`Sequence[str]`, *optional*): Hub ids, or names of local data.
         metrics (`dict[str, float]`, *optional*): Results, named `<split>_<metric>`, all of one split.
         is_adapter (`bool`, *optional*, defaults to `False`): Whether what was saved is a PEFT adapter.
+        base (`BaseModel`, *optional*): What was fine-tuned; None for a model from scratch.
+        architecture (`str`, *optional*): The class of the model.
+        curve (`list[dict]`, *optional*): Log entries of the training, each with a `"step"`.
+        procedure (`dict`, *optional*): Settings of the training in words.
     """
 
     config: SAMConfig
@@ -61,6 +75,10 @@ class SAMCard:
     datasets: Sequence[str] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     is_adapter: bool = False
+    base: BaseModel | None = None
+    architecture: str | None = None
+    curve: Sequence[dict[str, Any]] = ()
+    procedure: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_trainer(
@@ -70,20 +88,25 @@ class SAMCard:
         update = getattr(trainer, "_sam", None)
         args, history = trainer.args, trainer.state.log_history
         path = (getattr(trainer, "hub_model_id", None) or args.output_dir).rstrip("/")
-        batch = (args.train_batch_size, args.gradient_accumulation_steps, args.world_size)
+        batch = (args.train_batch_size, args.gradient_accumulation_steps)
+        model = trainer.accelerator.unwrap_model(trainer.model)
         return cls(
             config=trainer.sam_config,
             name=path.split("/")[-1],
-            path=path,
+            path=Path(path).name if Path(path).is_absolute() else path,
             optimizer=f"{args.optim.value}, learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}",
             scope=update.scope if update else None,
             m=update.effective_m(*batch) if update else None,
             passes=_last(history, "sam_passes"),
             cost=_last(history, "sam_cost"),
-            task=_listed(task)[0] if task else _task_of(trainer.accelerator.unwrap_model(trainer.model)),
+            task=_listed(task)[0] if task else _task_of(model),
             datasets=[Path(name).name if Path(name).exists() else name for name in _listed(dataset)],
             metrics=_last_results(history, "test_") or _last_results(history, "eval_"),
-            is_adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
+            is_adapter=hasattr(model, "peft_config"),
+            base=BaseModel.of(model),
+            architecture=type(_without_adapter(model)).__name__,
+            curve=[entry for entry in history if "loss" in entry or "eval_loss" in entry],
+            procedure=_procedure(args, trainer),
         )
 
     @property
@@ -114,12 +137,52 @@ class SAMCard:
 
     def text(self) -> str:
         """The card's own section, between two comments by which a later one replaces it."""
-        parts = [self._method(), self._results(), self._usage()]
+        parts = [self._method(), self._results(), self._curve(), self._usage()]
         return "\n\n".join([_BEGIN, *(part for part in parts if part), _END])
+
+    def whole(self) -> str:
+        """The card without its metadata: what the model is, this section, and how it was trained."""
+        parts = [f"# {self.name}", _WHOLE, self._introduction(), self.text(), self._training()]
+        return "\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+    def _introduction(self) -> str:
+        kind = "LoRA adapter" if self.is_adapter else "model"
+        on = f" on {', '.join(self.datasets)}" if self.datasets else ""
+        if self.base is None:
+            return f"A {self.architecture or 'model'} trained from scratch{on}."
+        return f"A {kind} fine-tuned from {self.base.link}{on}."
+
+    def _curve(self) -> str:
+        """Training and evaluation by step, at most so many rows."""
+        by_step: dict[int, dict[str, Any]] = {}
+        for entry in self.curve:
+            by_step.setdefault(entry["step"], {}).update(entry)
+        if len(by_step) < 2:
+            return ""
+        found = list(dict.fromkeys(key for entry in by_step.values() for key in entry))
+        columns = [
+            name
+            for name in found
+            if name in ("loss", "sam_sharpness") or (name.startswith("eval_") and not _NO_METRIC.search(name))
+        ]
+        steps = sorted(by_step)
+        stride = -(-len(steps) // _MAX_CURVE_ROWS)
+        shown = steps[len(steps) - 1 :: -stride][::-1]
+        rows = [
+            [str(step)] + [f"{v:.4f}" if isinstance(v := by_step[step].get(c), float) else "" for c in columns]
+            for step in shown
+        ]
+        heads = ["step", *(c.replace("eval_", "validation ").replace("_", " ") for c in columns)]
+        heads = ["training loss" if head == "loss" else head for head in heads]
+        lines = [" | ".join(cells) for cells in [heads, ["---"] * len(heads), *rows]]
+        return "## Training curve\n\n" + "\n".join(f"| {line} |" for line in lines)
+
+    def _training(self) -> str:
+        return "## Training procedure\n\n" + _table(self.procedure) if self.procedure else ""
 
     @property
     def _arxiv(self) -> str | None:
-        found = re.search(r"\d{4}\.\d{5}", self.config.row.paper)
+        found = re.search(r"\d{4}\.\d{5}", self.config.paper or "")
         return found and found.group()
 
     def _method(self) -> str:
@@ -127,8 +190,8 @@ class SAMCard:
         if config.rho == 0:
             return ""
         rows = {
-            "method": f"`{config.method}`: {config.row.summary}",
-            "paper": f"[{config.row.paper}](https://arxiv.org/abs/{self._arxiv})" if self._arxiv else config.row.paper,
+            "method": f"`{config.name}`: {config.summary}",
+            "paper": f"[{config.paper}](https://arxiv.org/abs/{self._arxiv})" if self._arxiv else config.paper,
             "perturbation size rho": f"{config.rho:g}",
             "norm p": f"{config.p:g}" if config.p is not None else None,
             "scope": self.scope or config.scope,
@@ -160,12 +223,67 @@ class SAMCard:
         return f"## How to load\n\n```python\n{code}\n```{needs if self.is_adapter else ''}"
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """
+    The model that was fine-tuned.
+
+    Args:
+        name (`str`): How a reader knows it.
+        hub_id (`str`, *optional*): Where it is on the hub, as far as can be known.
+    """
+
+    name: str
+    hub_id: str | None = None
+
+    @property
+    def link(self) -> str:
+        """The name, as a link where there is something to link to."""
+        return f"[{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else f"`{self.name}`"
+
+    @classmethod
+    def of(cls, model: Any) -> BaseModel | None:
+        """
+        What `model` was loaded from: a hub id; of a local folder, the hub id that its path in the hub's cache, its
+        configuration or its card names, else the name of the folder. None for a model from scratch.
+        """
+        config = getattr(_without_adapter(model), "config", None)
+        name = str(getattr(config, "_name_or_path", "") or "")
+        if not name:
+            return None
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            return cls(name, name) if _HUB_ID.fullmatch(name) else cls(folder.name)
+        cached = re.search(r"models--(.+?)--(.+?)/snapshots/", f"{folder.resolve()}/")
+        said = f"{cached[1]}/{cached[2]}" if cached else _said_by_folder(folder)
+        return cls(said or folder.resolve().name, said)
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def _said_by_folder(folder: Path) -> str | None:
+    """The hub id that a model's folder goes by: in the title or the code of its card, else in its configuration."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if _BEGIN in text:  # one of ours: the folder is the model, and has no id that we know of
+        return None
+    found = re.findall(r"^# +([\w.-]+/[\w.-]+)\s*$", text, re.MULTILINE)
+    code = r"(?:from_pretrained|pipeline|SentenceTransformer)\([^)]*?['\"]([\w.-]+/[\w.-]+)['\"]"
+    found += [name for name, _ in Counter(re.findall(code, text)).most_common()]
+    with contextlib.suppress(OSError, ValueError):
+        found.append(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path"))
+    return next((name for name in found if name and name.count("/") == 1 and _HUB_ID.fullmatch(name)), None)
+
+
 def write_model_card(
     trainer: Any, dataset: str | Sequence[str] | None = None, task: str | Sequence[str] | None = None
 ) -> Path | None:
     """
-    Put SAM's section, tags and results into the `README.md` that the trainer has written in its `output_dir`, or begin
-    one. Writing twice changes nothing.
+    Write `README.md` in the trainer's `output_dir`: a whole card in place of a draft that a trainer has generated, or of
+    none; in a card of one's own, a section with SAM's settings, results and curve. Writing twice changes nothing.
 
     Args:
         trainer (`SAMTrainerMixin`): At any time; what is not known yet is left out.
@@ -180,13 +298,21 @@ def write_model_card(
     card = SAMCard.from_trainer(trainer, dataset, task)
     path = Path(trainer.args.output_dir) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = ModelCard(path.read_text(encoding="utf-8") if path.exists() else f"---\n{{}}\n---\n\n# {card.name}\n")
+    whole = ModelCard(path.read_text(encoding="utf-8") if path.exists() else f"---\n{{}}\n---\n\n{_WHOLE}\n")
     whole.data.tags = list(dict.fromkeys([*(whole.data.tags or []), *card.tags])) or None
     if card.task:
         whole.data.pipeline_tag = card.task
     if card.eval_results:
         whole.data.model_name, whole.data.eval_results = card.name, card.eval_results
-    whole.text = insert_section(whole.text.replace(_NAMELESS, "was trained from scratch on"), card.text())
+    if any(words in whole.text for words in _DRAFTS):
+        whole.text = card.whole()
+        whole.data.base_model = card.base.hub_id if card.base else None
+        if whole.data.get("licence") == "license":  # a placeholder of TRL's draft
+            whole.data.pop("licence")
+        if whole.data.get("model_name") in (None, "None"):
+            whole.data.model_name = card.name
+    else:
+        whole.text = insert_section(whole.text, card.text())
     whole.save(path)
     return path
 
@@ -219,7 +345,7 @@ def _last_results(history: list[dict[str, Any]], prefix: str) -> dict[str, float
 
 def _task_of(model: Any) -> str | None:
     """The pipeline for a model of this class, by the table that the Trainer's own card uses."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _without_adapter(model)
     for task, classes in TASK_MAPPING.items():
         if type(base).__name__ in classes.values():
             return task
@@ -228,3 +354,37 @@ def _task_of(model: Any) -> str | None:
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
+
+
+def _without_adapter(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _procedure(args: Any, trainer: Any) -> dict[str, Any]:
+    """How it was trained, in words; what the arguments do not say is left out."""
+    state, data = trainer.state, getattr(trainer, "train_dataset", None)
+    batch = f"{args.train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x {args.world_size} processes"
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), None)
+    schedule = getattr(args, "lr_scheduler_type", None)
+    rows = {
+        "training examples": len(data) if hasattr(data, "__len__") else None,
+        "optimizer": f"{args.optim.value}, learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}",
+        "schedule": getattr(schedule, "value", schedule),
+        "warm-up": getattr(args, "warmup_steps", None) or None,
+        "batch": batch,
+        "steps": getattr(state, "global_step", None),
+        "epochs": f"{state.epoch:.3g}" if getattr(state, "epoch", None) else None,
+        "seed": getattr(args, "seed", None),
+        "mixed precision": precision,
+        "software": ", ".join(
+            f"{name} {_version(name)}" for name in ("hf-sam", "transformers", "torch") if _version(name)
+        ),
+    }
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,16 +14,15 @@ from transformers import Trainer
 
 from .engines.base import loss_instead_of_backward
 from .methods.base import Needs
-from .update.batches import MicroBatch, how_losses_add_up, labelled_share
+from .update.batches import MicroBatch, how_losses_add_up
 from .update.parameters import Gradients
 from .update.second_order import add_hessian_vector_product, twice_differentiable_attention
 
 if TYPE_CHECKING:
     from .trainer import SAMTrainerMixin
+    from .update.replay import Snapshot
     from .update.step import SharpnessAwareUpdate
 
-# Outputs of a model whose loss is a function of its logits.
-_BESIDE_LOGITS = frozenset(["loss", "logits", "hidden_states", "attentions", "past_key_values"])
 # How far the losses of a batch's parts may be from the whole's, relatively: rounding of float32, and of 16 bits.
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 3e-2
 
@@ -40,11 +40,12 @@ class TrainerPasses:
         self._outputs: Any = None
         self._hook = None
         self._has_checked_logits = False
+        self._unverified: tuple[MicroBatch, int] | None = None
 
     def start(self, update: SharpnessAwareUpdate) -> None:
         """Bind to the update of a run."""
         self._update = update
-        if update.needs & (Needs.LOGITS | Needs.SUBSET):
+        if update.takes_parts or update.needs & Needs.LOGITS:
             self._hook = self._trainer.model.register_forward_hook(self._see)
 
     def end(self) -> None:
@@ -74,7 +75,12 @@ class TrainerPasses:
         trainer.current_gradient_accumulation_steps = batch.accumulation_steps
         context = update.engine.ascent_pass if is_ascent else update.engine.descent_pass
         inputs = update.changed_inputs.protected(batch) if update.is_repeating else batch.fresh_inputs()
-        with context(module, synced) as wrapped, self._loss_changed(batch.weight, change), self._no_generation():
+        before = batch.before if is_clean else None
+        with (
+            context(module, synced) as wrapped,
+            self._loss_changed(batch, change, before),
+            self._no_generation(),
+        ):
             loss = self._training_step(wrapped, inputs, batch.num_items_in_batch)
         if synced and reaches_logits:
             update.engine.average_gradients(update.parameters.in_model)
@@ -89,7 +95,7 @@ class TrainerPasses:
                 batch.kept = self._example_losses(labels)
             else:
                 logits = self._logits()
-                self._check_logits(loss, logits)
+                self._check_logits(loss, logits, labels, batch)
                 batch.kept = descent.keep(loss, logits)
             return loss
 
@@ -101,22 +107,39 @@ class TrainerPasses:
         return change if needs & Needs.LOGITS and not is_clean else None
 
     @contextlib.contextmanager
-    def _loss_changed(self, weight: float | Tensor, change: Callable[[Tensor, Any], Tensor] | None) -> Iterator[None]:
-        """The trainer's `compute_loss`, whoever has written it, hands its loss to `change` and is weighted."""
-        if change is None and isinstance(weight, float) and weight == 1:
+    def _loss_changed(
+        self,
+        batch: MicroBatch,
+        change: Callable[[Tensor, Any], Tensor] | None,
+        before: Snapshot | None = None,
+        is_weighted: bool = True,
+    ) -> Iterator[None]:
+        """The trainer's `compute_loss`, whoever has written it, hands its loss to `change` and is weighted.
+
+        `before` is what a clean pass started from; it is completed when the trainer is about to call the model.
+        """
+        trainer, update = self._trainer, self._update
+        if change is None and before is None and not update.takes_parts:
             yield
             return
-        trainer = self._trainer
         own = vars(trainer).get("compute_loss")
         compute_loss = trainer.compute_loss
 
         def changed(model: nn.Module, inputs: Any, *args, **kwargs) -> Any:
             labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+            if before is not None:
+                update.look_again(before)
             result = compute_loss(model, inputs, *args, **kwargs)
             loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
+            if self._unverified is not None:
+                self._verify(loss, labels, batch)
             loss = loss if change is None else change(loss, labels)
-            loss = loss if isinstance(weight, float) and weight == 1 else loss * weight
             self._outputs = None
+            weight = batch.weights[update.adding_up] if is_weighted and update.adding_up is not None else 1.0
+            if isinstance(weight, Tensor):
+                loss = loss * weight.to(loss)
+            elif weight != 1:
+                loss = loss * weight
             return loss if rest is None else (loss, *rest)
 
         trainer.compute_loss = changed
@@ -154,25 +177,26 @@ class TrainerPasses:
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._outputs = output
 
-    def _logits(self) -> Tensor:
+    def _logits(self, is_needed: bool = True) -> Tensor | None:
         """The model's logits in the pass that is going on.
 
         Raises:
             ValueError: Its output has none.
         """
         outputs, self._outputs = self._outputs, None
-        self._has_other_outputs = not isinstance(outputs, Mapping) or not _BESIDE_LOGITS.issuperset(outputs)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
         if logits is None and isinstance(outputs, tuple):  # (loss, logits, ...) or (logits, ...)
             logits = next((o for o in outputs if isinstance(o, Tensor) and o.dim() >= 2), None)
         if not isinstance(logits, Tensor):
+            if not is_needed:
+                return None
             raise ValueError(
                 f"{self._update.config.label} needs a model whose output has `logits`; this one returned none. Choose another "
                 "method."
             )
         return logits
 
-    def _check_logits(self, loss: Tensor, logits: Tensor) -> None:
+    def _check_logits(self, loss: Tensor, logits: Tensor, labels: Any, batch: MicroBatch) -> None:
         """Once: whether the loss depends on the parameters through the logits alone.
 
         Raises:
@@ -181,7 +205,7 @@ class TrainerPasses:
         if self._has_checked_logits:
             return
         self._has_checked_logits = True
-        if self._has_own_loss and not self._has_other_outputs:
+        if self._is_cross_entropy(loss, logits, labels, batch):
             return
         label = self._update.config.label
         reason = (
@@ -211,7 +235,11 @@ class TrainerPasses:
             found.append(self._example_losses(labels))
             return loss
 
-        with torch.no_grad(), self._loss_changed(1.0, look), trainer.compute_loss_context_manager():
+        with (
+            torch.no_grad(),
+            self._loss_changed(batch, look, is_weighted=False),
+            trainer.compute_loss_context_manager(),
+        ):
             inputs = trainer._prepare_inputs(self._update.changed_inputs.protected(batch))
             trainer.compute_loss(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
         return found[0]
@@ -241,8 +269,11 @@ class TrainerPasses:
             self.run(trainer.model, batch, synced=False, is_ascent=False)
             add_hessian_vector_product(losses[0], vector, product)
 
-    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
+    def how_parts_add_up(self, batch: MicroBatch, size: int, is_certain: bool = False) -> str:
         """How the losses of parts of `size` examples make up the batch's, found by computing them.
+
+        Where every example has one label and nobody has changed the loss, no pass is spent on it (unless `is_certain`): the
+        loss of the first pass tells whether it is the cross entropy of single examples.
 
         Raises:
             ValueError: They do not: examples are compared with each other, as in-batch negatives are, or the size of the
@@ -258,15 +289,24 @@ class TrainerPasses:
         trainer, update = self._trainer, self._update
         default = "sum" if self._normalises_by_items(batch) else "examples"
         chunks = batch.chunks(size)
-        if len(chunks) < 2 or self._is_of_single_examples(batch):
+        if len(chunks) < 2:
             return default
-        parts = [batch.part(indices, "sum") for indices in chunks]
+        if not is_certain and self._has_own_loss and _has_one_label_each(batch):
+            self._unverified = (batch, size)  # most likely; the first pass shows whether it is
+            return default
+        parts = [batch.part(indices) for indices in chunks]
         shares = {
             "sum": [1.0] * len(parts),
             "examples": [len(indices) / batch.size for indices in chunks],
-            "labelled": [float(labelled_share(batch.inputs, part.inputs)) for part in parts],
+            "labelled": [float(part.weights["labelled"]) for part in parts],
         }
-        shares = {default: shares[default], **shares}  # the first of equally good ones
+        # Of equally good ones the first. Where every part has its share of the labelled items a later batch has to tell.
+        default = "labelled" if default == "examples" and _has_several_labels_each(batch) else default
+        shares = {default: shares[default], **shares}
+        is_even = default == "labelled" and np.allclose(shares["labelled"], shares["examples"])
+        if is_even and self._update.adding_up is not None:
+            return default
+        self._update.adding_up_is_settled = not is_even
         with update.leaving_no_trace() as state:
             trainer.model.eval()
             try:
@@ -297,11 +337,33 @@ class TrainerPasses:
             "that sees whole batches."
         )
 
-    def _is_of_single_examples(self, batch: MicroBatch) -> bool:
-        """Whether the loss is the Trainer's or the model's own, of one label, or one row of labels, for each example."""
-        labels = batch.inputs.get("labels")
-        is_labelled = isinstance(labels, Tensor) and labels.dim() > 0 and len(labels) == batch.size
-        return self._has_own_loss and is_labelled and not batch.inputs.get("return_loss")
+    def _verify(self, loss: Tensor, labels: Any, batch: MicroBatch) -> None:
+        """Whether the loss at hand is of single examples; if not, how those of parts add up is computed."""
+        (whole, size), self._unverified = self._unverified, None
+        outputs = self._outputs
+        if self._is_cross_entropy(loss, self._logits(is_needed=False), labels, batch):
+            self._outputs = outputs
+            return
+        self._update.adding_up = self.how_parts_add_up(whole, size, is_certain=True)
+        self._outputs = outputs
+
+    @torch.no_grad()
+    def _is_cross_entropy(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> bool:
+        """Whether the loss is the mean of the examples' own, or of their tokens', and of nothing else."""
+        if logits is None or not isinstance(labels, Tensor) or loss == 0 or logits.shape == (len(labels),) * 2:
+            return False  # nothing that is compared, or examples that may be compared with each other
+        shifted = getattr(self._trainer, "_loss_shifts_labels", False)
+        try:
+            losses = [per_example_losses(logits, labels, shifted).mean()]
+            if not labels.is_floating_point():
+                z, y = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
+                total = F.cross_entropy(z.float().flatten(0, -2), y.flatten(), reduction="sum", ignore_index=-100)
+                losses += [total / y.ne(-100).sum()]
+                if batch.num_items_in_batch is not None:
+                    losses += [total / batch.num_items_in_batch]
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return False
+        return any(bool((loss.float() - own).abs() <= TOLERANCE_16_BITS / 10 * own.abs()) for own in losses)
 
     @property
     def _has_own_loss(self) -> bool:
@@ -321,6 +383,17 @@ class TrainerPasses:
         trainer = self._trainer
         takes_count = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
         return takes_count and batch.num_items_in_batch is not None
+
+
+def _has_one_label_each(batch: MicroBatch) -> bool:
+    labels = batch.inputs.get("labels")
+    is_labelled = isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) == batch.size
+    return is_labelled and not batch.inputs.get("return_loss")
+
+
+def _has_several_labels_each(batch: MicroBatch) -> bool:
+    labels = batch.inputs.get("labels")
+    return isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
 
 
 def per_example_losses(logits: Tensor, labels: Tensor, shifted: bool = False) -> Tensor:

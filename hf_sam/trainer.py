@@ -16,6 +16,7 @@ from .engines import engine_for, refuse_unsupported
 from .model_card import write_model_card
 from .passes import TrainerPasses
 from .update.batches import MicroBatch
+from .update.contents import named_modules_in, parts_of
 from .update.observation import log_entries
 from .update.state import check_config, load_state, reload_renamed_weights, save_config, save_state
 from .update.step import SharpnessAwareUpdate
@@ -113,7 +114,8 @@ class SAMTrainerMixin:
             self.create_optimizer()
         max_steps = max(self.state.max_steps, 1)
         self._sam_passes = TrainerPasses(self, super().training_step)
-        others = {k: v for k, v in vars(self).items() if isinstance(v, nn.Module) and k not in _OF_THE_TRAINER}
+        loss_parts = parts_of(self.compute_loss_func)
+        values = {k: v for k, v in vars(self).items() if k not in _OF_THE_TRAINER} | {"compute_loss_func": loss_parts}
         self._sam = SharpnessAwareUpdate(
             self.sam_config,
             self.model,
@@ -124,8 +126,10 @@ class SAMTrainerMixin:
             seed=self.args.seed,
             warmup_steps=self.args.get_warmup_steps(max_steps),
             scheduler=self.lr_scheduler,
-            others=others,
+            others=named_modules_in(values),
             owner=self,
+            looked_into=loss_parts,
+            train_dataset=self.train_dataset,
             ignored=_OF_THE_TRAINER.difference(self.sam_bookkeeping),
         )
         self._sam_passes.start(self._sam)

@@ -17,7 +17,7 @@ from shared.arguments import SAMArguments, parse_arguments
 from shared.data import Splits, load_splits, make_splits, public_name
 from shared.errors import UserError, as_user_error, run
 from shared.language import COMPLETION, CONVERSATION, TokenWeightedEvaluation, pick_format, tokenize_texts
-from shared.metrics import hub_metrics, perplexity_metrics
+from shared.metrics import LANGUAGE, hub_metrics, perplexity_metrics
 from shared.models import check_max_length, load_config, load_model, load_tokenizer
 from shared.options import DataArguments, ModelArguments, RunArguments, option
 from shared.running import (
@@ -30,6 +30,7 @@ from shared.running import (
     train,
     write_card,
 )
+from shared.summary import sizes, tell, truncation
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -44,6 +45,7 @@ try:
 except ImportError:  # the plain Trainer needs no TRL
     SFTConfig, SFTTrainer = TrainingArguments, None
 
+METRICS = LANGUAGE  # of the test split
 TRAINERS = ("sft", "plain")
 
 
@@ -77,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     model_args, data_args, lm_args, run_args, sam_args, args = parse_arguments(
         [ModelArguments, DataArguments, LanguageArguments, RunArguments, SAMArguments, SFTConfig], argv
     )
-    sam_config = sam_args.to_config()
-    prepare(args, run_args)
+    sam_config = prepare(args, run_args, sam_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, columns = read_data(data_args, lm_args)
@@ -86,10 +87,13 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
 
     tokenizer = load_tokenizer(model_args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    sizes = {"vocab_size": len(tokenizer)} if model_args.model_type else {}
-    config = load_config(model_args, **sizes)
+    vocabulary = {"vocab_size": len(tokenizer)} if model_args.model_type else {}
+    config = load_config(model_args, **vocabulary)
     check_max_length(lm_args.max_length, config)
     model = load_model(AutoModelForCausalLM, model_args, config)
+    if args.process_index == 0:
+        measured = truncation(splits, columns, tokenizer, lm_args.max_length) if columns != CONVERSATION else []
+        tell([*sizes(splits), *measured])
 
     common = {
         "model": model,

@@ -13,25 +13,31 @@ import dataclasses
 import importlib
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shared.arguments import parse_arguments
-from shared.errors import UserError, run
+from shared.arguments import parse_arguments, read_layers
+from shared.early import trains
+from shared.errors import UserError, did_you_mean, run
 from transformers import TrainingArguments
 
-from hf_sam.comparison.execution import end_with, end_with_parent, execute
+from hf_sam.comparison.execution import LOG_NAME, end_with, end_with_parent, execute
 from hf_sam.comparison.foreign import find_foreign_records
-from hf_sam.comparison.plan import AVERAGE_KEYS, Plan, Run, command_line, describe, final_runs, mean_passes, read_plan
-from hf_sam.comparison.records import write_json
+from hf_sam.comparison.method_settings import explain, merge
+from hf_sam.comparison.plan import Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
+from hf_sam.comparison.records import RunRecord, write_json
 from hf_sam.comparison.report import write_report
 from hf_sam.comparison.results import BUDGETS
+from hf_sam.comparison.statistics import detectable_effect, established_effect
 from hf_sam.comparison.worker import Workshop, counts, estimate, records_of, retry_failed, work
+from hf_sam.config import SAMConfig
 
 RECIPES = Path(__file__).parent
 PLAN_NAME = "comparison.json"
+MAX_REASONS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -53,9 +59,26 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if not args.report:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
         make_all(args, workshop)
-    report = report_on(workshop, args.foreign)
+    failures = describe_failures(workshop)
+    report = report_on(workshop, args.foreign, failures)
     print(f"\nReport: {report}")
+    if failures and not args.report:
+        raise UserError(failures)
     return report
+
+
+def describe_failures(workshop: Workshop) -> str:
+    """How many runs failed, why, and what to do about it; empty where none did."""
+    failed = [record for record in records_of(workshop) if record.status == "failed"]
+    if not failed:
+        return ""
+    reasons = Counter(_why(record) for record in failed)
+    listed = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.most_common(MAX_REASONS))
+    total = sum(counts(workshop)[name] for name in ("finished", "failed", "begun", "waiting"))
+    return (
+        f"{len(failed)} of {total} runs failed: {listed}. The whole story is in {failed[0].path.parent}/{LOG_NAME}; "
+        f"mend the cause and repeat the command with --retry_failed."
+    )
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -64,7 +87,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     for word in args.set:
         if "=" not in word:
             raise UserError(f"--set takes key=value pairs, not {word!r}.")
-    settings = {**plan.settings, **dict(word.split("=", 1) for word in args.set)}
+    given = dict(word.split("=", 1) for word in args.set)
+    settings = merge([("settings of the study", plan.settings), ("--set", given)]).values
     return dataclasses.replace(plan, seeds=args.seeds or plan.seeds, settings=settings)
 
 
@@ -78,38 +102,59 @@ def open_workshop(plan: Plan) -> Workshop:
     parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
 
     def passes(task: str, arm: str) -> float:
-        args, sam_config = parsed[task, arm]
+        args, sam_config, _ = parsed[task, arm]
         steps = args.max_steps if args.max_steps > 0 else 1000  # with epochs, only the share of steps matters
         return mean_passes(sam_config, steps, args.get_warmup_steps(steps))
 
     def length(run: Run) -> dict[str, Any]:
-        args, _ = parsed[run.task, run.arm]
+        args, *_ = parsed[run.task, run.arm]
         return {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
 
-    return Workshop(plan, final_runs(plan, passes), length, RECIPES)
+    in_force = {key: words for key, (*_, words) in parsed.items()}
+    return Workshop(plan, final_runs(plan, passes), length, RECIPES, in_force)
 
 
-def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, Any]:
-    """What the recipe makes of an arm under every condition; returns its training and its SAM arguments."""
-    settings = plan.tasks[task].get("settings") or {}
-    overrides = {key: value for key, value in plan.arms[arm].items() if key not in AVERAGE_KEYS}
+def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMConfig, str]:
+    """
+    What the recipe makes of an arm under every condition; returns its training arguments, its SAM configuration, and
+    the latter in words.
+    """
     types = argument_types(plan.tasks[task]["recipe"])
-    for name, condition in plan.conditions.items():
-        words = command_line(
-            plan.tasks[task].get("config"), {**plan.settings, **settings, **condition, **overrides}, plan.output_dir
-        )
+    config = plan.tasks[task].get("config")
+    for name in plan.conditions:
+        layers = layers_of(plan, task, name, arm)
         try:
-            parsed = parse_arguments(types, words)
-            by_name = {kind.__name__: values for kind, values in zip(types, parsed, strict=True)}
-            sam_config = by_name.pop("SAMArguments").to_config()
+            parsed = parse_arguments(types, command_line(config, merge(layers).values, plan.output_dir))
+            sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
+            sam_config = sam_args.to_config()
+            in_force = explain(sam_config, merge([*(read_layers(Path(config)) if config else []), *layers]))
         except (UserError, ValueError) as error:
             raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error
-    named = [key for key in overrides if key.startswith("sam_") and key != "sam_rho"]
+    check_metric(plan, plan.tasks[task]["recipe"], parsed)
+    named = [key for key in plan.arms[arm] if key.startswith("sam_") and key != "sam_rho"]
     if named and sam_config.rho == 0:
         raise UserError(
             f"arm {arm}: {', '.join(named)} does nothing while sam_rho is 0, as the base has it; give sam_rho."
         )
-    return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config
+    return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
+
+
+def check_metric(plan: Plan, recipe: str, parsed: Sequence[Any]) -> None:
+    """
+    Raises:
+        UserError: The recipe does not measure what the question asks about.
+    """
+    known, metric = getattr(importlib.import_module(recipe), "METRICS", ()), plan.question.metric
+    run_args = next((values for values in parsed if type(values).__name__ == "RunArguments"), None)
+    if run_args is not None and run_args.hub_metrics:
+        return  # their names are only known when they have been computed
+    if run_args is not None and run_args.evaluate_train:
+        known = (*known, *(f"train_{name}" for name in known))
+    if known and metric not in known:
+        near = did_you_mean(metric, known)
+        raise UserError(
+            f"question.metric={metric!r} is none that {recipe} measures.{near} Allowed: {', '.join(known)}."
+        )
 
 
 @lru_cache
@@ -121,7 +166,7 @@ def argument_types(recipe: str) -> tuple[type, ...]:
         UserError: There is no such recipe.
     """
     if not (RECIPES / f"{recipe}.py").is_file():
-        there = sorted(path.stem for path in RECIPES.glob("*.py") if "SAMArguments" in path.read_text())
+        there = sorted(path.stem for path in RECIPES.glob("*.py") if trains(path))
         raise UserError(f"recipe {recipe!r} does not exist. There are: {', '.join(there)}.")
     module = importlib.import_module(recipe)
     asked: list[type] = []
@@ -170,6 +215,8 @@ def _work(workshop: Workshop, stale_after: float, workers: int = 1) -> None:
     def tell(run: Run, what: str) -> None:
         name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
         print(f"{what:>10}  {name}", flush=True)
+        if what == "failed":
+            print(f"{'':>10}  {_why(workshop.record(run))}", flush=True)
         if what in ("finished", "failed"):
             print(f"{'':>10}  {progress(workshop, workers)}", flush=True)
 
@@ -199,19 +246,56 @@ def print_plan(workshop: Workshop, workers: int) -> None:
         first = {run.budget: run for run in workshop.runs if run.arm == arm}
         for budget, run_ in first.items():
             name = " and ".join(BUDGETS[part] for part in budget.split("+"))
-            settings = ", ".join(f"{key}={value}" for key, value in plan.arms[arm].items()) or "as the base"
-            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings))
+            others = {key: value for key, value in plan.arms[arm].items() if not key.startswith("sam_")}
+            settings = ", ".join(f"{key}={value}" for key, value in others.items())
+            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings or "as the base"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(f"{plan.name}: {plan.question.treatment} against {plan.question.control}, by {plan.question.metric}")
     print(f"tasks {', '.join(plan.tasks)}; conditions {', '.join(plan.conditions)}; seeds {plan.seeds}")
     for row in rows:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    print("SAM in force, and where each value comes from:")
+    for arm in plan.arms:
+        told: dict[str, list[str]] = {}
+        for task in plan.tasks:
+            told.setdefault(workshop.in_force[task, arm], []).append(task)
+        for words, tasks in told.items():
+            where = f" on {', '.join(tasks)}" if len(told) > 1 else ""
+            print(f"  {arm}{where}: {words}")
+    print(describe_power(plan))
     trials = f" and {count['trials']} trials" if count["trials"] else ""
     print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
 
 
-def report_on(workshop: Workshop, foreign: Sequence[Path] = ()) -> Path:
-    """The report of what there is."""
+def _why(record: RunRecord) -> str:
+    """What ended a failed run, in a line."""
+    error = record.error or {}
+    lines = error.get("message", "").splitlines()
+    return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
+
+
+def describe_power(plan: Plan) -> str:
+    """What the seeds of a plan can establish."""
+    seeds, cells = len(plan.seeds), len(plan.tasks) * len(plan.conditions)
+    if seeds < 2:
+        return "With one seed no verdict is possible: give at least 3, by --seeds or in the YAML."
+    level = 0.05 / cells
+    over = f", Holm over {cells} tasks and conditions" if cells > 1 else ""
+    return (
+        f"With {seeds} seeds a difference is established (paired t-test at 5 %{over}) from "
+        f"{established_effect(seeds, level):.1f} standard deviations of the paired differences on; a true one of "
+        f"{detectable_effect(seeds, level):.1f} is found four times in five (with {2 * seeds} seeds, of "
+        f"{detectable_effect(2 * seeds, level):.1f})."
+    )
+
+
+def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "") -> Path:
+    """
+    The report of what there is.
+
+    Raises:
+        UserError: No run has finished.
+    """
     plan, records = workshop.plan, records_of(workshop)
     problems: list[str] = []
     for folder in foreign:
@@ -221,11 +305,14 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = ()) -> Path:
         records, problems = records + found, problems + messages
     final = records_of(workshop, workshop.runs)
     done = {entry.arm for entry in final if entry.status == "finished"}
+    if not any(record.status in ("finished", "foreign") for record in records):
+        raise UserError(failures or f"No run has finished in {plan.output_dir}: there is nothing to report on.")
     question = dataclasses.asdict(plan.question)
     if not {question["control"], question["treatment"]} <= done:  # too early for the question: show what there is
         question = {}
     elif not any(record.metrics.get(plan.question.metric) is not None for record in final):
-        raise UserError(f"question.metric={plan.question.metric!r} is in no record; see metrics in {plan.output_dir}.")
+        measured = sorted({name for record in final for name in record.metrics})
+        raise UserError(f"question.metric={plan.question.metric!r} is in no record. There are: {', '.join(measured)}.")
     return write_report(
         records,
         plan.output_dir / "report",

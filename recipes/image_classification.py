@@ -16,7 +16,7 @@ from shared.data import Splits, load_splits, make_splits, pick_column, public_na
 from shared.errors import run
 from shared.images import AUGMENTATIONS, ImageDataset, ImageTransform, NewDrawEachEpoch, output_size, stream_images
 from shared.labels import add_label_noise, check_classes, class_labels
-from shared.metrics import classification_metrics, hub_metrics
+from shared.metrics import CLASSIFICATION, classification_metrics, hub_metrics
 from shared.models import check_image_size, load_config, load_image_processor, load_model
 from shared.options import DataArguments, ModelArguments, RunArguments, option
 from shared.running import (
@@ -29,9 +29,12 @@ from shared.running import (
     train,
     write_card,
 )
+from shared.summary import check_images, classes, sizes, tell
 from transformers import AutoModelForImageClassification, BaseImageProcessor, TrainingArguments, default_data_collator
 
 from hf_sam import SAMTrainer
+
+METRICS = CLASSIFICATION  # of the test split
 
 
 @dataclass
@@ -40,9 +43,12 @@ class ImageArguments:
 
     image_column: str | None = option(None, "Column of the images. Found when left out.")
     image_size: int | None = option(None, "Side in pixels that the model gets; the processor's own when left out.")
+    check_images: str = option("sample", "Images to open before the first step: sample (of each split), all, none.")
     augmentation: str = option("none", f"Of the training images: {', '.join(AUGMENTATIONS)}.")
 
     def __post_init__(self):
+        if self.check_images not in ("sample", "all", "none"):
+            raise ValueError(f"check_images={self.check_images} is unknown. Allowed: sample, all, none.")
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(f"augmentation={self.augmentation} is unknown. Allowed: {', '.join(AUGMENTATIONS)}.")
         if self.image_size is not None and self.image_size < 1:
@@ -53,12 +59,14 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
     model_args, data_args, image_args, run_args, sam_args, args = parse_arguments(
         [ModelArguments, DataArguments, ImageArguments, RunArguments, SAMArguments, TrainingArguments], argv
     )
-    sam_config = sam_args.to_config()
-    prepare(args, run_args)
+    sam_config = prepare(args, run_args, sam_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, image_column, label_column, names = read_data(data_args, image_args)
     check_training_arguments(args, data_args, "validation" in splits)
+    opened = check_images(splits, image_column, image_args.check_images)
+    if args.process_index == 0:
+        tell([*sizes(splits), *classes(splits, label_column, names), *opened])
 
     config = load_config(model_args, labels=names, problem_type="single_label_classification")
     processor = load_image_processor(model_args, config, image_args.image_size)
@@ -97,7 +105,7 @@ def read_data(data_args: DataArguments, image_args: ImageArguments) -> tuple[Spl
     )
     splits, names = class_labels(splits, label_column, data_args)
     splits = make_splits(splits, data_args, strata=label_column)
-    check_classes(splits, label_column, names)
+    check_classes(splits, label_column, names, data_args)
     return add_label_noise(splits, label_column, len(names), data_args), image_column, label_column, names
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ from hf_sam.comparison.checkpoints import Evaluated, LanguagePredictions, make_c
 from hf_sam.comparison.corruptions import IMAGE_CORRUPTIONS, LEVELS, TEXT_CORRUPTIONS
 from hf_sam.comparison.document import write_document
 from hf_sam.comparison.fingerprints import describe_data, describe_environment, describe_model
+from hf_sam.comparison.records import RECORD_NAME, RecordError, read_record
 from hf_sam.sharpness import SharpnessConfig
+
+THUMBNAIL = 96  # pixels of the longer side
 
 
 @dataclass
@@ -86,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     rows = splits[args.split]
     if not isinstance(rows, Dataset):
         raise UserError("A report needs the whole test split at hand: leave streaming off.")
-    corrupted = corrupt(rows, columns, args) if columns[-1] is not None and len(columns) > 1 else {}
+    is_classifier = columns[-1] is not None and len(columns) > 1
+    some, corrupted = corrupt(rows, columns, args) if is_classifier else (None, {})
 
     evaluated = []
     for name, path in named.items():
@@ -112,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 size=sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()),
                 seconds=seconds,
                 corrupted={key: predict(split, f"{name}, {key[0]} {key[1]}") for key, split in corrupted.items()},
+                corrupted_rows=some,
+                data=recorded_splits(Path(path)),
             )
         )
     document = make_checkpoint_document(
@@ -126,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         class_names=columns[-1] if len(columns) > 1 else None,
         seed=args.bootstrap_seed,
         sharpness=measure_sharpness(argv, Path(args.output_dir)) if args.sharpness else None,
+        image_of=thumbnails(rows, columns[0], args.split) if task.recipe == "image_classification" else None,
     )
     report = write_document(document, Path(args.output_dir))
     print(f"Report: {report}")
@@ -162,13 +170,35 @@ def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePrediction
     return LanguagePredictions(values, told) if is_language else Predictions(told, values)
 
 
-def corrupt(rows: Dataset, columns: Sequence[Any], args: ReportArguments) -> dict[tuple[str, int], Dataset]:
-    """Some test examples under each corruption and level; what is drawn depends on the example alone."""
+def recorded_splits(path: Path) -> dict[str, Any]:
+    """What the run record of a checkpoint, or of the run that it is one of, says of its data; nothing without one."""
+    for folder in (path, path.parent) if path.name.startswith("checkpoint-") else (path,):
+        with suppress(RecordError):
+            return read_record(folder / RECORD_NAME).data
+    return {}
+
+
+def thumbnails(rows: Dataset, image_column: str, split: str) -> Callable[[int], Any]:
+    """From the number of an example to its image, small."""
+    images = undecoded(rows, image_column)
+
+    def image_of(index: int) -> Any:
+        image = open_image(images[index][image_column], f"{split} image {index}")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return image
+
+    return image_of
+
+
+def corrupt(
+    rows: Dataset, columns: Sequence[Any], args: ReportArguments
+) -> tuple[np.ndarray | None, dict[tuple[str, int], Dataset]]:
+    """Some test examples, which ones, under each corruption and level; what is drawn depends on the example alone."""
     count = min(args.corruption_samples, len(rows))
     if count == 0:
-        return {}
-    order = np.random.default_rng(args.bootstrap_seed).permutation(len(rows))[:count]
-    some = rows.select(np.sort(order))
+        return None, {}
+    chosen = np.sort(np.random.default_rng(args.bootstrap_seed).permutation(len(rows))[:count])
+    some = rows.select(chosen)
     is_text = isinstance(columns[0], list)
     names = columns[0] if is_text else [columns[0]]
     kinds: dict[str, Callable] = TEXT_CORRUPTIONS if is_text else IMAGE_CORRUPTIONS
@@ -181,7 +211,7 @@ def corrupt(rows: Dataset, columns: Sequence[Any], args: ReportArguments) -> dic
         return {name: kinds[kind](value, level, rng) for name, value in zip(names, values, strict=True)}
 
     features = some.features if is_text else datasets.Features({**some.features, names[0]: datasets.Image()})
-    return {
+    return chosen, {
         (kind, level): some.map(
             change, with_indices=True, fn_kwargs={"kind": kind, "level": level}, features=features, keep_in_memory=True
         )

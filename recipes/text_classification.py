@@ -1,17 +1,18 @@
 """Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number; texts or pairs.
 
-    accelerate launch recipes/text_classification.py configs/text_classification/glue_mrpc.yaml --sam_rho 0.01
+    accelerate launch recipes/text_classification.py configs/text_classification/glue_mrpc.yaml --sam_method asam
 
 `--sam_rho 0` is the baseline with the same script and configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import datasets
+from shared import metrics as measured
 from shared.arguments import SAMArguments, parse_arguments
 from shared.data import Splits, load_splits, make_splits, pick_column, public_name
 from shared.errors import UserError, run
@@ -31,11 +32,15 @@ from shared.running import (
     train,
     write_card,
 )
+from shared.summary import classes, sizes, tell, truncation
 from shared.texts import GLUE, GLUE_HUB_ID, check_texts, tokenize
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
 from hf_sam import SAMTrainer
 
+METRICS = tuple(
+    dict.fromkeys([*measured.CLASSIFICATION, *measured.MULTI_LABEL, *measured.REGRESSION])
+)  # on the test split
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # What is measured for each kind of label, and which predictions are kept.
 EVALUATION: dict[str, tuple[Callable, Callable]] = {
@@ -67,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
     model_args, data_args, text_args, run_args, sam_args, args = parse_arguments(
         [ModelArguments, DataArguments, TextArguments, RunArguments, SAMArguments, TrainingArguments], argv
     )
-    sam_config = sam_args.to_config()
-    prepare(args, run_args)
+    sam_config = prepare(args, run_args, sam_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, texts, label_column, problem_type, names = read_data(data_args, text_args)
@@ -80,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> SAMTrainer:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
+    if args.process_index == 0:
+        counted = classes(splits, label_column, names) if problem_type == SINGLE else []
+        tell([*sizes(splits), *counted, *truncation(splits, texts, tokenizer, text_args.max_length)])
     model = load_model(AutoModelForSequenceClassification, model_args, config)
 
     with args.main_process_first(desc="tokenizing"):
@@ -128,7 +135,7 @@ def read_data(
     if problem_type == SINGLE:
         splits, names = class_labels(splits, label_column, data_args)
         splits = make_splits(splits, data_args, strata=label_column)
-        check_classes(splits, label_column, names)
+        check_classes(splits, label_column, names, data_args)
         return add_label_noise(splits, label_column, len(names), data_args), texts, label_column, problem_type, names
     for name in ("label_noise", "streaming", "train_samples_per_class"):
         if getattr(data_args, name):
@@ -151,10 +158,12 @@ def use_glue(data_args: DataArguments, text_args: TextArguments) -> None:
         text_args.text_pair_column = text_args.text_pair_column or task.texts[1]
 
 
-def find_problem_type(features: datasets.Features | None, label_column: str) -> str:
+def find_problem_type(features: Mapping[str, Any] | None, label_column: str) -> str:
     """What the labels are by their type: lists are several labels, fractional numbers a regression, else classes."""
+    from datasets import LargeList, List
+
     feature = (features or {}).get(label_column)
-    if isinstance(feature, (datasets.List, datasets.LargeList, list)):
+    if isinstance(feature, (List, LargeList, list)):
         return MULTI
     if str(getattr(feature, "dtype", "")).startswith("float"):
         return REGRESSION

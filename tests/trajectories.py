@@ -114,7 +114,7 @@ def cases() -> dict[str, Case]:
                     sam = {"method": method, **fields, **({"scope": scope} if scope else {})}
                     args = {"gradient_accumulation_steps": accumulation, **(adamw if name == "defaults" else {})}
                     found[f"{method} {name} {scope or 'one pass'} {accumulation}"] = Case(sam, args)
-        if ("m" in fields_used(row)):
+        if "m" in fields_used(row):
             sam = {"method": method, **VARIATIONS[method], "scope": "micro", "m": 2}
             found[f"{method} m=2"] = Case(sam, {"gradient_accumulation_steps": 2})
     for name, fields in SHARED.items():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import EngFormatter
 
 from ..comparison.plots import COLOURS, MARKERS, styled
 from ..comparison.records import RunRecord
@@ -124,6 +125,9 @@ def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
                 label = {} if number or name != varied[0] else {"label": contender}
                 axes.plot(line[name], line.ratio, linewidth=1, **look, **label)
         axes.set_xscale("log")
+        values = sorted(rows[name].unique())  # the settings themselves, instead of powers of ten
+        axes.set_xticks(values, [EngFormatter(sep="")(value) for value in values])
+        axes.minorticks_off()
         axes.set(xlabel=name.replace("_", " "), ylabel="time relative to the stock Trainer's")
     canvas.legend(loc="outside lower center", ncols=5)
     return canvas

@@ -89,6 +89,8 @@ class Evaluated:
         size (`int`): Bytes of the weights in memory.
         seconds (`float`): Of the passes over the test split.
         corrupted (`dict[tuple[str, int], Predictions]`): The same on corrupted inputs, by corruption and level.
+        corrupted_rows (`np.ndarray`, *optional*): Which examples those are; all where left out.
+        data (`dict`): What its run record says of the splits, see `describe_data`; empty where there is none.
     """
 
     name: str
@@ -98,6 +100,14 @@ class Evaluated:
     size: int = 0
     seconds: float = 0.0
     corrupted: dict[tuple[str, int], Predictions] = field(default_factory=dict)
+    corrupted_rows: np.ndarray | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def uncorrupted_accuracy(self) -> float:
+        """On the examples that are corrupted elsewhere, as they are."""
+        right = self.predictions.correct
+        return float((right if self.corrupted_rows is None else right[self.corrupted_rows]).mean())
 
 
 def true_probability(kept: Predictions) -> np.ndarray:
@@ -117,6 +127,7 @@ def make_checkpoint_document(
     class_names: Sequence[str] | None = None,
     seed: int = 0,
     sharpness: Mapping[str, Any] | None = None,
+    image_of: Callable[[int], Any] | None = None,
 ) -> Document:
     """
     The report of one or more checkpoints on one test split.
@@ -128,6 +139,7 @@ def make_checkpoint_document(
         class_names (`Sequence[str]`, *optional*): `None` for language models.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
         sharpness (`dict`, *optional*): What `sharpness.json` of the same checkpoints holds.
+        image_of (`Callable`, *optional*): From the number of a test example to its image, where examples are images.
     """
     rng = np.random.default_rng(seed)
     is_classifier = class_names is not None
@@ -145,7 +157,7 @@ def make_checkpoint_document(
         sections += [
             Section("Per class", _per_class(checkpoints, class_names)),
             Section("Calibration", _calibration(checkpoints)),
-            Section("Disagreements", _disagreements(checkpoints, examples, class_names)),
+            Section("Disagreements", _disagreements(checkpoints, examples, class_names, image_of)),
             Section("Robustness to input corruption", _robustness(checkpoints, rng)),
         ]
     sections += [
@@ -230,11 +242,34 @@ def _test_name(pair: dict) -> str:
 
 
 def _models(checkpoints: Sequence[Evaluated]) -> list[Block]:
+    def trained_on(entry: Evaluated, what: str) -> Any:
+        return (entry.data.get("train") or {}).get(what)
+
     rows = [
-        [entry.name, entry.path, str(entry.model.get("class")), entry.model.get("fingerprint") or NOTHING]
+        [
+            entry.name,
+            entry.path,
+            str(entry.model.get("class")),
+            number(trained_on(entry, "examples"), 0),
+            trained_on(entry, "fingerprint") or NOTHING,
+            entry.model.get("fingerprint") or NOTHING,
+        ]
         for entry in checkpoints
     ]
-    return [Table(["checkpoint", "path", "class", "fingerprint"], rows, "Checkpoints", 99)]
+    columns = ["checkpoint", "path", "class", "trained on", "training data", "weights"]
+    blocks: list[Block] = [Table(columns, rows, "Checkpoints; data and weights by their fingerprints", 99)]
+    prints = {entry.name: trained_on(entry, "fingerprint") for entry in checkpoints}
+    told = {name: value for name, value in prints.items() if value is not None}
+    if len(set(told.values())) > 1:
+        listed = ", ".join(f"{entry.name} on {number(trained_on(entry, 'examples'), 0)}" for entry in checkpoints)
+        blocks.append(
+            Text(
+                f"The checkpoints were trained on different data ({listed} examples): a difference between them may be one "
+                f"of the data, not of the method.",
+                "warning",
+            )
+        )
+    return blocks
 
 
 def _metric_table(checkpoints: Sequence[Evaluated], metrics: dict[str, dict[str, Estimate]]) -> list[Block]:
@@ -303,7 +338,10 @@ def _calibration(checkpoints: Sequence[Evaluated]) -> list[Block]:
 
 
 def _disagreements(
-    checkpoints: Sequence[Evaluated], examples: Sequence[str], class_names: Sequence[str]
+    checkpoints: Sequence[Evaluated],
+    examples: Sequence[str],
+    class_names: Sequence[str],
+    image_of: Callable[[int], Any] | None = None,
 ) -> list[Block]:
     if len(checkpoints) < 2:
         return [Text("One checkpoint cannot disagree with another.")]
@@ -327,6 +365,12 @@ def _disagreements(
                 ["index", "example", "true class", first.name, second.name], rows, "Those of which both are surest", 99
             )
         )
+    if rows and image_of is not None:
+        data = pd.DataFrame(rows, columns=["index", "example", "true class", first.name, second.name])
+        titles = [f"{row[0]}: {row[2]}\n{row[3]}\n{row[4]}" for row in rows]
+        canvas = plots.draw_images([image_of(int(index)) for index in shown], titles)
+        caption = f"The same examples: number and true class, what {first.name} says, what {second.name} says."
+        blocks.append(Figure("disagreements", canvas, caption, data))
     return blocks
 
 
@@ -341,16 +385,16 @@ def _robustness(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> l
             estimate = bootstrap_examples(lambda index, right=kept.correct: right[index].mean(), len(kept.labels), rng)
             data.append((entry.name, kind, level, estimate.value, estimate.low, estimate.high, estimate.n))
     frame = pd.DataFrame(data, columns=["checkpoint", "corruption", "level", "accuracy", "low", "high", "examples"])
+    clean = [f"{100 * entry.uncorrupted_accuracy:.1f}" for entry in checkpoints]
+    rows.append(["none", "0", *clean])
     for (kind, level), group in frame.groupby(["corruption", "level"], sort=False):
         cells = [f"{100 * row.accuracy:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in group.itertuples()]
         rows.append([kind, str(level), *cells])
-    canvas = plots.draw_robustness(
-        frame, {entry.name: float(entry.predictions.correct.mean()) for entry in checkpoints}
-    )
-    caption = "Accuracy on corrupted inputs; level 0 is the whole test split as it is."
+    canvas = plots.draw_robustness(frame, {entry.name: entry.uncorrupted_accuracy for entry in checkpoints})
+    caption = "Accuracy on corrupted inputs; level 0 are the same examples as they are."
     names = [entry.name for entry in checkpoints]
     return [
-        Table(["corruption", "level", *names], rows, f"Accuracy (%) on {frame.examples.iloc[0]} corrupted examples", 2),
+        Table(["corruption", "level", *names], rows, f"Accuracy (%) on the same {frame.examples.iloc[0]} examples", 2),
         Figure("robustness", canvas, caption, frame),
     ]
 

@@ -21,7 +21,7 @@ from transformers import trainer as trainer_module
 
 from .pausing import LengthFound, PauseAt
 from .plan import averaging_of, command_line
-from .records import RECORD_NAME, RecordError, RunRecord, read_record, write_json
+from .records import OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
 
 JOB_NAME, LOG_NAME, LENGTH_NAME = "run.json", "log.txt", "length.json"
 PRELOADED = ["datasets", "pandas", __name__]  # once for all runs of a worker
@@ -167,6 +167,6 @@ def mark_failed(folder: Path, names: dict[str, Any], error: Exception) -> None:
         record = read_record(folder / RECORD_NAME)
     except RecordError:
         record = RunRecord(**names, path=folder / RECORD_NAME)
-    if record.status == "running":
+    if record.status in OPEN:
         record.fail(error)
         record.write()

@@ -16,6 +16,7 @@ from ..config import SAMConfig
 from ..update.schedule import Schedule
 from .averaging import KINDS, WeightAveraging
 from .entropy_sgd import EntropySGD
+from .method_settings import merge
 from .results import BUDGETS, TUNING, Question
 
 AVERAGE_KEYS = ("average", "average_start", "average_decay")  # of an arm; everything else is the recipe's
@@ -335,13 +336,8 @@ def settings_of(plan: Plan, run: Run, tuned: Mapping[str, Any], length: Mapping[
         tuned (`Mapping`): What tuning has found, or what a trial tries.
         length (`Mapping`): `max_steps` or `num_train_epochs` of the base recipe under this arm.
     """
-    task, arm = plan.tasks[run.task], plan.arms[run.arm]
     settings = {
-        **plan.settings,
-        **(task.get("settings") or {}),
-        **plan.conditions[run.condition],
-        **{key: value for key, value in arm.items() if key not in AVERAGE_KEYS},
-        **tuned,
+        **merge([*layers_of(plan, run.task, run.condition, run.arm), ("tuning", tuned)]).values,
         **stretched(length, run.stretch),
         **dict.fromkeys(SEED_KEYS, run.seed),
         "task": run.task,
@@ -358,6 +354,16 @@ def settings_of(plan: Plan, run: Run, tuned: Mapping[str, Any], length: Mapping[
     if run.trial is not None:
         settings["validation_size"] = plan.tuning.validation_size
     return settings
+
+
+def layers_of(plan: Plan, task: str, condition: str, arm: str) -> list[tuple[str, dict[str, Any]]]:
+    """What the plan says of a run, by where it says so, later ones over earlier ones."""
+    return [
+        ("settings of the study", plan.settings),
+        (f"task {task}", plan.tasks[task].get("settings") or {}),
+        (f"condition {condition}", plan.conditions[condition]),
+        (f"arm {arm}", {key: value for key, value in plan.arms[arm].items() if key not in AVERAGE_KEYS}),
+    ]
 
 
 def stretched(length: Mapping[str, Any], stretch: float) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def draw_confusion(matrices: dict[str, np.ndarray], class_names: Sequence[str]) 
 
 @styled
 def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
-    """Accuracy over the level of each corruption, one panel per corruption; level 0 is the uncorrupted split."""
+    """Accuracy over the level of each corruption, one panel per corruption; level 0 is uncorrupted."""
     kinds = list(dict.fromkeys(frame.corruption))
     canvas, panels = _panels(kinds, str)
     for axes, kind in zip(panels, kinds, strict=False):
@@ -232,6 +232,22 @@ def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
             axes.plot([0, *rows.level], [100 * accuracy, *(100 * rows.accuracy)], **_look(index), linewidth=1.2)
         axes.set(xlabel="level", ylabel="accuracy (%)")
     _legend(canvas, list(clean))
+    return canvas
+
+
+@styled
+def draw_images(images: Sequence, titles: Sequence[str], columns: int = 5) -> Canvas:
+    """Small images in a grid, each under its title."""
+    rows = -(-len(images) // columns)
+    canvas = Canvas(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
+    panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(images) :]:
+        axes.remove()
+    for axes, image, title in zip(panels, images, titles, strict=False):
+        axes.imshow(np.asarray(image))
+        axes.grid(False)
+        axes.set_axis_off()
+        axes.set_title("\n".join(_short(line, 24) for line in title.split("\n")), fontsize=7)
     return canvas
 
 

@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from .fingerprints import describe_data, describe_environment, describe_model, peak_memory
+from .segments import CostKeeper
 
 FORMAT = "hf_sam.run_record"
 VERSION = 1
 RECORD_NAME = "run_record.json"
-STATUSES = ("running", "finished", "failed", "foreign")
+STATUSES = ("running", "interrupted", "finished", "failed", "foreign")
+OPEN = ("running", "interrupted")  # what a killed run, and one that was stopped, leave behind: to be resumed
 
 _SECRET_KEY = re.compile(r"(_token|^token|api_?key|password|passwd|secret|credential)s?$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})")
@@ -39,6 +41,10 @@ _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pou
 
 class RecordError(ValueError):
     """A file that is no readable run record; the message says which file, why, and what to do."""
+
+
+class RunFinishedError(Exception):
+    """The run that is asked for has its finished record already, made with the same arguments: nothing to do."""
 
 
 @dataclass
@@ -54,8 +60,8 @@ class RunRecord:
             `"steps"` (every arm takes as many optimizer steps) or `"passes"` (as many gradient evaluations).
         seed (`int`, *optional*): Runs of different arms with the same seed are pairs.
         status (`str`, *optional*, defaults to `"running"`):
-            `"running"` (also what a killed run leaves behind), `"finished"`, `"failed"`, or `"foreign"` for a run
-            that something else wrote.
+            `"running"` (also what a killed run leaves behind), `"interrupted"` (by Ctrl-C), `"finished"`, `"failed"`,
+            or `"foreign"` for a run that something else wrote.
         config (`dict`, *optional*):
             `"recipe"` (what the script was given), `"training_arguments"` and `"sam"` (`None`: no SAM).
         model, data, environment (`dict`, *optional*):
@@ -66,7 +72,10 @@ class RunRecord:
         seconds, samples_per_second (`float`, *optional*): Of the training loop alone.
         peak_memory (`int`, *optional*): In bytes; of the accelerator where there is one, else of the process.
         resumed_from (`int`, *optional*):
-            The step at which the run went on after an interruption: seconds and peak memory are those of the rest.
+            The step at which the run last went on after an interruption.
+        segments (`list[dict]`, *optional*):
+            The parts between interruptions, each with `"begin"`, `"end"`, `"seconds"` and `"passes"`. Where they begin
+            at step 0, `seconds` and `passes` are their sums; where they do not, see `has_whole_costs`.
         curves (`list[dict]`, *optional*): The Trainer's `log_history`, one dict per log call, each with a `"step"`.
         sharpness (`dict[str, float]`, *optional*): Measures of the trained weights, where asked for.
         predictions (`str`, *optional*):
@@ -94,6 +103,7 @@ class RunRecord:
     samples_per_second: float | None = None
     peak_memory: int | None = None
     resumed_from: int | None = None
+    segments: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     sharpness: dict[str, float | None] = field(default_factory=dict)
     predictions: str | None = None
@@ -121,19 +131,29 @@ class RunRecord:
         }
         self.ended = _now()
 
-    def take_costs(self, trainer) -> None:
+    @property
+    def has_whole_costs(self) -> bool:
+        """Whether seconds, throughput and passes are those of all steps, and not of the rest after an interruption."""
+        return self.resumed_from is None or (bool(self.segments) and self.segments[0].get("begin") == 0)
+
+    def take_costs(self, trainer, keeper: CostKeeper) -> None:
         """Reads steps, passes, time, memory and curves off a `Trainer` whose `train()` has returned or raised."""
         self.steps = trainer.state.global_step
         self.curves = trainer.state.log_history
         self.peak_memory = peak_memory()
-        passes_per_step = 1.0  # what the stock Trainer spends
-        for entry in self.curves:
-            self.seconds = entry.get("train_runtime", self.seconds)
-            self.samples_per_second = entry.get("train_samples_per_second", self.samples_per_second)
-            passes_per_step = entry.get("sam_passes", passes_per_step)
-        self.passes = self.steps * passes_per_step
-        checkpoint = re.search(r"checkpoint-(\d+)/*$", str(trainer.args.resume_from_checkpoint))
-        self.resumed_from = int(checkpoint[1]) if checkpoint else None
+        self.segments = keeper.segments()
+        if not self.segments:  # it never began
+            return
+        self.resumed_from = keeper.begin or None
+        present, before = self.segments[-1], sum(entry["seconds"] for entry in keeper.earlier)
+        for entry in reversed(self.curves):
+            if "train_runtime" in entry:  # it came to its end
+                present["seconds"] = max(entry["train_runtime"] - (before if keeper.is_whole else 0.0), 0.0)
+                present["passes"] = (present["end"] - present["begin"]) * entry.get("sam_passes", 1.0)
+                self.samples_per_second = entry.get("train_samples_per_second")
+                break
+        self.seconds = sum(entry["seconds"] for entry in self.segments)
+        self.passes = sum(entry["passes"] for entry in self.segments)
 
 
 @contextmanager
@@ -142,8 +162,10 @@ def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | N
     Keeps the record of one run while the `with` block trains and evaluates it.
 
     The record is on disk as `running`, with the fingerprint of the untrained model, before the block starts; after it,
-    as `finished`, or as `failed` with the error, which is raised on. A run that is killed (also by Ctrl-C) stays
-    `running`, so that a comparison knows to resume it. Every process enters; the first one writes.
+    as `finished`, as `failed` with the error, or as `interrupted` by Ctrl-C; what was raised is raised on. A run that is
+    killed stays `running`, so that a comparison knows to resume it. Every process enters; the first one writes.
+
+    A run that goes on from a checkpoint counts the seconds, passes and losses of the steps before it.
 
     Args:
         path (`str` or `os.PathLike`): The file to write, by convention `<output_dir>/run_record.json`.
@@ -153,6 +175,11 @@ def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | N
 
     Yields:
         `RunRecord`: Set its `metrics`, and `predictions` and `sharpness` where there are any.
+
+    Raises:
+        RunFinishedError: The folder holds the finished record of this very run.
+        ValueError: It holds one that was made with other arguments, or the checkpoint that is gone on from was; the
+            message names each with its old and its new value.
     """
     names.setdefault("seed", trainer.args.seed)
     record = RunRecord(**names, path=Path(path), started=_now())
@@ -163,27 +190,112 @@ def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | N
         "sam": sam_config.to_dict() if sam_config is not None else None,
     }
     record.model = describe_model(trainer.model)
-    record.data = {
+    record.data = record.data or {
         split: describe_data(dataset)
         for split, dataset in (("train", trainer.train_dataset), ("test", trainer.eval_dataset))
         if dataset is not None
     }
     record.environment = describe_environment()
+    _check_earlier(record, trainer.args.resume_from_checkpoint)
+    keeper = CostKeeper(trainer)
+    trainer.add_callback(keeper)
     is_writer = trainer.is_world_process_zero()
     if is_writer:
         record.write()
     try:
         yield record
     except Exception as error:
-        record.take_costs(trainer)
+        record.take_costs(trainer, keeper)
         record.fail(error)
         raise
+    except KeyboardInterrupt:
+        record.take_costs(trainer, keeper)
+        record.status, record.ended = "interrupted", _now()
+        raise
     else:
-        record.take_costs(trainer)
+        record.take_costs(trainer, keeper)
         record.status, record.ended = "finished", _now()
     finally:
         if is_writer and record.status != "running":
             record.write()
+
+
+def _check_earlier(record: RunRecord, checkpoint: str | None) -> None:
+    """Refuses to write over a finished record, and to go on from a checkpoint that other arguments made."""
+    earlier = _readable(record.path)
+    if earlier is not None and earlier.status == "finished":
+        changed = changed_arguments(earlier, record)
+        if not changed:
+            raise RunFinishedError(
+                f"{record.path} is the record of this run, finished after {earlier.steps} steps. Nothing to do."
+            )
+        raise ValueError(
+            f"{record.path} is the record of a finished run with other arguments: {'; '.join(changed)}. Name another "
+            f"output_dir, or start anew by --overwrite_output_dir true."
+        )
+    if checkpoint:
+        earlier = _readable(Path(checkpoint).parent / record.path.name)
+        changed = changed_arguments(earlier, record) if earlier is not None else []
+        if changed:
+            raise ValueError(
+                f"{checkpoint} was made with other arguments: {'; '.join(changed)}. Give the old values to go on, or "
+                f"start anew with the new ones: --overwrite_output_dir true, or another output_dir."
+            )
+
+
+def changed_arguments(earlier: RunRecord, now: RunRecord) -> list[str]:
+    """What makes `now` another run than `earlier`: each argument with its old and its new value."""
+    found = {}
+    before, after = (plain(run.config.get("training_arguments") or {}) for run in (earlier, now))
+    for name in ARGUMENTS_OF_A_RUN:
+        if name in before and name in after:
+            found[name] = before[name], after[name]
+    sizes = [_batch_size(run) for run in (earlier, now)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            found[name] = before.get(name), after.get(name)
+        found.setdefault("examples a step", tuple(sizes))
+    before, after = (plain(run.config.get("recipe") or {}) for run in (earlier, now))
+    for group in before.keys() & after.keys():
+        if isinstance(before[group], dict) and isinstance(after[group], dict):
+            for name in sorted(before[group].keys() & after[group].keys() - NO_PART_OF_A_RUN):
+                found[name] = before[group][name], after[group][name]
+    before, after = (plain(run.config.get("sam") or {}) for run in (earlier, now))
+    for name in sorted(before.keys() | after.keys()):
+        found[f"sam_{name}"] = before.get(name), after.get(name)
+    prints = [(run.data.get("train") or {}).get("fingerprint") for run in (earlier, now)]
+    if None not in prints:
+        found["the training data"] = tuple(prints)
+    return [f"{name} was {old} and is now {new}" for name, (old, new) in found.items() if old != new]
+
+
+# Training arguments that decide where a run ends; the others say how it is watched, saved or made faster.
+ARGUMENTS_OF_A_RUN = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    *("num_train_epochs", "max_steps", "seed", "data_seed", "bf16", "fp16", "neftune_noise_alpha"),
+    *("train_sampling_strategy", "dataloader_drop_last", "max_length", "packing", "completion_only_loss"),
+    "assistant_only_loss",
+)
+# Of a recipe's arguments, those that name a place, or what is measured afterwards.
+NO_PART_OF_A_RUN = frozenset(
+    ["dataset", "model_name_or_path", "tokenizer_name", "validation_samples", "test_samples", "check_images"]
+)
+
+
+def _batch_size(run: RunRecord) -> int | None:
+    """Examples of one optimizer step, over all processes."""
+    values = run.config.get("training_arguments") or {}
+    parts = [values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")]
+    parts.append(((run.environment or {}).get("hardware") or {}).get("processes"))
+    return math.prod(parts) if all(isinstance(part, int) for part in parts) else None
+
+
+def _readable(path: Path) -> RunRecord | None:
+    try:
+        return read_record(path)
+    except RecordError:
+        return None
 
 
 def read_record(path: str | os.PathLike) -> RunRecord:
@@ -241,7 +353,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "peak_memory", "resumed_from"), (int, type(None))),
     **dict.fromkeys(("passes", "seconds", "samples_per_second"), (int, float, type(None))),
     **dict.fromkeys(("predictions", "started", "ended"), (str, type(None))),
-    "curves": list,
+    **dict.fromkeys(("curves", "segments"), list),
     "error": (dict, type(None)),
 }
 

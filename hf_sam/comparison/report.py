@@ -87,6 +87,10 @@ def make_document(study: Study, title: str, folder: Path, seed: int = 0) -> Docu
 
 def _answer_blocks(study: Study) -> list[Block]:
     question = study.question
+    if question.treatment == question.control:
+        done = any(run.status == "finished" for run in study.records)
+        what = f"only {question.control} has finished runs" if done else "no run has finished"
+        return [Text(f"No answer yet: {what}.", "warning")]
     blocks: list[Block] = [
         Text(
             f"Does {question.treatment} give a better {metric_of(question.metric).label} than {question.control}, "
@@ -121,17 +125,17 @@ def _result_blocks(study: Study, budget: str, rng: np.random.Generator) -> list[
             entry = found.get((cell, arm))
             if entry is None:
                 reason = "control" if arm == study.question.control else "not paired"
-                rows.append([*row, reason, "", "", "", ""])
+                rows.append([*row, reason, "", "", "", "", ""])
                 continue
             paired = entry.paired
             student = with_interval(None, paired.t_low, paired.t_high, metric)
             difference = with_interval(paired.difference.value, paired.difference.low, paired.difference.high, metric)
-            p = p_value(paired.p_value)
-            rows.append([*row, difference, student, p, p_value(entry.p_holm), entry.verdict])
+            tests = [p_value(paired.t_p), p_value(entry.p_holm), p_value(paired.p_value)]
+            rows.append([*row, difference, student, *tests, entry.verdict])
     columns = ["task", "arm", "runs", f"{metric_of(metric).label}, mean ± sd", "difference [bootstrap]", "[Student]"]
-    columns += ["sign-flip p", "Holm", "verdict"]
+    columns += ["t-test p", "Holm", "sign-flip p", "verdict"]
     floors = {len(entry.paired.seeds): entry.paired.p_floor for entry in found.values() if entry.paired.p_floor}
-    caption = "; ".join(f"{n} seeds cannot give a p below {p_value(p)}" for n, p in sorted(floors.items()))
+    caption = "; ".join(f"{n} seeds cannot give a sign-flip p below {p_value(p)}" for n, p in sorted(floors.items()))
     blocks: list[Block] = [Table(columns, rows, caption and f"{caption}.", numeric_from=2)]
     others = [
         name

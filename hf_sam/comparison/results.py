@@ -122,15 +122,14 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """
-        `"better"` or `"worse"` where Student's interval excludes zero and the adjusted exact test agrees at 5 %,
-        `"leans better"` or `"leans worse"` where only the interval does, `"no difference seen"`, or `"one seed"`.
+        `"better"` or `"worse"` where the paired t-test, after Holm's adjustment, says so at 5 %; `"leans better"` or
+        `"leans worse"` where it does before the adjustment only; `"no difference seen"`, or `"one seed"`.
         """
-        low, high = self.paired.t_low, self.paired.t_high
-        if low is None:
+        if self.paired.t_p is None:
             return "one seed"
-        if low <= 0 <= high:
+        if self.paired.t_p > LEVEL:
             return "no difference seen"
-        word = "better" if (low > 0) == metric_of(self.metric).higher_is_better else "worse"
+        word = "better" if (self.paired.difference.value > 0) == metric_of(self.metric).higher_is_better else "worse"
         return word if self.p_holm is not None and self.p_holm <= LEVEL else f"leans {word}"
 
 
@@ -154,6 +153,8 @@ def value_of(run: RunRecord, name: str) -> float | None:
         name = name.removeprefix("gap.")
         train, test = run.metrics.get(f"train_{name}"), run.metrics.get(name)
         return train - test if train is not None and test is not None else None
+    if name in ("passes", "seconds", "samples_per_second") and not run.has_whole_costs:
+        return None
     if name in ("steps", "passes", "seconds", "samples_per_second", "peak_memory"):
         return getattr(run, name)
     return run.metrics.get(name)
@@ -266,7 +267,7 @@ def compare_arms(
     for index, comparison in enumerate(found):
         families[comparison.arm, comparison.cell.budget].append(index)
     for members in families.values():
-        adjusted = holm([found[index].paired.p_value for index in members])
+        adjusted = holm([found[index].paired.t_p for index in members])
         for index, p_holm in zip(members, adjusted, strict=True):
             entry = found[index]
             found[index] = Comparison(
@@ -353,6 +354,8 @@ def comparisons_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
             "bootstrap_high": entry.paired.difference.high,
             "student_low": entry.paired.t_low,
             "student_high": entry.paired.t_high,
+            "t_p": entry.paired.t_p,
+            "detectable": entry.paired.detectable,
             "sign_flip_p": entry.paired.p_value,
             "p_floor": entry.paired.p_floor,
             "p_holm": entry.p_holm,

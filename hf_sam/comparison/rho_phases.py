@@ -110,6 +110,7 @@ class RhoWorkshop(Workshop):
         super().__init__(search, [], lambda run: {}, recipes)  # a worker asks a plan for its folder and launcher alone
         self.search = search
         self._scores: dict[Path, dict[str, ExampleScores]] = {}
+        self._floors: dict[Path, dict[str, ExampleScores]] = {}
 
     def stages(self) -> list[list[Phase]]:
         """The phases of every stage that the results so far decide."""
@@ -183,7 +184,8 @@ class RhoWorkshop(Workshop):
             record = self.record(run)
             if record is None or record.status != "finished":
                 return {}
-            self._scores[folder] = example_scores(pd.read_parquet(folder / PREDICTIONS_NAME))
+            kept = pd.read_parquet(folder / PREDICTIONS_NAME)
+            self._scores[folder], self._floors[folder] = example_scores(kept), constant_scores(kept)
         return self._scores[folder]
 
     def score(self, run: Phase) -> ExampleScores | None:
@@ -198,6 +200,29 @@ class RhoWorkshop(Workshop):
         if self.metric not in scores:
             raise ValueError(f"metric={self.metric!r} is none of this task, which has: {', '.join(scores)}.")
         return scores[self.metric]
+
+    def floor(self, runs: Sequence[Phase]) -> float | None:
+        """What always giving the same answer scores, on the examples of the first of `runs` that has scores."""
+        found = [floors for run in runs if self.scores(run) and (floors := self._floors[self.folder(run)])]
+        return found[0][self.metric].value if found and self.metric in found[0] else None
+
+    def has_learnt(self, runs: Sequence[Phase]) -> bool:
+        """
+        Whether any of `runs` is better than always giving the same answer, by more than the validation examples leave
+        to chance; also where that cannot be said, as of language models.
+        """
+        if self.floor(runs) is None:
+            return True
+        sign = 1 if metric_of(self.metric).higher_is_better else -1
+        for run in runs:
+            scores = self.score(run)
+            if scores is None:
+                continue
+            constant = self._floors[self.folder(run)][self.metric]
+            moved = scores.influence() - constant.influence()
+            if sign * (scores.value - constant.value) > 1.645 * moved.std() / len(moved) ** 0.5:
+                return True
+        return False
 
     def gain(self, run: Phase) -> float | None:
         """How much better than 0 in the same stage, as the search ranks values; `None` where there is no score."""
@@ -253,6 +278,20 @@ def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
     return found if all(np.isfinite(scores.totals).all() for scores in found.values()) else {}
 
 
+def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
+    """The same metrics of the best answer that looks at no example: the most frequent one, the frequencies, the mean."""
+    if "tokens" in kept:
+        return {}
+    if "probabilities" not in kept:
+        return example_scores(kept.assign(prediction=kept["label"].mean()))
+    if "prediction" in kept:
+        classes = len(kept["probabilities"].iloc[0])
+        share = np.bincount(kept["label"].to_numpy(int), minlength=classes) / len(kept)
+    else:
+        share = np.stack(kept["label"]).astype(float).mean(0)
+    return example_scores(kept.assign(probabilities=[share] * len(kept)))
+
+
 METRICS_KEPT = ("accuracy", "subset_accuracy", "nll", "brier", "mse", "nll_per_token")
 
 
@@ -285,9 +324,7 @@ def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
 
 def passes_spent(record: RunRecord) -> float:
     """Gradient passes of one phase, as its trainer counted them."""
-    if not record.steps or record.passes is None:
-        return 0.0
-    return record.passes / record.steps * (record.steps - (record.resumed_from or 0))
+    return record.segments[-1]["passes"] if record.segments else 0.0
 
 
 def _remove_checkpoints(folder: Path) -> None:

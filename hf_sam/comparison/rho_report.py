@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -98,6 +99,23 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
     )
     if recommended(rho, gain):
         return rho, gain, f"Use rho {rho:g}: {size}."
+    if not workshop.has_learnt(stages[-1]):
+        floor = number(workshop.floor(stages[-1]) * metric.scale, metric.digits)
+        whole = math.ceil(10 * plan.passes / plan.horizon) / 10
+        remedy = (
+            f"give --budget {whole:g}, which pays for whole runs of {plan.length} steps"
+            if plan.horizon < plan.length
+            else "train for more steps, or with a higher learning rate"
+        )
+        return (
+            0.0,
+            gain,
+            (
+                f"Nothing is learnt yet {far}: no rho, 0 included, is better than always giving the same answer "
+                f"({metric.label} {floor}{' %' if metric.scale == 100 else ''}). Whether SAM helps cannot be seen from such "
+                f"runs: {remedy}."
+            ),
+        )
     return 0.0, gain, f"SAM does not help here, as far as this search can tell: at rho {rho:g}, the best, {size}."
 
 
@@ -111,6 +129,8 @@ def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command:
         "sentence": sentence,
         "command": command,
         "gain": gain and asdict(gain),
+        "learnt": workshop.has_learnt(workshop.stages()[-1]),
+        "floor": workshop.floor(workshop.stages()[-1]),  # what always giving the same answer scores
         "plan": asdict(plan),
         "passes": {
             "allowed": budget * plan.length,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
@@ -43,6 +44,8 @@ class PairedComparison:
     Args:
         difference (`Estimate`): Mean of the paired differences, percentile bootstrap over seeds.
         t_low, t_high (`float` or `None`): Student's interval of the same mean, which is wider for few seeds.
+        t_p (`float` or `None`): Two-sided p-value of the paired t-test, by which verdicts go.
+        detectable (`float` or `None`): The difference that the t-test would find four times in five, at this spread.
         p_value (`float` or `None`): Two-sided, exact sign-flip.
         p_floor (`float` or `None`): The least p-value that so many seeds can give, `2 / 2^n`.
         differences (`tuple[float, ...]`): One per seed, in the order of `seeds`.
@@ -52,6 +55,8 @@ class PairedComparison:
     difference: Estimate
     t_low: float | None
     t_high: float | None
+    t_p: float | None
+    detectable: float | None
     p_value: float | None
     p_floor: float | None
     differences: tuple[float, ...]
@@ -76,11 +81,14 @@ def compare_paired(
         return None
     differences = np.array([treatment[seed] - control[seed] for seed in seeds])
     several = len(seeds) > 1
-    t_low, t_high = student_interval(differences) if several else (None, None)
+    least = resolution([*treatment.values(), *control.values()])
+    t_low, t_high = student_interval(differences, least) if several else (None, None)
     return PairedComparison(
         difference=bootstrap_mean(differences, rng),
         t_low=t_low,
         t_high=t_high,
+        t_p=paired_t_p(differences, least) if several else None,
+        detectable=_spread(differences, least) * detectable_effect(len(seeds)) if several else None,
         p_value=sign_flip_p(differences, rng) if several else None,
         p_floor=2.0 ** (1 - len(seeds)) if several else None,
         differences=tuple(differences.tolist()),
@@ -93,11 +101,65 @@ def bootstrap_mean(values: Sequence[float], rng: np.random.Generator) -> Estimat
     return _stratified([np.asarray(values, dtype=float)], lambda sample: sample.mean(-1), rng)
 
 
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's confidence interval of the mean of at least two values."""
+def resolution(scores: Sequence[float]) -> float:
+    """
+    The step in which scores come: the least gap between two that differ, 0 where all are equal.
+
+    Accuracies on a small test split are multiples of one example. Differences over few seeds are then often equal, and
+    a spread of zero would make any of them significant; below one step no spread is believed.
+    """
+    gaps = np.diff(np.unique(np.asarray(scores, dtype=float)))
+    gaps = gaps[gaps > 1e-12]
+    return float(gaps.min()) if len(gaps) else 0.0
+
+
+def student_interval(values: Sequence[float], least_spread: float = 0.0) -> tuple[float, float]:
+    """Student's confidence interval of the mean of at least two values, whose spread is at least `least_spread`."""
     values = np.asarray(values, dtype=float)
-    half = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    error = _spread(values, least_spread) / math.sqrt(len(values))
+    half = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     return float(values.mean() - half), float(values.mean() + half)
+
+
+def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float:
+    """
+    Two-sided p-value of the paired t-test.
+
+    Under the null either arm could have got either score of a pair, so differences are symmetric around zero whatever
+    the scores' own distribution, which is where the t-test keeps its level: in simulation it errs in at most 5.2 % of
+    cases for 2 to 10 seeds of normal, skewed, heavy-tailed, bimodal and coarse scores
+    (`tests/comparison/test_statistics.py`). An exact sign-flip test cannot go below 2 / 2^n: with five seeds it never
+    reaches 5 %.
+    """
+    differences = np.asarray(differences, dtype=float)
+    error = _spread(differences, least_spread) / math.sqrt(len(differences))
+    if error == 0:
+        return 1.0 if differences.mean() == 0 else 0.0
+    return float(2 * stats.t.sf(abs(differences.mean()) / error, len(differences) - 1))
+
+
+def established_effect(n: int, level: float = 1 - CONFIDENCE) -> float:
+    """The mean difference, in standard deviations of the differences, from which `n` pairs establish it at `level`."""
+    return float(stats.t.ppf(1 - level / 2, n - 1) / math.sqrt(n))
+
+
+@lru_cache
+def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8) -> float:
+    """The true difference, in standard deviations, that the paired t-test of `n` pairs finds with this `power`."""
+    critical = stats.t.ppf(1 - level / 2, n - 1)
+    # scipy's noncentral t gives NaN far out: the power is averaged over the spread that is found, by its quantiles
+    found = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
+
+    def excess(effect: float) -> float:
+        shift = effect * math.sqrt(n)
+        right, wrong = stats.norm.sf(critical * found - shift), stats.norm.cdf(-critical * found - shift)
+        return float(np.mean(right + wrong)) - power
+
+    return float(optimize.brentq(excess, 0.0, 10 * critical))
+
+
+def _spread(values: np.ndarray, least: float) -> float:
+    return max(float(np.std(values, ddof=1)), least)
 
 
 def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from .document import Block, Listing
+from .records import OPEN
 from .results import count_trials, in_budget, is_trial, metric_of, pairing_problems
+from .statistics import detectable_effect
 from .study import Study
 
 FEW_SEEDS = 10
@@ -37,9 +39,10 @@ def _about_seeds(study: Study) -> list[str]:
     if counts[-1] > 1 and counts[0] < FEW_SEEDS:
         least = min(n for n in counts if n > 1)
         found.append(
-            f"Few seeds (from {least}): the sign-flip test cannot go below p = {2.0 ** (1 - least):g}, and a percentile "
-            f"bootstrap over so few is too narrow (in simulation, five normal differences are covered 83 % of the "
-            f"time, not 95 %). Verdicts therefore go by Student's interval, which assumes normal differences."
+            f"Few seeds (from {least}). Verdicts go by the paired t-test, which keeps its level for differences that are "
+            f"symmetric around zero, and finds large effects only: with {least} seeds, four times in five those of "
+            f"{detectable_effect(least):.1f} standard deviations of the paired differences. A percentile bootstrap over so "
+            f"few is too narrow (in simulation, five normal differences are covered 83 % of the time, not 95 %)."
         )
     return found
 
@@ -64,20 +67,30 @@ def _about_runs(study: Study) -> list[str]:
     metric = study.question.metric
     found = []
     if status["failed"]:
-        found.append(f"{status['failed']} runs failed; they are listed with their errors and count nowhere.")
-    if status["running"] or study.missing:
-        found.append(f"{status['running']} runs are unfinished and {study.missing} have not begun: this is a part.")
+        found.append(f"{_count(status['failed'], 'run')} failed, listed with errors: what failed counts nowhere.")
+    unfinished = sum(status[name] for name in OPEN)
+    if unfinished or study.missing:
+        found.append(f"{_count(unfinished, 'run')} unfinished and {study.missing} not begun: this is a part.")
     if status["foreign"]:
         found.append(
-            f"{status['foreign']} runs were written by something else. They are shown beside the others but not "
+            f"{_count(status['foreign'], 'run')} written by something else: shown beside the others but not "
             f"paired or tested, since nothing says that they had the same head, order, noise and splits."
         )
-    resumed = sum(run.resumed_from is not None for run in study.records)
+    resumed = [run for run in study.records if run.resumed_from is not None]
     if resumed:
-        found.append(f"{resumed} runs were interrupted and resumed: their seconds and passes are those of the rest.")
+        parts = sum(not run.has_whole_costs for run in resumed)
+        found.append(
+            f"{_count(len(resumed), 'run')} interrupted and resumed: seconds and passes are the sums of the parts"
+            + (
+                f", but for {parts}, whose earlier parts are not known and which are left out of timings."
+                if parts
+                else "."
+            )
+        )
     without = [run for run in study.records if run.status == "finished" and run.metrics.get(metric) is None]
     if without:
-        found.append(f"{len(without)} finished runs have no finite {metric_of(metric).label} and count nowhere.")
+        label = metric_of(metric).label
+        found.append(f"{_count(len(without), 'finished run')} without a finite {label}: counted nowhere.")
     return found
 
 
@@ -105,6 +118,10 @@ def _about_machines(study: Study) -> list[str]:
         if len(values) > 1:
             found.append(f"The runs come from {len(values)} {what}.")
     return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _shortened(messages: list[str]) -> list[str]:

@@ -65,21 +65,25 @@ def answer(entry: Comparison) -> str:
     finding = f"{where}: {metric.label} under {entry.arm} is {gap} {entry.control}"
     if len(paired.seeds) == 1:
         return f"{finding} with the one seed that was run; one seed gives no interval and says nothing about others."
-    low, high = (signed(value, entry.metric) for value in (paired.difference.low, paired.difference.high))
     t_low, t_high = (signed(value, entry.metric) for value in (paired.t_low, paired.t_high))
     at_floor = paired.p_value <= paired.p_floor * (1 + 1e-9)
     floor = f", the least that {len(paired.seeds)} seeds can give" if at_floor else ""
-    holm = f"; {p_value(entry.p_holm)} after Holm over {entry.family} tasks" if entry.family > 1 else ""
+    holm = f", {p_value(entry.p_holm)} after Holm over {entry.family} tasks" if entry.family > 1 else ""
+    unit = f" {points}" if points else ""
+    seen = f"{paired.detectable * metric.scale:.{metric.digits}f}{unit}"
     conclusion = {
-        "no difference seen": "no difference is established",
+        "no difference seen": (
+            f"no difference is established, which is not to say that there is none: below {t_low} and above {t_high}"
+            f"{unit} it is ruled out, and these seeds would find one of {seen} four times in five"
+        ),
         "better": f"{entry.arm} is better here",
         "worse": f"{entry.arm} is worse here",
-        "leans better": f"the interval favours {entry.arm}, the exact test does not establish it",
-        "leans worse": f"the interval is against {entry.arm}, the exact test does not establish it",
+        "leans better": f"the interval favours {entry.arm}, but not after adjusting for the number of tasks",
+        "leans worse": f"the interval is against {entry.arm}, but not after adjusting for the number of tasks",
     }[entry.verdict]
     return (
-        f"{finding} ({len(paired.seeds)} seeds; bootstrap {low} to {high}, Student's {t_low} to {t_high}; exact "
-        f"sign-flip {p_equals(paired.p_value)}{floor}{holm}): {conclusion}."
+        f"{finding} ({len(paired.seeds)} seeds; Student's interval {t_low} to {t_high}, {p_equals(paired.t_p)}{holm}; "
+        f"exact sign-flip {p_equals(paired.p_value)}{floor}): {conclusion}."
     )
 
 

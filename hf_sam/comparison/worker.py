@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .claims import Claims
 from .execution import JOB_NAME, LOG_NAME, exit_code, is_running, mark_failed, start, stop
 from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
-from .records import RECORD_NAME, RecordError, RunRecord, read_record, write_json
+from .records import OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
 from .tuning import best_trial, next_settings
 
 logger = logging.get_logger(__name__)
@@ -39,12 +39,14 @@ class Workshop:
         runs (`list[Run]`): The final runs, see `final_runs`.
         length (`Callable[[Run], dict]`): `max_steps` or `num_train_epochs` that the recipe has before a budget applies.
         recipes (`Path`): Where the recipes are.
+        in_force (`dict[tuple[str, str], str]`, *optional*): The SAM configuration of each task and arm, in words.
     """
 
     plan: Plan
     runs: list[Run]
     length: Callable[[Run], dict[str, Any]]
     recipes: Path
+    in_force: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self):
         self._ended: dict[Path, RunRecord] = {}
@@ -232,7 +234,7 @@ def estimate(workshop: Workshop) -> tuple[float, int] | None:
     rest = 0.0
     for run in workshop.all_runs():
         record = workshop.record(run)
-        if record is None or record.status == "running":
+        if record is None or record.status in OPEN:
             rest += run.cost
         elif record.status == "finished" and record.resumed_from is None:
             spent += _seconds(record)
@@ -252,7 +254,7 @@ def counts(workshop: Workshop) -> dict[str, int]:
     for run in workshop.all_runs():
         record = workshop.record(run)
         found["trials"] += run.trial is not None
-        found["waiting" if record is None else "begun" if record.status == "running" else record.status] += 1
+        found["waiting" if record is None else "begun" if record.status in OPEN else record.status] += 1
     return found
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch._dynamo.eval_frame import innermost_backend
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
@@ -22,16 +23,15 @@ STEPS_IN_BACKWARD = ("lomo", "adalomo")
 STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "ORPOTrainer", "CPOTrainer", "BCOTrainer")
 # Trainers that generate completions in every training step.
 GENERATES = (
-    "GKDTrainer",
-    "GOLDTrainer",
     "GRPOTrainer",
-    "MiniLLMTrainer",
     "NashMDTrainer",
     "OnlineDPOTrainer",
     "PPOTrainer",
     "RLOOTrainer",
     "XPOTrainer",
 )
+# Distillation that does so for a share `lmbda` of the batches.
+MAY_GENERATE = ("GKDTrainer", "GOLDTrainer", "MiniLLMTrainer")
 # Modes of `torch.compile` that replay CUDA graphs on a GPU.
 REPLAYS_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -71,18 +71,25 @@ def _is_compiled_to_cuda_graphs(module: nn.Module) -> bool:
     """By the user: `torch.compile(model, mode="reduce-overhead")`, or `model.compile(...)`."""
     for compiled in (module, getattr(module, "_compiled_call_impl", None)):
         config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
-        if config and config.get("triton.cudagraphs"):
+        if (config and config.get("triton.cudagraphs")) or _backend_of(compiled) == "cudagraphs":
             return True
     return False
 
 
+def _backend_of(compiled: Any) -> str | None:
+    """The name of the backend behind a compiled module or function, where it is not inductor."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    cells = getattr(compiled, "__closure__", None) or ()
+    callback = context.callback if context is not None else next((c.cell_contents for c in cells), None)
+    if not hasattr(callback, "_torchdynamo_orig_backend"):
+        return None
+    return getattr(innermost_backend(callback), "compiler_name", None)
+
+
 def _generates(trainer: Trainer) -> bool:
     bases = {base.__name__ for base in type(trainer).__mro__}
-    return hasattr(trainer, "_buffered_inputs") or not bases.isdisjoint(GENERATES)
-
-
-def _complex_parameters(trainer: Trainer) -> list[str]:
-    return [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.is_complex()]
+    answers_itself = not bases.isdisjoint(MAY_GENERATE) and getattr(trainer.args, "lmbda", 1.0) > 0
+    return hasattr(trainer, "_buffered_inputs") or not bases.isdisjoint(GENERATES) or answers_itself
 
 
 def _splits_sequences(trainer: Trainer) -> bool:
@@ -132,11 +139,6 @@ _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
         _generates,
         "{trainer.__class__.__name__} generates its inputs inside the training step, so that a second pass would see other "
         "ones. Sharpness-aware minimization needs a trainer with a fixed batch, such as SFTTrainer or DPOTrainer.",
-    ),
-    (
-        lambda trainer: bool(_complex_parameters(trainer)),
-        "complex parameters are not supported, and this model trains some (`print([n for n, p in model.named_parameters() if "
-        "p.is_complex()])`). Store their real view with `torch.view_as_real`, or freeze them.",
     ),
     (
         _parts_of_pairs,
@@ -218,6 +220,7 @@ NEEDS: Mapping[Needs, str] = MappingProxyType(
         Needs.OPTIMIZER_STATE: "the optimizer's state",
         Needs.NOISE: "noise of its own on every rank",
         Needs.ATTACHMENT: "modules beside the model's own",
+        Needs.UNEVEN_PASSES: "passes that ranks make in different number",
         Needs.WHOLE_TENSORS: "statistics of whole tensors",
         Needs.HVP: "a Hessian-vector product (second_order=True)",
     }
@@ -242,6 +245,7 @@ _SHARDED: dict[Needs | str, str] = {
     Needs.ATTACHMENT: "they would have to be sharded like the model. Use one process or DDP.",
     Needs.LOGITS: "it ends the engine's backward pass before it has begun. Use one process or DDP.",
     Needs.NOISE: "every process would draw the same noise for its own shard. Use one process or DDP.",
+    Needs.UNEVEN_PASSES: "processes would wait for each other's shards. Use one process or DDP.",
     Needs.WHOLE_TENSORS: "each process has a part of every tensor. Use one process or DDP.",
     Needs.HVP: "it does not pass through sharded parameters. Use one process or DDP.",
     "stochastic_rounding=True": (
@@ -254,6 +258,7 @@ _FLAT = "DeepSpeed keeps the optimizer's groups and states in flat buffers. Use 
 _ZERO: dict[Needs | str, str] = {
     Needs.CLEAN_GRADIENT: _COMBINED,
     Needs.STEP_GRADIENT: _COMBINED,
+    Needs.UNEVEN_PASSES: _COMBINED,
     Needs.HVP: _COMBINED,
     Needs.OPTIMIZER_STATE: _FLAT,
     Needs.ATTACHMENT: _FLAT,
@@ -282,6 +287,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
     for applies, reason in _ALWAYS:
         if applies(trainer):
             raise ValueError("SAMTrainer: " + reason.format(trainer=trainer))
+    if names := [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.is_complex()]:
+        raise ValueError(
+            f"SAMTrainer: complex parameters are not supported, and this model trains {', '.join(names[:3])}. Store their real "
+            "view (`torch.view_as_real`), or freeze them."
+        )
     kind, config = kind_of(trainer), trainer.sam_config
     for lack, reason in LACKS[kind].items():
         if isinstance(lack, str) and FIELDS[lack](trainer):

@@ -60,6 +60,8 @@ class FullyShardedEngine(ShardedEngine):
     Gradients that wait for their synchronisation are held whole by FSDP itself and show in `p.grad` only after it.
     """
 
+    parameters_move = True
+
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
         self._needs_all_gradients = True  # FSDP fixes at its first pass which ones it reduces

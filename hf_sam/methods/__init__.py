@@ -5,28 +5,37 @@ from .base import Ascent, Descent, Method, Needs, Step
 from .descents import Functional, HardestHit, Reused, SurrogateGap, ThroughPerturbation, Weighted
 from .fields import flag, number, whole
 from .geometry import steepest
+from .lora_noise import LoraNoise
 from .table import METHODS
+from .variants import AboveAverage, Centred, LossBudget, Preconditioned, SparseByScore, TailClasses
 
 __all__ = [
     "METHODS",
+    "AboveAverage",
     "Ascent",
     "AuxiliaryPair",
     "Carried",
+    "Centred",
     "Descent",
     "Friendly",
     "Functional",
     "Geometry",
     "HardestHit",
+    "LoraNoise",
+    "LossBudget",
     "Method",
     "Momentum",
     "Needs",
     "Noise",
+    "Preconditioned",
     "Previous",
     "RandomTensors",
     "Reused",
+    "SparseByScore",
     "Steepest",
     "Step",
     "SurrogateGap",
+    "TailClasses",
     "ThroughPerturbation",
     "Weighted",
     "flag",

@@ -26,12 +26,7 @@ class AuxiliaryLora:
     """
 
     def __init__(self, model: nn.Module, seed: int):
-        self._layers = {name: module for name, module in model.named_modules() if _is_linear_lora(module)}
-        if not self._layers:
-            raise ValueError(
-                "method='bilora' climbs with a second LoRA pair beside the first, and this model has no linear LoRA layer. "
-                "Wrap it with peft.get_peft_model(model, LoraConfig(...)), or choose another method."
-            )
+        self._layers = linear_lora_layers(model, "method='bilora' climbs with a second LoRA pair beside the first")
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._is_active = False
         generator = torch.Generator().manual_seed(seed)
@@ -117,3 +112,18 @@ def _is_linear_lora(module: nn.Module) -> bool:
     if not adapters or not isinstance(layers, nn.ModuleDict) or adapters[0] not in layers:
         return False
     return isinstance(layers[adapters[0]], nn.Linear)
+
+
+def linear_lora_layers(model: nn.Module, purpose: str) -> dict[str, nn.Module]:
+    """The linear LoRA layers of a PEFT model, by name.
+
+    Raises:
+        ValueError: It has none; the message begins with what they are wanted for.
+    """
+    layers = {name: module for name, module in model.named_modules() if _is_linear_lora(module)}
+    if not layers:
+        raise ValueError(
+            f"{purpose}, and this model has no linear LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)), or "
+            "choose another method."
+        )
+    return layers

@@ -49,6 +49,7 @@ class Needs(Flag):
     # Derived from what a class overrides
     STEP_GRADIENT = auto()  # `after`: the gradient that the optimizer is about to step along
     ATTACHMENT = auto()  # `attach`: modules beside the model's own
+    UNEVEN_PASSES = auto()  # `perturbed_examples`: passes that ranks make in different number
 
 
 class Step(Protocol):
@@ -102,6 +103,7 @@ class Ascent:
         needs (`Needs`): `GRADIENT` by default; without it `eps` gets None for `g` and the step has one pass.
         memory (`tuple[str, ...]`): Names under which `step.memory` carries Vectors from step to step. They are in
             checkpoints, and each one counts as a copy of the perturbed weights.
+        scalars (`tuple[str, ...]`): The same for 0-dim tensors.
         ascent_steps (`int`): How often `eps` is asked for; each further time costs a pass at the perturbed weights.
         may_skip (`bool`): `eps` may return None in some steps and not in others, and ranks may differ in it.
         perturbs_between (`bool`): Under `interval`, perturb in the steps between, too, without an ascent pass.
@@ -111,6 +113,7 @@ class Ascent:
 
     needs: ClassVar[Needs] = Needs.GRADIENT
     memory: ClassVar[tuple[str, ...]] = ()
+    scalars: ClassVar[tuple[str, ...]] = ()
     ascent_steps: ClassVar[int] = 1
     may_skip: ClassVar[bool] = False
     perturbs_between: ClassVar[bool] = False
@@ -151,6 +154,18 @@ class Ascent:
     def examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor | None:
         """Indices, shape `(k,)`, of the examples that the ascent pass sees; None for all of them."""
         return None
+
+    def perturbed_examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor | None:
+        """Indices of the examples whose loss is taken at `w + eps`, the others' being taken at `w`; None for all.
+
+        A class that overrides this perturbs for each micro-batch, from the gradient of those examples alone. It has a
+        `tail_weight` that multiplies their loss, and a `part`: the name of a batch entry that is not the model's, or None.
+        """
+        return None
+
+    def resolved(self, train_dataset: Any) -> Ascent:
+        """Called once when a run begins: the ascent with what it takes from the training data filled in."""
+        return self
 
     def attach(self, model: nn.Module, seed: int) -> Any:
         """Set up what the method keeps beside the model for one run; it needs `state_dict`, `load_state_dict`, `remove`."""
@@ -252,6 +267,8 @@ def needs_of(ascent: Ascent | type, descent: Descent | type) -> Needs:
         needs |= Needs.ATTACHMENT
     if overrides(descent, "between"):
         needs |= Needs.WHOLE_STEP
+    if overrides(ascent, "perturbed_examples"):
+        needs |= Needs.UNEVEN_PASSES
     return needs
 
 

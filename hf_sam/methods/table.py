@@ -12,6 +12,8 @@ from types import MappingProxyType
 from .ascents import AuxiliaryPair, Carried, Friendly, Momentum, Noise, Previous, RandomTensors, Steepest
 from .base import Method
 from .descents import Functional, HardestHit, Reused, SurrogateGap, Weighted
+from .lora_noise import LoraNoise
+from .variants import AboveAverage, Centred, LossBudget, Preconditioned, SparseByScore, TailClasses
 
 _ROWS = [
     Method(
@@ -129,6 +131,51 @@ _ROWS = [
         "control",
         "One pass, at w + rho z / ||z||, z Gaussian: what any perturbation of this size does.",
         Noise,
+    ),
+    Method(
+        "lesam",
+        "Wang et al. 2026, arXiv 2605.10183",
+        "SAM at the radius at which the linearised loss rises by sigma: rho_t = min(sigma / ||g||, rho).",
+        LossBudget,
+        defaults={"rho": 0.05},
+    ),
+    Method(
+        "precond",
+        "after Singh et al. 2025, arXiv 2502.02407",
+        "Perturb along D^-1 g, D = sqrt(exp_avg_sq) + floor: the geometry in which AdamW moves.",
+        Preconditioned,
+    ),
+    Method(
+        "flat-lora",
+        "Li et al. 2024, arXiv 2409.14396",
+        "One pass, with noise on the merged weight of every LoRA layer, row by row in proportion to its norm; PEFT only.",
+        LoraNoise,
+        defaults={"rho": 0.05},
+    ),
+    Method(
+        "imbsam",
+        "Zhou et al. 2023, arXiv 2308.07815",
+        "Perturb for the examples of rare classes only; the others' gradient is taken at w.",
+        TailClasses,
+        defaults={"rho": 0.05},
+    ),
+    Method(
+        "aesam",
+        "Jiang et al. 2023, arXiv 2304.14647",
+        "SAM in steps whose squared gradient norm is above its running mean plus c_t deviations, plain steps otherwise.",
+        AboveAverage,
+    ),
+    Method(
+        "gcsam",
+        "Hassan et al. 2025, arXiv 2501.11584",
+        "SAM along the centred gradient: its mean over all dimensions but the first is taken away.",
+        Centred,
+    ),
+    Method(
+        "zsharp",
+        "Yun 2025, arXiv 2505.02369",
+        "SAM along the coordinates whose |z-score| within their tensor is above a quantile.",
+        SparseByScore,
     ),
 ]
 

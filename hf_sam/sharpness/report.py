@@ -59,20 +59,34 @@ def sharpness_section(record: Record) -> Section:
 
 def _setup(record: Record) -> Iterator[Block]:
     config, subset = record["config"], record["subset"]
-    yield Listing(
-        [
-            f"Loss: the model's own, in evaluation mode, over {subset['labels']} labels of {subset['examples']} examples "
-            f"of the {subset['split']} split; subset {subset['fingerprint']}.",
-            f"Parameters: {record['perturb']}; arithmetic in {record['dtype']}.",
-            f"m-sharpness and worst case: radius {config['radius']:g}, adaptive {config['adaptive_radius']:g} in units of "
-            f"the weights; boxes have the half side radius / sqrt(P). Worst case by {config['steps']} steps of projected "
-            "ascent, so a lower bound.",
+    taken = {measure for entry in record["checkpoints"].values() for measure in entry["measures"]}
+    items = [
+        f"Loss: the model's own, in evaluation mode, over {subset['labels']} labels of {subset['examples']} examples "
+        f"of the {subset['split']} split; subset {subset['fingerprint']}.",
+        f"Parameters: {record['perturb']}; arithmetic in {record['dtype']}.",
+    ]
+    if balls := taken & {"m", "worst"}:
+        names = (
+            "m-sharpness and worst case" if len(balls) == 2 else {"m": "m-sharpness", "worst": "Worst case"}[min(balls)]
+        )
+        item = f"{names}: radius {config['radius']:g}, adaptive {config['adaptive_radius']:g} in units of the weights"
+        if "worst" in taken:
+            item += (
+                f"; boxes have the half side radius / sqrt(P). Worst case by {config['steps']} steps of projected ascent, "
+                "so a lower bound"
+            )
+        items.append(f"{item}.")
+    if "average" in taken:
+        items.append(
             f"Average case: {config['draws']} pairs of opposite draws, standard deviation {config['sigma']:g} per weight, "
-            f"or {config['adaptive_sigma']:g} of each weight.",
-            f"Eigenvalues to a relative {config['tolerance']:g}; traces from {config['probes']} sign vectors. "
-            "± is the standard error of the estimate.",
-        ]
-    )
+            f"or {config['adaptive_sigma']:g} of each weight. ± is the standard error of the estimate."
+        )
+    if taken & {"hessian", "gauss_newton"}:
+        items.append(
+            f"Eigenvalues to a relative {config['tolerance']:g}; traces from {config['probes']} sign vectors, ± the "
+            f"standard error of the estimate."
+        )
+    yield Listing(items)
     fingerprints = {entry["fingerprint"] for entry in record["checkpoints"].values()}
     if len(fingerprints) > 1:
         yield Text(

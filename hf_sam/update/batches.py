@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,8 @@ class MicroBatch:
         accumulation_steps (`float`): Divides the loss of all other models.
         before (`Snapshot`, *optional*): What the clean pass started from.
         fraction (`float`, *optional*, defaults to 1.0): Share of the Trainer's micro-batch that this is.
-        weight (`float` or `Tensor`, *optional*, defaults to 1.0): Multiplies the loss, so that a part counts as its share
-            of the whole, or stands for the whole.
+        weights (`Mapping[str, float | Tensor]`, *optional*): For each way in which the losses of parts may add up, what
+            the loss is multiplied by so that a part counts as its share of the whole, or stands for the whole.
         kept (`Any`): What the clean pass leaves for a descent with a changed loss: the loss of each example, or what
             `Descent.keep` returned.
     """
@@ -41,12 +42,18 @@ class MicroBatch:
     accumulation_steps: float
     before: Snapshot | None = None
     fraction: float = 1.0
-    weight: float | Tensor = 1.0
+    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(ADDING_UP, 1.0))
     kept: Any = field(default=None, repr=False)
 
     def fresh_inputs(self) -> Any:
         """Inputs whose containers are new and whose tensors are not, so that a pass that pops labels leaves them here."""
         return _copied(self.inputs)
+
+    def without(self, name: str | None) -> MicroBatch:
+        """The same batch without the entry `name`, which is not the model's."""
+        if name is None:
+            return self
+        return dataclasses.replace(self, inputs={key: value for key, value in self.inputs.items() if key != name})
 
     @property
     def size(self) -> int | None:
@@ -57,55 +64,104 @@ class MicroBatch:
         """Indices of parts of `m` examples each, the last one smaller where `m` does not divide."""
         return list(torch.arange(self.size or 0).split(m))
 
-    def part(self, indices: Tensor, adding_up: str) -> MicroBatch:
+    def part(self, indices: Tensor) -> MicroBatch:
         """The examples at `indices`, shape `(k,)`, weighted so that the parts' losses add up to the whole's."""
-        size, inputs = self.size, self.fresh_inputs()
-        _take(inputs, indices, size)
-        share = len(indices) / size
-        weight = {"sum": 1.0, "examples": share, "labelled": None}[adding_up]
-        weight = labelled_share(self.inputs, inputs) if weight is None else weight
-        return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weight=self.weight * weight)
+        return self._taken(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
 
-    def sample(self, indices: Tensor, adding_up: str) -> MicroBatch:
+    def sample(self, indices: Tensor) -> MicroBatch:
         """The examples at `indices`, their loss scaled to stand for the whole's."""
-        part = self.part(indices, adding_up)
-        part.weight = self.weight / labelled_share(self.inputs, part.inputs) if adding_up == "sum" else self.weight
-        return part
+        return self._taken(indices, lambda share, labelled: {"sum": 1 / labelled, "examples": 1.0, "labelled": 1.0})
+
+    def _taken(self, indices: Tensor, weights: Callable[[float, Any], dict[str, Any]]) -> MicroBatch:
+        inputs = self.fresh_inputs()
+        _take(inputs, indices, self.size)
+        share = len(indices) / self.size
+        factors = weights(share, labelled_share(self.inputs, inputs, share))
+        weights = {way: self.weights[way] * factor for way, factor in factors.items()}
+        return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weights=weights)
+
+    def times(self, factor: float) -> MicroBatch:
+        """The same batch, its loss multiplied by `factor`."""
+        weights = {way: weight * factor for way, weight in self.weights.items()}
+        return dataclasses.replace(self, weights=weights)
 
 
 class ChangedInputs:
-    """Tensors of batches that passes change in place, told by watching: `normalise_(pixels)` in a forward, for one.
+    """Whether passes change batches in place: normalise pixels, count, ask for gradients of inputs.
 
-    The first batch of each layout is copied whole; afterwards only what has been seen to change is.
+    The first batch of each layout is copied whole and compared afterwards; batches of a layout that has changed are copied
+    always, others never. Tensors' version counters tell where one that was left alone changes after all.
     """
 
     def __init__(self):
-        self._known: dict[tuple, set[int]] = {}
+        self._changes: dict[tuple, bool] = {}
 
     def protect(self, batch: MicroBatch) -> Callable[[], bool]:
         """Call before the clean pass, and what it returns after it: then the inputs are whole again, or it is False."""
-        tensors = list(_tensors(batch.inputs))
-        layout = tuple((t.dtype, t.dim()) for t in tensors)
-        changing = self._known.get(layout)
-        copied = range(len(tensors)) if changing is None else changing
-        copies = {i: tensors[i].clone() for i in copied}
-        versions = [t._version for t in tensors]
+        layout, tensors = _layout(batch.inputs), list(_tensors(batch.inputs))
+        kept = _deep_copy(batch.inputs) if self._changes.get(layout, True) else None
+        traces = [_trace(t) for t in tensors]
 
         def mend() -> bool:
-            changed = {i for i, t in enumerate(tensors) if t._version != versions[i]}
-            self._known[layout] = (changing or set()) | changed
-            if changed:
-                originals = {id(tensors[i]): copies[i] for i in changed if i in copies}
-                batch.inputs = _copied(batch.inputs, originals)
-            return changed <= copies.keys()
+            changed = [_trace(t) for t in tensors] != traces
+            if layout not in self._changes:
+                changed = changed or not _same(batch.inputs, kept)
+            self._changes[layout] = self._changes.get(layout, False) or changed
+            if self._changes[layout] and kept is not None:
+                batch.inputs = kept
+                return True
+            return not changed
 
         return mend
 
     def protected(self, batch: MicroBatch) -> Any:
         """Inputs for a pass that may change them while another one is still to come."""
-        tensors = list(_tensors(batch.inputs))
-        changing = self._known.get(tuple((t.dtype, t.dim()) for t in tensors)) or ()
-        return _copied(batch.inputs, {id(tensors[i]): tensors[i].clone() for i in changing})
+        return _deep_copy(batch.inputs) if self._changes.get(_layout(batch.inputs)) else batch.fresh_inputs()
+
+
+def _layout(inputs: Any) -> tuple:
+    names = tuple(map(str, inputs)) if isinstance(inputs, Mapping) else ()
+    return names, tuple((t.dtype, t.dim()) for t in _tensors(inputs))
+
+
+def _trace(tensor: Tensor) -> tuple:
+    """What changes with most changes in place."""
+    return tensor._version if not tensor.is_inference() else 0, tensor.requires_grad, tensor.grad is None
+
+
+def _deep_copy(inputs: Any) -> Any:
+    """A copy in which entries that share memory share it still; what cannot be copied is passed on."""
+    memo: dict = {}
+
+    def copied(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(copied, value))
+        if isinstance(value, MutableMapping):
+            new = copy.copy(value)
+            for key, entry in value.items():
+                new[key] = copied(entry)
+            return new
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception:  # an open file, a lock, a tensor with a history
+            return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return copied(inputs)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two entries are equal as far as it can be told."""
+    if isinstance(value, Tensor):
+        return value.requires_grad == other.requires_grad and torch.equal(value.detach(), other.detach())
+    if isinstance(value, Mapping):
+        return value.keys() == other.keys() and all(_same(v, other[key]) for key, v in value.items())
+    if isinstance(value, list | tuple):
+        return len(value) == len(other) and all(map(_same, value, other))
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value == other or value != value  # NaN
+    if isinstance(value, np.ndarray):
+        return bool(np.array_equal(value, other))
+    return hasattr(value, "__dict__") and _same(vars(value), vars(other))
 
 
 def batch_size(inputs: Any) -> int | None:
@@ -116,11 +172,12 @@ def batch_size(inputs: Any) -> int | None:
     return max(dict.fromkeys(lengths), key=lengths.count) if lengths else None
 
 
-def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any]) -> Tensor | float:
-    """The share of the whole's labelled items that a part has; of its examples where labels are no tensor."""
-    if not isinstance(whole.get("labels"), Tensor):
-        return (batch_size(part) or 0) / batch_size(whole)
-    return part["labels"].ne(-100).sum() / whole["labels"].ne(-100).sum()
+def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], share: float) -> Tensor | float:
+    """The share of the whole's labelled items that a part has; `share`, that of its examples, where labels are no tensor."""
+    labels, own = (inputs.get("labels") if isinstance(inputs, Mapping) else None for inputs in (whole, part))
+    if not isinstance(labels, Tensor) or not isinstance(own, Tensor) or labels.dim() < 2:
+        return share
+    return own.ne(-100).sum().double() / labels.ne(-100).sum()
 
 
 def how_losses_add_up(
@@ -154,27 +211,34 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
-def _copied(value: Any, tensors: Mapping[int, Tensor] | None = None) -> Any:
-    """Containers are new ones of the same type; tensors are the same, unless `tensors` has another for their id."""
-    if isinstance(value, Tensor):
-        return value if tensors is None else tensors.get(id(value), value)
+def _copied(value: Any) -> Any:
+    """Containers are new ones of the same type; what they hold is the same."""
     if isinstance(value, MutableMapping):
         new = copy.copy(value)
         for key, entry in value.items():
-            new[key] = _copied(entry, tensors)
+            new[key] = _copied(entry)
         return new
     if type(value) in (list, tuple):
-        return type(value)(_copied(entry, tensors) for entry in value)
+        return type(value)(_copied(entry) for entry in value)
     return value
 
 
 def _take(inputs: Any, indices: Tensor, size: int) -> None:
     """Keep the examples at `indices` of every entry that has `size` of them, in place."""
-    entries = list(inputs.items()) if isinstance(inputs, MutableMapping) else []
-    for name, value in entries:
-        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
-            inputs[name] = value[indices.to(value.device)]
-        elif isinstance(value, MutableMapping):
-            _take(value, indices, size)
-        elif isinstance(value, list | tuple) and len(value) == size:
-            inputs[name] = [value[i] for i in indices.tolist()]
+    for name, value in list(inputs.items()) if isinstance(inputs, MutableMapping) else []:
+        inputs[name] = _taken(value, indices, size)
+
+
+def _taken(value: Any, indices: Tensor, size: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[indices.to(value.device)] if value.dim() > 0 and len(value) == size else value
+    if isinstance(value, MutableMapping):
+        _take(value, indices, size)
+    elif isinstance(value, list | tuple):
+        if any(isinstance(entry, Tensor) and entry.dim() > 0 and len(entry) == size for entry in value):
+            return type(value)(_taken(entry, indices, size) for entry in value)
+        if len(value) == size:
+            return [value[i] for i in indices.tolist()]
+    elif isinstance(value, np.ndarray) and value.ndim > 0 and len(value) == size:
+        return value[indices.numpy()]
+    return value

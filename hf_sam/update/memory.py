@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -17,23 +18,29 @@ class Memory(MutableMapping[str, Vector]):
     Args:
         names (`Sequence[str]`): The declared names.
         owner (`str`): Whose they are, for messages.
+        scalars (`Sequence[str]`, *optional*): Names that hold 0-dim tensors instead.
         waits (`bool`, *optional*, defaults to `False`): Keep what is written apart until `settle`.
     """
 
-    def __init__(self, names: Sequence[str], owner: str, waits: bool = False):
-        self.names, self._owner, self._waits = tuple(names), owner, waits
+    def __init__(self, names: Sequence[str], owner: str, waits: bool = False, scalars: Sequence[str] = ()):
+        self.names, self._owner, self._waits, self._scalars = (*names, *scalars), owner, waits, frozenset(scalars)
         self._kept: dict[str, Vector] = {}
         self._pending: dict[str, Vector] = {}
 
     def __getitem__(self, name: str) -> Vector:
         self._check(name)
-        return (self._pending[name] if name in self._pending else self._kept[name]).view()
+        value = self._pending[name] if name in self._pending else self._kept[name]
+        return value if name in self._scalars else value.view()
 
     def __setitem__(self, name: str, vector: Vector) -> None:
         self._check(name)
+        store = self._pending if self._waits else self._kept
+        if name in self._scalars:
+            store[name] = torch.as_tensor(vector).detach()
+            return
         if not isinstance(vector, Vector):
             raise ValueError(f"step.memory[{name!r}] of {self._owner} must be a Vector, not {type(vector).__name__}.")
-        (self._pending if self._waits else self._kept)[name] = vector.share().view()
+        store[name] = vector.share().view()
 
     def __delitem__(self, name: str) -> None:
         self._check(name)
@@ -69,9 +76,11 @@ class Memory(MutableMapping[str, Vector]):
 
     def state_dict(self, names: dict[Parameter, str]) -> dict[str, Tensor]:
         """One tensor for each name and parameter, as `name/parameter`."""
-        return {
+        scalars = {f"{name}/": self[name] for name in self if name in self._scalars}
+        return scalars | {
             f"{name}/{names[p]}": tensor
             for name, vector in self.items()
+            if name not in self._scalars
             for p, tensor in zip(vector.parameters, vector.numbers(), strict=True)
             if p in names
         }
@@ -85,6 +94,8 @@ class Memory(MutableMapping[str, Vector]):
         found: dict[str, dict[Parameter, Tensor]] = {}
         for key, tensor in state.items():
             name, _, parameter = key.rpartition("/")
+            if not parameter:
+                self[name] = tensor
             name = name or self.names[0]
             if parameter not in parameters:
                 continue

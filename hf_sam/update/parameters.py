@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from transformers.utils import logging
+
+from .roles import embedding_parameters, head_parameters
 
 Gradients = dict[Parameter, Tensor]
+
+logger = logging.get_logger(__name__)
 
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
@@ -50,7 +55,7 @@ class TrainedParameters:
         self._model, self._perturb, self._optimizer, self._others = model, perturb, optimizer, dict(others or {})
         self._seen: tuple | None = None
         self.refresh()
-        if not self.selected:
+        if not self.selected and (perturb in SELECTORS or not self._waits_for_thawing()):
             raise ValueError(
                 f"perturb={perturb!r} selects none of the {len(self.trainable)} trainable parameters of this model."
             )
@@ -72,7 +77,9 @@ class TrainedParameters:
         ]
         self.in_model = [p for p in self.trainable if p in model_names]
         candidates = {self.names[p]: p for p in self.trainable if held is None or p in held}
-        chosen = select(self._model, self._perturb, candidates, is_strict=is_first)
+        if is_first:
+            refuse_unmatched(self._perturb, self.names.values(), candidates)
+        chosen = select(self._model, self._perturb, candidates)
         self.selected = list(chosen.values())
         self._all = list(self.names)
         self._seen = self._state()
@@ -82,20 +89,40 @@ class TrainedParameters:
         groups = () if self._optimizer is None else [len(group["params"]) for group in self._optimizer.param_groups]
         return [p.requires_grad for p in self._all], list(groups)
 
+    def _waits_for_thawing(self) -> bool:
+        """Whether the patterns name parameters that a callback may thaw; says so."""
+        named = select(self._model, self._perturb, {name: p for p, name in self.names.items()})
+        logger.warning(
+            f"perturb={self._perturb!r} selects frozen parameters only ({', '.join(list(named)[:3])}): nothing is perturbed "
+            "until they are thawed."
+        )
+        return bool(named)
+
     def _stepped(self) -> list[Parameter] | None:
         if self._optimizer is None:
             return None
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
 
-def select(
-    model: nn.Module, perturb: str | Sequence[str], trainable: Mapping[str, Parameter], *, is_strict: bool = True
-) -> dict[str, Parameter]:
-    """Of the parameters `trainable`, by name, those that are perturbed.
+def refuse_unmatched(perturb: str | Sequence[str], names: Iterable[str], trainable: Mapping[str, Parameter]) -> None:
+    """Refuse a shell pattern that matches no parameter at all.
 
     Raises:
-        ValueError: A pattern matches none of them, if `is_strict`.
+        ValueError: Names the pattern.
     """
+    if isinstance(perturb, str) and perturb in SELECTORS:
+        return
+    names = list(names)
+    for pattern in [perturb] if isinstance(perturb, str) else perturb:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters; they "
+                f"have names such as {', '.join(list(trainable)[:3])}. Shell patterns match the whole name."
+            )
+
+
+def select(model: nn.Module, perturb: str | Sequence[str], trainable: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """Of the parameters `trainable`, by name, those that are perturbed."""
     if perturb == "all":
         return dict(trainable)
     if perturb in ("norm", "no-norm-no-bias"):
@@ -109,14 +136,23 @@ def select(
         if perturb == "norm":
             return {name: p for name, p in trainable.items() if p in norms}
         return {n: p for n, p in trainable.items() if p not in norms and n.rpartition(".")[2] != "bias"}
+    if perturb in ("no-embeddings", "no-embeddings-no-head"):
+        left_out = embedding_parameters(model)
+        if perturb == "no-embeddings-no-head":
+            left_out |= _head_of(model)
+        return {name: p for name, p in trainable.items() if name not in left_out}
     patterns = [perturb] if isinstance(perturb, str) else perturb
-    for pattern in patterns if is_strict else ():
-        if not fnmatch.filter(trainable, pattern):
-            raise ValueError(
-                f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters; they "
-                f"have names such as {', '.join(list(trainable)[:3])}. Shell patterns match the whole name."
-            )
     return {n: p for n, p in trainable.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+
+
+def _head_of(model: nn.Module) -> set[str]:
+    head = head_parameters(model)
+    if not head:
+        raise ValueError(
+            f"perturb='no-embeddings-no-head': no head can be told from the body of {type(model).__name__}, whose base model is "
+            "all there is, or which is no transformers model. Use 'no-embeddings', or shell patterns over parameter names."
+        )
+    return head
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------

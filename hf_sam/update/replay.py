@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,38 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .contents import Contents, entries, is_looked_into, modules_in
+
 # What `nn.Module` itself keeps in `__dict__`; its tensors are looked at through `_buffers` and `_parameters`.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-_CONTAINERS = (list, dict, set, collections.deque)
-# Tensors whose numbers can be copied and compared, unlike sharded and quantized ones.
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # A container with more entries than this is data, not state.
 _MOST_ENTRIES = 10_000
-# Objects of these packages look after themselves; those of users' own classes are looked into.
-_LIBRARIES = frozenset(
-    [
-        "torch",
-        "transformers",
-        "accelerate",
-        "peft",
-        "trl",
-        "datasets",
-        "tokenizers",
-        "safetensors",
-        "numpy",
-        "pandas",
-        "PIL",
-        "hf_sam",
-        "builtins",
-        "collections",
-        "enum",
-        "functools",
-        "logging",
-        "pathlib",
-        "threading",
-        "types",
-    ]
-)
+# Tensors whose numbers can be copied and compared, unlike sharded and quantized ones.
+_PLAIN = (Tensor, nn.Parameter)
+# Optimizer steps in which passes are watched by value, when a run begins and whenever modules have changed.
+_WATCHED_STEPS = 2
 
 
 class RandomStates:
@@ -76,28 +53,33 @@ class Snapshot:
 
     Attributes:
         random_states (`RandomStates`, *optional*): None where random numbers are not to be replayed.
+        namespaces (`list`): Dictionaries of modules, and what was in them.
+        tensors (`list`): Tensors that a pass may change in place, their versions, and their numbers where they are copied.
+        addresses (`list[int]`): Of the tensors' memory.
+        contents (`list[Contents]`): Of containers, arrays, generators and objects.
+        own (`dict`): The owner's plain attributes.
+        is_watched (`bool`): Whether everything that can be is copied, to be compared.
         is_whole (`bool`): Whether all that the pass after it has changed can be put back.
     """
 
     random_states: RandomStates | None
-    namespaces: list[dict[str, Any]] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    tensors: list[tuple[Tensor, int, Tensor | None]] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
-    values: dict[int, Tensor] = field(default_factory=dict)
-    watched: dict[int, Tensor] | None = None
-    contents: list[tuple[Any, Any]] = field(default_factory=list)
-    generators: list[tuple[Any, Any]] = field(default_factory=list)
+    contents: list[Contents] = field(default_factory=list)
+    own: dict[str, Any] = field(default_factory=dict)
+    is_watched: bool = False
     is_whole: bool = True
 
 
 class PassState:
     """All that a forward pass reads and writes beside trained weights, found by watching clean passes.
 
-    Covered are buffers and parameters without gradient (changed in place, or replaced), numbers, tensors and containers
-    that modules keep as plain attributes, generators that they own, and the same of modules and of plain attributes that
-    hang on `owner`, the trainer. What a pass assigns anew is put back by reference. What it changes in place has to be
-    copied before: the first pass, and the first after modules changed their mode, is watched by value; afterwards only
-    what has been seen to change is copied, and tensors' version counters tell whether anything new does.
+    Covered are buffers and parameters without gradient (changed in place, or replaced), modules that are replaced, numbers,
+    tensors, arrays, containers and users' objects that modules keep as plain attributes, generators that they own, and the
+    same of modules and of plain attributes that hang on `owner`, the trainer. What a pass assigns anew is put back by
+    reference. What it changes in place has to be copied before: for a few steps passes are watched by value; afterwards
+    only what has been seen to change is copied, and tensors' version counters tell whether anything new does.
 
     Args:
         roots (`Sequence[nn.Module]`): The model, and modules beside it.
@@ -105,6 +87,7 @@ class PassState:
         ignored (`Iterable[str]`, *optional*): Attributes of `owner` that do not.
         watches_parameters (`bool`, *optional*, defaults to `True`): Parameters without gradient count. They cannot where
             the engine moves their memory around.
+        looked_into (`Sequence[Any]`, *optional*): More objects that a pass may change.
     """
 
     def __init__(
@@ -113,122 +96,119 @@ class PassState:
         owner: object | None = None,
         ignored: Iterable[str] = (),
         watches_parameters: bool = True,
+        looked_into: Sequence[Any] = (),
     ):
+        self._more = looked_into
         self._roots = list(roots)
         self._owner, self._ignored = owner, frozenset(ignored)
         self._watches_parameters = watches_parameters
-        self._moving: set[int] = set()  # of `_tensors`, those that passes change in place
-        self._mode: list[bool] | None = None
-        self._tensors: list[Tensor] = []
+        self._moving: set[int] = set()  # ids of what passes change in place
+        self._signature: tuple | None = None
+        self._step: int | None = None
+        self._is_watching, self._steps_to_watch = False, 0
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """List everything that may change; again whenever an attribute has appeared or modules changed their mode."""
-        modules = list({id(m): m for root in self._roots for m in root.modules()}.values())
-        self._modules = modules
+        """List everything that may change; again whenever modules have come, gone or changed their mode."""
+        roots = [*self._roots, *modules_in(self._own_attributes().values())]
+        self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
         # Layers of torch's own keep no state in attributes; walking them would cost most.
-        self._namespaces = [vars(m) for m in modules if not type(m).__module__.startswith("torch.nn.modules")]
-        self._namespaces += [m._buffers for m in modules if m._buffers]
-        self._norms = [m for m in modules if isinstance(m, _NormBase) and m.running_mean is not None]
+        custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules")]
+        self._namespaces = [vars(m) for m in custom] + [m._modules for m in custom if m._modules]
+        self._namespaces += [m._buffers for m in self._modules if m._buffers]
+        if self._watches_parameters:
+            frozen = (
+                m for m in self._modules if any(p is not None and not p.requires_grad for p in m._parameters.values())
+            )
+            self._namespaces += [m._parameters for m in frozen]
+        self._always = {  # of BatchNorm, whose kernels change them without a change of version
+            id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
+        }
         found: dict[int, Tensor] = {}
-        self._containers: list[Any] = []
-        self._generators: list[Any] = []
-        for module in modules:
-            tensors = [*module._buffers.values()]
-            if self._watches_parameters:
-                tensors += module._parameters.values()
-            attributes = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
-            self._look_into(attributes.values())
-            tensors += [v for v in attributes.values() if isinstance(v, Tensor)]
-            found.update((id(t), t) for t in tensors if _is_state(t))
-        if self._owner is not None:
-            attributes = {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
-            attributes = {k: v for k, v in attributes.items() if not isinstance(v, nn.Module)}
-            found.update((id(v), v) for v in attributes.values() if _is_state(v))
-            self._look_into(attributes.values())
-        moving = {id(self._tensors[i]) for i in self._moving}
-        self._tensors = list(found.values())
-        self._moving = {i for i, t in enumerate(self._tensors) if id(t) in moving}
-        self._position = {id(t): i for i, t in enumerate(self._tensors)}
+        looked_into: dict[int, Any] = {}
+        attributes = [{k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE} for m in self._modules]
+        for values in (*attributes, *(m._buffers for m in self._modules), self._own_attributes()):
+            found.update((id(v), v) for v in values.values() if _is_state(v))
+            looked_into.update((id(v), v) for v in values.values() if is_looked_into(v) and entries(v) <= _MOST_ENTRIES)
+        looked_into.update((id(v), v) for v in self._more if is_looked_into(v))
+        if self._watches_parameters:
+            found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
+        self._tensors, self._looked_into = list(found.values()), list(looked_into.values())
 
-    def _look_into(self, values: Iterable[Any]) -> None:
-        for value in values:
-            if isinstance(value, _CONTAINERS):
-                if _entries(value) <= _MOST_ENTRIES:
-                    self._containers.append(value)
-            elif isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
-                self._generators.append(value)
-            elif _is_of_a_user(value) and _entries(vars(value)) <= _MOST_ENTRIES:
-                self._containers.append(vars(value))
+    def _state_of_modules(self) -> tuple[list[bool], list[int]]:
+        return [m.training for m in self._modules], [id(c) for m in self._modules for c in m._modules.values()]
+
+    def _own_attributes(self) -> dict[str, Any]:
+        return {} if self._owner is None else {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
 
     # --- putting aside ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def capture(self, random_states: RandomStates | None, budget: int | None = None) -> Snapshot:
-        """What the next pass starts from.
+    def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
+        """What is now.
 
         Args:
             random_states (`RandomStates`, *optional*): Kept with it.
-            budget (`int`, *optional*): Bytes of parameters without gradient that may be copied in a pass that is
-                watched by value, the smallest first.
+            step (`int`): The optimizer step.
+            budget (`int`, *optional*): Bytes of parameters without gradient that may be copied while passes are watched
+                by value, the smallest first.
         """
-        is_watched = self._mode is None or self._mode != [m.training for m in self._modules]
-        if is_watched:
+        if self._signature is None:
             self._scan()
-            self._mode = [m.training for m in self._modules]
-        snapshot = Snapshot(random_states)
-        snapshot.namespaces = [namespace.copy() for namespace in self._namespaces]
-        if self._owner is not None:
-            snapshot.namespaces.append(self._own_attributes())
-        snapshot.versions = [t._version for t in self._tensors]
-        kept = self._moving | {  # whose kernels change them without a change of version
-            self._position[id(b)]
-            for m in self._norms
-            if m.training
-            for b in m._buffers.values()
-            if id(b) in self._position
-        }
-        snapshot.values = {i: self._tensors[i].detach().clone() for i in kept}
-        if is_watched:
+            self._signature, self._steps_to_watch = self._state_of_modules(), _WATCHED_STEPS
+        if step != self._step:
+            self._step, self._is_watching = step, self._steps_to_watch > 0
+            self._steps_to_watch -= 1
+        snapshot = Snapshot(random_states, own=self._own_attributes(), is_watched=self._is_watching)
+        snapshot.namespaces = [(namespace, namespace.copy()) for namespace in self._namespaces]
+        copied = self._moving | self._always
+        if self._is_watching:
+            copied = copied.union(self._affordable(budget))
             snapshot.addresses = [_address(t) for t in self._tensors]
-            snapshot.watched = {i: self._tensors[i].detach().clone() for i in self._affordable(budget) if i not in kept}
-        snapshot.contents = [(c, _contents(c)) for c in self._containers]
-        snapshot.generators = [(g, _generator_state(g)) for g in self._generators]
+        snapshot.tensors = [(t, t._version, t.detach().clone() if id(t) in copied else None) for t in self._tensors]
+        snapshot.contents = [
+            Contents(value, is_deep=self._is_watching or id(value) in self._moving) for value in self._looked_into
+        ]
         return snapshot
 
+    def look_again(self, snapshot: Snapshot, budget: int | None = None) -> None:
+        """Between the trainer's `model.train()` and the forward: take in modules that have come, or changed their mode."""
+        if self._signature == self._state_of_modules():
+            return
+        self._signature = self._step = None
+        now = self.capture(None, -1, budget)
+        known = {id(namespace) for namespace, _ in snapshot.namespaces}
+        snapshot.namespaces += [pair for pair in now.namespaces if id(pair[0]) not in known]
+        snapshot.tensors, snapshot.contents = now.tensors, now.contents
+        snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses
+
     def _affordable(self, budget: int | None) -> Iterator[int]:
-        """Buffers and attributes, and parameters without gradient as far as the budget goes."""
-        for i, tensor in sorted(enumerate(self._tensors), key=lambda entry: entry[1].numel()):
+        """The ids of buffers and attributes, and parameters without gradient as far as the budget goes."""
+        for tensor in sorted(self._tensors, key=Tensor.numel):
             if isinstance(tensor, nn.Parameter) and budget is not None:
                 budget -= tensor.nbytes
                 if budget < 0:
                     return
             if type(tensor) in _PLAIN and tensor.device.type != "meta":
-                yield i
-
-    def _own_attributes(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
+                yield id(tensor)
 
     @torch.no_grad()
     def learn(self, before: Snapshot) -> None:
         """After the clean pass that `before` was captured for: note what it has changed in place."""
-        for i, tensor in enumerate(self._tensors):
-            if i in before.values:
+        for i, (tensor, version, value) in enumerate(before.tensors):
+            if id(tensor) in self._moving:
                 continue
-            has_moved = tensor._version != before.versions[i] or (
-                before.watched is not None and _address(tensor) != before.addresses[i]
-            )
-            if before.watched is not None and i in before.watched:
-                if has_moved or not torch.equal(tensor, before.watched[i]):
-                    self._moving.add(i)
-                    before.values[i] = before.watched[i]
-            elif has_moved:
-                self._moving.add(i)
-                before.is_whole = False  # what it was is lost
-        before.watched = None
-        if any(len(now) != len(then) for now, then in zip(self._namespaces, before.namespaces, strict=False)):
-            self._mode = None  # an attribute has appeared: look again
+            has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
+            if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
+                self._moving.add(id(tensor))
+                before.is_whole &= value is not None  # otherwise what it was is lost
+        for contents in before.contents:
+            if id(contents.value) not in self._moving and contents.has_changed():
+                self._moving.add(id(contents.value))
+                before.is_whole &= contents.is_deep
+        if any(len(now) != len(then) or _modules_differ(now, then) for now, then in before.namespaces):
+            self._signature = None  # an attribute has appeared, or a module: look again
 
     # --- putting back -------------------------------------------------------------------------------------------------
 
@@ -237,33 +217,40 @@ class PassState:
         """Make everything what it was when the snapshot was captured."""
         if snapshot.random_states is not None:
             snapshot.random_states.restore()
-        for namespace, before in zip(self._namespaces, snapshot.namespaces, strict=False):
+        for namespace, before in snapshot.namespaces:
             if len(namespace) != len(before) or not all(map(is_, namespace.values(), before.values())):
                 _put_back(namespace, before)
         if self._owner is not None:
-            own, before = vars(self._owner), snapshot.namespaces[-1]
-            for name in [name for name in own if name not in before and name not in self._ignored]:
+            own = vars(self._owner)
+            for name in [name for name in own if name not in snapshot.own and name not in self._ignored]:
                 del own[name]
-            own.update(before)
-        for i, value in snapshot.values.items():
-            tensor = self._tensors[i]
+            own.update(snapshot.own)
+        for tensor, _, value in snapshot.tensors:
+            if value is None or tensor.requires_grad:  # thawed since, and perturbed
+                continue
             if tensor.shape == value.shape:
                 tensor.detach().copy_(value)
             else:
                 tensor.data = value.clone()
-        for container, contents in snapshot.contents:
-            _refill(container, contents)
-        for generator, state in snapshot.generators:
-            _set_generator_state(generator, state)
+        for contents in snapshot.contents:
+            contents.restore()
 
 
 def _put_back(namespace: dict[str, Any], before: dict[str, Any]) -> None:
     mode = namespace.get("training")  # is the trainer's to set
-    for name in [name for name in namespace if name not in before]:
-        del namespace[name]
+    for name in [name for name, value in namespace.items() if name not in before and _is_data(value)]:
+        del namespace[name]  # but for what was set up once, such as the mark of installed hooks
     namespace.update(before)
     if mode is not None:
         namespace["training"] = mode
+
+
+def _modules_differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    return any(isinstance(value, nn.Module) and now.get(name) is not value for name, value in then.items())
+
+
+def _is_data(value: Any) -> bool:
+    return not isinstance(value, bool) and (isinstance(value, Tensor | int | float | complex) or is_looked_into(value))
 
 
 def _is_state(value: Any) -> bool:
@@ -273,67 +260,3 @@ def _is_state(value: Any) -> bool:
 
 def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) in _PLAIN else 0
-
-
-# --- containers -------------------------------------------------------------------------------------------------------
-
-
-def _entries(container: Any, depth: int = 0) -> int:
-    values = container.values() if isinstance(container, dict) else container
-    inner = [v for v in values if isinstance(v, _CONTAINERS)] if depth < 4 and len(container) <= _MOST_ENTRIES else []
-    return len(container) + sum(_entries(v, depth + 1) for v in inner)
-
-
-def _contents(container: Any) -> Any:
-    """The entries of a container, those of containers within it, too."""
-    if isinstance(container, dict):
-        return [
-            (key, value, _contents(value) if isinstance(value, _CONTAINERS) else None)
-            for key, value in container.items()
-        ]
-    return [(None, value, _contents(value) if isinstance(value, _CONTAINERS) else None) for value in container]
-
-
-def _refill(container: Any, contents: Any) -> None:
-    """The inverse of `_contents`, in place: whoever holds the container sees it."""
-    for _, value, inner in contents:
-        if inner is not None:
-            _refill(value, inner)
-    if isinstance(container, dict):
-        if len(container) == len(contents) and all(
-            key in container and container[key] is value for key, value, _ in contents
-        ):
-            return
-        container.clear()
-        container.update((key, value) for key, value, _ in contents)
-    elif isinstance(container, set):
-        container.clear()
-        container.update(value for _, value, _ in contents)
-    elif len(container) != len(contents) or any(a is not b for a, (_, b, _) in zip(container, contents, strict=True)):
-        container.clear()
-        container.extend(value for _, value, _ in contents)
-
-
-def _is_of_a_user(value: Any) -> bool:
-    kind = type(value)
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, type | nn.Module | Tensor)
-        and not callable(value)
-        and kind.__module__.partition(".")[0] not in _LIBRARIES
-    )
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _set_generator_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)

@@ -100,7 +100,8 @@ def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) ->
     It is `max_lr` where a cyclic schedule has left one, the base rate times the largest factor where the schedule is a
     function of the step, and otherwise the rate that the group began with.
     """
-    peaks = []
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside Accelerate's wrapper
+    peaks = list(getattr(scheduler, "max_lrs", None) or ())  # of CyclicLR
     factors = getattr(scheduler, "lr_lambdas", None) or [None] * len(optimizer.param_groups)
     default = getattr(optimizer, "defaults", {}).get("lr")
     for group, factor in zip(optimizer.param_groups, factors, strict=False):

@@ -83,7 +83,7 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
         return
     own = Path(folder) / STATE_NAME.format(rank=rank)
     if own not in files:
-        own = Path(folder) / STATE_NAME.format(rank=rank % len(files))
+        own = files[rank % len(files)]
         logger.warning(
             f"{folder} holds the SAM state of {len(files)} processes: process {rank} goes on with {own.name}."
         )

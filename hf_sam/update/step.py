@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers.utils import logging
 
-from ..config import SAMConfig
+from ..config import Parts, SAMConfig
 from ..engines.base import Engine
 from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, copies_for_cosine, overrides
 from .batches import ChangedInputs, MicroBatch
@@ -76,7 +76,9 @@ class SharpnessAwareUpdate:
         warmup_steps (`int`, *optional*, defaults to 0): Those in which the learning rate warms up.
         scheduler (*optional*): The learning rate's.
         others (`dict[str, nn.Module]`, *optional*): Modules beside the model that take part in its loss, by name.
+        train_dataset (*optional*): What the method may look up in the training data.
         owner (`object`, *optional*): Whose plain attributes are restored for the second pass, but for those `ignored`.
+        looked_into (`Sequence[Any]`, *optional*): More objects whose contents are.
 
     Raises:
         ValueError: `config.perturb` selects nothing, or no step of the run would perturb.
@@ -97,10 +99,13 @@ class SharpnessAwareUpdate:
         others: dict[str, nn.Module] | None = None,
         owner: object | None = None,
         ignored: Iterable[str] = (),
+        looked_into: Sequence[Any] = (),
+        train_dataset: Any = None,
     ):
-        self.config, self.parts, self.engine = config, config.parts, engine
+        ascent, descent = config.parts
+        self.config, self.parts, self.engine = config, Parts(ascent.resolved(train_dataset), descent), engine
         self.needs = self.parts.needs
-        self.scope = engine.scope(config)
+        self.scope = "micro" if self.needs & Needs.UNEVEN_PASSES else engine.scope(config)
         self.schedule = Schedule.resolve(config, max_steps, warmup_steps)
         groups = optimizer if engine.optimizer_holds_parameters else None
         self.parameters = TrainedParameters(model, config.perturb or "all", groups, others)
@@ -109,10 +114,10 @@ class SharpnessAwareUpdate:
         self.space = Space(engine.reductions, list(self.parameters.names), in_buckets)
         self.telemetry, self.cost = Telemetry(self.device), Cost(self.device)
         self.attached = self.parts.ascent.attach(model, seed)
-        self.memory = Memory(
-            (*self.parts.ascent.memory, *self.parts.descent.memory), config.label, engine.may_skip_steps
+        self.memory = Memory((*ascent.memory, *descent.memory), config.label, engine.may_skip_steps, ascent.scalars)
+        self.pass_state = PassState(
+            [model, *(others or {}).values()], owner, ignored, not engine.parameters_move, looked_into
         )
-        self.pass_state = PassState([model, *(others or {}).values()], owner, ignored, not engine.parameters_move)
         self.changed_inputs = ChangedInputs()
         # Whether a pass runs that the clean one has gone before: what it logs and counts is not to be seen.
         self.is_repeating = False
@@ -121,10 +126,13 @@ class SharpnessAwareUpdate:
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
         self._devices = list(dict.fromkeys(p.device for p in self.parameters.names))
         self._window: list[MicroBatch] = []
+        self._accumulated: Gradients = {}
         self._begins, self._micro = True, 0
         self._is_unsettled, self._looks_again = False, False
+        # How the losses of parts make up a batch's; known when parts are first taken.
+        self.adding_up: str | None = None
+        self.adding_up_is_settled = False
         self._has_overflowed: Tensor | None = None  # an ascent pass of this step, under fp16
-        self._adding_up: str | None = None
         self._observed: Vector | None = None
         self._has_checked_shapes = False
 
@@ -164,21 +172,24 @@ class SharpnessAwareUpdate:
         return loss
 
     def _two_pass_steps(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        if self.needs & Needs.UNEVEN_PASSES:
+            return self._step_on_part(model, batch, is_last)
         m = self.config.m
         if m is None or (batch.size is not None and batch.size <= m):
             return self._two_pass_step(model, batch, is_last)
-        if self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, m)
-        parts = [batch.part(indices, self._adding_up) for indices in batch.chunks(m)]
+        self._find_how_parts_add_up(batch, m)
+        parts = [batch.part(indices) for indices in batch.chunks(m)]
         return torch.stack([self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]).sum()
 
     def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        accumulated = take_gradients(self.parameters.trainable) if self.scope == "micro" else {}
+        if self.scope == "micro" or not self._window:  # else p.grad holds the ascent gradient of this window so far
+            self._accumulated = take_gradients(self.parameters.trainable)
         clean_loss = self._ascent_pass(model, batch, is_last)  # g = grad L(w), in p.grad
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
             return clean_loss if self._sees_all else torch.zeros_like(clean_loss)
         window, self._window = self._window, []
+        accumulated, self._accumulated = self._accumulated, {}
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
         clean = self._vector(gradients).clone() if self.needs & Needs.CLEAN_GRADIENT else None
@@ -204,6 +215,24 @@ class SharpnessAwareUpdate:
             self._average(is_last)
         self.telemetry.add(perturbed_loss=perturbed_loss)
         return clean_loss if self._sees_all else perturbed_loss
+
+    def _step_on_part(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """The examples that the method names at `w + eps`, eps from their own gradient; the others at `w`."""
+        ascent = self.parts.ascent
+        chosen = ascent.perturbed_examples(batch.inputs, self._step())
+        others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
+        if len(chosen) and len(others):
+            self._find_how_parts_add_up(batch, max(1, batch.size // 2))
+        losses = []
+        if len(others):
+            rest = batch.part(others) if len(chosen) else batch
+            losses.append(self._run_all(model, [rest.without(ascent.part)], synced=False))
+        if len(chosen):
+            part = (batch.part(chosen) if len(others) else batch).times(ascent.tail_weight)
+            losses.append(self._two_pass_step(model, part.without(ascent.part), is_last))
+        else:
+            self._average(is_last)
+        return torch.stack(losses).sum()
 
     def _can_repeat(self, window: list[MicroBatch]) -> bool:
         """Whether the second pass can start as the first did, or must be made all the same."""
@@ -260,8 +289,6 @@ class SharpnessAwareUpdate:
         self.settle()
         if self.parameters.refresh():
             self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
-        if not model.training:
-            model.train()  # as the trainer is about to, before anything is put aside
         self.index, self._is_measured = index, measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
@@ -336,10 +363,8 @@ class SharpnessAwareUpdate:
     def _ascent_pass(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """The clean pass: the only one whose traces stay."""
         seen = self._seen(batch)
-        batch.before = self.pass_state.capture(
-            self._random_states(),
-            budget=sum(p.nbytes for p in self.parameters.trainable),
-        )
+        before = self.pass_state.capture(self._random_states(), self.index, self._copied_at_most)
+        batch.before = seen.before = before
         mend = self.changed_inputs.protect(batch)
         synced = is_last and self.scope == "global"
         with self.engine.gradients_only_for(self._chosen, self.parameters.trainable):
@@ -355,13 +380,17 @@ class SharpnessAwareUpdate:
         """What of the batch the ascent pass sees."""
         size, fraction = batch.size, self.config.ascent_fraction or 1.0
         indices = self.parts.ascent.examples(batch.inputs, self._step())
-        if indices is None and fraction < 1 and size:
-            indices = torch.arange(math.ceil(fraction * size))
-        if indices is None or len(indices) == size:
+        if indices is None and fraction < 1:
+            indices = torch.arange(math.ceil(fraction * (size or 0)))
+        if indices is None or (size and len(indices) == size):
             return batch
-        if self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, max(1, int(fraction * size)))
-        return batch.sample(indices, self._adding_up)
+        self._find_how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
+        return batch.sample(indices)
+
+    def _find_how_parts_add_up(self, batch: MicroBatch, size: int) -> None:
+        if not self.adding_up_is_settled:
+            self.adding_up_is_settled = True
+            self.adding_up = self._passes.how_parts_add_up(batch, size)
 
     def _descent_passes(self, model: nn.Module, window: list[MicroBatch], is_last: bool) -> Tensor:
         """The passes at `w + eps`, of the examples and the loss that the method descends on."""
@@ -374,12 +403,11 @@ class SharpnessAwareUpdate:
         size = batch.size
         if self.parts.descent.examples(torch.zeros(size or 0), torch.zeros(size or 0)) is None:
             return batch
-        if self._adding_up is None:
-            self._adding_up = self._passes.how_parts_add_up(batch, max(1, size // 2))
+        self._find_how_parts_add_up(batch, max(1, size // 2))
         self.pass_state.restore(batch.before)
         after = self._passes.losses_of_examples(batch)
         self.cost.ascent_passes += FORWARD_SHARE * batch.fraction
-        return batch.sample(self.parts.descent.examples(batch.kept, after), self._adding_up)
+        return batch.sample(self.parts.descent.examples(batch.kept, after))
 
     def _run_all(self, model: nn.Module, window: list[MicroBatch], synced: bool, is_ascent: bool = False) -> Tensor:
         """Run the window as the clean pass saw it, if there was one; returns the sum of its losses.
@@ -399,13 +427,22 @@ class SharpnessAwareUpdate:
     @contextlib.contextmanager
     def leaving_no_trace(self) -> Iterator[Snapshot]:
         """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
-        now = self.pass_state.capture(self._random_states())
-        self.is_repeating = True
+        now = self.pass_state.capture(self._random_states(), self.index, self._copied_at_most)
+        was_repeating, self.is_repeating = self.is_repeating, True
         try:
             yield now
         finally:
-            self.is_repeating = False
+            self.is_repeating = was_repeating
             self.pass_state.restore(now)
+
+    @property
+    def _copied_at_most(self) -> int:
+        """Bytes of frozen parameters that may be copied while passes are watched: those that a gradient takes anyway."""
+        return sum(p.nbytes for p in self.parameters.trainable)
+
+    def look_again(self, before: Snapshot) -> None:
+        """Called between the trainer's `model.train()` and the forward of a clean pass."""
+        self.pass_state.look_again(before, self._copied_at_most)
 
     def _random_states(self) -> RandomStates | None:
         return RandomStates(self._devices) if self.config.replay_rng else None
@@ -553,6 +590,13 @@ class SharpnessAwareUpdate:
         self.telemetry.record(sam_perturbed_loss=losses["perturbed_loss"])
         if "clean_loss" in losses and self._sees_all and not self._descends_on_part:
             self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether passes may see parts of a batch."""
+        return (
+            not self._sees_all or self.config.m is not None or bool(self.needs & (Needs.SUBSET | Needs.UNEVEN_PASSES))
+        )
 
     @property
     def _descends_on_part(self) -> bool:

@@ -95,9 +95,9 @@ class Stopwatch:
             self._seconds += self._now() - self._start
             return
         self._pending.append((self._start, self._now()))
-        if len(self._pending) >= MOST_PENDING:  # read those that are over, without waiting for the others
+        if len(self._pending) >= MOST_PENDING:  # read those that are over; wait only for a device that lags far behind
             running = (i for i, (_, end) in enumerate(self._pending) if not end.query())
-            self._read(next(running, len(self._pending)))
+            self._read(max(next(running, len(self._pending)), MOST_PENDING // 2))
 
     def reset(self) -> None:
         """Forget what was measured so far."""

@@ -36,6 +36,7 @@ class Space:
         self.reductions = reductions
         self.position = {p: i for i, p in enumerate(order)}
         self.in_buckets = in_buckets
+        self.sizes: dict[tuple[Parameter, ...], int] = {}
 
 
 class _Data:
@@ -155,6 +156,15 @@ class Vector:
 
     def __repr__(self) -> str:
         return f"Vector of {sum(t.numel() for t in self._data.tensors):,} numbers in {len(self)} tensors"
+
+    def size(self) -> int:
+        """How many numbers it has, over all processes; waits for them, once."""
+        data = self._data
+        if data.parameters in data.space.sizes:
+            return data.space.sizes[data.parameters]
+        counts = torch.tensor([t.numel() for t in data.tensors], dtype=torch.float64, device=data.tensors[0].device)
+        data.space.sizes[data.parameters] = int(data.space.reductions(data.parameters).sum(counts).item())
+        return data.space.sizes[data.parameters]
 
     # --- reductions ------------------------------------------------------------------------------------------------
 

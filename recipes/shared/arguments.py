@@ -7,19 +7,22 @@ import json
 import re
 import sys
 from argparse import Action
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
+from hf_sam.comparison.method_settings import Merged, explain, merge
 from hf_sam.config import SAMConfig
+from hf_sam.methods.users import load_parts
 
+from .config_files import read_layers, split_command_line, unknown_key
 from .docstrings import described
-from .errors import UserError, as_user_error, did_you_mean, one_line
+from .errors import UserError, as_user_error
 
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+COMMAND_LINE = "command line"
+_SAM_OPTION = re.compile(r"--(?P<key>sam[_-][\w-]+)(=(?P<value>.*))?$", re.DOTALL)
 
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -39,22 +42,26 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
     files, options = split_command_line(argv)
-    tokens = [token for file in files for token in _file_tokens(Path(file), parser)]
-    namespace, rest = parser.parse_known_args([*tokens, *options])
+    layers = [layer for file in files for layer in read_layers(Path(file))]
+    for name, values in layers:
+        for key in values:
+            if key not in parser.actions:
+                raise UserError(f"{name}: {unknown_key(key, parser.actions)}")
+    merged = merge([*layers, (COMMAND_LINE, _sam_options(options))])
+    from_files = {key: value for key, value in merged.values.items() if merged.sources[key] != COMMAND_LINE}
+    namespace, rest = parser.parse_known_args([*_tokens(from_files, parser), *options])
     if rest:
-        raise UserError(_unknown_key(rest[0], parser.actions))
+        raise UserError(unknown_key(rest[0], parser.actions))
     values = vars(namespace)
     with as_user_error(ValueError, TypeError, ImportError):
-        return tuple(
+        parsed = tuple(
             kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
             for kind in dataclass_types
         )
-
-
-def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The configuration files that lead the command line, and the options that follow."""
-    count = next((i for i, word in enumerate(argv) if not word.endswith(CONFIG_SUFFIXES)), len(argv))
-    return list(argv[:count]), list(argv[count:])
+    for arguments in parsed:
+        if isinstance(arguments, _SAMArguments):
+            arguments.merged = merged
+    return parsed
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -64,46 +71,21 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """
-    The keys of a configuration file, those of its `base` first. Scalars stay the text that the file has, so that `no`
+    The keys of a configuration file over those of its `base`. Scalars stay the text that the file has, so that `no`
     is no boolean and `5e-5` no surprise; mappings are typed.
 
     Raises:
         UserError: The file does not exist, is no mapping, or is its own base.
     """
-    return _read_config(path, ())
+    return merge(read_layers(path)).values
 
 
-def _read_config(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path} is its own base; remove that `base:`.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        words, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
-    except OSError:
-        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES)
-        there = f" {path.parent} has: {', '.join(others)}." if others else ""
-        raise UserError(f"Configuration file {path} cannot be read.{there}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {one_line(error)}") from None
-    if not isinstance(typed, dict):
-        raise UserError(f"{path} must hold lines of the form `key: value`.")
-    values = {key: typed[key] if isinstance(typed[key], dict) else words[key] for key in words if key in typed}
-    values = {key: None if typed[key] is None else value for key, value in values.items()}
-    if "base" in values:
-        base = path.parent / str(values.pop("base"))
-        values = {**_read_config(base, (*seen, path.resolve())), **values}
-    return values
-
-
-def _file_tokens(path: Path, parser: _Parser) -> Iterator[str]:
-    """A configuration file as command-line words."""
-    for key, value in read_config(path).items():
-        action = parser.actions.get(key)
-        if action is None:
-            raise UserError(f"{path}: {_unknown_key(key, parser.actions)}")
+def _tokens(values: dict[str, Any], parser: _Parser) -> Iterator[str]:
+    """What configuration files say as command-line words."""
+    for key, value in values.items():
         if value is None:
             continue
-        if isinstance(value, list) and action.nargs == "+":
+        if isinstance(value, list) and parser.actions[key].nargs == "+":
             yield from (f"--{key}", *map(str, value))
         elif isinstance(value, list):
             yield f"--{key}={','.join(map(str, value))}"
@@ -111,12 +93,13 @@ def _file_tokens(path: Path, parser: _Parser) -> Iterator[str]:
             yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
 
 
-def _unknown_key(word: str, known: Iterable[str]) -> str:
-    """The message for a word on the command line, or a key of a file, that is no argument."""
-    name = word.split("=")[0].lstrip("-").replace("-", "_")
-    if not re.fullmatch(r"\w+", name):
-        return f"{word!r} is no argument: give `--key value` pairs, after the configuration file."
-    return f"{name!r} is no argument of this recipe.{did_you_mean(name, known, ' --help lists all arguments.')}"
+def _sam_options(options: Sequence[str]) -> dict[str, str]:
+    """The SAM fields that the command line names, with their values as text."""
+    found = {}
+    for word, following in zip(options, [*options[1:], ""][: len(options)], strict=True):
+        if match := _SAM_OPTION.match(word):
+            found[match["key"].replace("-", "_")] = match["value"] if match["value"] is not None else following
+    return found
 
 
 class _Parser(HfArgumentParser):
@@ -143,6 +126,13 @@ class _Parser(HfArgumentParser):
 class _SAMArguments:
     """The fields of `SAMConfig` with the prefix `sam_`."""
 
+    merged: Merged | None = None  # where the values came from, as `parse_arguments` found out
+
+    def explain(self) -> str:
+        """The configuration in force in one line, and where each part of it came from."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return explain(self.to_config(), self.merged or merge([(COMMAND_LINE, given)]))
+
     def to_config(self) -> SAMConfig:
         """
         The configuration.
@@ -159,6 +149,12 @@ class _SAMArguments:
         if values["perturb"] is not None:
             patterns = [pattern.strip() for pattern in values["perturb"].split(",")]
             values["perturb"] = patterns[0] if len(patterns) == 1 else patterns
+        options = values["options"]
+        if isinstance(options, str):
+            with as_user_error(ValueError, prefix=f"sam_options={options!r} is no JSON object: "):
+                options = dict(json.loads(options))
+        with as_user_error(ValueError):
+            values |= load_parts(values["ascent"], values["descent"], options)
         with as_user_error(ValueError, prefix="sam_"):
             return SAMConfig(**values)
 
@@ -166,7 +162,7 @@ class _SAMArguments:
 def _argument_type(hint: Any) -> Any:
     """What `argparse` reads for a `SAMConfig` field: the type itself where there is one, else text."""
     kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
-    return kinds[0] | None if len(kinds) == 1 else str | None
+    return kinds[0] | None if len(kinds) == 1 and kinds[0] in (str, int, float, bool) else str | None
 
 
 _HINTS = get_type_hints(SAMConfig)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from .errors import UserError, did_you_mean, one_line
 from .options import DataArguments
 from .sampling import stratified_sample, stratified_split
+from .tabular import find_dialect, header
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -74,9 +75,10 @@ def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Spli
         classes = column(train, strata) if strata else np.zeros(len(train), dtype=int)
         kept = stratified_sample(classes, args.train_samples, args.train_samples_per_class, args.subset_seed)
         splits["train"] = train.select(kept)
-    if args.test_samples:
-        classes = column(splits["test"], strata) if strata else np.zeros(len(splits["test"]), dtype=int)
-        splits["test"] = splits["test"].select(stratified_sample(classes, args.test_samples, None, args.split_seed))
+    for name, count in (("validation", args.validation_samples), ("test", args.test_samples)):
+        if count:
+            classes = column(splits[name], strata) if strata else np.zeros(len(splits[name]), dtype=int)
+            splits[name] = splits[name].select(stratified_sample(classes, count, None, args.split_seed))
     return splits
 
 
@@ -151,6 +153,7 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict | Split:
 
 def _load_local(path: Path, args: DataArguments) -> DatasetDict | IterableDatasetDict | Split:
     source = _file_source(path, args.train_split) if path.is_file() else _folder_source(path)
+    source |= _dialect(source, path, args)
     try:
         return datasets.load_dataset(**source, streaming=args.streaming)
     except Exception as error:  # the readers below `datasets` raise what they like; all of it is about this file
@@ -166,8 +169,22 @@ def _file_source(path: Path, split: str) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise UserError(f"dataset={path} is empty.")
     _check_text_file(path)
-    delimiter = {"delimiter": "\t"} if suffix == ".tsv" else {}
-    return {"path": BUILDERS[suffix], "data_files": {split: str(path)}, **delimiter}
+    return {"path": BUILDERS[suffix], "data_files": {split: str(path)}}
+
+
+def _dialect(source: dict[str, Any], path: Path, args: DataArguments) -> dict[str, str]:
+    """Encoding and delimiter of csv files for their reader; those of a folder are all written like its first one."""
+    if source["path"] != "csv":
+        return {}
+    files = sorted(file for file in path.rglob("*.[ct]sv") if file.stat().st_size) if path.is_dir() else [path]
+    dialect = find_dialect(files[0], args.csv_encoding, args.csv_delimiter)
+    names = header(files[0], dialect)
+    if len(set(names)) < len(names):
+        raise UserError(f"dataset={files[0]} has two columns of the same name in its first line: {', '.join(names)}.")
+    told = dialect.describe(files[0])
+    if told and int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+        print(f"data: {told}", flush=True)
+    return {"delimiter": dialect.delimiter, "encoding": dialect.encoding}
 
 
 def _folder_source(path: Path) -> dict[str, Any]:
@@ -199,11 +216,6 @@ def _check_text_file(path: Path) -> None:
             first = path.read_text(encoding="utf-8").lstrip().splitlines()[:1]
             if not first or not _is_json(first[0]):  # one object a line is fine
                 raise UserError(f"dataset={path} is no JSON: {error}.") from None
-    elif path.suffix.lower() in (".csv", ".tsv"):
-        with path.open(encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","), [])
-        if len(set(header)) < len(header):
-            raise UserError(f"dataset={path} has two columns of the same name in its first line: {', '.join(header)}.")
 
 
 def _is_json(line: str) -> bool:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import hf_sam
-
 
 class UserError(Exception):
     """Something the user can put right; the message names the field, what is allowed, and the remedy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; the message says where the run stands and how to go on."""
 
 
 @contextmanager
@@ -42,21 +44,32 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
 def run(main: Callable[[], object]) -> None:
     """
     Run a recipe's `main` as a program: a `UserError`, or a `ValueError` that hf_sam raises about its configuration, is
-    printed by the first process as one line, and the exit code is 2. Anything else is a bug and keeps its traceback.
+    printed by the first process as one line, and the exit code is 2; Ctrl-C too, with 130. A run that is finished already
+    is no mistake. Anything else is a bug and keeps its traceback.
     """
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
         main()
+    except KeyboardInterrupt as error:
+        if is_first:
+            print(f"\n{one_line(error) if str(error) else 'Interrupted.'}", file=sys.stderr)
+        sys.exit(130)
     except (UserError, ValueError) as error:
         if not isinstance(error, UserError) and not _raised_by_hf_sam(error):
             raise
-        if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+        if is_first:
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != "RunFinishedError":  # by name: what defines it takes seconds to import
+            raise
+        if is_first:
+            print(one_line(error))
 
 
 def _raised_by_hf_sam(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    package = Path(hf_sam.__file__).parent
+    package = Path(sys.modules["hf_sam"].__file__).parent if "hf_sam" in sys.modules else None
     return trace is not None and package in Path(trace.tb_frame.f_code.co_filename).parents

@@ -9,6 +9,7 @@ from .data import Splits, column, replace_column
 from .errors import UserError
 from .options import DataArguments
 from .sampling import symmetric_noise
+from .summary import rows_in_words
 
 MAX_CLASSES_FOUND = 1000
 
@@ -48,9 +49,9 @@ def class_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Splits
     return splits, names
 
 
-def check_classes(splits: Splits, name: str, names: list[str]) -> None:
+def check_classes(splits: Splits, name: str, names: list[str], args: DataArguments | None = None) -> None:
     """
-    Every class has training examples, and every example has a class.
+    Every class has training examples, and every example has a class. `args` are those that the splits were made by.
 
     Raises:
         UserError: Otherwise; the message names the classes or the split.
@@ -66,10 +67,14 @@ def check_classes(splits: Splits, name: str, names: list[str]) -> None:
             )
         missing = [names[index] for index in range(len(names)) if index not in set(values.tolist())]
         if missing and split == "train":
-            raise UserError(
-                f"The train split has no example of class {', '.join(missing[:10])} of {name}: keep more training "
-                f"examples, or leave the class out of the data."
-            )
+            keep = "leave the class out of the data"
+            if args is not None and args.train_samples:
+                each = max(1, args.train_samples // len(names))
+                keep = (
+                    f"train_samples={args.train_samples} of {len(names)} classes, drawn in their own proportions, leaves none "
+                    f"of it: give more, or --train_samples_per_class {each} for as many of every class"
+                )
+            raise UserError(f"The train split has no example of class {', '.join(missing[:10])} of {name}: {keep}.")
     if len(names) < 2:
         raise UserError(f"{name} has only the class {names[0]}; a classifier needs at least two.")
 
@@ -89,7 +94,11 @@ def add_label_noise(splits: Splits, name: str, num_classes: int, args: DataArgum
 def _names_found(train: Dataset, name: str) -> list[str]:
     values = column(train, name)
     if any(value is None for value in values):
-        raise UserError(f"The train split has {sum(v is None for v in values)} empty values in {name}.")
+        empty = [row for row, value in enumerate(values) if value is None]
+        raise UserError(
+            f"The train split has {len(empty)} empty values in {name}: {rows_in_words(empty)}. Remove these rows, or fill "
+            f"in their labels."
+        )
     if values.ndim != 1 or values.dtype.kind not in "iubUO":
         raise UserError(
             f"{name} holds {train.features[name]}, which is no class: a class is a whole number or a word. "
@@ -159,7 +168,11 @@ def numeric_labels(splits: Splits, name: str) -> Splits:
                 f"The {split} split has values in {name} that are no numbers, as regression needs."
             ) from None
         if not np.isfinite(values).all():
-            raise UserError(f"The {split} split has empty or infinite values in {name}.")
+            bad = np.flatnonzero(~np.isfinite(values)).tolist()
+            raise UserError(
+                f"The {split} split has {len(bad)} empty or infinite values in {name}: {rows_in_words(bad)}. Remove these "
+                f"rows, or fill in their labels."
+            )
         encoded[split] = replace_column(dataset, name, values.tolist(), Value("float32"))
     return encoded
 

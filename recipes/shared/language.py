@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import Splits, column_names, pick_column
 from .errors import UserError
+from .summary import rows_in_words
 from .texts import check_texts
 
 # The columns of an example that is no plain text, as TRL names them.
@@ -77,8 +78,13 @@ def pick_format(splits: Splits, text_column: str | None, drop_empty: bool) -> tu
         pick_column(splits, name, (), "text_column")
     if found == CONVERSATION:
         for split, dataset in splits.items():
-            if isinstance(dataset, Dataset) and not all(dataset["messages"]):
-                raise UserError(f"The {split} split has examples without messages; remove them.")
+            empty = (
+                [i for i, turns in enumerate(dataset["messages"]) if not turns] if isinstance(dataset, Dataset) else []
+            )
+            if empty:
+                raise UserError(
+                    f"The {split} split has {len(empty)} examples without messages: {rows_in_words(empty)}. Remove them."
+                )
     elif not _is_conversational(splits, found[0]):
         splits = check_texts(splits, found, drop_empty)
     return {split: dataset.select_columns(list(found)) for split, dataset in splits.items()}, found

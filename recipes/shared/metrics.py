@@ -16,6 +16,11 @@ from transformers import EvalPrediction
 from .errors import UserError, one_line
 
 ECE_BINS = 15
+# What is measured of each kind of prediction, beside the loss; a comparison asks about one of them.
+CLASSIFICATION = ("accuracy", "f1_macro", "mcc", "nll", "ece", "brier", "loss")
+MULTI_LABEL = ("subset_accuracy", "f1_micro", "f1_macro", "loss")
+REGRESSION = ("pearson", "spearman", "mse", "loss")
+LANGUAGE = ("perplexity", "nll_per_token", "loss")
 _CLASS = Value("int64")
 _NUMBER = Value("float64")
 

@@ -69,8 +69,11 @@ class DataArguments:
     shuffle_buffer: int = option(1000, "Examples that streaming shuffles among.")
     label_column: str | None = option(None, "Column of the labels. Found when left out.")
     class_names: list[str] | None = option(None, "Names of the classes in order, where the data do not say.")
+    csv_encoding: str | None = option(None, "Encoding of csv and tsv files; found when left out.")
+    csv_delimiter: str | None = option(None, "Between two values of a csv or tsv file; found when left out.")
     train_samples: int | None = option(None, "Keep this many training examples, drawn by class.")
     train_samples_per_class: int | None = option(None, "Keep this many training examples of every class.")
+    validation_samples: int | None = option(None, "Evaluate on this many validation examples, drawn by class.")
     test_samples: int | None = option(None, "Evaluate on this many test examples, drawn by class.")
     subset_seed: int = option(0, "Seed of what is kept, apart from the training seed.")
     label_noise: float = option(0.0, "Share of the training labels replaced by another class, drawn uniformly.")
@@ -82,7 +85,7 @@ class DataArguments:
             value = getattr(self, name)
             inside = 0 < value < 1 if name == "test_size" else 0 <= value < 1
             _check(inside, f"{name}={value} must be a share in {low}, 1).")
-        for name in ("train_samples", "train_samples_per_class", "test_samples"):
+        for name in ("train_samples", "train_samples_per_class", "validation_samples", "test_samples"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}={value} must be at least 1.")
         _check(
@@ -93,8 +96,19 @@ class DataArguments:
             not (self.validation_size and self.validation_split),
             "Give validation_split or validation_size, not both.",
         )
+        _check(
+            not self.validation_samples or bool(self.validation_size or self.validation_split),
+            f"validation_samples={self.validation_samples} needs a validation split: give --validation_size 0.1, or "
+            f"--validation_split.",
+        )
+        if self.csv_delimiter is not None:
+            self.csv_delimiter = {"\\t": "\t", "tab": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
+            _check(len(self.csv_delimiter) == 1, f"csv_delimiter={self.csv_delimiter!r} must be one character, or tab.")
         if self.streaming:
-            for name in ("train_samples", "train_samples_per_class", "test_samples", "label_noise", "validation_size"):
+            for name in (
+                *("train_samples", "train_samples_per_class", "validation_samples", "test_samples"),
+                *("label_noise", "validation_size"),
+            ):
                 _check(
                     not getattr(self, name), f"{name} needs the whole split at hand: leave it out, or streaming off."
                 )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import socket
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +19,42 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.comparison.fingerprints import describe_data
-from hf_sam.comparison.records import RECORD_NAME, RunRecord, recording
+from hf_sam.comparison.records import RECORD_NAME, RecordError, RunRecord, read_record, recording
+from hf_sam.config import SAMConfig
 
+from .arguments import SAMArguments
 from .data import Splits
-from .errors import UserError
+from .errors import Interrupted, UserError, as_user_error, did_you_mean, one_line
 from .metrics import class_probabilities, logits_of
 from .options import DataArguments, RunArguments
 
 logger = logging.getLogger(__name__)
+LOCK_NAME = "_run.lock"  # what begins with an underscore does not go to the hub
+LOCK_SECONDS = 6.0  # workers of a DataLoader outlive a killed run by five seconds
+_LOCKS: dict[Path, FileLock] = {}
 Table = Callable[[Any, np.ndarray], dict[str, Any]]
 
 
-def prepare(args: TrainingArguments, run_args: RunArguments) -> None:
+def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArguments) -> SAMConfig:
     """
-    Seed, quieten what should be quiet, and settle which checkpoint training goes on from.
+    Seed, quieten what should be quiet, and settle which checkpoint training goes on from. Prints the SAM configuration
+    in force, which it returns.
 
     `resume_from_checkpoint` may be `"auto"`: the last complete checkpoint in `output_dir`, none if there is none.
 
     Raises:
         UserError: `output_dir` cannot be used, or holds checkpoints that nothing is said about.
     """
+    sam_config = sam_args.to_config()
+    if args.process_index == 0:
+        print(f"SAM: {sam_args.explain()}", flush=True)
     if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -46,14 +62,18 @@ def prepare(args: TrainingArguments, run_args: RunArguments) -> None:
     if args.logging_steps == 1:
         args.logging_steps = 1  # the command line has read 1.0, and `TrainingArguments` rounds only what is above 1
     set_seed(args.seed)
+    check_reporters(args)
     folder = Path(args.output_dir)
     if folder.is_file():
         raise UserError(f"output_dir={folder} is a file; name a folder.")
+    if args.process_index == 0:
+        lock_folder(folder)
     checkpoints = sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
     if run_args.overwrite_output_dir:
         if args.resume_from_checkpoint:
             raise UserError("Give resume_from_checkpoint or overwrite_output_dir, not both.")
         if args.process_index == 0:
+            (folder / RECORD_NAME).unlink(missing_ok=True)
             for checkpoint in checkpoints:
                 shutil.rmtree(checkpoint)
     elif args.resume_from_checkpoint in ("auto", "true", "True"):
@@ -69,6 +89,49 @@ def prepare(args: TrainingArguments, run_args: RunArguments) -> None:
             f"output_dir={folder} already holds {checkpoints[-1].name}. Go on from it by --resume_from_checkpoint auto, "
             f"start anew by --overwrite_output_dir true, or name another folder."
         )
+    elif is_finished(folder):
+        raise UserError(
+            f"output_dir={folder} holds a finished run: start anew by --overwrite_output_dir true, or name another folder."
+        )
+    return sam_config
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder has the record of a run that came to its end."""
+    try:
+        return read_record(folder / RECORD_NAME).status == "finished"
+    except RecordError:
+        return False
+
+
+def lock_folder(folder: Path) -> None:
+    """
+    Keep other runs out of `output_dir` until this process ends. The system gives the lock up with the process, however
+    that ends, so that none is ever stale; `_run.owner` says who has it.
+
+    Raises:
+        UserError: Another run has it; the message says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    try:
+        lock = _LOCKS.setdefault(
+            path.resolve(), FileLock(path, thread_local=False)
+        )  # one that is collected is released
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        try:
+            owner = path.with_suffix(".owner").read_text(encoding="utf-8").strip()
+        except OSError:
+            owner = "another process"
+        raise UserError(
+            f"output_dir={folder} is in use by {owner}. Wait for that run or end it, or name another folder."
+        ) from None
+    except (NotImplementedError, OSError) as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): start no second run in it.", folder, one_line(error))
+        return
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    path.with_suffix(".owner").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
 
 
 def last_complete_checkpoint(folder: Path, args: TrainingArguments) -> str | None:
@@ -96,11 +159,52 @@ def missing_from_checkpoint(path: Path, args: TrainingArguments) -> str | None:
     missing = [name for name in wanted if not (path / name).is_file()]
     if not any(next(path.glob(pattern), None) for pattern in weights):
         missing.append("the weights")
+    missing += [file.name for file in sorted(path.iterdir()) if is_cut_off(file)]
+    for index in path.glob("*.safetensors.index.json"):
+        with suppress(ValueError, KeyError):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            missing += sorted(shard for shard in shards if not (path / shard).is_file())
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         missing.append("trainer_state.json")
     return f"{', '.join(missing)} missing or incomplete" if missing else None
+
+
+def is_cut_off(file: Path) -> bool:
+    """Whether a file of weights or states was not written to its end: a full disk or a kill leaves such ones."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="np"):
+                return False
+        except (SafetensorError, OSError):
+            return True
+    return file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)
+
+
+def check_reporters(args: TrainingArguments) -> None:
+    """
+    Raises:
+        UserError: A tracker in `report_to` that there is none of, or whose package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    for name in args.report_to if isinstance(args.report_to, list) else [args.report_to]:
+        if name in ("all", "none", *available):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, f" Allowed: none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
+            raise UserError(f"report_to={name} is no tracker that the Trainer knows.{hint}")
+        raise UserError(f"report_to={name}: its package is not installed. Install it (pip install {name}), or give "
+                        f"--report_to none.")  # fmt: skip
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: The optimizer's library is not installed, or it lacks an argument.
+    """
+    with as_user_error(ImportError, ValueError, RuntimeError, prefix=f"optim={trainer.args.optim.value}: "):
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
 
 
 def check_training_arguments(args: TrainingArguments, data_args: DataArguments, has_validation: bool) -> None:
@@ -126,12 +230,14 @@ def check_training_arguments(args: TrainingArguments, data_args: DataArguments, 
 
 def train(trainer: Trainer) -> None:
     """
-    Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. Timings and
-    `train_loss` cover, as the Trainer has it, the steps of this call: a resumed run counts those since its checkpoint.
+    Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. After a resume, time
+    and `train_loss` are those of the whole run where the checkpoint says what the steps before it took.
     """
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    ended = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
+    metrics |= {name: ended[name] for name in metrics.keys() & ended.keys()}
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
 
 
 @contextmanager
@@ -149,7 +255,8 @@ def recorded(
         **settings: The argument objects of the recipe, to be able to run it again.
     """
     sam = trainer.sam_config
-    arm = f"{sam.method} ({trainer.args.optim.value})" if sam.rho > 0 else trainer.args.optim.value
+    check_optimizer(trainer)
+    arm = f"{sam.name} ({trainer.args.optim.value})" if sam.rho > 0 else trainer.args.optim.value
     noise = f"noise {data_args.label_noise:g}" if data_args.label_noise else "clean"
     with recording(
         Path(trainer.args.output_dir) / RECORD_NAME,
@@ -159,9 +266,21 @@ def recorded(
         arm=run_args.arm or arm,
         condition=run_args.condition or noise,
         budget=run_args.budget,
+        data={name: describe_data(split) for name, split in splits.items()},
     ) as record:
-        record.data = {name: describe_data(split) for name, split in splits.items()}
-        yield record
+        try:
+            yield record
+        except KeyboardInterrupt:
+            raise Interrupted(_where_it_stands(trainer)) from None
+
+
+def _where_it_stands(trainer: Trainer) -> str:
+    """What is left of a run that was stopped, and how to go on."""
+    line = f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}."
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir), trainer.args)
+    if checkpoint is None:
+        return f"{line} No checkpoint had been written (save_strategy, save_steps): the same command begins anew."
+    return f"{line} The same command with --resume_from_checkpoint auto goes on from {checkpoint}."
 
 
 def evaluate(trainer: Trainer, split: Any, name: str, table: Table | None = None) -> dict[str, float]:

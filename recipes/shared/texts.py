@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import Split, Splits, column, column_names
 from .errors import UserError
+from .summary import rows_in_words, tell
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ def check_texts(splits: Splits, names: Sequence[str], drop_empty: bool) -> Split
             empty = [index for index, texts in enumerate(rows) if not any((text or "").strip() for text in texts)]
             if empty and not drop_empty:
                 raise UserError(
-                    f"The {split} split has {len(empty)} examples without text in {', '.join(names)}, the first at "
-                    f"{empty[0]}: remove them, or leave them out by --drop_empty true."
+                    f"The {split} split has {len(empty)} examples without text in {', '.join(names)}: "
+                    f"{rows_in_words(empty)}. Remove them, or leave them out by --drop_empty true."
                 )
             if empty:
+                tell([f"{len(empty)} examples of {split} without text are left out: {rows_in_words(empty)}"])
                 kept = sorted(set(range(len(dataset))) - set(empty))
                 dataset = dataset.select(kept)
         checked[split] = dataset

@@ -1,5 +1,6 @@
 """The evaluation report of checkpoints: its numbers against scikit-learn, its sentences, and the recipe on two models."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -109,6 +110,45 @@ def test_the_report_says_what_was_found_and_escapes_it(tmp_path):
     assert pd.read_csv(tmp_path / "data" / "confusion.csv").shape == (6, 5)
 
 
+def test_level_zero_is_about_the_examples_that_are_corrupted(tmp_path):
+    kept = predictions(1, 0.6)
+    entry = Evaluated("base", "a", kept, corrupted={("noise", 1): predictions(2, 0.4, n=40)})
+    entry.corrupted_rows = np.flatnonzero(~kept.correct)[:40]  # those that it has wrong
+    write_document(make_checkpoint_document([entry], {}, ["x"] * 300, NAMES), tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| none | 0 | 0.0 |" in markdown
+    assert "on the same 40 examples" in markdown
+
+
+def test_checkpoints_of_different_data_are_told_apart(tmp_path):
+    models = [Evaluated(name, name, predictions(1, 0.6)) for name in ("a", "b", "hub")]
+    for entry, count in zip(models, (600, 60), strict=False):
+        entry.data = {"train": {"examples": count, "fingerprint": f"train-{count}"}}
+    write_document(make_checkpoint_document(models, {}, ["x"] * 300, NAMES), tmp_path / "other")
+    markdown = (tmp_path / "other/report.md").read_text()
+    assert "| a | a | None | 600 | train-600 | - |" in markdown
+    assert "trained on different data (a on 600, b on 60, hub on - examples)" in markdown
+    models[1].data = models[0].data
+    write_document(make_checkpoint_document(models, {}, ["x"] * 300, NAMES), tmp_path / "same")
+    assert "different data" not in (tmp_path / "same/report.md").read_text()
+
+
+def test_disagreements_on_images_are_shown_as_images(tmp_path):
+    models = [Evaluated("a", "a", predictions(1, 0.6)), Evaluated("b", "b", predictions(2, 0.7))]
+    asked = []
+
+    def image_of(index):
+        asked.append(index)
+        return Image.new("RGB", (8, 8))
+
+    document = make_checkpoint_document(models, {}, [f"image {i}" for i in range(300)], NAMES, image_of=image_of)
+    write_document(document, tmp_path)
+    shown = pd.read_csv(tmp_path / "data/disagreements.csv")
+    assert list(shown["index"]) == asked
+    assert len(asked) == 20
+    assert (tmp_path / "figures/disagreements.svg").read_text().count("<image") == 20
+
+
 def test_language_models_are_compared_by_loss_per_token(tmp_path):
     rng = generator()
     tokens = rng.integers(5, 30, size=80)
@@ -187,6 +227,11 @@ def test_one_command_reports_on_two_checkpoints(checkpoints, tmp_path, capsys):
     assert "on 60 test examples" in markdown  # the data of the first one's run record
     assert "sam minus rho0: accuracy" in markdown
     assert "SAM sharpness, rho = 0.05" in markdown
+    assert "| ViTForImageClassification | 64 |" in markdown  # trained on
+    assert "different data" not in markdown
+    assert "on the same 10 examples" in markdown
+    differ = re.search(r"differ on (\d+) of 60 examples", markdown)
+    assert (tmp_path / "figures" / "disagreements.svg").exists() == (int(differ[1]) > 0)
     assert (tmp_path / "figures" / "sharpness-rho.svg").exists()
     metrics = pd.read_csv(tmp_path / "data" / "metrics.csv").set_index(["checkpoint", "metric"])
     for name, folder in (("rho0", first), ("sam", second)):

@@ -93,7 +93,32 @@ def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
     assert "time is estimated after the first" in printed
     rows = {tuple(line.split()[:3]): line.split() for line in printed.splitlines()}
     assert rows["late", "equal", "passes"][3:5] == ["1.33", "2"]
+    assert "With 3 seeds a difference is established (paired t-test at 5 %) from 2.5 standard deviations" in printed
+    assert "a true one of 3.3 is found four times in five (with 6 seeds, of 1.4)" in printed
+    compare.main([path, "--output_dir", str(tmp_path / "out"), "--plan", "--seeds", "0"])
+    assert "With one seed no verdict is possible" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(study, tmp_path, capsys):
+    arms = {
+        "adamw": {"sam_rho": 0},
+        "sam": {"sam_rho": 0.05},
+        "asam": {"sam_method": "asam"},
+        "msam": {"sam_method": "msam", "sam_rho": 0.2},
+    }
+    path = study(arms=arms, settings={**STUDY["settings"], "sam_rho": 0.01})
+    compare.main([path, "--output_dir", str(tmp_path / "out"), "--plan"])
+    printed = capsys.readouterr().out
+    assert "adamw: no SAM: rho 0 (arm adamw)" in printed
+    assert "sam: method sam (default), rho 0.05 (arm sam)\n" in printed
+    assert "asam: method asam (arm asam), rho 0.5 (default of asam)" in printed
+    assert "left out: sam_rho=0.01 of settings of the study, which was for sam" in printed
+    assert "msam: method msam (arm msam), rho 0.2 (arm msam)" in printed
+    workshop = compare.open_workshop(compare.plan_of(compare.build_parser().parse_args([path])))
+    made = {run.arm: " ".join(workshop.job(run)["argv"]) for run in workshop.runs}
+    assert "--sam_rho" not in made["asam"]
+    assert "--sam_rho=0.2" in made["msam"]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +129,14 @@ def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
             "arm sam: 'sam_rhoo' is no argument of this recipe. Did you mean 'sam_rho'",
         ),
         ({"arms": {"sam": {"sam_rho": -1}}}, "arm sam: .*rho=-1"),
-        ({"arms": {"sam": {"sam_method": "asam"}}}, "arm sam: sam_method does nothing while sam_rho is 0"),
+        ({"arms": {"sam": {"sam_scope": "micro"}}}, "arm sam: sam_scope does nothing while sam_rho is 0"),
         ({"arms": {"sam": {"sam_method": "sma"}}}, "arm sam: sam_method='sma' is unknown. Did you mean 'sam'"),
         ({"conditions": {"noise": {"label_noise": 1.5}}}, "condition noise, arm adamw: label_noise=1.5"),
+        (
+            {"question": {"metric": "acuracy"}},
+            "metric='acuracy' is none .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
+        ),
+        ({"question": {"metric": "train_nll"}}, "metric='train_nll' is none that image_classification measures"),
         ({"recipe": "digits"}, "recipe 'digits' does not exist. There are: .*image_classification"),
     ],
 )
@@ -114,6 +144,25 @@ def test_an_arm_that_its_recipe_would_refuse_is_refused_before_anything_runs(stu
     with pytest.raises(UserError, match=message):
         compare.main([study(**changes), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tmp_path, capsys):
+    """All of them, and then one of two: that one is reported without comparing an arm with itself."""
+    wrong = {"settings": {**STUDY["settings"], "label_column": "lable"}, "seeds": [0]}
+    with pytest.raises(
+        UserError, match=r"2 of 2 runs failed: UserError: label_column=lable is no column .*2 x.*--retry_failed"
+    ):
+        compare.main([study(**wrong), "--output_dir", str(tmp_path / "out")])
+    assert "UserError: label_column=lable is no column" in capsys.readouterr().out
+    assert not (tmp_path / "out/report").exists()
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        compare.main([study(**wrong), "--output_dir", str(tmp_path / "out"), "--report"])
+    arms = {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.05, "label_column": "lable"}}
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: .*mend the cause"):
+        compare.main([study(arms=arms, seeds=[0]), "--output_dir", str(tmp_path / "part")])
+    text = (tmp_path / "part/report/report.md").read_text()
+    assert "No answer yet: only adamw has finished runs." in text
+    assert "better accuracy than adamw" not in text
 
 
 def test_outputs_of_a_plain_trainer_stand_beside(study, tmp_path):
@@ -178,7 +227,7 @@ def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
     report = compare.main([path, "--output_dir", str(tmp_path / "out"), "--report"])
     text = report.with_name("report.md").read_text()
     assert "2 of 4 runs" in text
-    assert "0 runs are unfinished and 2 have not begun" in text
+    assert "0 runs unfinished and 2 not begun" in text
     assert "one seed gives no interval" in text
 
 

@@ -3,17 +3,23 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from hf_sam.comparison.fingerprints import describe_environment, fingerprint_data, fingerprint_model
 from hf_sam.comparison.records import (
+    OPEN,
     RECORD_NAME,
     RecordError,
+    RunFinishedError,
     RunRecord,
+    changed_arguments,
     find_records,
     plain,
     read_record,
     recording,
 )
+from hf_sam.comparison.results import value_of
+from hf_sam.comparison.segments import COSTS_NAME
 
 
 def test_a_finished_run_leaves_what_it_was_and_what_it_cost(make_trainer, tmp_path):
@@ -57,11 +63,101 @@ def test_a_failed_run_keeps_its_error_and_raises_it_on(make_trainer, tmp_path):
     assert "test_records.py" in record.error["traceback"]
 
 
-def test_an_interrupted_run_stays_running_so_that_it_is_resumed(make_trainer, tmp_path):
+def test_an_interrupted_run_says_so_and_is_one_to_be_resumed(make_trainer, tmp_path):
     path = tmp_path / RECORD_NAME
     with pytest.raises(KeyboardInterrupt), recording(path, make_trainer(), task="toy", arm="sam"):
         raise KeyboardInterrupt
+    assert read_record(path).status == "interrupted"
+    assert "interrupted" in OPEN
+
+
+class Killed(BaseException):
+    """Ends a run the way a signal does: nobody gets to write anything."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def test_seconds_passes_and_losses_add_up_over_a_kill(make_trainer, tmp_path):
+    """Logged every third step, saved every second, killed after the fifth: steps 1 to 4 count once, and 5 again."""
+    path, words = tmp_path / "run" / RECORD_NAME, {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = make_trainer(output_dir=tmp_path / "whole", logging_steps=3, **words)
+    with recording(tmp_path / "whole" / RECORD_NAME, whole, task="toy", arm="adamw"):
+        whole.train()
+    trainer = make_trainer(logging_steps=3, **words)
+    trainer.add_callback(KillAt(5))
+    with pytest.raises(Killed), recording(path, trainer, task="toy", arm="adamw"):
+        trainer.train()
     assert read_record(path).status == "running"
+    costs = tmp_path / "run/checkpoint-4" / COSTS_NAME
+    (segment,) = json.loads(costs.read_text())
+    assert (segment["begin"], segment["end"], segment["passes"], segment["loss_steps"]) == (0, 4, 4, 4)
+    costs.write_text(json.dumps([{**segment, "seconds": 100.0}]))
+
+    again = make_trainer(logging_steps=3, resume_from_checkpoint=str(costs.parent), **words)
+    with recording(path, again, task="toy", arm="adamw"):
+        again.train(resume_from_checkpoint=str(costs.parent))
+    record = read_record(path)
+    assert (record.status, record.resumed_from, record.steps, record.passes) == ("finished", 4, 6, 6)
+    assert [(part["begin"], part["end"]) for part in record.segments] == [(0, 4), (4, 6)]
+    assert 100 < record.seconds < 110
+    assert record.has_whole_costs
+    last, expected = record.curves[-1], whole.state.log_history[-1]
+    assert last["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+    assert last["train_runtime"] == pytest.approx(record.seconds, abs=1e-3)
+    assert record.samples_per_second == pytest.approx(6 * 8 / record.seconds, rel=1e-2)
+
+
+def test_what_the_steps_before_a_checkpoint_took_may_be_unknown_and_then_nothing_is_timed(make_trainer, tmp_path):
+    words = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(**words).train()  # keeps no record
+    checkpoint = str(tmp_path / "run/checkpoint-2")
+    trainer = make_trainer(resume_from_checkpoint=checkpoint, **words)
+    with recording(tmp_path / RECORD_NAME, trainer, task="toy", arm="adamw") as record:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert (record.resumed_from, record.passes, record.has_whole_costs) == (2, 2, False)
+    assert value_of(record, "seconds") is value_of(record, "passes") is None
+    assert value_of(record, "steps") == 4
+
+
+def test_a_finished_record_is_never_written_over(make_trainer, tmp_path):
+    path = tmp_path / RECORD_NAME
+    trainer = make_trainer()
+    with recording(path, trainer, recipe={"data": {"label_noise": 0.0}}, task="toy", arm="adamw"):
+        trainer.train()
+    before = path.read_bytes()
+    with (
+        pytest.raises(RunFinishedError, match=r"finished after 4 steps. Nothing to do"),
+        recording(path, make_trainer(), recipe={"data": {"label_noise": 0.0}}, task="toy", arm="adamw"),
+    ):
+        pytest.fail("the block must not be entered")
+    for words, recipe, message in (
+        ({"learning_rate": 0.5}, 0.0, r"learning_rate was 5e-05 and is now 0\.5"),
+        ({"per_device_train_batch_size": 4}, 0.0, r"per_device_train_batch_size was 8 and is now 4"),
+        ({}, 0.2, r"label_noise was 0\.0 and is now 0\.2"),
+    ):
+        with (
+            pytest.raises(ValueError, match=f"finished run with other arguments: .*{message}.*Name another"),
+            recording(path, make_trainer(**words), recipe={"data": {"label_noise": recipe}}, task="toy", arm="adamw"),
+        ):
+            pytest.fail("the block must not be entered")
+    assert path.read_bytes() == before
+
+
+def test_the_same_batch_in_other_parts_is_the_same_run():
+    def run(size, accumulation, processes):
+        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        environment = {"hardware": {"processes": processes}}
+        return RunRecord(task="t", arm="a", config={"training_arguments": arguments}, environment=environment)
+
+    assert changed_arguments(run(8, 1, 2), run(4, 4, 1)) == []
+    assert changed_arguments(run(8, 1, 2), run(8, 1, 1)) == ["examples a step was 16 and is now 8"]
 
 
 def test_written_and_read_records_are_equal_and_strict_json(tmp_path):

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_rel
 
 from hf_sam.comparison.calibration import expected_calibration_error, read_predictions, reliability
 from hf_sam.comparison.document import escape_markdown
@@ -14,6 +15,7 @@ from hf_sam.comparison.records import RECORD_NAME, RunRecord, find_records
 from hf_sam.comparison.report import write_report
 from hf_sam.comparison.results import make_cells, natural, noise_level, pairing_problems
 from hf_sam.comparison.study import make_study
+from hf_sam.comparison.wording import answer
 
 from .fabricate import fabricate, fabricate_run
 
@@ -55,8 +57,8 @@ def test_both_forms_have_every_section_and_the_same_sentences(small):
     assert page.tags.count("h2") == len(SECTIONS)
     answers = [line[2:].replace("\\", "") for line in markdown.splitlines() if line.startswith("> ")]
     assert len(answers) == 4  # one per condition and budget
-    for answer in answers:
-        assert answer.replace("&lt;", "<") in page.text
+    for sentence in answers:
+        assert sentence.replace("&lt;", "<") in page.text
 
 
 def test_the_answer_names_effect_interval_and_floor(small):
@@ -69,9 +71,11 @@ def test_the_answer_names_effect_interval_and_floor(small):
     assert row.difference == pytest.approx((wide.sam - wide.adamw).mean())
     sentence = next(line for line in markdown.splitlines() if line.startswith("> digits, noise 0.4, equal steps"))
     assert f"accuracy under sam is {100 * row.difference:.1f} points above adamw (5 seeds" in sentence
-    assert f"bootstrap {100 * row.bootstrap_low:+.1f} to {100 * row.bootstrap_high:+.1f}" in sentence
-    assert "p = 0.0625, the least that 5 seeds can give; 0.125 after Holm over 2 tasks" in sentence
-    assert "the exact test does not establish it" in sentence
+    assert f"Student's interval {100 * row.student_low:+.1f} to {100 * row.student_high:+.1f}, p " in sentence
+    assert "after Holm over 2 tasks; exact sign-flip p = 0.0625, the least that 5 seeds can give" in sentence
+    assert row.t_p == pytest.approx(ttest_rel(wide.sam, wide.adamw).pvalue)
+    assert row.t_p < row.p_holm < 0.05
+    assert "sam is better here" in sentence
 
 
 def test_sharpness_is_named_in_words_and_drawn_against_the_metric(tmp_path):
@@ -203,7 +207,27 @@ def test_enough_seeds_can_establish_an_effect_and_its_absence(tmp_path):
     assert make_study(records).comparisons[0].verdict == "worse"
     for run in records:
         run.metrics = {"accuracy": 0.5 + (run.seed * 7 + len(run.arm)) % 5 / 100}
-    assert make_study(records).comparisons[0].verdict == "no difference seen"
+    study = make_study(records)
+    assert study.comparisons[0].verdict == "no difference seen"
+    paired, sentence = study.comparisons[0].paired, answer(study.comparisons[0])
+    assert "which is not to say that there is none" in sentence
+    assert f"below {100 * paired.t_low:+.1f} and above {100 * paired.t_high:+.1f} points it is ruled out" in sentence
+    assert f"find one of {100 * paired.detectable:.1f} points four times in five" in sentence
+
+
+def test_three_seeds_can_establish_a_large_effect_and_lean_towards_a_lesser_one(tmp_path):
+    records = fabricate(tmp_path, seeds=range(3), budgets=("steps",), arms=("adamw", "sam"))
+    gains = {"noise 0.4": (0.10, 0.11, 0.12), "clean": (0.10, 0.15, 0.20)}
+    for run in records:
+        run.metrics = {"accuracy": 0.5 + (gains[run.condition][run.seed] if run.arm == "sam" else 0)}
+    verdicts = {entry.cell.condition: entry.verdict for entry in make_study(records).comparisons}
+    assert verdicts["noise 0.4"] == "better"
+    assert verdicts["clean"] == "better"  # p 0.035, and 0.035 again as Holm's second
+    for run in records:
+        if run.condition == "noise 0.4":
+            run.metrics = {"accuracy": 0.5 + 0.01 * ((run.seed + (run.arm == "sam")) % 3)}
+    verdicts = {entry.cell.condition: entry.verdict for entry in make_study(records).comparisons}
+    assert verdicts == {"noise 0.4": "no difference seen", "clean": "leans better"}
 
 
 def test_what_the_other_arms_keep_of_the_gain(tmp_path):
@@ -233,10 +257,10 @@ def test_failed_unfinished_and_diverged_runs_count_nowhere_and_are_named(tmp_pat
     assert study.comparisons[0].paired.seeds == (3, 4)
     write_report(records, tmp_path / "report", missing=4)
     markdown = (tmp_path / "report" / "report.md").read_text()
-    assert "1 runs failed" in markdown
+    assert "1 run failed" in markdown
     assert "RuntimeError: CUDA out of memory" in markdown
-    assert "1 runs are unfinished and 4 have not begun" in markdown
-    assert "1 finished runs have no finite accuracy" in markdown
+    assert "1 run unfinished and 4 not begun" in markdown
+    assert "1 finished run without a finite accuracy" in markdown
 
 
 def test_only_failed_runs_still_give_a_report(tmp_path):

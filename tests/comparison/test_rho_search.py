@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from hf_sam import SAMConfig
-from hf_sam.comparison.rho_phases import example_scores, pass_counter
+from hf_sam.comparison.rho_phases import constant_scores, example_scores, pass_counter
 from hf_sam.comparison.rho_search import (
     ExampleScores,
     Rung,
@@ -207,6 +207,18 @@ def test_the_best_rho_of_a_clear_curve_is_recommended():
 
 
 # --- what is scored ------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_is_the_best_answer_that_looks_at_nothing():
+    probabilities = [np.array([0.9, 0.1])] * 4
+    classes = pd.DataFrame({"label": [0, 0, 0, 1], "prediction": [0] * 4, "probabilities": probabilities})
+    floor = constant_scores(classes)
+    assert floor["accuracy"].value == 0.75
+    assert floor["nll"].value == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    assert constant_scores(pd.DataFrame({"label": [1.0, 3.0], "prediction": [0.0, 9.0]}))["mse"].value == 1.0
+    several = pd.DataFrame({"label": [np.array([0.0, 1.0]), np.array([1.0, 1.0])], "probabilities": [[0.2, 0.9]] * 2})
+    assert constant_scores(several)["subset_accuracy"].value == 0.5
+    assert constant_scores(pd.DataFrame({"nll": [2.0, 9.0], "tokens": [1, 10]})) == {}
 
 
 def test_scores_of_kept_predictions_by_hand():

@@ -10,11 +10,15 @@ from hf_sam.comparison.statistics import (
     bootstrap_examples,
     bootstrap_mean,
     compare_paired,
+    detectable_effect,
+    established_effect,
     holm,
     interquartile_mean,
     mcnemar_p,
+    paired_t_p,
     probability_of_improvement,
     ratio_of_means,
+    resolution,
     sign_flip_p,
     student_interval,
 )
@@ -43,6 +47,54 @@ def test_bootstrap_of_three_values_against_all_27_resamples():
 def test_student_interval_is_scipys():
     values = np.random.default_rng(2).normal(size=5)
     assert student_interval(values) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95)))
+
+
+def test_the_paired_t_test_is_scipys_and_agrees_with_its_interval():
+    rng = np.random.default_rng(4)
+    treatment, control = rng.normal(0.5, 1, (2, 5))
+    expected = stats.ttest_rel(treatment, control)
+    paired = compare_paired(dict(enumerate(treatment)), dict(enumerate(control)), generator())
+    assert paired.t_p == pytest.approx(expected.pvalue)
+    assert (paired.t_low, paired.t_high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    edge = np.array([-1.0, 0.0, 1.0]) + established_effect(3)  # spread 1
+    assert paired_t_p(edge) == pytest.approx(0.05)
+    assert student_interval(edge)[0] == pytest.approx(0, abs=1e-12)
+
+
+SCORES = {
+    "normal": lambda rng, n: rng.normal(size=(2, n)),
+    "skewed": lambda rng, n: rng.exponential(size=(2, n)),
+    "heavy-tailed": lambda rng, n: rng.standard_t(2, size=(2, n)),
+    "bimodal": lambda rng, n: rng.normal(size=(2, n)) - 40 * (rng.random((2, n)) < 0.15),  # runs that fail to train
+    "coarse": lambda rng, n: rng.binomial(4, 0.5, size=(2, n)) / 40,
+    "coin": lambda rng, n: rng.integers(2, size=(2, n)) / 40,
+}
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("kind", SCORES)
+def test_arms_that_do_not_differ_are_told_apart_in_no_more_than_one_of_twenty_cases(kind, seeds):
+    rng, cases = np.random.default_rng(seeds), 2000
+    wrong = 0
+    for _ in range(cases):
+        treatment, control = SCORES[kind](rng, seeds)
+        wrong += paired_t_p(treatment - control, resolution([*treatment, *control])) <= 0.05
+    assert wrong / cases <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / cases)
+
+
+def test_three_equal_differences_of_one_example_establish_nothing():
+    """As a spread of zero they would, at any level."""
+    paired = compare_paired({0: 0.9, 1: 0.9, 2: 0.9}, {0: 0.875, 1: 0.875, 2: 0.875}, generator())
+    assert paired.t_p == pytest.approx(2 * stats.t.sf(np.sqrt(3), 2))
+    assert paired.t_low < 0 < paired.t_high
+    assert resolution([0.5, 0.5]) == 0.0
+    assert compare_paired({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}, generator()).t_p == 1.0
+
+
+@pytest.mark.parametrize("seeds", [3, 6])
+def test_the_detectable_effect_is_found_four_times_in_five(seeds):
+    draws = np.random.default_rng(5).normal(detectable_effect(seeds), 1, (4000, seeds))
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue <= 0.05) == pytest.approx(0.8, abs=0.02)
 
 
 def test_fiellers_interval_inverts_the_paired_t_test():

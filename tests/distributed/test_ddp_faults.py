@@ -27,11 +27,10 @@ def missing_at_rank_1(tmp_path_factory) -> Launched:
 
 
 def assert_together(left, right):
-    """Both ranks took the same passes, to the same weights after every step."""
+    """Both ranks hold the same weights after every step."""
     assert len(left["trajectory"]) == 6
     assert torch.equal(left["trajectory"], right["trajectory"])
     assert torch.isfinite(left["trajectory"]).all()
-    assert left["passes"] == right["passes"]
 
 
 @pytest.mark.parametrize("name", faulty_runs.missing_everywhere())

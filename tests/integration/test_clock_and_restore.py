@@ -10,7 +10,7 @@ from in_place import Perturbation, found_in, weights_changed_in_place
 from integration import tiny
 from torch import nn
 
-from hf_sam import SAMConfig
+from hf_sam import SAMConfig, Vector
 
 Stopwatch = found_in("Stopwatch", "hf_sam.update.telemetry", "hf_sam.telemetry")
 
@@ -151,7 +151,7 @@ def test_shared_weights_are_restored_exactly(make, backwards, times, in_place):
     addresses = [p.data_ptr() for p in parameters]
     with Perturbation(swaps_memory=not in_place) as eps:
         for _ in range(times):
-            eps.add(parameters, [torch.randn(p.shape) for p in parameters], torch.tensor(0.37))
+            eps.add(Vector(parameters, [torch.randn(p.shape) for p in parameters]) * torch.tensor(0.37))
         assert not torch.equal(parameters[0], before[0])
     assert all(torch.equal(p, original) for p, original in zip(parameters, before, strict=True))
     assert [p.data_ptr() for p in parameters] == addresses
@@ -163,7 +163,7 @@ def test_shared_weights_are_restored_exactly_when_an_error_ends_the_pass(make):
     parameters = list(make())
     before = [p.detach().clone() for p in parameters]
     with pytest.raises(RuntimeError, match="memory"), Perturbation(swaps_memory=False) as eps:
-        eps.add(parameters, [torch.randn(p.shape) for p in parameters], torch.tensor(0.37))
+        eps.add(Vector(parameters, [torch.randn(p.shape) for p in parameters]) * torch.tensor(0.37))
         raise RuntimeError("out of memory")
     assert all(torch.equal(p, original) for p, original in zip(parameters, before, strict=True))
 

@@ -41,13 +41,13 @@ class Overflowing(tiny.WatchedSAMTrainer):
         kind (`str`): `"inf"` or `"nan"` losses, or `"one tensor"`, whose gradient alone is infinite.
     """
 
-    at, passes_lost, kind, _hook = -1, None, "inf", None
+    at, passes_lost, kind = -1, None, "inf"
+    hooks: list = []  # noqa: RUF012 - of the class: what a second pass leaves on the trainer is taken back
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        while self.hooks:
+            self.hooks.pop().remove()
         position = sum(step == self.at for step, _ in self.passes) - 1
         lost = self.passes_lost is None or position in self.passes_lost
         if self.state.global_step != self.at or not lost or not torch.is_grad_enabled():
@@ -55,7 +55,7 @@ class Overflowing(tiny.WatchedSAMTrainer):
         if self.kind == "one tensor":
             weight = self.model.last.weight
             if weight.requires_grad:
-                self._hook = weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+                self.hooks.append(weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf)))
             return loss
         return loss * float(self.kind)
 

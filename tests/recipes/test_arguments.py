@@ -108,3 +108,55 @@ def test_no_abbreviations():
 def test_message_has_the_users_own_name_for_a_sam_field():
     with pytest.raises(UserError, match=r"^sam_m=4 splits micro-batches"):
         sam("--sam_m=4", "--sam_scope=global")
+
+
+# --- a rho belongs to its method -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A file for plain SAM, one for GSAM on top of it, and one that switches SAM off."""
+    (tmp_path / "sam.yaml").write_text("sam_rho: 0.01\nsam_scope: global\nlearning_rate: 1e-4\n")
+    (tmp_path / "gsam.yaml").write_text("base: sam.yaml\nsam_method: gsam\nsam_alpha: 0.2\nsam_rho_min: 0.3\n")
+    (tmp_path / "late.yaml").write_text("sam_method: late\nsam_rho: 0.02\nsam_start: 0.9\nsam_second_order: null\n")
+    (tmp_path / "off.yaml").write_text("sam_rho: 0\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sam.yaml"], {"rho": 0.01, "scope": "global"}),
+        (["sam.yaml", "--sam_method", "sam"], {"rho": 0.01, "scope": "global"}),
+        (["sam.yaml", "--sam_method", "asam"], {"method": "asam", "scope": "global"}),
+        (["sam.yaml", "--sam-method=msam"], {"method": "msam"}),  # which has no scope either
+        (
+            ["sam.yaml", "--sam_method=norm-only", "--sam_rho=0.2"],
+            {"method": "norm-only", "rho": 0.2, "scope": "global"},
+        ),
+        (["gsam.yaml"], {"method": "gsam", "alpha": 0.2, "rho_min": 0.3, "scope": "global"}),
+        (["gsam.yaml", "--sam_method=looksam"], {"method": "looksam", "scope": "global"}),
+        (["gsam.yaml", "--sam_method=sam"], {"scope": "global"}),
+        (["late.yaml", "--sam_method=sam"], {}),  # `start` is what makes it late
+        (["off.yaml"], {"rho": 0}),
+        (["off.yaml", "--sam_method=asam"], {"method": "asam"}),
+        (["off.yaml", "--sam_method=sam"], {}),
+        (["off.yaml", "--sam_method=sam", "--sam_rho=0"], {"rho": 0}),
+    ],
+)
+def test_a_method_named_later_drops_what_was_meant_for_another(files, words, expected):
+    words = [str(files / word) if word.endswith(".yaml") else word for word in words]
+    assert parse(*words)[3].to_config() == SAMConfig(**expected)
+    assert parse(*words)[4].learning_rate == (1e-4 if "sam.yaml" in words[0] else 5e-5)
+
+
+def test_the_configuration_in_force_says_where_each_value_comes_from(files):
+    told = parse(str(files / "sam.yaml"), "--sam_method", "asam", "--sam_eta=0.1")[3].explain()
+    assert told == (
+        "method asam (command line), rho 0.5 (default of asam), adaptive True (default of asam), "
+        "eta 0.1 (command line), scope global (sam.yaml); left out: sam_rho=0.01 of sam.yaml, which was for sam"
+    )
+    off = parse(str(files / "off.yaml"), "--sam_method=msam")[3].explain()
+    assert off.endswith("; left out: sam_rho=0 of off.yaml, which switched SAM off")
+    assert parse()[3].explain() == "method sam (default), rho 0.005 (default)"
+    assert parse(str(files / "off.yaml"))[3].explain() == "no SAM: rho 0 (off.yaml)"

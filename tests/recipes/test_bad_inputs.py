@@ -67,8 +67,10 @@ def folder(tmp_path_factory):
         "words.csv": "text,label\n" + "so good,much\n" * 4 + "so bad,little\n" * 4,
         "no_label.csv": "text,label\n" + "so good,1\nso bad,0\n" * 4 + "no fun,\n",
     }
+    files["rare.csv"] = "text,label\n" + "so good,0\n" * 90 + "".join(f"so bad,{i}\n" * 4 for i in range(1, 10))
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin.csv").write_bytes("text,label\na film,0\nt\xe9 bon,1\n".encode("latin-1") * 4)
     image = {"bytes": b"no image at all", "path": "scans/cell_7.png"}
     good = {"bytes": (tmp_path / "x.png", stand_ins.image(0).save(tmp_path / "x.png"))[0].read_bytes(), "path": None}
     rows = {"image": [good, good, image, good] * 2, "label": [0, 1] * 4}
@@ -180,10 +182,45 @@ CASES = {
         "which is no class",
     ),
     "words as numbers": (TEXTS, ["--dataset={}/words.csv", "--problem_type=regression"], "no numbers"),
-    "empty text": (TEXTS, ["--dataset={}/holes.csv"], "1 examples without text .* first at 1: .*drop_empty"),
-    "empty label": (TEXTS, ["--dataset={}/no_label.csv"], "empty or infinite values in label"),
+    "empty text": (
+        TEXTS,
+        ["--dataset={}/holes.csv"],
+        r"1 examples without text in text: row 1 \(the first is 0\)\. .*drop_empty",
+    ),
+    "empty label": (
+        TEXTS,
+        ["--dataset={}/no_label.csv"],
+        r"1 empty or infinite values in label: row 8 .*Remove these rows",
+    ),
     "one class": (TEXTS, ["--dataset={}/one.csv"], "only the class 1"),
     "class that is never seen": (TEXTS, ["--dataset={}/unseen.parquet"], "no example of class seen"),
+    "samples that leave a class out": (
+        TEXTS,
+        ["--dataset={}/rare.csv", "--train_samples=12"],
+        "no example of class [0-9, ]+ of label: train_samples=12 of 10 classes.*--train_samples_per_class 1 ",
+    ),
+    "validation samples without a split": (
+        TEXTS,
+        ["--dataset={}/texts", "--validation_samples=4"],
+        "needs a validation split: give --validation_size 0.1",
+    ),
+    "csv in no encoding of that name": (
+        TEXTS,
+        ["--dataset={}/latin.csv", "--csv_encoding=latin-99"],
+        "csv_encoding=latin-99 is unknown; try utf-8",
+    ),
+    "csv in another encoding": (
+        TEXTS,
+        ["--dataset={}/latin.csv", "--csv_encoding=utf-8"],
+        "is not in csv_encoding=utf-8, as line 3 shows",
+    ),
+    "delimiter of two characters": (TEXTS, ["--csv_delimiter=::"], "csv_delimiter='::' must be one character, or tab"),
+    "several broken images": (
+        IMAGES,
+        ["--dataset={}/scans.parquet", "--check_images=all"],
+        r"\d of \d images that were opened are broken: .*cell_7.png\) does not open: no image.*Remove these rows",
+    ),
+    "unknown check of images": (IMAGES, ["--check_images=some"], "check_images=some is unknown. Allowed: sample, all"),
     "too many samples": (TEXTS, ["--dataset={}/texts", "--train_samples=999"], "999 examples .* only 12"),
     "too many a class": (TEXTS, ["--dataset={}/texts", "--train_samples_per_class=9"], "smallest class has 6"),
     "noise above one": (TEXTS, ["--label_noise=1.5"], r"label_noise=1.5 must be a share in \[0, 1\)"),
@@ -198,6 +235,17 @@ CASES = {
     "stream without an end": (TEXTS, ["--dataset={}/texts", "--streaming=true", "--max_steps=-1"], "give --max_steps"),
     "no learning rate": (TEXTS, ["--dataset={}/texts", "--learning_rate=0"], "learning_rate=0.0 must be above 0"),
     "no batch": (TEXTS, ["--dataset={}/texts", "--per_device_train_batch_size=0"], "must be at least 1"),
+    "tracker that is not installed": (
+        TEXTS,
+        ["--dataset={}/texts", "--report_to=comet_ml"],
+        r"report_to=comet_ml: its package is not installed\. Install it .*--report_to none",
+    ),
+    "unknown tracker": (TEXTS, ["--report_to=wandbb"], "report_to=wandbb is no tracker .* Did you mean 'wandb'"),
+    "optimizer that is not installed": (
+        TEXTS,
+        ["--dataset={}/texts", "--optim=adamw_bnb_8bit"],
+        "optim=adamw_bnb_8bit: .*bitsandbytes",
+    ),
     "output that is a file": (TEXTS, ["--dataset={}/texts", "--output_dir={}/file"], "is a file; name a folder"),
     "output with a run in it": (TEXTS, ["--output_dir={}/kept"], "already holds checkpoint-5. .*--resume_from_"),
     "checkpoint that is not there": (TEXTS, ["--resume_from_checkpoint={}/no"], "no complete checkpoint: there is no"),

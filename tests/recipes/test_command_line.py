@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import stand_ins
 import torch
+from compare import argument_types
 from conftest import ROOT
 from safetensors.torch import load_file
+from shared import early
 
 QUIET = ["--use_cpu=true", "--disable_tqdm=true", "--per_device_train_batch_size=2", "--save_strategy=no"]
 VIT = '{"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}'
@@ -55,14 +58,45 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/all_results.json").read_text())["sam_passes"] == 2
     assert "test metrics" in done.stdout
+    assert "SAM: method sam (default), rho 0.01 (command line)\n" in done.stdout
+    assert "data: train 12, test 12 examples\n" in done.stdout or "data: test 12, train 12 examples\n" in done.stdout
+    assert ("always saying no is right in 50.0 %" in done.stdout) == (name != "causal_lm")
+    assert ("images opened" in done.stdout) == (name == "image_classification")
+    assert ("max_length=" in done.stdout) == (name != "image_classification")
     assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
 
 
-@pytest.mark.slow
-def test_mistake_prints_one_line_and_fails():
-    done = finished(command("recipes/image_classification.py", "--sam_roh=1"))
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["image_classification.py", "--sam_roh=1"],
+            "'sam_roh' is no argument of this recipe. Did you mean 'sam_rho'?",
+        ),
+        (
+            ["text_classification.py", "--learning_rate", "fast"],
+            "argument --learning_rate: invalid float value: 'fast'",
+        ),
+        (["causal_lm.py", "--packin=true"], "'packin' is no argument of this recipe. Did you mean 'packing'?"),
+        (["causal_lm.py", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
+        (["compare.py", "nowhere.yaml", "--plan"], "nowhere.yaml cannot be read: there is no such file."),
+    ],
+)
+def test_mistake_prints_one_line_and_fails_before_torch_is_imported(words, message, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    words = command(f"recipes/{words[0]}", *words[1:])
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**environment(), "PYTHONPATH": path}
+    )
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: 'sam_roh' is no argument of this recipe. Did you mean 'sam_rho'?"
+    assert done.stderr.strip() == f"error: {message}"
+
+
+@pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
+def test_the_first_look_knows_the_arguments_that_the_parser_has(name):
+    fields = {field.name: field for kind in argument_types(name) for field in dataclasses.fields(kind) if field.init}
+    assert early.arguments_of(ROOT / f"recipes/{name}.py").keys() == fields.keys()
 
 
 @pytest.mark.slow
@@ -107,3 +141,40 @@ def test_killed_and_resumed_by_the_same_command_is_the_uninterrupted_run(tmp_pat
     results = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, broken)]
     assert results[0]["test_nll"] == results[1]["test_nll"]
     assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-4)
+    record = json.loads((broken / "run_record.json").read_text())
+    assert record["passes"] == 400
+    assert sum(part["end"] - part["begin"] for part in record["segments"]) == 200
+    again = finished(command(*words, f"--output_dir={broken}"))  # as a requeued job
+    assert again.returncode == 0
+    assert "finished after 200 steps. Nothing to do." in again.stdout
+    assert json.loads((broken / "run_record.json").read_text()) == record
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_refused_and_ctrl_c_ends_the_first_in_a_line(tmp_path):
+    (tmp_path / "data").mkdir()
+    stand_ins.write("images", tmp_path / "data")
+    words = ["recipes/image_classification.py", f"--dataset={tmp_path / 'data'}", "--model_type=vit", "--sam_rho=0.1"]
+    words += [f"--config_overrides={VIT}", "--max_steps=100000", *QUIET[:-1], "--save_steps=50"]
+    words += [f"--output_dir={tmp_path / 'out'}", "--save_total_limit=1"]
+    with open(tmp_path / "errors.txt", "w") as errors:
+        process = subprocess.Popen(
+            command(*words), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=errors
+        )
+    try:
+        while not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = finished(command(*words, "--overwrite_output_dir=true"))
+        assert second.returncode == 2
+        assert f"is in use by process {process.pid} on " in second.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    printed = (tmp_path / "errors.txt").read_text()
+    assert "Traceback" not in printed
+    assert "--resume_from_checkpoint auto goes on from" in printed.splitlines()[-1]
+    assert json.loads((tmp_path / "out/run_record.json").read_text())["status"] == "interrupted"

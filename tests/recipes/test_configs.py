@@ -11,6 +11,8 @@ import stand_ins
 from conftest import ROOT
 from shared.arguments import read_config
 
+from hf_sam import SAMConfig
+
 TASKS = ("image_classification", "text_classification", "causal_lm")
 CONFIGS = [path for task in TASKS for path in sorted((ROOT / "configs" / task).glob("*.yaml"))]
 TINY_RESNET = '{"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}'
@@ -79,8 +81,17 @@ def test_config_trains_two_steps_on_a_stand_in(path, tmp_path, request):
     recipe = importlib.import_module(path.parent.name)
     trainer = recipe.main([str(path), *overrides(path, values, tmp_path, request)])
     assert trainer.state.global_step == 2
-    assert trainer.sam_config.rho == float(values["sam_rho"])
+    default = SAMConfig(method=values.get("sam_method", "sam")).rho
+    assert trainer.sam_config.rho == float(values.get("sam_rho", default))
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     assert results["test_loss"] > 0
     two_passes = trainer.sam_config.rho > 0 and trainer.sam_config.method in ("sam", "asam", "gsam", "wsam", "friendly")
     assert results.get("sam_passes", 1.0) >= (2 if two_passes else 1)
+
+
+def test_no_file_restates_the_default_rho():
+    """There is one default, the package's; a file names a rho only where it is another one."""
+    for path in CONFIGS:
+        values = read_config(path)
+        if "sam_rho" in values and not values.get("sam_method"):
+            assert float(values["sam_rho"]) not in (SAMConfig().rho, 0.01), path

@@ -12,6 +12,7 @@ from shared.data import column, digits, load_splits, make_splits, pick_column
 from shared.errors import UserError
 from shared.labels import add_label_noise, check_classes, class_labels, multi_hot_labels, numeric_labels
 from shared.options import DataArguments
+from shared.summary import classes, look_alikes, truncation
 
 ROWS = [{"text": f"text {i}", "label": ["no", "yes"][i % 2]} for i in range(20)]
 
@@ -155,3 +156,70 @@ def test_column_of_the_users_choice_wins():
     splits = {"train": Dataset.from_dict({"text": ["a"], "review": ["b"]})}
     assert pick_column(splits, "review", ("text",), "text_column") == "review"
     assert pick_column(splits, None, ("text", "review"), "text_column", taken=["text"]) == "review"
+
+
+# --- how a text file is written ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_encoding_and_delimiter_of_a_csv_file_are_found(encoding, delimiter, tmp_path, capsys):
+    rows = [("Müller, der Jüngere; gut", "schön"), ("größer | daß", "übel"), ("très bien, déjà vu", "schön")] * 8
+    text = f"text{delimiter}label\n" + "".join(f'"{text}"{delimiter}{label}\n' for text, label in rows)
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    splits = load_splits(DataArguments(dataset=str(tmp_path / "a.csv")))
+    assert splits["train"]["text"][:3] == [text for text, _ in rows[:3]]
+    assert splits["train"]["label"][:3] == ["schön", "übel", "schön"]
+    told = capsys.readouterr().out
+    assert ("--csv_encoding" in told) == (encoding != "utf-8")
+    assert (f"with {delimiter!r} between columns" in told) == (delimiter != ",")
+
+
+def test_an_encoding_that_is_not_western_is_found_too(tmp_path):
+    text = "text;label\n" + "Привет, мир;хорошо\nПлохой фильм;плохо\n" * 8
+    (tmp_path / "a.csv").write_bytes(text.encode("cp1251"))
+    splits = load_splits(DataArguments(dataset=str(tmp_path / "a.csv")))
+    assert splits["train"]["label"][:2] == ["хорошо", "плохо"]
+
+
+def test_one_column_of_texts_with_commas_stays_one_column(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + '"one, two"\n"three; four; five"\n' * 4)
+    assert load_splits(DataArguments(dataset=str(tmp_path / "a.csv")))["train"].column_names == ["text"]
+
+
+def test_what_is_asked_for_is_not_guessed(tmp_path):
+    (tmp_path / "a.csv").write_bytes("a;b,c\n\xe9;1,2\n".encode("cp1252") * 3)
+    args = DataArguments(dataset=str(tmp_path / "a.csv"), csv_delimiter=";", csv_encoding="cp1252")
+    assert load_splits(args)["train"].column_names == ["a", "b,c"]
+
+
+def test_validation_samples_are_drawn_by_class():
+    splits, _ = prepared({"train": digits()}, validation_size=0.2, validation_samples=50, test_samples=20)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1078, "test": 20, "validation": 50}
+    assert np.bincount(column(splits["validation"], "label")).min() >= 4
+
+
+# --- what is told before training ----------------------------------------------------------------------------------
+
+
+def test_the_summary_counts_classes_and_warns_of_rare_and_look_alike_ones():
+    names = ["good", "bad", "Bad ", "positive", "postive", "class_10", "class_11"]
+    labels = [0] * 20 + [1] * 10 + [2] * 2 + [i for i in range(3, 7) for _ in range(6)]
+    train = Dataset.from_dict({"label": labels}, features=Features({"label": ClassLabel(names=names)}))
+    counted, rare, alike = classes({"train": train}, "label", names)
+    assert counted.startswith("7 classes in train: good 20, bad 10, positive 6,")
+    assert counted.endswith("always saying good is right in 35.7 %")
+    assert rare.startswith("!1 classes have fewer than 5 training examples: Bad  (2).")
+    assert alike.startswith("!Names of classes that may mean the same: 'bad' and 'Bad ', 'positive' and 'postive'.")
+    assert look_alikes(["cat", "dog", "1", "2", "sports", "world"]) == []
+
+
+def test_what_max_length_cuts_is_measured(tokenizer):
+    train = Dataset.from_dict({"text": ["so good"] * 6 + ["a fine film so good so bad no fun"] * 2})
+    (line,) = truncation({"train": train}, ["text"], tokenizer, 4)
+    assert line.startswith(
+        "!max_length=4 cuts 25.0 % of the texts and 33.3 % of the tokens; half the texts have more than 2"
+    )
+    assert truncation({"train": train}, ["text"], tokenizer, 9) == [
+        "no text is longer than max_length=9; the longest has 9 tokens"
+    ]

@@ -118,6 +118,20 @@ def test_an_interrupted_search_goes_on_as_planned_and_a_rho_that_diverges_is_kep
         find_rho.main([*words, "--metric=brier"])
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_search_in_which_nothing_is_learnt_says_so_and_not_that_sam_does_not_help(forked, tmp_path, capsys):
+    words = ["image_classification", DIGITS, *TINY, f"--output_dir={tmp_path}", "--learning_rate=1e-30"]
+    words += ["--rhos", "0.01", "--seeds=2", "--budget=1"]
+    found = find_rho.main(words)
+    assert (found["recommended_rho"], found["learnt"]) == (0, False)
+    assert 0.1 <= found["floor"] <= 0.2  # the most frequent digit
+    assert "Nothing is learnt yet after 4 of 24 steps" in found["sentence"]
+    assert re.search(
+        r"\(accuracy \d+\.\d %\).*give --budget 6, which pays for whole runs of 24 steps", found["sentence"]
+    )
+    assert "SAM does not help" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_and_counts_its_passes(tmp_path):
     folder, log = tmp_path / "out/find_rho", tmp_path / "log.txt"
@@ -188,7 +202,10 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
     ("words", "message"),
     [
         ([DIGITS], "Give the recipe first, such as image_classification"),
-        (["image_clasification", DIGITS], "recipe 'image_clasification' does not exist. There are: .*image_class"),
+        (
+            ["image_clasification", DIGITS],
+            r"recipe 'image_clasification' does not exist. There are: causal_lm, image_classification, text_classification\.$",
+        ),
         (["image_classification", DIGITS, "--budget=-1"], "budget=-1 must be above 0"),
         (["image_classification", DIGITS, "--budget=nan"], "budget=nan must be above 0"),
         (["image_classification", DIGITS, "--seeds=1"], "seeds=1 must be at least 2"),

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, metadata_eval_result
 from huggingface_hub.repocard import metadata_load
 
 from hf_sam import METHODS, SAMConfig
-from hf_sam.model_card import SAMCard, insert_section, write_model_card
+from hf_sam.model_card import BaseModel, SAMCard, insert_section, write_model_card
 
 CARD = SAMCard(
     config=SAMConfig(rho=0.1, perturb="norm"),
@@ -87,7 +87,7 @@ def fake_trainer(folder, config=None, first=True):
         model=object(),
         accelerator=types.SimpleNamespace(unwrap_model=lambda model: model),
         is_world_process_zero=lambda: first,
-        _sam=types.SimpleNamespace(scope="device", effective_m=lambda b, a, w: b * a * w),
+        _sam=types.SimpleNamespace(scope="device", effective_m=lambda b, a: b * a),
     )
 
 
@@ -156,6 +156,89 @@ def test_what_others_wrote_stays_and_writing_twice_changes_nothing(tmp_path):
     card = ModelCard(first)
     assert (card.data.license, card.data.tags[0]) == ("mit", "trl")
     assert write_model_card(trainer, dataset="me/solar", task="image-classification").read_text() == first
+
+
+DRAFT = """\
+---
+library_name: transformers
+base_model: {base}
+licence: license
+---
+
+<!-- This model card has been generated automatically according to the information the Trainer had access to. You
+should probably proofread and complete it, then remove this comment. -->
+
+# run
+
+This model is a fine-tuned version of [](https://huggingface.co/) on an unknown dataset.
+"""
+
+
+def test_a_draft_gives_way_to_one_whole_card(tmp_path):
+    (tmp_path / "README.md").write_text(DRAFT.format(base="''"))
+    trainer = fake_trainer(tmp_path)
+    trainer.state.log_history[2:2] = [{"loss": 0.5, "eval_loss": 0.7, "step": step} for step in range(2, 40)]
+    text = write_model_card(trainer, dataset="me/solar", task="image-classification").read_text()
+    card = ModelCard(text)
+    assert card.text.count("\n# ") == 1
+    assert "generated automatically" not in text
+    assert "[](" not in text
+    assert card.data.to_dict().keys() >= {"library_name", "model-index", "pipeline_tag", "tags"}
+    assert "licence" not in text
+    assert "A object trained from scratch on me/solar." in text
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "## Sharpness-aware minimization",
+        "## Results",
+        "## Training curve",
+        "## How to load",
+        "## Training procedure",
+    ]
+    curve = text.split("## Training curve")[1].split("##")[0].strip().splitlines()
+    assert curve[0] == "| step | training loss | validation loss |"
+    assert len(curve) == 2 + 10
+    assert curve[-1] == "| 39 | 0.5000 | 0.7000 |"
+    assert write_model_card(trainer, dataset="me/solar", task="image-classification").read_text() == text
+
+
+def model_from(name):
+    return types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path=str(name)))
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "expected"),
+    [
+        (None, "{}", ("minilm", None)),
+        ("# sentence-transformers/all-MiniLM", "{}", "sentence-transformers/all-MiniLM"),
+        (
+            "model = AutoModel.from_pretrained('facebook/dinov2-small')",
+            '{"_name_or_path": "a/b"}',
+            "facebook/dinov2-small",
+        ),
+        ("# MiniLM", '{"_name_or_path": "nreimers/MiniLM"}', "nreimers/MiniLM"),
+        ("# MiniLM", '{"_name_or_path": "/home/me/minilm"}', ("minilm", None)),
+        ('<!-- hf_sam: generated from here -->\npipeline("t", model="outputs/run")', "{}", ("minilm", None)),
+    ],
+)
+def test_the_base_of_a_model_from_a_folder(tmp_path, card, config, expected):
+    folder = tmp_path / "minilm"
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    expected = (expected, expected) if isinstance(expected, str) else expected
+    assert dataclasses.astuple(BaseModel.of(model_from(folder))) == expected
+
+
+def test_the_base_of_other_models(tmp_path):
+    assert BaseModel.of(model_from("")) is None
+    assert BaseModel.of(object()) is None
+    assert BaseModel.of(model_from("openai-community/gpt2")).link == (
+        "[openai-community/gpt2](https://huggingface.co/openai-community/gpt2)"
+    )
+    cached = tmp_path / "models--facebook--dinov2-small/snapshots/0a1b"
+    cached.mkdir(parents=True)
+    assert BaseModel.of(model_from(cached)).hub_id == "facebook/dinov2-small"
 
 
 def test_only_the_first_process_writes(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
 import shutil
 import types
 from pathlib import Path
@@ -17,11 +19,14 @@ import text_classification
 import torch
 from conftest import SENTENCES
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from shared import running
+from shared.errors import UserError, run
 from transformers import Trainer, pipeline
 
-from hf_sam.comparison.records import read_record
+from hf_sam.comparison.records import RunFinishedError, read_record
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -158,6 +163,123 @@ def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(finished, data
     first, second = (pd.read_parquet(folder / "test_predictions.parquet") for folder in (out, finished))
     pd.testing.assert_frame_equal(first, second)
     assert final_numbers(out) == final_numbers(finished)
+    record, expected = (read_record(folder / "run_record.json") for folder in (out, finished))
+    assert (record.resumed_from, record.passes, record.has_whole_costs) == (4, expected.passes, True)
+    (first, second) = record.segments
+    assert record.seconds == pytest.approx(first["seconds"] + second["seconds"])
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (out, finished)]
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-5)
+    assert results[0]["train_runtime"] == pytest.approx(record.seconds, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_file_that_is_cut_off_is_passed_over(finished, data, tmp_path, name, caplog):
+    out = tmp_path / "digits_sam"
+    for step in (2, 4):
+        shutil.copytree(finished / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    file = out / f"checkpoint-4/{name}"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    trainer = images(data, out, *SAME, "--resume_from_checkpoint=auto")
+    assert trainer.args.resume_from_checkpoint.endswith("checkpoint-2")
+    assert f"checkpoint-4 is not complete ({name} missing or incomplete); going on from the one before" in caplog.text
+    assert same(out, finished)
+    with pytest.raises(UserError, match=f"is no complete checkpoint: {name} missing or incomplete"):
+        file = out / "checkpoint-2" / name
+        file.write_bytes(file.read_bytes()[:100])
+        images(data, tmp_path / "other", *SAME, f"--resume_from_checkpoint={out}/checkpoint-2")
+
+
+SAME = ["--num_train_epochs=2", "--save_steps=2", "--sam_rho=0.1", "--label_noise=0.25", "--evaluate_train"]
+
+
+def test_a_finished_run_is_not_made_again_by_the_same_command(finished, data):
+    before = (finished / "run_record.json").read_bytes()
+    with pytest.raises(RunFinishedError, match=r"finished after 6 steps. Nothing to do"):
+        images(data, finished, *SAME, "--resume_from_checkpoint=auto")
+    with pytest.raises(UserError, match="already holds checkpoint-6"):
+        images(data, finished, *SAME)
+    assert (finished / "run_record.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--learning_rate=0.5", "learning_rate was 5e-05 and is now 0.5"),
+        ("--per_device_train_batch_size=2", "per_device_train_batch_size was 4 and is now 2"),
+        ("--label_noise=0.5", "label_noise was 0.25 and is now 0.5"),
+        ("--num_train_epochs=3", "num_train_epochs was 2.* and is now 3"),
+        ("--augmentation=none", "augmentation was crop and is now none"),
+        ("--sam_rho=0.2", "sam_rho was 0.1 and is now 0.2"),
+    ],
+)
+def test_going_on_with_other_arguments_is_refused(finished, data, tmp_path, word, message):
+    out = tmp_path / "digits_sam"
+    shutil.copytree(finished / "checkpoint-4", out / "checkpoint-4")
+    record = read_record(finished / "run_record.json")
+    record.status = "running"
+    record.write(out / "run_record.json")
+    with pytest.raises(
+        ValueError, match=f"checkpoint-4 was made with other arguments: .*{message}.*Give the old values"
+    ):
+        images(data, out, *SAME, word, "--resume_from_checkpoint=auto")
+
+
+def test_a_finished_run_without_checkpoints_is_not_written_over_either(data, tmp_path):
+    images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")
+    with pytest.raises(UserError, match=r"holds a finished run: start anew by --overwrite_output_dir true"):
+        images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")
+    images(data, tmp_path / "out", "--max_steps=2", "--save_strategy=no", "--overwrite_output_dir=true")
+    assert read_record(tmp_path / "out/run_record.json").steps == 2
+
+
+def test_passes_of_a_run_that_perturbs_late_are_counted_by_step(data, tmp_path):
+    """Plain to step 3 of 6, two passes after: killed at 4, the rest alone would say two for every step."""
+    words = ["--max_steps=6", "--save_steps=4", "--sam_method=late", "--sam_rho=0.1", "--sam_start=0.5"]
+    images(data, tmp_path / "out", *words)
+    record = read_record(tmp_path / "out/run_record.json")
+    assert record.passes == 9
+    record.status = "running"
+    record.write()
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    images(data, tmp_path / "out", *words, "--resume_from_checkpoint=auto")
+    again = read_record(tmp_path / "out/run_record.json")
+    assert [part["passes"] for part in again.segments] == [5, 4]
+    assert again.passes == 9
+
+
+def test_two_runs_in_one_folder_are_one_too_many(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "LOCK_SECONDS", 0.0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/_run.owner").write_text("process 7 on node-3, since yesterday\n")
+    with FileLock(tmp_path / "out" / running.LOCK_NAME):
+        with pytest.raises(UserError, match=r"is in use by process 7 on node-3, since yesterday\. Wait"):
+            images(data, tmp_path / "out", "--max_steps=1")
+        assert not (tmp_path / "out/run_record.json").exists()
+    images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")  # what a dead run leaves is no lock
+    gc.collect()
+    with pytest.raises(Timeout):  # this process has it until it ends
+        FileLock(tmp_path / "out" / running.LOCK_NAME).acquire(timeout=0)
+
+
+def test_ctrl_c_leaves_an_interrupted_record_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
+    step = image_classification.SAMTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(image_classification.SAMTrainer, "training_step", interrupted)
+    for words, hint in ((["--save_steps=2"], "goes on from .*checkpoint-2"), (["--save_strategy=no"], "begins anew")):
+        out = tmp_path / words[0].strip("-")
+        with pytest.raises(SystemExit) as ended:
+            run(lambda out=out, words=words: images(data, out, "--max_steps=4", *words))
+        assert ended.value.code == 130
+        printed = capsys.readouterr().err
+        assert re.search(f"Interrupted at step 3 of 4. .*{hint}", printed)
+        assert "Traceback" not in printed
+        record = read_record(out / "run_record.json")
+        assert (record.status, record.steps) == ("interrupted", 3)
 
 
 def test_every_epoch_draws_other_crops(data, tmp_path, monkeypatch):
@@ -247,6 +369,19 @@ def test_text_pairs(encoder, tmp_path):
     assert predict({"text": "a fine film", "text_pair": "no fun"})["label"] in ("same", "different")
 
 
+def test_the_card_of_a_model_from_a_folder_names_it_and_no_path_of_this_machine(encoder, tmp_path):
+    rows = {"text": SENTENCES * 2, "label": [0, 1] * 8}
+    words = ["--validation_size=0.25", "--eval_strategy=steps", "--eval_steps=1", "--logging_steps=1"]
+    texts(rows, encoder, tmp_path, *words)
+    text = (tmp_path / "out/README.md").read_text()
+    assert f"A model fine-tuned from `{Path(encoder).name}` on data.parquet." in text
+    assert "from scratch" not in text
+    assert "| step | training loss | sam sharpness | validation loss |" in text
+    assert str(tmp_path) not in text
+    assert encoder not in text
+    assert "(https://huggingface.co/)" not in text
+
+
 def test_several_labels_each(encoder, tmp_path):
     rows = {"text": SENTENCES * 2, "label": [["a"], ["a", "b"], [], ["b"]] * 4}
     trainer = texts(rows, encoder, tmp_path)
@@ -300,6 +435,21 @@ def test_both_trainers_measure_the_same_perplexity(decoder, tmp_path):
         tmp_path / "plain" / "out" / "run_record.json"
     )  # it can be read back, losses per token and all
     assert record.metrics["perplexity"] == perplexities["plain"]
+
+
+@pytest.mark.parametrize("words", [["--trainer=plain"], ["--trainer=sft"], ["--lora_r=2"]], ids=lambda words: words[0])
+def test_the_card_of_a_language_model_is_one_card_of_this_model(decoder, tmp_path, words):
+    language({"text": SENTENCES * 2}, decoder, tmp_path, *words)
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.text.strip().splitlines()[0] == "# out"
+    kind = "LoRA adapter" if "--lora_r=2" in words else "model"
+    assert f"A {kind} fine-tuned from `{Path(decoder).name}` on data.parquet." in card.text
+    assert card.data.pipeline_tag == "text-generation"
+    assert {result.metric_type for result in card.data.eval_results} >= {"perplexity"}
+    assert "None" not in card.content
+    assert "TRL" not in card.text
+    assert str(tmp_path) not in card.content
+    assert decoder not in card.content
 
 
 def test_completions_alone_are_learnt(decoder, tokenizer, tmp_path):

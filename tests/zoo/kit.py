@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ class Observed(tiny.Watched):
     """A watched trainer that keeps, after every step, all that its modules hold.
 
     Attributes:
-        snapshots (`list[Snapshot]`): Before the first step and after each one: parameters, buffers, and the tensors and
-            numbers that modules keep as plain attributes; of the model and of modules that hang on the trainer.
+        snapshots (`list[Snapshot]`): Before the first step and after each one: parameters, buffers, and the tensors,
+            numbers and generators that modules keep as plain attributes or in containers; of the model and of modules
+            that hang on the trainer.
         randomness (`Snapshot`): The state of every generator when training had ended.
         evaluation (`dict[str, float]`): The metrics of an evaluation after training.
     """
@@ -83,11 +85,30 @@ def contents(trainer: Trainer) -> Snapshot:
                 continue
             seen.add(id(part))
             for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():
-                if isinstance(value, Tensor):
-                    found[f"{path}.{name}"] = value.detach().clone()
-                elif isinstance(value, int | float) and name != "training":
-                    found[f"{path}.{name}"] = value
+                if name not in _INSIDE:
+                    _note(found, f"{path}.{name}", value)
     return found
+
+
+# Where `nn.Module` itself keeps things.
+_INSIDE = frozenset(vars(nn.Module()))
+
+
+def _note(found: Snapshot, name: str, value: Any) -> None:
+    """Add what of `value` can change: tensors, numbers, states of generators, also those in containers."""
+    if isinstance(value, Tensor):
+        found[name] = value.detach().clone()
+    elif isinstance(value, int | float):
+        found[name] = value
+    elif isinstance(value, torch.Generator):
+        found[name] = value.get_state()
+    elif isinstance(value, random.Random):
+        found[name] = value.getstate()
+    elif isinstance(value, np.random.Generator):
+        found[name] = repr(value.bit_generator.state)
+    elif isinstance(value, dict | list | tuple | deque):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _note(found, f"{name}[{key}]", part)
 
 
 # --- both kinds of run -----------------------------------------------------------------------------------------------
@@ -246,7 +267,7 @@ def arguments(folder: Path | str, cls: type[TrainingArguments] = TrainingArgumen
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": 3,
-        "bf16": False,
+        "bf16": False,  # which TRL turns on by itself
     }
     return cls(**{**defaults, **overrides})
 

@@ -59,6 +59,34 @@ ADAPTERS = {
     "DeLoRA": ("DeloraConfig", {**LAYERS, **CAUSAL, "r": 2}),
     "WaveFT": ("WaveFTConfig", {**LAYERS, **CAUSAL, "n_frequency": 16}),
     "GraLoRA": ("GraloraConfig", {**LAYERS, **CAUSAL, "r": 4, "gralora_k": 2}),
+    "HiRA": ("HiraConfig", {**LAYERS, **CAUSAL, "r": 2, "hira_dropout": 0.1}),
+    "Lily": ("LilyConfig", {**LAYERS, **CAUSAL, "r": 2, "stride_A": 1, "num_B": 2}),
+    "OSF, gradients projected": ("OSFConfig", {**LAYERS, **CAUSAL, "effective_rank": 4}),
+    "PEANuT": ("PeanutConfig", {**LAYERS, **CAUSAL, "r": 2}),
+    "PSOFT": ("PsoftConfig", {**LAYERS, **CAUSAL, "r": 2, "psoft_dropout": 0.1}),
+    "PVeRA, random weights": ("PveraConfig", {"target_modules": ["q_proj"], **CAUSAL, "r": 4}),
+    "PVeRA, a generator of its own": (
+        "PveraConfig",
+        {"target_modules": ["q_proj"], **CAUSAL, "r": 4, "generator_seed": 7, "sample_at_inference": True},
+    ),
+    "BEFT": ("BeftConfig", {**LAYERS, **CAUSAL}),
+    "GLoRA": ("GloraConfig", {**LAYERS, **CAUSAL, "r": 2}),
+    "TinyLoRA": ("TinyLoraConfig", {**LAYERS, **CAUSAL, "r": 2, "u": 4}),
+    "Uni-LoRA": ("UniLoraConfig", {**LAYERS, **CAUSAL, "r": 2, "theta_d_length": 16}),
+    "AdaMSS, subspaces chosen on the way": (
+        "AdamssConfig",
+        {
+            **LAYERS,
+            **CAUSAL,
+            "r": 4,
+            "num_subspaces": 2,
+            "use_asa": True,
+            "asa_target_subspaces": 2,
+            "init_warmup": 0,
+            "final_warmup": 3,
+            "mask_interval": 1,
+        },
+    ),
     "LN tuning": ("LNTuningConfig", {**CAUSAL, "target_modules": ["input_layernorm", "norm"]}),
     "trainable tokens": ("TrainableTokensConfig", {**CAUSAL, "token_indices": [4, 5, 6]}),
     "prompt tuning": ("PromptTuningConfig", VIRTUAL),
@@ -121,7 +149,7 @@ def test_an_adapter(kind, micro_batches, tmp_path):
         wrap,
         tmp_path,
         architecture="Mixtral, router's loss" if "experts" in kind else "Llama",
-        callbacks=[Allocates] if kind == "AdaLoRA" else [],
+        callbacks=[Allocates] if kind.startswith("Ada") else [],
         gradient_accumulation_steps=micro_batches,
     )
     kit.assert_same_as_stock(build)
@@ -172,20 +200,40 @@ def test_an_adapter_that_a_callback_switches(tmp_path):
     kit.assert_same_as_stock(causal_builder(wrap, tmp_path, callbacks=[Switches]))
 
 
+# By architecture: the layers that get an adapter, and what trains beside them.
+ELSEWHERE = {
+    "ViT": {"target_modules": "all-linear", "modules_to_save": ["classifier"]},
+    "ResNet, BatchNorm": {"target_modules": ["convolution"], "modules_to_save": ["classifier"]},
+    "MobileNetV2, BatchNorm": {"target_modules": ["classifier"], "modules_to_save": ["normalization"]},
+    "SegFormer": {"target_modules": "all-linear", "modules_to_save": ["decode_head"]},
+    "wav2vec 2.0 conformer, BatchNorm": {"target_modules": ["linear_q", "linear_v"]},
+    "Whisper": {"target_modules": ["q_proj", "v_proj"]},
+    "T5, generating": {"target_modules": ["q", "v"]},
+    "BART, layers left out": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
+    "Mamba": {"target_modules": ["in_proj", "x_proj"]},
+    "Mixtral, router's loss": {"target_modules": ["q_proj", "v_proj"]},
+    "Llama, frequencies that follow the length": {"target_modules": ["q_proj"]},
+    "CLIP, contrastive": {"target_modules": ["q_proj", "v_proj"]},
+    "Time series transformer": {"target_modules": ["q_proj", "v_proj"]},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["projection"], "all-linear"], ids=str)
-def test_pictures(targets, tmp_path):
-    row = ZOO["ViT"]
+@pytest.mark.parametrize("name", list(ELSEWHERE))
+def test_an_adapter_in_another_architecture(name, tmp_path):
+    row = ZOO[name]
 
     def build(cls, **sam):
-        options = peft.LoraConfig(r=2, target_modules=targets, lora_dropout=0.1, modules_to_save=["classifier"])
+        options = peft.LoraConfig(r=2, lora_dropout=0.1, init_lora_weights=False, **ELSEWHERE[name])
+        settings = {"label_names": ["labels"], **row.arguments, "gradient_accumulation_steps": 2}
         return cls(
             model=peft.get_peft_model(row.build(), options),
-            args=kit.arguments(tmp_path, label_names=["labels"]),
+            args=kit.arguments(tmp_path, kit.arguments_of(row.stock), **settings),
             train_dataset=row.data(),
             eval_dataset=row.data()[:4],
-            compute_metrics=kit.checksums,
+            data_collator=row.collate,
+            compute_metrics=kit.checksums if row.checks_predictions else None,
             **sam,
         )
 
-    kit.assert_same_as_stock(build)
+    kit.assert_same_as_stock(build, row.stock)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import (
+    DecisionTransformerConfig,
+    DecisionTransformerModel,
+    DPRConfig,
+    DPRContextEncoder,
+    DPRQuestionEncoder,
+    Trainer,
+    set_seed,
+)
 from zoo import architectures, kit
+from zoo.architectures import parts
 
 from hf_sam import SAMConfig
 
@@ -100,4 +110,71 @@ def test_reformer_with_seeds_that_repeat(micro_batches, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "seed", seed)
     build, stock = builder(architectures.REFORMER, tmp_path, gradient_accumulation_steps=micro_batches)
+    kit.assert_same_as_stock(build, stock)
+
+
+class Retrievers(torch.nn.Module):
+    """Two encoders side by side that compute no loss."""
+
+    def __init__(self):
+        super().__init__()
+        config = DPRConfig(**parts.TEXT, projection_dim=8)
+        self.questions, self.passages = DPRQuestionEncoder(config), DPRContextEncoder(config)
+
+    def forward(self, questions, passages):
+        return self.questions(questions).pooler_output, self.passages(passages).pooler_output
+
+
+class RetrievalTrainer(Trainer):
+    """Every other passage of a batch is a wrong one."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        questions, passages = model(**inputs)
+        scores = questions @ passages.T
+        loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+        return (loss, {"loss": loss, "scores": scores}) if return_outputs else loss
+
+
+class ActionTrainer(Trainer):
+    """A regression on one of several outputs; its label is taken out of the batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        aim = inputs.pop("aim")
+        outputs = model(**inputs)
+        loss = (outputs.action_preds - aim).square().mean()
+        return (loss, {"loss": loss, "actions": outputs.action_preds}) if return_outputs else loss
+
+
+def decision_transformer():
+    return DecisionTransformerModel(
+        DecisionTransformerConfig(state_dim=4, act_dim=2, hidden_size=16, max_ep_len=16, n_layer=2, n_head=2)
+    )
+
+
+EPISODES = parts.of(
+    states=parts.reals(5, 4),
+    actions=parts.reals(5, 2),
+    rewards=parts.reals(5, 1),
+    returns_to_go=parts.reals(5, 1),
+    timesteps=parts.constant(torch.arange(5)),
+    attention_mask=parts.constant(torch.ones(5, dtype=torch.long)),
+    aim=parts.reals(5, 2),
+)
+
+
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stock", "make", "data"),
+    [
+        (RetrievalTrainer, Retrievers, parts.of(questions=parts.ids(8), passages=parts.ids(8))),
+        (ActionTrainer, decision_transformer, EPISODES),
+    ],
+    ids=["DPR", "decision transformer"],
+)
+def test_a_loss_of_the_trainers_own(stock, make, data, micro_batches, tmp_path):
+    def build(cls, **sam):
+        set_seed(0)
+        args = kit.arguments(tmp_path, gradient_accumulation_steps=micro_batches, remove_unused_columns=False)
+        return cls(model=make(), args=args, train_dataset=data(), eval_dataset=data()[:4], **sam)
+
     kit.assert_same_as_stock(build, stock)

@@ -11,10 +11,14 @@ from zoo import kit, words
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
     CrossEncoderTrainingArguments,
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -22,8 +26,10 @@ from sentence_transformers import (
     SparseEncoderTrainer,
     SparseEncoderTrainingArguments,
 )
-from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.cross_encoder import losses as pair_losses
+from sentence_transformers.multi_vector_encoder import losses as token_losses
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import LSTM, Dropout, Pooling, StaticEmbedding, WordEmbeddings
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
@@ -67,6 +73,13 @@ def bert(folder) -> SentenceTransformer:
     set_seed(1)
     modules = [body, Pooling(body.get_embedding_dimension()), Dropout(0.1), Dense(16, 12)]
     return SentenceTransformer(modules=modules, device="cpu")
+
+
+def with_adapter(folder) -> SentenceTransformer:
+    model = bert(folder)
+    options = LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.1, init_lora_weights=False)
+    model[0].model = get_peft_model(model[0].model, options)
+    return model
 
 
 def lstm(folder) -> SentenceTransformer:
@@ -225,6 +238,15 @@ ENCODERS = {
     "several data sets, one loss": (bert, lambda: DatasetDict({"a": pairs(), "b": pairs(50)}), ranking, {}),
     "several data sets and losses": (bert, several, "several", {}),
     "several data sets in turn": (bert, several, "several", {"multi_dataset_batch_sampler": "round_robin"}),
+    "LoRA": (with_adapter, pairs, ranking, {}),
+    "LoRA, softmax": (with_adapter, labelled(), softmax, {}),
+    "recomputed": (bert, pairs, ranking, {"activation_checkpointing": True}),
+    "recomputed, cached": (
+        bert,
+        pairs,
+        lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2),
+        {"activation_checkpointing": True},
+    ),
     "LSTM": (lstm, pairs, ranking, {}),
     "static embeddings": (bag_of_words, pairs, ranking, {}),
 }
@@ -381,3 +403,46 @@ def test_a_sparse_encoder(name, micro_batches, tmp_path):
         )
 
     kit.assert_same_as_stock(build, SparseEncoderTrainer)
+
+
+# --- a vector for each token -----------------------------------------------------------------------------------------
+
+TOKENS = {
+    "in-batch negatives": (triplets, token_losses.MultiVectorMultipleNegativesRankingLoss),
+    "in-batch negatives, in small parts": (
+        triplets,
+        lambda model: token_losses.MultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=2),
+    ),
+    "in-batch negatives, cached": (
+        triplets,
+        lambda model: token_losses.CachedMultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=2),
+    ),
+    "distilled margins": (taught_triplets, token_losses.MultiVectorMarginMSELoss),
+}
+
+
+@pytest.mark.parametrize("name", list(TOKENS))
+def test_a_multi_vector_encoder(name, tmp_path):
+    data, loss = TOKENS[name]
+
+    def build(cls, **sam):
+        body = Transformer(saved(tmp_path))
+        set_seed(1)
+        project = Dense(
+            16, 8, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings"
+        )
+        normalize = Normalize(module_input_name="token_embeddings")
+        model = MultiVectorEncoder(modules=[body, project, MultiVectorMask(), normalize], device="cpu")
+        set_seed(4)
+        return cls(
+            model=model,
+            args=kit.arguments(
+                tmp_path, MultiVectorEncoderTrainingArguments, per_device_train_batch_size=4, learning_rate=1e-3
+            ),
+            train_dataset=data(),
+            eval_dataset=data().select(range(4)),
+            loss=loss(model),
+            **sam,
+        )
+
+    kit.assert_same_as_stock(build, MultiVectorEncoderTrainer)

@@ -48,6 +48,20 @@ def judged() -> Dataset:
     return completed().map(lambda row, i: {"label": i % 3 != 0}, with_indices=True)
 
 
+def conversations() -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": words.sentence(i, 3)},
+                    {"role": "assistant", "content": words.sentence(i + 50, 4)},
+                ]
+            }
+            for i in range(12)
+        ]
+    )
+
+
 # By name: where the trainer lives, its name, data, arguments of its configuration, of the trainer.
 TRAINERS = {
     "SFT": ("trl", "SFT", plain, {}, {}),
@@ -75,6 +89,14 @@ TRAINERS = {
     "ORPO": ("trl.experimental.orpo", "ORPO", preferred, {"max_length": 16}, {}),
     "CPO": ("trl.experimental.cpo", "CPO", preferred, {"max_length": 16}, {}),
     "CPO, SimPO": ("trl.experimental.cpo", "CPO", preferred, {"loss_type": "simpo", "cpo_alpha": 0.0}, {}),
+    "GKD": ("trl.experimental.gkd", "GKD", conversations, {"lmbda": 0.0}, {}),
+    "GKD, answers of the student": (
+        "trl.experimental.gkd",
+        "GKD",
+        conversations,
+        {"lmbda": 0.5, "max_new_tokens": 4, "temperature": 1.0},
+        {},
+    ),
     "TPO": ("trl.experimental.tpo", "TPO", triples, {}, {}),
 }
 QUICK = {"SFT, packed", "SFT, completions", "DPO", "KTO", "reward", "ORPO", "CPO"}
@@ -97,6 +119,7 @@ def builder(name, tmp_path, **overrides):
             eval_dataset=data().select(range(4)),
             processing_class=words.tokenizer(),
             **({"peft_config": LoraConfig(**extra["peft_config"])} if extra else {}),
+            **({"teacher_model": words.language_model()} if kind == "GKD" else {}),
             **({"ref_model": words.language_model()} if kind in ("DPO", "KTO") and not extra else {}),
             **sam,
         )

@@ -21,6 +21,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
+        chat_template="{% for turn in messages %}{{ turn['content'] }} {% endfor %}",
         tokenizer_object=words,
         pad_token="<pad>",
         bos_token="<s>",

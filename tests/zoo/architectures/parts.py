@@ -30,7 +30,6 @@ class Architecture:
         trainer (`str`, *optional*, defaults to `"Trainer"`): Name of the class.
         checks_predictions (`bool`, *optional*, defaults to `True`): Evaluate the predictions, too; False where they are
             of different shapes from batch to batch, which no trainer can put together.
-        prepare (`Callable`, *optional*): Called with the new model.
     """
 
     model: str
@@ -40,7 +39,6 @@ class Architecture:
     arguments: dict[str, Any] = field(default_factory=dict)
     trainer: str = "Trainer"
     checks_predictions: bool = True
-    prepare: Callable[[torch.nn.Module], None] | None = None
 
     @property
     def stock(self) -> type[Trainer]:
@@ -58,8 +56,6 @@ class Architecture:
         for parameter in model.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.01)
-        if self.prepare is not None:
-            self.prepare(model)
         return model
 
 

@@ -211,7 +211,7 @@ TOGETHER = {
         of(input_ids=ids(8), pixel_values=reals(3, 16, 16), labels=ids(8)),
         checks_predictions=False,
     ),
-    "BLIP, retrieval": Architecture(
+    "BLIP, questions": Architecture(
         "BlipForQuestionAnswering",
         {
             "text_config": {**TEXT, "encoder_hidden_size": 16, "projection_dim": 8},

@@ -1,0 +1,134 @@
+"""Flat-LoRA's noise on the merged weight of every LoRA layer, added to activations so that no weight is ever touched."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .auxiliary_lora import linear_lora_layers
+from .base import Ascent, Needs, Step
+
+
+@dataclass(frozen=True)
+class LoraNoise(Ascent):
+    """Gaussian noise on `W' = W + s B A` of each LoRA layer, row i with deviation `f_t rho ||W'_i|| / sqrt(n)`, in one pass.
+
+    `f_t = (1 - cos(pi t / T)) / 2` over the run, n the number of inputs; drawn again in every step (Flat-LoRA, Li et al. 2024,
+    arXiv 2409.14396, and the authors' code). `(W' + N) x` is computed as `W' x + N x`, N drawn from its seed in the forward and
+    again in the backward pass: nothing is stored, nothing has to be restored, and quantized weights are no exception.
+    """
+
+    needs: ClassVar = Needs.NOISE
+
+    def eps(self, g: None, step: Step) -> None:
+        return None
+
+    def radius(self, step: Step) -> float:
+        return step.rho * (1 - math.cos(math.pi * step.progress)) / 2
+
+    def attach(self, model: nn.Module, seed: int) -> NoisyLayers:
+        return NoisyLayers(model)
+
+    def applied(self, step: Step) -> AbstractContextManager:
+        rho = self.radius(step)
+        step.record(sam_rho=rho)
+        return step.attached.noisy(rho, step.generator)
+
+
+class NoisyLayers:
+    """The LoRA layers of a PEFT model, with a hook each that adds noise inside `noisy`.
+
+    Args:
+        model (`nn.Module`): A PEFT model whose active adapter is LoRA.
+
+    Raises:
+        ValueError: The model has no linear LoRA layer.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._layers = linear_lora_layers(model, "method='flat-lora' adds noise to the weights under LoRA adapters")
+        self._squares = [_squared_row_norms(layer) for layer in self._layers.values()]  # of W, which is frozen
+        self._noise: list[tuple[Tensor, int]] | None = None
+        self._hooks = [layer.register_forward_hook(self._hook(i)) for i, layer in enumerate(self._layers.values())]
+
+    @contextlib.contextmanager
+    def noisy(self, rho: float, generator: torch.Generator) -> Iterator[None]:
+        """Passes inside run at `W' + N`, recomputation in the backward pass included."""
+        dice = random.Random(generator.initial_seed())
+        rows = zip(self._layers.values(), self._squares, strict=True)
+        self._noise = [(_deviations(layer, squares, rho), dice.getrandbits(63)) for layer, squares in rows]
+        try:
+            yield
+        finally:
+            self._noise = None
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing is carried from step to step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+
+    def _hook(self, i: int):
+        def add_noise(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._noise is None:
+                return output
+            deviations, seed = self._noise[i]
+            return output + _NoiseProduct.apply(inputs[0], deviations, seed, layer.in_features).to(output.dtype)
+
+        return add_noise
+
+
+class _NoiseProduct(torch.autograd.Function):
+    """`x N^T` with N drawn from a seed, and drawn again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int, inputs: int) -> Tensor:
+        ctx.save_for_backward(deviations)
+        ctx.seed, ctx.inputs, ctx.dtype = seed, inputs, x.dtype
+        return x @ noise(deviations, seed, inputs).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (deviations,) = ctx.saved_tensors
+        return gradient.to(ctx.dtype) @ noise(deviations, ctx.seed, ctx.inputs).to(ctx.dtype), None, None, None
+
+
+def noise(deviations: Tensor, seed: int, inputs: int) -> Tensor:
+    """N, shape `(rows, inputs)`, row i with deviation `deviations[i]`; the same for the same seed."""
+    generator = torch.Generator(deviations.device).manual_seed(seed)
+    draw = torch.randn(len(deviations), inputs, generator=generator, device=deviations.device, dtype=deviations.dtype)
+    return draw.mul_(deviations[:, None])
+
+
+def _squared_row_norms(layer: nn.Module) -> Tensor:
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
+
+
+@torch.no_grad()
+def _deviations(layer: nn.Module, squares: Tensor, rho: float) -> Tensor:
+    """`rho ||W'_i|| / sqrt(n)` by products no larger than the factors: `||W_i||^2 + 2 s B_i . (A W_i^T) + s^2 B_i A A^T B_i^T`."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    adapter = layer.active_adapters[0]
+    weight = dequantize_module_weight(layer.get_base_layer()).to(squares.dtype)
+    a, b = (factor[adapter].weight.to(squares.dtype) for factor in (layer.lora_A, layer.lora_B))
+    scale = layer.scaling[adapter]
+    merged = squares + 2 * scale * (b * (weight @ a.T)).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+    return rho * merged.clamp(min=0).sqrt() / math.sqrt(layer.in_features)

@@ -1,0 +1,235 @@
+"""Ascents of later papers, each with a formula of its own."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .ascents import Geometry
+from .base import Ascent, Needs, Step
+from .fields import did_you_mean, number, whole
+from .geometry import steepest, usable
+
+if TYPE_CHECKING:
+    from ..update.vector import Vector
+
+
+@dataclass(frozen=True)
+class LossBudget(Ascent):
+    """The radius at which the linearised loss rises by sigma, at most rho (LE-SAM, Wang et al. 2026, arXiv 2605.10183).
+
+    `eps = min(sigma_t / ||g||, rho) g / ||g||`, since the rise of the linearised loss is `rho ||g||`.
+
+    Args:
+        sigma (`float`): The budget, in units of the loss.
+        decay_start (`float`): Share of the run after which sigma falls to 0 by a cosine; 1 for never.
+    """
+
+    sigma: float = number(0.1, 0, above=True)
+    decay_start: float = number(0.8, 0, 1)
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        sigma = self.sigma
+        if step.progress > self.decay_start:
+            elapsed = (step.progress - self.decay_start) / (1 - self.decay_start)
+            sigma *= (1 + math.cos(math.pi * elapsed)) / 2
+        norm = g.norm()
+        rho = (sigma / norm).clamp(max=step.rho)
+        return g * usable(norm, rho / norm)
+
+    def gradient_in(self, displacement: Tensor) -> Tensor:
+        return displacement
+
+
+@dataclass(frozen=True)
+class Preconditioned(Ascent):
+    """Along `D^-1 g`, `D = sqrt(exp_avg_sq) + floor`: the geometry that AdamW moves in (after Singh et al. 2025, arXiv 2502.02407).
+
+    The length is rho in the Euclidean norm, as in every other method; D is 1 before the optimizer's first step.
+
+    Args:
+        floor (`float`): Added to `sqrt(exp_avg_sq)`, relative to its root mean square, so that a weight that has seldom
+            had a gradient does not take the whole perturbation.
+
+    Raises:
+        ValueError: The optimizer has stepped and keeps no `exp_avg_sq` that can be read.
+    """
+
+    needs: ClassVar = Needs.GRADIENT | Needs.OPTIMIZER_STATE
+
+    floor: float = number(1e-3, 0, above=True)
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        squares = step.optimizer_state("exp_avg_sq")
+        if squares is None and not step.is_first:
+            raise ValueError(
+                "method='precond' perturbs in the geometry of the optimizer's second moments, and "
+                f"{step.optimizer_name} keeps none that can be read. Use one with `exp_avg_sq` (optim='adamw_torch')."
+            )
+        if squares is not None:
+            scale = squares.over(g).sqrt()
+            scale += self.floor * scale.norm() / math.sqrt(scale.size())
+            g = g.over(scale)
+            g /= scale
+        return steepest(g, step.rho)
+
+
+@dataclass(frozen=True)
+class AboveAverage(Geometry):
+    """SAM in steps whose squared gradient norm is above its running mean plus c_t deviations (AE-SAM, Jiang et al. 2023).
+
+    arXiv 2304.14647: `n = ||g||^2` enters the averages, then the step is perturbed if `n >= mean + c_t sd`, with c_t going
+    from `late_to` ... `early_from` as `lambda_2` falls to `lambda_1`: few perturbed steps at first, most at the end. Other steps go
+    along g, after one pass. To decide, the host reads one number from the device.
+
+    Args:
+        decay (`float`): Of the running mean and variance; they begin at the first n, and 0.
+        lambda_1 (`float`): c at the end of the run.
+        lambda_2 (`float`): c at its beginning.
+    """
+
+    needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_STEP
+    scalars: ClassVar = ("mean", "variance")
+    may_skip: ClassVar = True
+
+    decay: float = number(0.9, 0, 1, below=True)
+    lambda_1: float = number(-1.0)
+    lambda_2: float = number(1.0)
+
+    def eps(self, g: Vector, step: Step) -> Vector | None:
+        n = g.norm() ** 2
+        mean, variance = step.memory.get("mean", n), step.memory.get("variance", torch.zeros_like(n))
+        mean = self.decay * mean + (1 - self.decay) * n
+        variance = self.decay * variance + (1 - self.decay) * (n - mean) ** 2
+        step.memory["mean"], step.memory["variance"] = mean, variance
+        c = step.progress * self.lambda_1 + (1 - step.progress) * self.lambda_2
+        return self.steepest(g, step) if n >= mean + c * variance.sqrt() else None
+
+
+@dataclass(frozen=True)
+class Centred(Geometry):
+    """Along the gradient whose mean over all dimensions but the first is taken away (GCSAM, Hassan et al. 2025, arXiv 2501.11584).
+
+    Tensors of one dimension stay as they are. The authors' code divides by the norm from before; here `||eps||` is rho.
+    """
+
+    needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_TENSORS
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        return self.steepest(g.map_(_centre_), step)
+
+    def gradient_in(self, displacement: Tensor) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class SparseByScore(Geometry):
+    """Along the coordinates of each tensor whose |z-score| lies above a quantile (ZSharp, Yun 2025, arXiv 2505.02369).
+
+    z is taken within each tensor of more than one dimension; others stay as they are. `||eps||` is rho over all tensors; the
+    author's code gives every tensor that length of its own.
+
+    Args:
+        quantile (`float`): Share of each tensor's coordinates that is left out.
+    """
+
+    needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_TENSORS
+
+    quantile: float = number(0.95, 0, 1, below=True)
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        return self.steepest(g.map_(self._keep_outliers_), step)
+
+    def _keep_outliers_(self, t: Tensor) -> None:
+        if t.dim() < 2 or t.numel() < 2:
+            return
+        score = (t.float() - t.float().mean()).abs()  # |z| up to the tensor's own deviation, which changes no order
+        rank = max(1, math.ceil(self.quantile * t.numel()))
+        t.mul_(score > score.flatten().kthvalue(rank).values)
+
+    def gradient_in(self, displacement: Tensor) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class TailClasses(Geometry):
+    """Perturbed weights for the examples of rare classes only (ImbSAM, Zhou et al. 2023, arXiv 2308.07815).
+
+    The gradient is that of the others at `w` plus `tail_weight` times that of the rare ones at `w + eps`, eps from the rare
+    ones' own gradient. What is rare is told by `tail_classes`, by the counts of the training labels, or by a column
+    of the batch.
+
+    Args:
+        tail_classes (`list[int]`, *optional*): The rare classes.
+        tail_below (`int`): Where `tail_classes` is not given: classes with fewer training examples than this.
+        part (`str`, *optional*): Name of a batch entry that holds 1 for the examples to perturb for and 0 for others, in the
+            place of classes; needs `remove_unused_columns=False`.
+        tail_weight (`float`): Multiplies the rare examples' loss. The authors' code has 2.
+    """
+
+    may_skip: ClassVar = True
+
+    tail_classes: Any = field(default=None, metadata={"check": lambda name, value: _class_list(name, value)})
+    tail_below: int = whole(20, 0)
+    part: str | None = None
+    tail_weight: float = number(1.0, 0, above=True)
+
+    def eps(self, g: Vector, step: Step) -> Vector:
+        return self.steepest(g, step)
+
+    def resolved(self, train_dataset: Any) -> TailClasses:
+        """With the rare classes counted in the training data's labels."""
+        if self.part is not None or self.tail_classes is not None:
+            return self
+        counts = Counter(_labels_of(train_dataset))
+        return replace(self, tail_classes=sorted(c for c, count in counts.items() if count < self.tail_below))
+
+    def perturbed_examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor:
+        if self.part is not None:
+            if not isinstance(inputs.get(self.part), Tensor):
+                raise ValueError(
+                    f"part={self.part!r} is no tensor of the batch.{did_you_mean(self.part, inputs)} The batch has: "
+                    f"{', '.join(map(str, inputs))}. Set remove_unused_columns=False so that the Trainer keeps the column."
+                )
+            return inputs[self.part].flatten().nonzero().flatten().cpu()
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(
+                "method='imbsam' needs one class for each example in `labels`. Where there is none, name a batch entry that "
+                "holds 1 for the examples to perturb for: options={'part': 'is_rare'}."
+            )
+        return torch.isin(labels, torch.tensor(self.tail_classes, device=labels.device)).nonzero().flatten().cpu()
+
+
+def _centre_(t: Tensor) -> None:
+    if t.dim() > 1:
+        t.sub_(t.mean(dim=tuple(range(1, t.dim())), keepdim=True))
+
+
+def _class_list(name: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(c, int) and not isinstance(c, bool) for c in value):
+        raise ValueError(f"{name}={value!r} must be a list of class numbers.")
+    return list(value)
+
+
+def _labels_of(train_dataset: Any) -> list[int]:
+    """The class of every training example."""
+    try:
+        names = getattr(train_dataset, "column_names", None)
+        if names is not None:
+            return [int(label) for label in train_dataset[next(n for n in ("labels", "label") if n in names)]]
+        rows = (train_dataset[i] for i in range(len(train_dataset)))
+        return [int(row["labels"] if "labels" in row else row["label"]) for row in rows]
+    except (TypeError, KeyError, StopIteration, ValueError, AttributeError) as error:
+        raise ValueError(
+            "method='imbsam' counts the training labels to find the rare classes, and these data have no column `labels` or "
+            "`label` that can be counted. Name the classes: options={'tail_classes': [3, 7]}."
+        ) from error

@@ -1,0 +1,90 @@
+"""Which parameters of a model are embeddings, and which are its head: by the type and role of their modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# What turns raw input into hidden states, by the kind its class says it is: BertEmbeddings, ViTPatchEmbeddings, Qwen2VLPatchEmbed,
+# MobileNetV2Stem, Wav2Vec2FeatureEncoder. Not SwinPatchMerging, which divides hidden states; rotary embeddings have no parameters.
+_INPUT_KIND = re.compile(r"(Embeddings?|Embed|Embedder|Stem|FeatureEncoder)$")
+_TASK = re.compile(r"For[A-Z]|Head")  # BertForMaskedLM, GPT2LMHeadModel; not BertModel, MaskFormerModel
+_POSITION = re.compile(r"^(?!.*bias).*(embed|(^|_)pos)")
+
+
+def embedding_parameters(model: nn.Module) -> set[str]:
+    """Token tables, patch and stem projections, learned positions, and class, mask, register and query tokens."""
+    inputs = {_asked(module, "get_input_embeddings") for module in model.modules()}
+    stacks = [layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m.children()]
+    in_layers = {m for layer in stacks if not isinstance(layer, PreTrainedModel) for m in layer.modules()}
+    found, norms = set(), set()
+    for module in model.modules():
+        bare = {name: p for name, p in module._parameters.items() if p is not None}
+        is_input, is_in_layer = bool(_INPUT_KIND.search(type(module).__name__)), module in in_layers
+        if "norm" in type(module).__name__.lower():
+            norms.update(bare.values())
+        elif module in inputs or (is_input and not is_in_layer) or _is_table_or_reads_pictures(module):
+            found.update(_own(module))
+        elif not type(module).__module__.startswith("torch."):
+            found.update(p for name, p in bare.items() if is_input or _is_token(name, p, is_in_layer))
+    return {name for name, p in model.named_parameters() if p in found and p not in norms}
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """What comes after the body: task heads, and output embeddings that are not tied to the input's."""
+    body = {p for outer in _outermost(model) for part in _body(outer) for p in part.parameters()}
+    for outer in _outermost(model):
+        output = _asked(outer, "get_output_embeddings")
+        body.difference_update(output.parameters() if output is not None else ())
+    embeddings = embedding_parameters(model)
+    return {name for name, p in model.named_parameters() if body and p not in body and name not in embeddings}
+
+
+def _is_table_or_reads_pictures(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d | nn.Conv3d):  # 1 x 1: not a stem but a squeeze-and-excitation
+        return module.in_channels <= 4 and module.groups == 1 and max(module.kernel_size) > 1
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def _is_token(name: str, p: Tensor, is_in_layer: bool) -> bool:
+    """A bare parameter that is a token or a position: by its word, or broadcast over the batch outside the stack of layers."""
+    shape = getattr(p, "ds_shape", p.shape)
+    if "token" in name or is_in_layer or not shape:
+        return "token" in name
+    return bool(_POSITION.search(name)) or (len(shape) > 2 and shape[0] == 1)
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module and its children, but not those of a whole model inside (a backbone as patch embedding)."""
+    yield from (p for p in module._parameters.values() if p is not None)
+    for child in module.children():
+        if not isinstance(child, PreTrainedModel):
+            yield from _own(child)
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """The transformers models in `model`, but not those inside them; PEFT's wrappers are looked through."""
+    if hasattr(model, "get_base_model"):
+        return _outermost(model.get_base_model())
+    return [model] if isinstance(model, PreTrainedModel) else [m for c in model.children() for m in _outermost(c)]
+
+
+def _body(model: nn.Module) -> list[nn.Module]:
+    """The part of a transformers model below its head: its base model, or the models that it is put together from."""
+    if not _TASK.search(type(model).__name__):
+        return [model]
+    if model.base_model is not model and isinstance(model.base_model, PreTrainedModel):
+        return [model.base_model]
+    parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return parts if parts and _asked(model, "get_output_embeddings") is None else [model]
+
+
+def _asked(module: nn.Module, question: str) -> Any:
+    try:
+        return getattr(module, question)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
