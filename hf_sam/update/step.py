@@ -199,6 +199,7 @@ class SharpnessAwareUpdate:
             if eps is None and self._is_complete:  # this step goes along g
                 self._hand_over(self._vector(gradients), gradients, accumulated, is_last)
                 return clean_loss
+            gradients.clear()  # of an eps that is made of something else: g is not needed any more
             if eps is not None:
                 weights.add(eps)  # w + eps
                 self._climb_on(model, weights, window, is_last)
@@ -275,7 +276,7 @@ class SharpnessAwareUpdate:
         if is_last:
             gradients = self.engine.take_gradients(self.parameters.trainable)
             g = self.parts.descent.between(self._vector(gradients), self._step())
-            self._hand_over(g, gradients, {}, is_last)
+            self._hand_over(self._returned(g, "between"), gradients, {}, is_last)
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
@@ -475,7 +476,7 @@ class SharpnessAwareUpdate:
             self._observed = g.clone()
         if getattr(ascent, "weight_decay_in_ascent", False):
             self._add_weight_decay(g)
-        eps = self._checked(ascent.eps(g, step), norm)
+        eps = self._checked(ascent.eps(g if ascent.needs & Needs.GRADIENT else None, step), norm)
         if eps is not None and is_first:
             self.telemetry.record(sam_rho=self.rho, sam_ascent_grad_norm=norm)
             if self._is_measured and ascent.ascent_steps == 1:
@@ -530,7 +531,17 @@ class SharpnessAwareUpdate:
         g_s = self._vector(perturbed)
         if clean is not None:  # a parameter may take part in one of the passes only
             clean, g_s = clean.widened(g_s), g_s.widened(clean)
-        self._hand_over(self.parts.descent.gradient(clean, g_s, step), perturbed, accumulated, is_last)
+        gradient = self._returned(self.parts.descent.gradient(clean, g_s, step), "gradient")
+        self._hand_over(gradient, perturbed, accumulated, is_last)
+
+    def _returned(self, gradient: Any, method: str) -> Vector:
+        """What the descent has returned; an error that names it where that is no Vector."""
+        if not isinstance(gradient, Vector):
+            raise ValueError(
+                f"{type(self.parts.descent).__name__}.{method} must return a Vector over the trainable parameters, not "
+                f"{type(gradient).__name__}."
+            )
+        return gradient
 
     def _hand_over(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
         """Put `gradient` into `p.grad`, scaled and laid out as the gradients `like`."""
