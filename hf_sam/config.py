@@ -21,7 +21,8 @@ SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
-# What a field is when neither the user nor the method says anything. A field that is not here stays None: off.
+# What a field is when neither the user nor the method says anything; for a method that does not use the field, a value that
+# says no more than silence does. A field that is not here stays None: off.
 DEFAULTS: dict[str, Any] = {
     "rho": 0.005,  # a tenth of the usual one, which does harm in short fine-tuning: docs/methods.md, "The default rho"
     "scope": "auto",
@@ -35,9 +36,11 @@ DEFAULTS: dict[str, Any] = {
     "second_order": False,
     "stochastic_rounding": False,
     "log_shares": False,
+    "p": 2.0,
+    "adaptive": False,
+    "ascent_steps": 1,
+    "weight_decay_in_ascent": False,
 }
-# Values that say no more than silence does, for methods that do not use the field.
-_NEUTRAL = DEFAULTS | {"p": 2.0, "adaptive": False, "ascent_steps": 1, "weight_decay_in_ascent": False}
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "method": is_choice(tuple(METHODS)),
@@ -148,11 +151,13 @@ class SAMConfig:
             are stored in 16 bits.
         log_shares (`bool`, *optional*, defaults to `False`):
             Log which share of the squared norm of `eps` each group of modules has, as `sam_share/attention` and the like.
-        ascent (`Ascent`, *optional*), descent (`Descent`, *optional*):
-            Objects of your own, or of `hf_sam.methods`, in the place of the method's: where to perturb, and what the
-            optimizer gets. Their hyperparameters are set there. See `docs/write_your_own.md`.
+        ascent (`Ascent`, *optional*):
+            Where to perturb: an object of your own, or of `hf_sam.methods`, in the place of the method's; on the command
+            line the path of its class, `module:Class`. Its hyperparameters are set there. See `docs/write_your_own.md`.
+        descent (`Descent`, *optional*):
+            What the optimizer gets, likewise.
         options (`Mapping[str, Any]`, *optional*):
-            Hyperparameters of the method that have no field here.
+            Hyperparameters of the method that have no field here; on the command line, as JSON, also those of classes.
 
     Raises:
         ValueError: An unknown method, a value out of range, or a field that the chosen method does not use. The
@@ -232,7 +237,7 @@ class SAMConfig:
             value = getattr(self, field)
             if value is None or self._uses(field):
                 continue
-            if value == _NEUTRAL.get(field):  # a neutral value may be said aloud
+            if value == DEFAULTS.get(field):  # a neutral value may be said aloud
                 setattr(self, field, None)
                 continue
             users = [name for name, row in METHODS.items() if field in fields_used(row)]
@@ -301,8 +306,8 @@ class SAMConfig:
         """
         given = dict(self._given)
         if changes.get("method", self.method) != self.method:
-            used = fields_used(METHODS[changes["method"]]) if changes["method"] in METHODS else ()
-            given = {name: value for name, value in given.items() if name in used and name not in _OF_THE_METHOD}
+            new = METHODS.get(changes["method"], self.row)
+            given = {k: v for k, v in given.items() if k != "method" and not depends_on_method(k, self.row, new)}
         return SAMConfig.from_dict({**given, **changes})
 
     # --- what follows from the fields ------------------------------------------------------------------------------
@@ -322,6 +327,11 @@ class SAMConfig:
     def label(self) -> str:
         """The method as messages name it."""
         return f"method={self.name!r}"
+
+    @property
+    def paper(self) -> str | None:
+        """The method's paper; None where the user has put something else in the place of a part."""
+        return self.row.paper if self.ascent is None and self.descent is None else None
 
     @property
     def summary(self) -> str:
@@ -410,17 +420,7 @@ class SAMConfig:
 
 
 _FLAT = frozenset(SAMConfig.fields())
-# Those whose value is chosen for one method and means something else, or nothing, to another.
-_OF_THE_METHOD = {
-    *("rho", "rho_schedule", "rho_min", "interval", "start", "end", "ascent_fraction", "second_order"),
-    *("ascent", "descent", "options"),
-    *(
-        field.name
-        for row in METHODS.values()
-        for kind in (row.ascent, row.descent)
-        for field in dataclasses.fields(kind)
-    ),
-}
+_OF_THE_METHOD = {"rho", "rho_min", "rho_schedule", "second_order", "ascent", "descent", "options"}
 
 
 # --- which fields a method uses, derived from its classes ----------------------------------------------------------
@@ -455,3 +455,9 @@ def fields_used(row: Method) -> frozenset[str]:
     """The `SAMConfig` fields that a row of the table uses."""
     own = hyperparameters(row.ascent) | hyperparameters(row.descent)
     return common_fields(row.ascent, row.descent, row) | (own.keys() & _FLAT)
+
+
+def depends_on_method(name: str, old: Method, new: Method) -> bool:
+    """Whether a field's value chosen for the method `old` means something else, or nothing, to `new`."""
+    hyper = {field for row in METHODS.values() for kind in (row.ascent, row.descent) for field in hyperparameters(kind)}
+    return name in _OF_THE_METHOD | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)

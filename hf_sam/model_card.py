@@ -88,7 +88,7 @@ class SAMCard:
         update = getattr(trainer, "_sam", None)
         args, history = trainer.args, trainer.state.log_history
         path = (getattr(trainer, "hub_model_id", None) or args.output_dir).rstrip("/")
-        batch = (args.train_batch_size, args.gradient_accumulation_steps, args.world_size)
+        batch = (args.train_batch_size, args.gradient_accumulation_steps)
         model = trainer.accelerator.unwrap_model(trainer.model)
         return cls(
             config=trainer.sam_config,
@@ -182,7 +182,7 @@ class SAMCard:
 
     @property
     def _arxiv(self) -> str | None:
-        found = re.search(r"\d{4}\.\d{5}", self.config.row.paper)
+        found = re.search(r"\d{4}\.\d{5}", self.config.paper or "")
         return found and found.group()
 
     def _method(self) -> str:
@@ -190,8 +190,8 @@ class SAMCard:
         if config.rho == 0:
             return ""
         rows = {
-            "method": f"`{config.method}`: {config.row.summary}",
-            "paper": f"[{config.row.paper}](https://arxiv.org/abs/{self._arxiv})" if self._arxiv else config.row.paper,
+            "method": f"`{config.name}`: {config.summary}",
+            "paper": f"[{config.paper}](https://arxiv.org/abs/{self._arxiv})" if self._arxiv else config.paper,
             "perturbation size rho": f"{config.rho:g}",
             "norm p": f"{config.p:g}" if config.p is not None else None,
             "scope": self.scope or config.scope,

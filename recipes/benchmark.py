@@ -49,6 +49,7 @@ from hf_sam.benchmark import (
 from hf_sam.benchmark.report import SETTING, draw_frontier, draw_ratios, draw_sweep, gains, readable, row_of
 from hf_sam.comparison.fingerprints import describe_environment
 from hf_sam.comparison.records import find_records, plain, write_json
+from hf_sam.methods.users import load_parts
 
 FORMAT, VERSION = "hf_sam.benchmark", 1
 
@@ -206,6 +207,8 @@ def contender_of(text: str) -> Contender:
         )
     with as_user_error(ValueError, TypeError, prefix="methods: "):
         values = json.loads(text)
+        if isinstance(values.get("ascent") or values.get("descent"), str):  # classes of the user's own
+            values |= load_parts(values.get("ascent"), values.get("descent"), values.get("options"))
         return Contender(", ".join(f"{name} {value}" for name, value in values.items()), SAMConfig.from_dict(values))
 
 

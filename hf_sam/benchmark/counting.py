@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
-from ..methods.table import FORWARD_SHARE
+from ..methods.base import FORWARD_SHARE
 
 
 class PassCounter:

@@ -10,14 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import SAMConfig
+from ..config import SAMConfig, depends_on_method
 from ..methods import METHODS
 
 PREFIX, OFF = "sam_", "no SAM"
-# Sizes and shapes of the perturbation and of the step, which belong to the method that they were chosen for.
-OF_ONE_METHOD = frozenset(
-    ["rho", "rho_min", "rho_schedule", "p", "adaptive", "eta", "alpha", "gamma", "beta", "sigma", "ema_decay"]
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def _foreign_keys(values: Mapping[str, Any], method: str) -> list[str]:
         and key.startswith(PREFIX)
         and (name := key.removeprefix(PREFIX)) in SAMConfig.fields()
         and name != "method"
-        and (name in OF_ONE_METHOD or name in old.defaults or name in new.defaults or not new.uses(name))
+        and depends_on_method(name, old, new)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ..schedule import Schedule
+from ..update.schedule import Schedule
 
 COSTS_NAME = "costs.json"  # in each checkpoint
 

@@ -259,6 +259,8 @@ def overrides(part: Ascent | Descent | type, name: str) -> bool:
 def needs_of(ascent: Ascent | type, descent: Descent | type) -> Needs:
     """What a method needs, declared or shown by what it overrides."""
     needs = ascent.needs | descent.needs
+    if combines(descent) or overrides(descent, "between") or descent.needs:
+        needs |= Needs.GRADIENT  # a pass at w, also for an ascent that does without
     if overrides(ascent, "after"):
         needs |= Needs.STEP_GRADIENT
     if overrides(ascent, "attach"):

@@ -60,6 +60,29 @@ def load_part(path: str, kind: type) -> type:
     return _class_in(found, module, name, kind)
 
 
+def load_parts(ascent: str | None, descent: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`SAMConfig`'s `ascent`, `descent` and `options` from the paths of classes and one mapping of hyperparameters.
+
+    Each option goes to the class that has a field of its name; what is left is for the method's own parts.
+
+    Raises:
+        ValueError: A class that cannot be imported, or an option that is like a field of one and is none.
+    """
+    left, made, known = dict(options or {}), {}, []
+    for name, path, kind in (("ascent", ascent, Ascent), ("descent", descent, Descent)):
+        if path is not None:
+            found = load_part(path, kind)
+            own = [field.name for field in dataclasses.fields(found)]
+            known += own
+            made[name] = make_part(found, {key: left.pop(key) for key in list(left) if key in own})
+    if made and left and not known:
+        raise ValueError(f"options={left!r}: {' and '.join(type(m).__name__ for m in made.values())} has no fields.")
+    for key in left if made else ():
+        if hint := did_you_mean(key, known):
+            raise ValueError(f"options: there is no field {key!r}.{hint} Allowed: {', '.join(known)}.")
+    return {"ascent": None, "descent": None, **made, "options": left or None}
+
+
 def make_part(kind: type, values: Mapping[str, Any]) -> Ascent | Descent:
     """An instance, with an error that names an unknown field.
 

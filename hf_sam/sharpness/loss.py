@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..parameters import select
+from ..update.parameters import TrainedParameters
 from .subset import Batch, Subset, forward_arguments
 from .undisturbed import check_whole, undisturbed
 
@@ -67,7 +67,8 @@ class SubsetLoss:
             raise ValueError(f"dtype={dtype} is too coarse for differences of losses: use torch.float32 or float64.")
         check_whole(model)
         self.model, self.subset, self.dtype, self.progress = model, subset, dtype, progress
-        selected = select(model, perturb)
+        parameters = TrainedParameters(model, perturb)
+        selected = {parameters.names[p]: p for p in parameters.selected}
         self.shapes = {name: p.shape for name, p in selected.items()}
         self.weights = torch.cat([p.detach().to(dtype).flatten() for p in selected.values()])
         # What is not in `w`. Buffers are copied: a forward pass may write into the ones it is given.

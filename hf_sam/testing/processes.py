@@ -21,10 +21,11 @@ from torch import Tensor
 from ..config import SAMConfig
 from ..methods.base import Ascent, Descent
 
-# How long processes may take together before they are taken to wait for each other.
-SECONDS = 300
+# After how long processes are taken to wait for each other: to start, and for each run.
+SECONDS, SECONDS_PER_RUN = 60, 10
 # For one of them, after another has ended.
 SECONDS_ALONE = 30
+_SCRIPT = "__hf_sam_script__"
 Key = tuple[str, str]
 
 
@@ -55,8 +56,8 @@ class Sent:
 
     def make(self) -> Ascent | Descent:
         """The object."""
-        if self.module == "__main__":  # a script: import it under another name, as multiprocessing does
-            module = sys.modules.get("__mp_main__") or _import_file("__mp_main__", self.file)
+        if self.module == "__main__":  # a script, which is imported under another name, as multiprocessing does
+            module = sys.modules.get(_SCRIPT) or _import_file(_SCRIPT, self.file)
         else:
             try:
                 module = importlib.import_module(self.module)
@@ -130,7 +131,7 @@ def run_on_processes(
         with (folder / f"{rank}.log").open("w") as log:
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        failure = _wait(started)
+        failure = _wait(started, SECONDS + SECONDS_PER_RUN * len(jobs))
     finally:
         for process in started:
             process.kill()
@@ -141,9 +142,9 @@ def run_on_processes(
     return {key: [rank[key] for rank in found] for key in jobs}, unsent
 
 
-def _wait(started: list[subprocess.Popen]) -> str | None:
+def _wait(started: list[subprocess.Popen], seconds: float) -> str | None:
     """Until all have ended; returns what went wrong."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         codes = [process.poll() for process in started]
         if all(code == 0 for code in codes):

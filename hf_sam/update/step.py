@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from .observation import record_displacement
 from .parameters import Gradients, TrainedParameters, local, put_gradients, take_gradients
 from .perturbation import Perturbation
 from .replay import PassState, RandomStates, Snapshot
+from .roles import groups_of
 from .schedule import Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
 from .vector import Space, Vector
@@ -199,6 +200,7 @@ class SharpnessAwareUpdate:
             if eps is None and self._is_complete:  # this step goes along g
                 self._hand_over(self._vector(gradients), gradients, accumulated, is_last)
                 return clean_loss
+            gradients.clear()  # of an eps that is made of something else: g is not needed any more
             if eps is not None:
                 weights.add(eps)  # w + eps
                 self._climb_on(model, weights, window, is_last)
@@ -206,7 +208,7 @@ class SharpnessAwareUpdate:
                 put_gradients(accumulated)
             perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
             if self._is_measured and not accumulated:
-                self._observe(weights, clean)
+                self._observe(weights, clean, self.engine.gradients(self.parameters.selected))
         if self.parts.combines:  # w again
             with self.leaving_no_trace():
                 self._combine(clean, accumulated, window, is_last)
@@ -265,7 +267,7 @@ class SharpnessAwareUpdate:
                 weights.add(eps)
             loss = self._run_all(model, [batch], synced=True)
             if self._is_measured and eps is not None:
-                record_displacement(self.telemetry, self.space, weights, {}, None, self.parts.ascent.gradient_in)
+                self._observe(weights, None, {})
         self.telemetry.add(perturbed_loss=loss)
         return loss
 
@@ -275,7 +277,7 @@ class SharpnessAwareUpdate:
         if is_last:
             gradients = self.engine.take_gradients(self.parameters.trainable)
             g = self.parts.descent.between(self._vector(gradients), self._step())
-            self._hand_over(g, gradients, {}, is_last)
+            self._hand_over(self._returned(g, "between"), gradients, {}, is_last)
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
@@ -475,7 +477,7 @@ class SharpnessAwareUpdate:
             self._observed = g.clone()
         if getattr(ascent, "weight_decay_in_ascent", False):
             self._add_weight_decay(g)
-        eps = self._checked(ascent.eps(g, step), norm)
+        eps = self._checked(ascent.eps(g if ascent.needs & Needs.GRADIENT else None, step), norm)
         if eps is not None and is_first:
             self.telemetry.record(sam_rho=self.rho, sam_ascent_grad_norm=norm)
             if self._is_measured and ascent.ascent_steps == 1:
@@ -530,7 +532,17 @@ class SharpnessAwareUpdate:
         g_s = self._vector(perturbed)
         if clean is not None:  # a parameter may take part in one of the passes only
             clean, g_s = clean.widened(g_s), g_s.widened(clean)
-        self._hand_over(self.parts.descent.gradient(clean, g_s, step), perturbed, accumulated, is_last)
+        gradient = self._returned(self.parts.descent.gradient(clean, g_s, step), "gradient")
+        self._hand_over(gradient, perturbed, accumulated, is_last)
+
+    def _returned(self, gradient: Any, method: str) -> Vector:
+        """What the descent has returned; an error that names it where that is no Vector."""
+        if not isinstance(gradient, Vector):
+            raise ValueError(
+                f"{type(self.parts.descent).__name__}.{method} must return a Vector over the trainable parameters, not "
+                f"{type(gradient).__name__}."
+            )
+        return gradient
 
     def _hand_over(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
         """Put `gradient` into `p.grad`, scaled and laid out as the gradients `like`."""
@@ -598,12 +610,17 @@ class SharpnessAwareUpdate:
         """Whether `g` has to be copied for the cosine: neither the descent keeps it nor does eps show it."""
         return not (self.needs & Needs.CLEAN_GRADIENT) and copies_for_cosine(self.parts.ascent)
 
-    def _observe(self, weights: Perturbation, clean: Vector | None) -> None:
+    @cached_property
+    def _groups(self) -> dict[Parameter, str]:
+        by_name = groups_of(self._model)
+        return {p: by_name.get(name, "other") for p, name in self.parameters.names.items()}
+
+    def _observe(self, weights: Perturbation, clean: Vector | None, perturbed: Gradients) -> None:
         """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
-        perturbed = self.engine.gradients(self.parameters.selected)
         g = self._observed if clean is None else clean
         self._observed = None
-        record_displacement(self.telemetry, self.space, weights, perturbed, g, self.parts.ascent.gradient_in)
+        groups = self._groups if self.config.log_shares else None
+        record_displacement(self.telemetry, self.space, weights, perturbed, g, self.parts.ascent.gradient_in, groups)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method carries from step to step, by name, for a checkpoint."""

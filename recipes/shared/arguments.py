@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from hf_sam.comparison.method_settings import Merged, explain, merge
 from hf_sam.config import SAMConfig
+from hf_sam.methods.users import load_parts
 
 from .config_files import read_layers, split_command_line, unknown_key
 from .docstrings import described
@@ -148,6 +149,12 @@ class _SAMArguments:
         if values["perturb"] is not None:
             patterns = [pattern.strip() for pattern in values["perturb"].split(",")]
             values["perturb"] = patterns[0] if len(patterns) == 1 else patterns
+        options = values["options"]
+        if isinstance(options, str):
+            with as_user_error(ValueError, prefix=f"sam_options={options!r} is no JSON object: "):
+                options = dict(json.loads(options))
+        with as_user_error(ValueError):
+            values |= load_parts(values["ascent"], values["descent"], options)
         with as_user_error(ValueError, prefix="sam_"):
             return SAMConfig(**values)
 
@@ -155,7 +162,7 @@ class _SAMArguments:
 def _argument_type(hint: Any) -> Any:
     """What `argparse` reads for a `SAMConfig` field: the type itself where there is one, else text."""
     kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
-    return kinds[0] | None if len(kinds) == 1 else str | None
+    return kinds[0] | None if len(kinds) == 1 and kinds[0] in (str, int, float, bool) else str | None
 
 
 _HINTS = get_type_hints(SAMConfig)

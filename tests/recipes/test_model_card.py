@@ -87,7 +87,7 @@ def fake_trainer(folder, config=None, first=True):
         model=object(),
         accelerator=types.SimpleNamespace(unwrap_model=lambda model: model),
         is_world_process_zero=lambda: first,
-        _sam=types.SimpleNamespace(scope="device", effective_m=lambda b, a, w: b * a * w),
+        _sam=types.SimpleNamespace(scope="device", effective_m=lambda b, a: b * a),
     )
 
 
