@@ -52,7 +52,7 @@ def defaults(config: SAMConfig) -> str:
     values = [(name, getattr(config, name)) for name in flat]
     words = [" ".join(f"{name}={shown(value)}" for name, value in values)]
     if config.options:
-        options = " ".join(f"{name}={shown(value)}" for name, value in config.options.items())
+        options = " ".join(f"{name}={shown(value)}" for name, value in config.options.items() if value is not None)
         words.append(f"options: {options}")
     return "`" + "`; `".join(words) + "`"
 
@@ -64,6 +64,8 @@ def shown(value) -> str:
 def refused_under(config: SAMConfig) -> str:
     needs = config.parts.needs
     kinds = [kind for kind, lacks in LACKS.items() if any(isinstance(n, Needs) and n & needs for n in lacks)]
+    if {"ZeRO-0, 1, 2", "ZeRO-3"} <= set(kinds):
+        kinds = [kind for kind in kinds if not kind.startswith("ZeRO")] + ["ZeRO"]
     return ", ".join(kinds) or "none"
 
 
