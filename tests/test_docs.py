@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from integration import tiny
+from transformers import Trainer
 
-from hf_sam import METHODS, SAMConfig
+from hf_sam import METHODS, SAMConfig, SAMTrainer, SAMTrainerMixin
 from hf_sam.config import SELECTORS, hyperparameters
 from hf_sam.engines.compatibility import LACKS
 from hf_sam.methods import Geometry, Needs, Steepest
@@ -114,6 +116,29 @@ def test_configurations_written_in_pages_are_valid(page):
         assert set(names) <= set(SAMConfig.fields()) | {"sigma"}, call
         method = re.search(r'method="([^"]+)"', call)
         assert method is None or method.group(1) in METHODS, call
+
+
+def test_search_for_hyperparameters_runs_as_written(tmp_path, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.DOTALL)
+    names = {
+        "SAMConfig": SAMConfig,
+        "SAMTrainer": SAMTrainer,
+        "model_init": tiny.mlp,
+        "args": tiny.arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2),
+        "train_dataset": tiny.vectors(16),
+        "eval_dataset": tiny.vectors(8),
+    }
+    exec(code, names)
+    assert {"learning_rate", "sam_rho", "sam_method"} == names["best"].hyperparameters.keys()
+
+
+def test_mixin_in_the_wrong_place_gives_the_error_of_the_troubleshooting_page():
+    class Reversed(Trainer, SAMTrainerMixin): ...
+
+    message = "unexpected keyword argument 'sam_config'"
+    assert message in (ROOT / "docs/troubleshooting.md").read_text()
+    with pytest.raises(TypeError, match=message):
+        Reversed(model=tiny.mlp(), sam_config=SAMConfig())
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:
