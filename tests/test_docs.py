@@ -112,11 +112,9 @@ def test_files_and_pages_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_configurations_written_in_pages_are_valid(page):
-    for call in re.findall(r"SAMConfig\([^()]*(?:\([^()]*\))?[^()]*\)", page.read_text()):
-        names = re.findall(r"(?<![\w(])(\w+)=", call)
-        assert set(names) <= set(SAMConfig.fields()) | {"sigma"}, call
-        method = re.search(r'method="([^"]+)"', call)
-        assert method is None or method.group(1) in METHODS, call
+    for call in re.findall(r"SAMConfig\([^()]*\)", page.read_text()):
+        if "..." not in call:
+            assert eval(call, {"SAMConfig": SAMConfig}) is not None
 
 
 def test_search_for_hyperparameters_runs_as_written(tmp_path, capsys):
