@@ -170,7 +170,7 @@ def test_restored_when_interrupted_inside_a_copy(perturbed, monkeypatch, name):
         calls[0] += 1
         if calls[0] == stops_at[0]:
             if isinstance(args[0], list):
-                original(args[0][:1], *[a[:1] if isinstance(a, list) else a for a in args[1:]], **kwargs)
+                original(*[a[:1] if isinstance(a, list | tuple) else a for a in args], **kwargs)
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
