@@ -102,6 +102,12 @@ def shortened(config: SAMConfig) -> SAMConfig:
     return config.changed(**changes)
 
 
+def chooses_examples(config: SAMConfig) -> bool:
+    """Whether the method treats examples of a micro-batch differently."""
+    ascent, needs = config.parts.ascent, config.parts.needs
+    return bool(needs & Needs.SUBSET) or any(overrides(ascent, name) for name in ("examples", "perturbed_examples"))
+
+
 def with_scope(config: SAMConfig, scope: str) -> SAMConfig:
     """One perturbation for all examples of a device, or of all: the whole of each batch, however it is split."""
     changes = {"m": None, "ascent_fraction": None if config.ascent_fraction is None else 1.0}
@@ -222,7 +228,7 @@ def vanishes(case: Case) -> None:
     changes |= {"replay_rng": True} if case.config.replay_rng is not None else {}
     changes |= {"ascent_fraction": 1.0} if case.config.ascent_fraction is not None else {}
     config = case.config.changed(**changes)
-    sees_all = not overrides(case.parts.ascent, "examples")  # else the clean pass draws other dropout masks
+    sees_all = not chooses_examples(case.config)  # else passes draw other dropout masks than the whole batch's
     # Not logged, which would warn that so small a perturbation is lost to rounding.
     options = {"dropout": case.dropout if sees_all else 0.0, "max_steps": 3, "logging_strategy": "no"}
     assert_equal(
@@ -237,8 +243,7 @@ def vanishes(case: Case) -> None:
 def accumulates(case: Case) -> None:
     """One micro-batch of eight examples and eight of one make the same steps."""
     reasons = {
-        "examples are chosen in each micro-batch": case.needs & Needs.SUBSET
-        or overrides(case.parts.ascent, "examples"),
+        "examples are chosen in each micro-batch": chooses_examples(case.config),
         "scope='micro' computes one perturbation for each micro-batch": case.config.scope == "micro" or case.config.m,
     }
     for reason, holds in reasons.items():
@@ -458,7 +463,7 @@ def check_on_processes(configs: Mapping[str, SAMConfig], processes: int = 2) -> 
         interval = short.interval or 1
         options = {"max_steps": 2 * interval + 1, "per_device_train_batch_size": 8 // processes}
         runs[name, "own"] = short, {**options, "dropout": 0.0 if short.m else DROPOUT}
-        if needs & Needs.SUBSET or overrides(config.parts.ascent, "examples"):
+        if chooses_examples(config):
             left_out[name]["global scope"] = "examples are chosen on each process"
         elif needs & Needs.ATTACHMENT:
             left_out[name]["global scope"] = "what is attached is each process's own"
