@@ -206,8 +206,8 @@ class SharpnessAwareUpdate:
             if not self.parts.combines:
                 put_gradients(accumulated)
             perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
-            if self._is_measured and not accumulated:
-                self._observe(weights, clean)
+            if self._is_measured:
+                self._observe(weights, clean, is_alone=self.parts.combines or not accumulated)
         if self.parts.combines:  # w again
             with self.leaving_no_trace():
                 self._combine(clean, accumulated, window, is_last)
@@ -609,9 +609,10 @@ class SharpnessAwareUpdate:
         """Whether `g` has to be copied for the cosine: neither the descent keeps it nor does eps show it."""
         return not (self.needs & Needs.CLEAN_GRADIENT) and copies_for_cosine(self.parts.ascent)
 
-    def _observe(self, weights: Perturbation, clean: Vector | None) -> None:
+    def _observe(self, weights: Perturbation, clean: Vector | None, is_alone: bool) -> None:
         """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
-        perturbed = self.engine.gradients(self.parameters.selected)
+        # Where other micro-batches' gradients have been added to g_s there is no cosine.
+        perturbed = self.engine.gradients(self.parameters.selected) if is_alone else {}
         g = self._observed if clean is None else clean
         self._observed = None
         record_displacement(self.telemetry, self.space, weights, perturbed, g, self.parts.ascent.gradient_in)
