@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..replay import RandomStates
 from ..trainer import SAMTrainerMixin
+from ..update.replay import RandomStates
 from .hand_loop import TwoPassLoop
 
 
@@ -37,15 +37,15 @@ class SteppedMixin:
         """Everything that comes before the first step."""
         self.train()
         self._batches = _without_end(self._loop["train_dataloader"])
-        self._random_states = RandomStates(self.args.device)
+        self._random_states = RandomStates([self.args.device])
 
     def take_steps(self, count: int) -> None:
         """The next `count` optimizer steps, under random states of this trainer's own."""
-        elsewhere = RandomStates(self.args.device)
+        elsewhere = RandomStates([self.args.device])
         self._random_states.restore()
         window = self.args.gradient_accumulation_steps
         self._take(list(islice(self._batches, count * window)), window)
-        self._random_states = RandomStates(self.args.device)
+        self._random_states = RandomStates([self.args.device])
         elsewhere.restore()
 
     def close(self) -> None:

@@ -136,6 +136,8 @@ def execute(folder: Path, recipes: Path) -> None:
             write_json(folder / LENGTH_NAME, {"max_steps": found.steps})
     except Exception as error:
         traceback.print_exc()
+        if type(error).__name__ == "FolderInUseError":  # the run goes on elsewhere: it has not failed
+            sys.exit(1)
         if int(os.environ.get("RANK", "0")) == 0:
             mark_failed(folder, job["names"], error)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .parameters import Gradients, local
 from .perturbation import Perturbation
+from .roles import GROUPS
 from .telemetry import Telemetry
 from .vector import Space, Vector
 
@@ -25,6 +26,7 @@ def record_displacement(
     perturbed: Gradients,
     clean: Vector | None,
     gradient_in: Callable[[Tensor], Tensor | None],
+    groups: Mapping[Parameter, str] | None = None,
 ) -> None:
     """Record the realised `||(w + eps) - w||`, and `cos(g, g_s)` over the perturbed parameters.
 
@@ -34,6 +36,7 @@ def record_displacement(
         clean (`Vector`, *optional*): `g`, where it was kept.
         gradient_in (`Callable`): Elsewhere `g` up to a factor, read off the displacement; where that is None there is no
             cosine.
+        groups (`Mapping[Parameter, str]`, *optional*): Record which share of the squared norm each group of modules has.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
@@ -47,7 +50,12 @@ def record_displacement(
             g.append(torch.linalg.vector_norm(direction))
             g_s.append(torch.linalg.vector_norm(local(perturbed[p]).to(direction.dtype)))
     if norms:
-        telemetry.record(sam_perturbation_norm=_total(space, moved, [n**2 for n in norms]).sqrt())
+        squares = [n**2 for n in norms]
+        total = _total(space, moved, squares)
+        telemetry.record(sam_perturbation_norm=total.sqrt())
+        for group in GROUPS if groups is not None else ():
+            own = [n if groups.get(p) == group else torch.zeros_like(n) for p, n in zip(moved, squares, strict=True)]
+            telemetry.record(**{f"sam_share/{group}": _total(space, moved, own) / total})
     if dots:
         squares = [_total(space, common, [n**2 for n in parts]) for parts in (g, g_s)]
         telemetry.record(sam_cosine=_total(space, common, dots) / (squares[0] * squares[1]).sqrt())

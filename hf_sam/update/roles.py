@@ -13,6 +13,11 @@ from transformers import PreTrainedModel
 # MobileNetV2Stem, Wav2Vec2FeatureEncoder. Not SwinPatchMerging, which divides hidden states; rotary embeddings have no parameters.
 _INPUT_KIND = re.compile(r"(Embeddings?|Embed|Embedder|Stem|FeatureEncoder)$")
 _TASK = re.compile(r"For[A-Z]|Head")  # BertForMaskedLM, GPT2LMHeadModel; not BertModel, MaskFormerModel
+GROUPS = ("embeddings", "attention", "mlp", "norm", "head", "other")
+_WORDS = {
+    "attention": re.compile(r"attn|attention|[qkv]_proj|qkv"),
+    "mlp": re.compile(r"mlp|ffn|feed_forward|intermediate|output\.dense|fc[12]|(gate|up|down)_proj|densereludense"),
+}
 _POSITION = re.compile(r"^(?!.*bias).*(embed|(^|_)pos)")
 
 
@@ -42,6 +47,23 @@ def head_parameters(model: nn.Module) -> set[str]:
         body.difference_update(output.parameters() if output is not None else ())
     embeddings = embedding_parameters(model)
     return {name for name, p in model.named_parameters() if body and p not in body and name not in embeddings}
+
+
+def groups_of(model: nn.Module) -> dict[str, str]:
+    """For each parameter's name the group of modules it belongs to, one of `GROUPS`."""
+    embeddings, head = embedding_parameters(model), head_parameters(model)
+    norms = {p for m in model.modules() if "norm" in type(m).__name__.lower() for p in m._parameters.values()}
+
+    def group(name: str, p: Tensor) -> str:
+        if name in embeddings:
+            return "embeddings"
+        if p in norms:
+            return "norm"
+        if name in head:
+            return "head"
+        return next((found for found, word in _WORDS.items() if word.search(name.lower())), "other")
+
+    return {name: group(name, p) for name, p in model.named_parameters()}
 
 
 def _is_table_or_reads_pictures(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from .observation import record_displacement
 from .parameters import Gradients, TrainedParameters, local, put_gradients, take_gradients
 from .perturbation import Perturbation
 from .replay import PassState, RandomStates, Snapshot
+from .roles import groups_of
 from .schedule import Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
 from .vector import Space, Vector
@@ -207,7 +208,9 @@ class SharpnessAwareUpdate:
                 put_gradients(accumulated)
             perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
             if self._is_measured:
-                self._observe(weights, clean, is_alone=self.parts.combines or not accumulated)
+                # Where other micro-batches' gradients have been added to g_s there is no cosine.
+                is_alone = self.parts.combines or not accumulated
+                self._observe(weights, clean, self.engine.gradients(self.parameters.selected) if is_alone else {})
         if self.parts.combines:  # w again
             with self.leaving_no_trace():
                 self._combine(clean, accumulated, window, is_last)
@@ -266,7 +269,7 @@ class SharpnessAwareUpdate:
                 weights.add(eps)
             loss = self._run_all(model, [batch], synced=True)
             if self._is_measured and eps is not None:
-                record_displacement(self.telemetry, self.space, weights, {}, None, self.parts.ascent.gradient_in)
+                self._observe(weights, None, {})
         self.telemetry.add(perturbed_loss=loss)
         return loss
 
@@ -609,13 +612,17 @@ class SharpnessAwareUpdate:
         """Whether `g` has to be copied for the cosine: neither the descent keeps it nor does eps show it."""
         return not (self.needs & Needs.CLEAN_GRADIENT) and copies_for_cosine(self.parts.ascent)
 
-    def _observe(self, weights: Perturbation, clean: Vector | None, is_alone: bool) -> None:
+    @cached_property
+    def _groups(self) -> dict[Parameter, str]:
+        by_name = groups_of(self._model)
+        return {p: by_name.get(name, "other") for p, name in self.parameters.names.items()}
+
+    def _observe(self, weights: Perturbation, clean: Vector | None, perturbed: Gradients) -> None:
         """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
-        # Where other micro-batches' gradients have been added to g_s there is no cosine.
-        perturbed = self.engine.gradients(self.parameters.selected) if is_alone else {}
         g = self._observed if clean is None else clean
         self._observed = None
-        record_displacement(self.telemetry, self.space, weights, perturbed, g, self.parts.ascent.gradient_in)
+        groups = self._groups if self.config.log_shares else None
+        record_displacement(self.telemetry, self.space, weights, perturbed, g, self.parts.ascent.gradient_in, groups)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method carries from step to step, by name, for a checkpoint."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .roles import GROUPS
+
 # Events of blocks not yet added up; on a device they are over long before there are as many again.
 MOST_PENDING = 64
 
@@ -30,6 +32,7 @@ class Telemetry:
         "sam_sharpness",
         "sam_cosine",
         "sam_second_order_cosine",
+        *(f"sam_share/{group}" for group in GROUPS),
         "_intended_norm",
     )
 

@@ -64,7 +64,9 @@ def check(script: Path, argv: Sequence[str]) -> None:
     for word, following in zip(options, [*options[1:], None][: len(options)], strict=True):
         if word.startswith("--"):
             key, equals, value = word.removeprefix("--").partition("=")
-            given.append(("", key.replace("-", "_"), value if equals else following))
+            key = key.replace("-", "_")
+            if known.get(key.removeprefix("no_")) != "bool":  # the parser adds `--no_...` for switches that are on
+                given.append(("", key, value if equals else following))
     for where, key, value in given:
         if key not in known:
             raise UserError(f"{where}{unknown_key(key, known)}")

@@ -14,6 +14,10 @@ class UserError(Exception):
     """Something the user can put right; the message names the field, what is allowed, and the remedy."""
 
 
+class FolderInUseError(UserError):
+    """Another run is at work in `output_dir`."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says where the run stands and how to go on."""
 

@@ -31,7 +31,7 @@ from hf_sam.config import SAMConfig
 
 from .arguments import SAMArguments
 from .data import Splits
-from .errors import Interrupted, UserError, as_user_error, did_you_mean, one_line
+from .errors import FolderInUseError, Interrupted, UserError, as_user_error, did_you_mean, one_line
 from .metrics import class_probabilities, logits_of
 from .options import DataArguments, RunArguments
 
@@ -110,7 +110,7 @@ def lock_folder(folder: Path) -> None:
     that ends, so that none is ever stale; `_run.owner` says who has it.
 
     Raises:
-        UserError: Another run has it; the message says which.
+        FolderInUseError: Another run has it; the message says which.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
@@ -124,7 +124,7 @@ def lock_folder(folder: Path) -> None:
             owner = path.with_suffix(".owner").read_text(encoding="utf-8").strip()
         except OSError:
             owner = "another process"
-        raise UserError(
+        raise FolderInUseError(
             f"output_dir={folder} is in use by {owner}. Wait for that run or end it, or name another folder."
         ) from None
     except (NotImplementedError, OSError) as error:  # a file system without locks

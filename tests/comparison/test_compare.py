@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -18,7 +19,8 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import compare  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 
-from hf_sam.comparison.records import find_records  # noqa: E402
+from hf_sam.comparison.execution import execute  # noqa: E402
+from hf_sam.comparison.records import find_records, write_json  # noqa: E402
 
 STUDY = {
     "recipe": "image_classification",
@@ -163,6 +165,19 @@ def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tm
     text = (tmp_path / "part/report/report.md").read_text()
     assert "No answer yet: only adamw has finished runs." in text
     assert "better accuracy than adamw" not in text
+
+
+def test_a_run_that_another_process_still_makes_is_not_marked_as_failed(study, tmp_path, monkeypatch):
+    """As when a worker was suspended for so long that its run was taken over, and its process has not ended yet."""
+    monkeypatch.setattr("shared.running.LOCK_SECONDS", 0.0)
+    workshop = compare.open_workshop(
+        compare.plan_of(compare.build_parser().parse_args([study(), "--output_dir", str(tmp_path / "out")]))
+    )
+    run = workshop.runs[0]
+    write_json(workshop.folder(run) / "run.json", workshop.job(run))
+    with FileLock(workshop.folder(run) / "_run.lock"), pytest.raises(SystemExit):
+        execute(workshop.folder(run), compare.RECIPES)
+    assert workshop.record(run) is None
 
 
 def test_outputs_of_a_plain_trainer_stand_beside(study, tmp_path):

@@ -1,32 +1,44 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from hf_sam.methods.geometry import adaptive_direction, add_weight_decay, dual_norm_direction, random_direction
+from hf_sam.methods import Geometry, Noise, steepest
 from hf_sam.update.reductions import Reductions
+from hf_sam.update.step import SharpnessAwareUpdate
+from hf_sam.update.vector import Vector
 
 REDUCTIONS = Reductions()
+SHAPES = ((3, 4), (5,), ())
+PARAMETERS = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
 
 
 def tensors(scale=1.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return [
-        (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in ((3, 4), (5,), ())
-    ]
+    return [(scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in SHAPES]
+
+
+def vector(values, **kwargs):
+    return Vector(PARAMETERS[: len(values)], values, **kwargs)
 
 
 def eps(gradients, rho, p):
-    directions, scale = dual_norm_direction([g.clone() for g in gradients], rho, p, REDUCTIONS)
-    return torch.cat([(scale * d).flatten() for d in directions])
+    return flat(steepest(vector([g.clone() for g in gradients]), rho, p).numbers())
 
 
-def p_norm(vector, p):
-    return vector.abs().max() if p == math.inf else (vector.abs() ** p).sum() ** (1 / p)
+def adaptive_eps(gradients, weights, rho, p, eta):
+    step = SimpleNamespace(weights=vector(weights, is_shared=True), rho=rho)
+    return flat(Geometry(p, adaptive=True, eta=eta).steepest(vector([g.clone() for g in gradients]), step).numbers())
 
 
-def flat(gradients):
-    return torch.cat([g.flatten() for g in gradients])
+def p_norm(values, p):
+    return values.abs().max() if p == math.inf else (values.abs() ** p).sum() ** (1 / p)
+
+
+def flat(values):
+    return torch.cat([t.flatten() for t in values])
 
 
 @pytest.mark.parametrize("p", [1, 1.25, 1.5, 2, 3, 7, math.inf])
@@ -52,39 +64,44 @@ def test_size_of_the_gradient_does_not_matter_in_float32(p, scale):
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, math.inf])
+@pytest.mark.parametrize("factor", [None, 0.5, torch.tensor(-2.0)])
+def test_a_pending_factor_of_the_gradient_changes_at_most_the_sign(p, factor):
+    sign = -1 if factor is not None and factor < 0 else 1
+    found = steepest(vector(tensors(), factor=factor), 0.3, p)
+    torch.testing.assert_close(flat(found.numbers()), sign * eps(tensors(), 0.3, p), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, math.inf])
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 def test_scale_is_exactly_zero_without_a_direction(p, bad):
     gradients = tensors()
     for g in gradients:
         g.zero_() if bad == 0.0 else g.view(-1)[:1].fill_(bad)
-    _, scale = dual_norm_direction(gradients, 0.3, p, REDUCTIONS)
-    assert scale == 0
+    assert steepest(vector(gradients), 0.3, p).factor == 0
 
 
 @pytest.mark.parametrize("p", [1.5, 2, math.inf])
 def test_adaptive_eps_attains_the_bound_in_scaled_coordinates(p):
     g, w, rho, eta = tensors(), tensors(0.7), 0.3, 0.01
-    directions, scale = adaptive_direction([t.clone() for t in g], w, rho, p, eta, REDUCTIONS)
-    t = flat(w).abs() + eta
-    found = torch.cat([(scale * d).flatten() for d in directions])
+    found, t = adaptive_eps(g, w, rho, p, eta), flat(w).abs() + eta
     q = 1 if p == math.inf else p / (p - 1)
     torch.testing.assert_close(p_norm(found / t, p), torch.tensor(rho, dtype=torch.float64), rtol=1e-12, atol=0)
     torch.testing.assert_close(flat(g) @ found, rho * p_norm(flat(g) * t, q), rtol=1e-12, atol=0)
+    assert torch.equal(flat(w), flat(tensors(0.7))), "the weights are read only"
 
 
 def test_eta_moves_a_weight_at_zero():
     g, w = [torch.ones(2)], [torch.tensor([0.0, 1.0])]
     for eta, moves in ((0.01, True), (0.0, False)):
-        directions, scale = adaptive_direction([g[0].clone()], w, 1.0, 2, eta, REDUCTIONS)
-        assert bool((scale * directions[0])[0] != 0) == moves
+        assert bool(adaptive_eps(g, w, 1.0, 2, eta)[0] != 0) == moves
 
 
 def test_random_direction_is_on_the_sphere_and_repeats_with_its_seed():
     weights = [torch.zeros(3, 4), torch.zeros(5)]
 
     def draw(seed):
-        directions, scale = random_direction(weights, 0.3, torch.Generator().manual_seed(seed), REDUCTIONS)
-        return flat([scale * d for d in directions])
+        step = SimpleNamespace(weights=vector(weights), rho=0.3, generator=torch.Generator().manual_seed(seed))
+        return flat(Noise().eps(None, step).numbers())
 
     assert draw(0).norm() == pytest.approx(0.3, rel=1e-6)
     assert torch.equal(draw(0), draw(0))
@@ -92,10 +109,19 @@ def test_random_direction_is_on_the_sphere_and_repeats_with_its_seed():
 
 
 def test_weight_decay_is_scaled_like_the_loss():
-    g, w = [torch.ones(2), torch.ones(2)], [torch.full((2,), 3.0), torch.full((2,), 3.0)]
-    add_weight_decay(g, w, [0.1, 0.0], loss_scale=4.0)
-    torch.testing.assert_close(g[0], torch.full((2,), 1 + 0.1 * 3 * 4))
-    assert torch.equal(g[1], torch.ones(2))
+    """Gradients of a loss that is scaled by 4 are added to the decay as those of the loss itself."""
+    decaying, other = PARAMETERS[:2]
+    g = Vector([decaying, other], [torch.full((2,), 4.0), torch.full((2,), 4.0)], factor=torch.tensor(1 / 4))
+    weights = Vector([decaying, other], [torch.full((2,), 3.0), torch.full((2,), 3.0)], is_shared=True)
+    groups = [{"params": [decaying], "weight_decay": 0.1}, {"params": [other]}]
+    update = SimpleNamespace(
+        _optimizer=SimpleNamespace(param_groups=groups), _step=lambda: SimpleNamespace(weights=weights)
+    )
+    SharpnessAwareUpdate._add_weight_decay(update, g)
+    first, second = g.numbers()
+    torch.testing.assert_close(first, torch.full((2,), 1 + 0.1 * 3))
+    assert torch.equal(second, torch.ones(2))
+    assert torch.equal(weights.tensors[0], torch.full((2,), 3.0))
 
 
 @pytest.mark.parametrize("order", [1, 1.5, 2, 5, math.inf])

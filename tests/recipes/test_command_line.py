@@ -93,6 +93,14 @@ def test_mistake_prints_one_line_and_fails_before_torch_is_imported(words, messa
     assert done.stderr.strip() == f"error: {message}"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--no_sam_replay_rng"], ["--no-dataloader-pin-memory"], ["--sam-rho", "1e-3"], ["--class_names", "a", "b"]],
+)
+def test_the_first_look_lets_pass_what_the_parser_takes(words):
+    early.check(ROOT / "recipes/text_classification.py", words)
+
+
 @pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
 def test_the_first_look_knows_the_arguments_that_the_parser_has(name):
     fields = {field.name: field for kind in argument_types(name) for field in dataclasses.fields(kind) if field.init}

@@ -163,7 +163,10 @@ def test_a_search_that_is_killed_goes_on_and_counts_its_passes(tmp_path):
     assert found["sentence"] in printed
     assert found["command"].endswith(f"--sam_rho={found['recommended_rho']:g}")
     assert found["command"] in printed
-    assert {row["stage"] for row in csv.DictReader((folder / "find_rho.csv").open())} == {"rung 1", "confirmation"}
+    assert {row["stage"] for row in csv.DictReader((folder / "find_rho.csv").read_text().splitlines())} == {
+        "rung 1",
+        "confirmation",
+    }
     assert (folder / "find_rho.png").stat().st_size > 1000
     assert not list(folder.rglob("checkpoint-*"))
     assert not list(folder.rglob("*.safetensors"))

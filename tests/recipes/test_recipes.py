@@ -201,6 +201,19 @@ def test_a_finished_run_is_not_made_again_by_the_same_command(finished, data):
     assert (finished / "run_record.json").read_bytes() == before
 
 
+def test_a_run_killed_after_its_last_step_is_evaluated_and_has_the_costs_of_its_steps(finished, data, tmp_path):
+    out = tmp_path / "digits_sam"
+    shutil.copytree(finished / "checkpoint-6", out / "checkpoint-6")
+    before = read_record(finished / "run_record.json")
+    images(data, out, *SAME, "--resume_from_checkpoint=auto")
+    record = read_record(out / "run_record.json")
+    assert (record.status, record.resumed_from, record.steps, record.passes) == ("finished", 6, 6, 12)
+    assert record.seconds == pytest.approx(before.seconds, rel=0.5)
+    assert record.metrics == before.metrics
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (out, finished)]
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
