@@ -209,8 +209,10 @@ class SharpnessAwareUpdate:
             if not self.parts.combines:
                 put_gradients(accumulated)
             perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
-            if self._is_measured and not accumulated:
-                self._observe(weights, clean, self.engine.gradients(self.parameters.selected))
+            if self._is_measured:
+                # Where other micro-batches' gradients have been added to g_s there is no cosine.
+                is_alone = self.parts.combines or not accumulated
+                self._observe(weights, clean, self.engine.gradients(self.parameters.selected) if is_alone else {})
         if self.parts.combines:  # w again
             with self.leaving_no_trace():
                 self._combine(clean, accumulated, window, is_last)
