@@ -255,7 +255,7 @@ def _modules_differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    return not isinstance(value, bool) and (isinstance(value, Tensor | int | float | complex) or is_looked_into(value))
+    return not isinstance(value, bool | nn.Module) and not callable(value)
 
 
 def _is_state(value: Any) -> bool:

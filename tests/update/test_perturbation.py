@@ -248,7 +248,9 @@ def test_shared_directions_stay_as_they_are(perturbed, dtype, factor):
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("of_directions", DTYPES)
 @pytest.mark.parametrize("of_weights", DTYPES)
-def test_directions_of_another_type_move_weights_that_come_back_bitwise(perturbed, of_weights, of_directions, is_shared):
+def test_directions_of_another_type_move_weights_that_come_back_bitwise(
+    perturbed, of_weights, of_directions, is_shared
+):
     weights = parameters(of_weights, of_weights)
     before = copies(weights)
     directions = [torch.linspace(-1, 1, 5).to(of_directions) for _ in weights]

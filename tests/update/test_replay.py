@@ -104,7 +104,9 @@ def test_constants_are_not_copied_once_passes_have_been_watched():
     assert not snapshot.is_watched
     assert id(model.constant) not in copied(snapshot)
     assert id(model.norm.running_mean) in copied(snapshot)
-    assert model.constant is next(t for t, _, _ in snapshot.tensors if t is model.constant), "its version is still looked at"
+    assert model.constant is next(t for t, _, _ in snapshot.tensors if t is model.constant), (
+        "its version is still looked at"
+    )
 
 
 def test_what_hangs_on_the_owner_goes_back_even_when_changed_in_place():

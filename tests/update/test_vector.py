@@ -305,7 +305,9 @@ def test_widened_leaves_a_shared_vector_as_it_is(space):
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaled", [lambda g: g * 2, lambda g: 2 * g, lambda g: -g, lambda g: g / torch.tensor(3.0).double()])
+@pytest.mark.parametrize(
+    "scaled", [lambda g: g * 2, lambda g: 2 * g, lambda g: -g, lambda g: g / torch.tensor(3.0).double()]
+)
 def test_scaling_allocates_nothing_and_shares_memory(space, scaled):
     g = vector(space)
     found = scaled(scaled(g))
