@@ -50,7 +50,11 @@ def test_the_command_line_of_the_page_leads_to_the_class(my_methods):
 
 def test_the_table_of_needs_has_every_flag_that_can_be_declared():
     named = set(re.findall(r"^\| `([A-Z_]+)` \|", PAGE, flags=re.MULTILINE))
-    assert named == {flag.name for flag in Needs} - {"STEP_GRADIENT", "ATTACHMENT", "UNEVEN_PASSES"}  # which follow from overrides
+    assert named == {flag.name for flag in Needs} - {
+        "STEP_GRADIENT",
+        "ATTACHMENT",
+        "UNEVEN_PASSES",
+    }  # which follow from overrides
 
 
 def test_the_table_of_vectors_names_what_there_is():

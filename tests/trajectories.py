@@ -103,8 +103,9 @@ def cases() -> dict[str, Case]:
     """The runs on one process, by name."""
     found: dict[str, Case] = {}
     adamw = {"optim": "adamw_torch", "learning_rate": 0.02}
-    for method, row in METHODS.items():
-        for fields, name in (({}, "defaults"), (VARIATIONS[method], "varied")):
+    for method, variation in VARIATIONS.items():  # later rows have no trajectory from before
+        row = METHODS[method]
+        for fields, name in (({}, "defaults"), (variation, "varied")):
             for scope in SCOPES if ("scope" in fields_used(row)) else (None,):
                 if scope == "micro" and method in ("looksam", "carried", "random"):
                     continue  # refused; random draws anew for each micro-batch or once a step, which is its own choice
@@ -115,7 +116,7 @@ def cases() -> dict[str, Case]:
                     args = {"gradient_accumulation_steps": accumulation, **(adamw if name == "defaults" else {})}
                     found[f"{method} {name} {scope or 'one pass'} {accumulation}"] = Case(sam, args)
         if "m" in fields_used(row):
-            sam = {"method": method, **VARIATIONS[method], "scope": "micro", "m": 2}
+            sam = {"method": method, **variation, "scope": "micro", "m": 2}
             found[f"{method} m=2"] = Case(sam, {"gradient_accumulation_steps": 2})
     for name, fields in SHARED.items():
         scopes = ("device",) if fields.get("method", "sam") != "sam" else ("micro", "device")

@@ -207,7 +207,8 @@ class PassState:
             if id(contents.value) not in self._moving and contents.has_changed():
                 self._moving.add(id(contents.value))
                 before.is_whole &= contents.is_deep
-        if any(len(now) != len(then) or _modules_differ(now, then) for now, then in before.namespaces):
+        changed = [(now, then) for now, then in before.namespaces if not _are_alike(now, then)]
+        if any(len(now) != len(then) or _modules_differ(now, then) for now, then in changed):
             self._signature = None  # an attribute has appeared, or a module: look again
 
     # --- putting back -------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class PassState:
         if snapshot.random_states is not None:
             snapshot.random_states.restore()
         for namespace, before in snapshot.namespaces:
-            if len(namespace) != len(before) or not all(map(is_, namespace.values(), before.values())):
+            if not _are_alike(namespace, before):
                 _put_back(namespace, before)
         if self._owner is not None:
             own = vars(self._owner)
@@ -245,12 +246,16 @@ def _put_back(namespace: dict[str, Any], before: dict[str, Any]) -> None:
         namespace["training"] = mode
 
 
+def _are_alike(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    return len(now) == len(then) and all(map(is_, now.values(), then.values()))
+
+
 def _modules_differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
     return any(isinstance(value, nn.Module) and now.get(name) is not value for name, value in then.items())
 
 
 def _is_data(value: Any) -> bool:
-    return not isinstance(value, bool) and (isinstance(value, Tensor | int | float | complex) or is_looked_into(value))
+    return not isinstance(value, bool | nn.Module) and not callable(value)
 
 
 def _is_state(value: Any) -> bool:

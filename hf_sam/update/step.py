@@ -126,6 +126,8 @@ class SharpnessAwareUpdate:
         self._model, self._optimizer, self._passes, self._seed = model, optimizer, passes, seed
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
         self._devices = list(dict.fromkeys(p.device for p in self.parameters.names))
+        # Of frozen parameters that may be copied while passes are watched: no more than gradients take anyway.
+        self._most_bytes = self._bytes_of_gradients()
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
         self._begins, self._micro = True, 0
@@ -207,8 +209,10 @@ class SharpnessAwareUpdate:
             if not self.parts.combines:
                 put_gradients(accumulated)
             perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
-            if self._is_measured and not accumulated:
-                self._observe(weights, clean, self.engine.gradients(self.parameters.selected))
+            if self._is_measured:
+                # Where other micro-batches' gradients have been added to g_s there is no cosine.
+                is_alone = self.parts.combines or not accumulated
+                self._observe(weights, clean, self.engine.gradients(self.parameters.selected) if is_alone else {})
         if self.parts.combines:  # w again
             with self.leaving_no_trace():
                 self._combine(clean, accumulated, window, is_last)
@@ -289,6 +293,7 @@ class SharpnessAwareUpdate:
         """Look at the schedule, at what trains, and at what became of the step before."""
         self.settle()
         if self.parameters.refresh():
+            self._most_bytes = self._bytes_of_gradients()
             self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
         self.index, self._is_measured = index, measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
@@ -364,7 +369,7 @@ class SharpnessAwareUpdate:
     def _ascent_pass(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """The clean pass: the only one whose traces stay."""
         seen = self._seen(batch)
-        before = self.pass_state.capture(self._random_states(), self.index, self._copied_at_most)
+        before = self.pass_state.capture(self._random_states(), self.index, self._most_bytes)
         batch.before = seen.before = before
         mend = self.changed_inputs.protect(batch)
         synced = is_last and self.scope == "global"
@@ -428,7 +433,7 @@ class SharpnessAwareUpdate:
     @contextlib.contextmanager
     def leaving_no_trace(self) -> Iterator[Snapshot]:
         """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
-        now = self.pass_state.capture(self._random_states(), self.index, self._copied_at_most)
+        now = self.pass_state.capture(self._random_states(), self.index, self._most_bytes)
         was_repeating, self.is_repeating = self.is_repeating, True
         try:
             yield now
@@ -436,14 +441,12 @@ class SharpnessAwareUpdate:
             self.is_repeating = was_repeating
             self.pass_state.restore(now)
 
-    @property
-    def _copied_at_most(self) -> int:
-        """Bytes of frozen parameters that may be copied while passes are watched: those that a gradient takes anyway."""
+    def _bytes_of_gradients(self) -> int:
         return sum(p.nbytes for p in self.parameters.trainable)
 
     def look_again(self, before: Snapshot) -> None:
         """Called between the trainer's `model.train()` and the forward of a clean pass."""
-        self.pass_state.look_again(before, self._copied_at_most)
+        self.pass_state.look_again(before, self._most_bytes)
 
     def _random_states(self) -> RandomStates | None:
         return RandomStates(self._devices) if self.config.replay_rng else None

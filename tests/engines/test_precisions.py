@@ -157,8 +157,9 @@ def test_msam_looks_along_a_momentum_of_eight_bits(tmp_path, key):
     trainer = in_eight_bits(tmp_path, SAMConfig(method="msam", rho=0.5), key)
     optimizer = trainer.optimizer.optimizer
     v = torch.cat([optimizer.state[p][key].dequantize().flatten() for p in trainer.model.parameters()])
-    with trainer._sam.perturbation(4) as eps:
-        trainer._sam.step_aside(eps, 0.5, 4, trainer.optimizer)
+    update = trainer._sam
+    with update._perturbation() as weights:
+        weights.add(update.parts.ascent.eps(None, update._step()))
         moved = tiny.flat(trainer.model) - trainer.trajectory[-1]
     torch.testing.assert_close(moved, -0.5 * v / v.norm(), rtol=0, atol=1e-6)
     assert torch.equal(trainer.passes[0][1], tiny.flat(tiny.mlp())), "no momentum before the first step"

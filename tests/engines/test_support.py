@@ -14,27 +14,53 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin
 from distributed.traffic import COUNTED
 from integration import tiny
 
-from hf_sam import SAMConfig, SAMTrainer
+from hf_sam import METHODS, SAMConfig, SAMTrainer
 from hf_sam.engines import compatibility as refusals
-from hf_sam.engines.base import Engine, ShardedEngine, Zero3Engine
-from hf_sam.engines.compatibility import FEATURES, LACKS
+from hf_sam.engines.base import Engine
+from hf_sam.engines.compatibility import FIELDS, LACKS, NEEDS
+from hf_sam.engines.sharded import FullyShardedEngine, ShardedEngine
+from hf_sam.engines.zero import Zero3Engine, ZeroEngine
+from hf_sam.methods.base import Needs
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
-# A configuration that asks for each feature.
+ENGINES = {
+    "one process": Engine,
+    "DDP": Engine,
+    "FSDP2": FullyShardedEngine,
+    "tensor parallel": ShardedEngine,
+    "ZeRO-0, 1, 2": ZeroEngine,
+    "ZeRO-3": Zero3Engine,
+}
+# Configurations that use a field whose meaning an engine may lack, and what else asks for a need beside methods.
 ASKING = {
     "scope='micro'": {"scope": "micro"},
     "scope='device'": {"scope": "device"},
     "scope='global'": {"scope": "global"},
-    "method='gsam', 'wsam', 'looksam'": {"method": "wsam"},
-    "method='esam'": {"method": "esam"},
-    "method='functional'": {"method": "functional"},
-    "method='friendly', 'carried'": {"method": "friendly"},
-    "method='previous'": {"method": "previous"},
-    "method='msam'": {"method": "msam"},
-    "method='random'": {"method": "random"},
-    "method='bilora'": {"method": "bilora"},
-    "second_order=True": {"second_order": True},
     "weight_decay_in_ascent=True": {"weight_decay_in_ascent": True},
+}
+OPTIONS = {"second_order=True": {"second_order": True}}
+EVERY = {**{name: {"method": name} for name in METHODS}, **OPTIONS, **ASKING}
+# Where they are refused; everything else runs on every engine.
+SHARDED, ZERO = ("FSDP2", "tensor parallel", "ZeRO-3"), ("ZeRO-0, 1, 2", "ZeRO-3")
+BUT_REPLICATED = (*SHARDED, "ZeRO-0, 1, 2")
+REFUSED = {
+    "gsam": ZERO,
+    "wsam": ZERO,
+    "looksam": ZERO,
+    "msam": ZERO,
+    "precond": ZERO,
+    "previous": ZERO,
+    "functional": SHARDED,
+    "random": SHARDED,
+    "gcsam": SHARDED,
+    "zsharp": SHARDED,
+    "bilora": BUT_REPLICATED,
+    "flat-lora": BUT_REPLICATED,
+    "imbsam": BUT_REPLICATED,
+    "second_order=True": BUT_REPLICATED,
+    "weight_decay_in_ascent=True": ZERO,
+    "scope='micro'": ("FSDP2", "ZeRO-3"),
+    "scope='device'": ("FSDP2", "ZeRO-3"),
 }
 
 
@@ -44,46 +70,84 @@ def trainer(tmp_path):
 
 
 @pytest.mark.parametrize("kind", LACKS)
-def test_a_feature_is_refused_on_the_engines_that_lack_it_and_nowhere_else(trainer, monkeypatch, kind):
+def test_what_an_engine_lacks_is_refused_there_and_nowhere_else(trainer, monkeypatch, kind):
     monkeypatch.setattr(refusals, "kind_of", lambda trainer: kind)
-    for feature, fields in ASKING.items():
-        trainer.sam_config = SAMConfig(**fields)
-        if feature not in LACKS[kind]:
+    for asked, fields in EVERY.items():
+        config = trainer.sam_config = SAMConfig(**fields)
+        if kind not in REFUSED.get(asked, ()):
             refusals.refuse_unsupported(trainer)
             continue
-        with pytest.raises(ValueError, match=re.escape(f"{feature} is not supported under {kind}: ")) as error:
+        words = asked if asked in FIELDS else f"{config.label} needs "
+        with pytest.raises(ValueError, match=f"SAMTrainer: {re.escape(words)}") as error:
             refusals.refuse_unsupported(trainer)
-        assert LACKS[kind][feature] in str(error.value)
-        assert re.search(r"\b(Use|Choose)\b", str(error.value)), "a refusal names the remedy"
+        message = str(error.value)
+        assert f"not supported under {kind}: " in message
+        reasons = [reason for lack, reason in LACKS[kind].items() if _asks_for(trainer, lack)]
+        assert any(message.endswith(reason) for reason in reasons)
+        assert re.search(r"\b(Use|Choose)\b", message), "a refusal names the remedy"
+        if asked not in FIELDS:
+            assert any(f"needs {words}, which is" in message for words in NEEDS.values())
 
 
-def test_rows_of_the_table_are_features_that_exist():
-    assert ASKING.keys() | {"stochastic_rounding=True"} == FEATURES.keys()
-    assert all(lacks.keys() <= FEATURES.keys() for lacks in LACKS.values())
+def _asks_for(trainer, lack) -> bool:
+    return FIELDS[lack](trainer) if isinstance(lack, str) else bool(trainer.sam_config.parts.needs & lack)
+
+
+def test_every_engine_and_whatever_it_lacks_has_words():
+    assert ENGINES.keys() == LACKS.keys()
+    assert ASKING.keys() | {"stochastic_rounding=True"} == FIELDS.keys()
+    for lacks in LACKS.values():
+        assert all(lack in FIELDS if isinstance(lack, str) else lack in NEEDS for lack in lacks)
+
+
+def test_every_need_is_some_methods_or_options_own():
+    for need in NEEDS:
+        assert _asked_for_by(need) or any(option in NEEDS[need] for option in OPTIONS)
 
 
 def test_splitting_micro_batches_asks_for_the_micro_scope(trainer):
     trainer.sam_config = SAMConfig(m=2)
-    assert FEATURES["scope='micro'"](trainer)
+    assert FIELDS["scope='micro'"](trainer)
 
 
 def auto(kind: str) -> str:
-    engine = {"FSDP2": ShardedEngine, "tensor parallel": ShardedEngine, "ZeRO-3": Zero3Engine}.get(kind, Engine)
+    engine = ENGINES[kind]
     return engine.scope(engine.__new__(engine), SAMConfig())
 
 
-def test_documentation_has_the_table_that_the_code_refuses_by():
-    lines = [
+def _asked_for_by(need: Needs) -> list[str]:
+    """The methods, and options of others, that have this need."""
+    asking = {**{name: {"method": name} for name in METHODS}, **OPTIONS}
+    return [name for name, fields in asking.items() if SAMConfig(**fields).parts.needs & need]
+
+
+def _row_of(need: Needs) -> str:
+    asking = ", ".join(f"`{name}`" for name in _asked_for_by(need) if name not in NEEDS[need])
+    words = re.sub(r"\((\w+=\w+)\)", r"(`\1`)", NEEDS[need])
+    return f"{words} ({asking})" if asking else words
+
+
+def matrix() -> list[str]:
+    """The documentation's table, from what the code refuses by."""
+
+    def row(label: str, lack: Needs | str) -> str:
+        return f"| {label} | " + " | ".join("no" if lack in lacks else "yes" for lacks in LACKS.values()) + " |"
+
+    scopes = [field for field in FIELDS if field.startswith("scope=")]
+    return [
         "| | " + " | ".join(LACKS) + " |",
         "|" + "---|" * (len(LACKS) + 1),
         '| `scope="auto"` means | ' + " | ".join(map(auto, LACKS)) + " |",
+        *(row(f"`{field}`", field) for field in scopes),
+        *(row(_row_of(need), need) for need in NEEDS),
+        # stochastic_rounding only in one mixture of parameters, which the text names
+        *(row(f"`{field}`", field) for field in FIELDS if field not in (*scopes, "stochastic_rounding=True")),
     ]
-    for feature in FEATURES:
-        cells = ["no" if feature in lacks else "yes" for lacks in LACKS.values()]
-        if feature != "stochastic_rounding=True":  # only in one mixture of parameters, which the text names
-            lines.append(f"| `{feature}` | " + " | ".join(cells) + " |")
+
+
+def test_documentation_has_the_table_that_the_code_refuses_by():
     table = re.search(r"<!-- matrix -->\n(.*)\n<!-- /matrix -->", DOCS.read_text(), flags=re.DOTALL).group(1)
-    assert table.splitlines() == lines
+    assert table.splitlines() == matrix()
 
 
 def test_documentation_has_the_bytes_that_the_engines_tests_count():

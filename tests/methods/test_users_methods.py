@@ -307,3 +307,11 @@ class Undeclared(Ascent):
 def test_mistakes_in_eps_are_errors_that_name_them(tmp_path, ascent, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         trained(tmp_path, SAMConfig(ascent=ascent))
+
+
+def test_the_realised_size_is_logged_where_gradients_have_been_accumulated_before(tmp_path):
+    """As in ImbSAM, whose common examples go first: the log would otherwise warn of a perturbation that is lost."""
+    config = SAMConfig(method="imbsam", rho=RHO, options={"tail_classes": [0]})
+    trainer = trainer_for(tmp_path, config, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["sam_perturbation_norm"] == pytest.approx(RHO, rel=1e-5)

@@ -170,7 +170,7 @@ def test_restored_when_interrupted_inside_a_copy(perturbed, monkeypatch, name):
         calls[0] += 1
         if calls[0] == stops_at[0]:
             if isinstance(args[0], list):
-                original(args[0][:1], *[a[:1] if isinstance(a, list) else a for a in args[1:]], **kwargs)
+                original(*[a[:1] if isinstance(a, list | tuple) else a for a in args], **kwargs)
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -248,7 +248,9 @@ def test_shared_directions_stay_as_they_are(perturbed, dtype, factor):
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("of_directions", DTYPES)
 @pytest.mark.parametrize("of_weights", DTYPES)
-def test_directions_of_another_type_move_weights_that_come_back_bitwise(perturbed, of_weights, of_directions, is_shared):
+def test_directions_of_another_type_move_weights_that_come_back_bitwise(
+    perturbed, of_weights, of_directions, is_shared
+):
     weights = parameters(of_weights, of_weights)
     before = copies(weights)
     directions = [torch.linspace(-1, 1, 5).to(of_directions) for _ in weights]

@@ -1,7 +1,13 @@
+import random
+from types import SimpleNamespace
+
 import pytest
+import torch
+from torch.optim import lr_scheduler
+from transformers import get_scheduler
 
 from hf_sam import SAMConfig
-from hf_sam.update.schedule import Schedule
+from hf_sam.update.schedule import Schedule, lr_fraction, peak_lr
 
 
 def perturbed_steps(config, max_steps, warmup_steps=0):
@@ -63,3 +69,124 @@ def test_rho_follows_the_trainers_own_learning_rate(tmp_path):
     # the Trainer logs the learning rate that the step used
     for entry in entries:
         assert entry["sam_rho"] == pytest.approx(0.1 + 0.4 * entry["learning_rate"] / 0.1, rel=1e-5)
+
+
+# --- which step is the next -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_next_perturbed_step_is_the_first_one_that_perturbs(seed):
+    dice = random.Random(seed)
+    max_steps = dice.randint(1, 30)
+    start = dice.choice([dice.randrange(max_steps), dice.random() * 0.9])
+    end = dice.choice([1.0, 2 * max_steps, max_steps + 3, dice.randint(1, max_steps)])
+    config = SAMConfig(
+        method=dice.choice(["sam", "carried", "looksam", "periodic", "random"]),
+        interval=dice.randint(1, 5),
+        start=start,
+        end=end if type(end) is not type(start) or end > start else 1.0,
+        rho=dice.choice([0.1, 0.1, 0.1, 0.0]),
+    )
+    try:
+        schedule = Schedule.resolve(config, max_steps)
+    except ValueError:
+        return  # no step of this run would perturb
+    steps = [step for step in range(3 * max_steps + 10) if schedule.perturbs(step)]
+    for step in range(max_steps + 10):
+        assert schedule.next_perturbed(step) == next((s for s in steps if s >= step), None)
+    assert all(schedule.is_inside(step) for step in steps)
+    assert bool(steps) == (config.rho > 0)
+
+
+# --- the peak of the learning rate ----------------------------------------------------------------------------------
+
+
+def optimizer_at(*rates, **defaults):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
+    return torch.optim.SGD(groups, **{"lr": 0.1, **defaults})
+
+
+def highest_fraction(optimizer, scheduler, peak, steps):
+    """The largest share of `peak` that a run of so many steps reaches."""
+    fractions = []
+    for _ in range(steps):
+        fractions.append(lr_fraction(optimizer, peak))
+        optimizer.step()
+        scheduler.step()
+    return max(fractions)
+
+
+SCHEDULERS = {
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 1.0),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.7, total_steps=40),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.1, max_lr=0.7, step_size_up=10),
+    "LambdaLR above 1": lambda o: lr_scheduler.LambdaLR(o, lambda step: 3 - abs(step - 20) / 10),
+    "LambdaLR below 1": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.5 * step / 39),
+    "decay": lambda o: lr_scheduler.StepLR(o, step_size=10, gamma=0.1),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=40),
+}
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_peak_is_the_highest_rate_of_the_run(name, is_wrapped):
+    optimizer = optimizer_at(0.1, 0.05)
+    scheduler = SCHEDULERS[name](optimizer)
+    peak = peak_lr(optimizer, SimpleNamespace(scheduler=scheduler) if is_wrapped else scheduler, 40)
+    assert highest_fraction(optimizer, scheduler, peak, 40) == pytest.approx(1.0)
+
+
+def test_the_peak_of_warmup_is_the_rate_that_follows_it():
+    optimizer = optimizer_at(0.1)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=5, num_training_steps=20)
+    assert lr_fraction(optimizer, 1.0) == 0
+    assert peak_lr(optimizer, scheduler, 20) == pytest.approx(0.1)
+
+
+def test_the_peak_of_a_long_run_is_found_with_few_looks():
+    looks = []
+
+    def factor(step):
+        looks.append(step)
+        return min(1.0, step / 5000)
+
+    optimizer = optimizer_at(0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, factor)
+    looks.clear()
+    assert peak_lr(optimizer, scheduler, 1_000_000) == pytest.approx(0.1)
+    assert len(looks) < 3000
+    assert max(looks) == 999_999
+
+
+def test_a_group_that_does_not_move_does_not_make_the_peak():
+    optimizer = optimizer_at(0.0, 0.2)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    peak = peak_lr(optimizer, scheduler, 10)
+    assert peak == pytest.approx(0.2)
+    assert lr_fraction(optimizer, peak) == pytest.approx(1.0)
+
+
+def test_rates_that_are_all_zero_are_a_fraction_of_zero():
+    optimizer = optimizer_at(0.0, lr=0.0)
+    peak = peak_lr(optimizer, None, 10)
+    assert peak == 0
+    assert lr_fraction(optimizer, peak) == 0
+
+
+def test_without_a_schedule_the_peak_is_the_rate_that_the_optimizer_was_made_with():
+    optimizer = optimizer_at(0.1, lr=0.1)
+    assert "initial_lr" not in optimizer.param_groups[0]
+    assert peak_lr(optimizer, None, 10) == pytest.approx(0.1)
+    optimizer.param_groups[0]["lr"] = 0.05  # of a schedule that a user's own callback follows
+    assert peak_lr(optimizer, None, 10) == pytest.approx(0.1)
+    optimizer.defaults.pop("lr")
+    assert peak_lr(optimizer, None, 10) == pytest.approx(0.05)
+
+
+def test_rates_that_are_tensors_are_read():
+    optimizer = optimizer_at(0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 2.0)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    peak = peak_lr(optimizer, scheduler, 4)
+    assert peak == pytest.approx(0.2)
+    assert lr_fraction(optimizer, peak) == pytest.approx(0.5)
