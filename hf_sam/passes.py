@@ -28,7 +28,7 @@ TOLERANCE, TOLERANCE_16_BITS = 1e-3, 3e-2
 
 
 class TrainerPasses:
-    """The passes of one trainer; see `hf_sam.update.step.Passes`.
+    """The passes of one trainer; see `hf_sam.update.runner.Passes`.
 
     Args:
         trainer (`SAMTrainerMixin`): The trainer.
@@ -45,7 +45,7 @@ class TrainerPasses:
     def start(self, update: SharpnessAwareUpdate) -> None:
         """Bind to the update of a run."""
         self._update = update
-        if update.takes_parts or update.needs & Needs.LOGITS:
+        if update.runner.takes_parts or update.needs & Needs.LOGITS:
             self._hook = self._trainer.model.register_forward_hook(self._see)
 
     def end(self) -> None:
@@ -67,14 +67,14 @@ class TrainerPasses:
         `is_ascent` where the gradients show where to perturb; otherwise the optimizer steps along them.
         """
         trainer, update = self._trainer, self._update
-        is_clean = is_ascent and not update.is_repeating
+        is_clean = is_ascent and not update.runner.is_repeating
         # Behind DDP the loss no longer depends on the logits: a gradient there needs the model itself.
         reaches_logits = is_clean and bool(update.needs & Needs.LOGITS)
         module = trainer.model if reaches_logits else model
         change = self._change_of(batch, is_clean)
         trainer.current_gradient_accumulation_steps = batch.accumulation_steps
         context = update.engine.ascent_pass if is_ascent else update.engine.descent_pass
-        inputs = update.changed_inputs.protected(batch) if update.is_repeating else batch.fresh_inputs()
+        inputs = update.runner.changed_inputs.protected(batch) if update.runner.is_repeating else batch.fresh_inputs()
         before = batch.before if is_clean else None
         with (
             context(module, synced) as wrapped,
@@ -119,7 +119,7 @@ class TrainerPasses:
         `before` is what a clean pass started from; it is completed when the trainer is about to call the model.
         """
         trainer, update = self._trainer, self._update
-        if change is None and before is None and not update.takes_parts:
+        if change is None and before is None and not update.runner.takes_parts:
             yield
             return
         own = vars(trainer).get("compute_loss")
@@ -128,14 +128,16 @@ class TrainerPasses:
         def changed(model: nn.Module, inputs: Any, *args, **kwargs) -> Any:
             labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
             if before is not None:
-                update.look_again(before)
+                update.runner.look_again(before)
             result = compute_loss(model, inputs, *args, **kwargs)
             loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
             if self._unverified is not None:
                 self._verify(loss, labels, batch)
             loss = loss if change is None else change(loss, labels)
             self._outputs = None
-            weight = batch.weights[update.adding_up] if is_weighted and update.adding_up is not None else 1.0
+            weight = (
+                batch.weights[update.runner.adding_up] if is_weighted and update.runner.adding_up is not None else 1.0
+            )
             if isinstance(weight, Tensor):
                 loss = loss * weight.to(loss)
             elif weight != 1:
@@ -240,7 +242,7 @@ class TrainerPasses:
             self._loss_changed(batch, look, is_weighted=False),
             trainer.compute_loss_context_manager(),
         ):
-            inputs = trainer._prepare_inputs(self._update.changed_inputs.protected(batch))
+            inputs = trainer._prepare_inputs(self._update.runner.changed_inputs.protected(batch))
             trainer.compute_loss(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
         return found[0]
 
@@ -304,10 +306,10 @@ class TrainerPasses:
         default = "labelled" if default == "examples" and _has_several_labels_each(batch) else default
         shares = {default: shares[default], **shares}
         is_even = default == "labelled" and np.allclose(shares["labelled"], shares["examples"])
-        if is_even and self._update.adding_up is not None:
+        if is_even and self._update.runner.adding_up is not None:
             return default
-        self._update.adding_up_is_settled = not is_even
-        with update.leaving_no_trace() as state:
+        self._update.runner.adding_up_is_settled = not is_even
+        with update.runner.leaving_no_trace() as state:
             trainer.model.eval()
             try:
                 whole, *losses = [self._loss_of(part, state) for part in [batch, *parts]]
@@ -344,7 +346,7 @@ class TrainerPasses:
         if self._is_cross_entropy(loss, self._logits(is_needed=False), labels, batch):
             self._outputs = outputs
             return
-        self._update.adding_up = self.how_parts_add_up(whole, size, is_certain=True)
+        self._update.runner.adding_up = self.how_parts_add_up(whole, size, is_certain=True)
         self._outputs = outputs
 
     @torch.no_grad()
@@ -373,9 +375,9 @@ class TrainerPasses:
     def _loss_of(self, batch: MicroBatch, state: Any) -> float:
         trainer = self._trainer
         if state is not None:
-            self._update.pass_state.restore(state)
+            self._update.runner.state.restore(state)
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            inputs = trainer._prepare_inputs(self._update.changed_inputs.protected(batch))
+            inputs = trainer._prepare_inputs(self._update.runner.changed_inputs.protected(batch))
             loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
         return (loss[0] if isinstance(loss, tuple) else loss).item()
 

@@ -156,7 +156,7 @@ class SAMTrainerMixin:
 
         What a loss function logs in a pass that the clean one has gone before is left out.
         """
-        if self._sam is not None and self._sam.is_repeating:
+        if self._sam is not None and self._sam.runner.is_repeating:
             return
         if self._sam is not None and "loss" in logs:
             logs.update(self._read_telemetry())

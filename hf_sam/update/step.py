@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +14,16 @@ from transformers.utils import logging
 
 from ..config import Parts, SAMConfig
 from ..engines.base import Engine
-from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, copies_for_cosine, overrides
-from .batches import ChangedInputs, MicroBatch
+from ..methods.base import Needs, copies_for_cosine, overrides
+from .batches import MicroBatch
 from .current_step import CurrentStep
 from .memory import Memory
 from .observation import record_displacement
 from .parameters import Gradients, TrainedParameters, local, put_gradients, take_gradients
 from .perturbation import Perturbation
-from .replay import PassState, RandomStates, Snapshot
+from .replay import PassState
 from .roles import groups_of
+from .runner import Passes, PassRunner
 from .schedule import Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
 from .vector import Space, Vector
@@ -33,25 +32,6 @@ logger = logging.get_logger(__name__)
 
 # Whether to work on whole lists, as on an accelerator; None asks the device. Tests set it.
 IN_BUCKETS: bool | None = None
-
-
-class Passes(Protocol):
-    """How the trainer runs one pass of its own: forward, loss, backward."""
-
-    def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
-        """One forward and backward; gradients add up in `p.grad`. Returns the loss, detached."""
-
-    def losses_of_examples(self, batch: MicroBatch) -> Tensor:
-        """One forward; the loss of every example, shape `(batch,)`."""
-
-    def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
-        """Add `H vector` of the batch's loss to `product`."""
-
-    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
-        """How the losses of parts of `size` examples make up the batch's: one of `batches.ADDING_UP`."""
-
-    def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was left out, after an overflow in fp16."""
 
 
 class Kind(Enum):
@@ -116,25 +96,16 @@ class SharpnessAwareUpdate:
         self.telemetry, self.cost = Telemetry(self.device), Cost(self.device)
         self.attached = self.parts.ascent.attach(model, seed)
         self.memory = Memory((*ascent.memory, *descent.memory), config.label, engine.may_skip_steps, ascent.scalars)
-        self.pass_state = PassState(
-            [model, *(others or {}).values()], owner, ignored, not engine.parameters_move, looked_into
-        )
-        self.changed_inputs = ChangedInputs()
-        # Whether a pass runs that the clean one has gone before: what it logs and counts is not to be seen.
-        self.is_repeating = False
+        roots = [model, *(others or {}).values()]
+        state = PassState(roots, owner, ignored, not engine.parameters_move, looked_into)
+        self.runner = PassRunner(passes, config, self.parts, engine, self.parameters, state, self.telemetry, self.cost)
         self.index, self.kind = 0, Kind.PLAIN
-        self._model, self._optimizer, self._passes, self._seed = model, optimizer, passes, seed
+        self._model, self._optimizer, self._seed = model, optimizer, seed
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
-        self._devices = list(dict.fromkeys(p.device for p in self.parameters.names))
-        # Of frozen parameters that may be copied while passes are watched: no more than gradients take anyway.
-        self._most_bytes = self._bytes_of_gradients()
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
         self._begins, self._micro = True, 0
         self._is_unsettled, self._looks_again = False, False
-        # How the losses of parts make up a batch's; known when parts are first taken.
-        self.adding_up: str | None = None
-        self.adding_up_is_settled = False
         self._has_overflowed: Tensor | None = None  # an ascent pass of this step, under fp16
         self._observed: Vector | None = None
         self._has_checked_shapes = False
@@ -180,24 +151,27 @@ class SharpnessAwareUpdate:
         m = self.config.m
         if m is None or (batch.size is not None and batch.size <= m):
             return self._two_pass_step(model, batch, is_last)
-        self._find_how_parts_add_up(batch, m)
+        self.runner.find_how_parts_add_up(batch, m)
         parts = [batch.part(indices) for indices in batch.chunks(m)]
         return torch.stack([self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]).sum()
 
     def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         if self.scope == "micro" or not self._window:  # else p.grad holds the ascent gradient of this window so far
             self._accumulated = take_gradients(self.parameters.trainable)
-        clean_loss = self._ascent_pass(model, batch, is_last)  # g = grad L(w), in p.grad
+        synced = is_last and self.scope == "global"
+        clean_loss = self.runner.ascend(
+            model, batch, self._chosen, self._step(), synced=synced
+        )  # g = grad L(w), in p.grad
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
-            return clean_loss if self._sees_all else torch.zeros_like(clean_loss)
+            return clean_loss if self.runner.sees_all else torch.zeros_like(clean_loss)
         window, self._window = self._window, []
         accumulated, self._accumulated = self._accumulated, {}
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
         clean = self._vector(gradients).clone() if self.needs & Needs.CLEAN_GRADIENT else None
         can_repeat = self._can_repeat(window)
-        with self.leaving_no_trace(), self._perturbation() as weights, self.parts.ascent.applied(self._step()):
+        with self.runner.leaving_no_trace(), self._perturbation() as weights, self.parts.ascent.applied(self._step()):
             eps = self._eps(self._vector(gradients, self.parameters.selected)) if can_repeat else None
             if eps is None and self._is_complete:  # this step goes along g
                 self._hand_over(self._vector(gradients), gradients, accumulated, is_last)
@@ -208,18 +182,20 @@ class SharpnessAwareUpdate:
                 self._climb_on(model, weights, window, is_last)
             if not self.parts.combines:
                 put_gradients(accumulated)
-            perturbed_loss = self._descent_passes(model, window, is_last)  # g_s = grad L(w + eps), in p.grad
+            # g_s = grad L(w + eps), in p.grad; left to each rank where the ranks' mean is taken of what is made of it
+            synced = is_last and (self.scope == "global" or not (self.parts.combines or self.parts.ascent.may_skip))
+            perturbed_loss = self.runner.descend(model, window, synced=synced)
             if self._is_measured:
                 # Where other micro-batches' gradients have been added to g_s there is no cosine.
                 is_alone = self.parts.combines or not accumulated
                 self._observe(weights, clean, self.engine.gradients(self.parameters.selected) if is_alone else {})
         if self.parts.combines:  # w again
-            with self.leaving_no_trace():
+            with self.runner.leaving_no_trace():
                 self._combine(clean, accumulated, window, is_last)
         elif self.parts.ascent.may_skip:
             self._average(is_last)
         self.telemetry.add(perturbed_loss=perturbed_loss)
-        return clean_loss if self._sees_all else perturbed_loss
+        return clean_loss if self.runner.sees_all else perturbed_loss
 
     def _step_on_part(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """The examples that the method names at `w + eps`, eps from their own gradient; the others at `w`."""
@@ -227,11 +203,11 @@ class SharpnessAwareUpdate:
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
         others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
         if len(chosen) and len(others):
-            self._find_how_parts_add_up(batch, max(1, batch.size // 2))
+            self.runner.find_how_parts_add_up(batch, max(1, batch.size // 2))
         losses = []
         if len(others):
             rest = batch.part(others) if len(chosen) else batch
-            losses.append(self._run_all(model, [rest.without(ascent.part)], synced=False))
+            losses.append(self.runner.run_all(model, [rest.without(ascent.part)], synced=False))
         if len(chosen):
             part = (batch.part(chosen) if len(others) else batch).times(ascent.tail_weight)
             losses.append(self._two_pass_step(model, part.without(ascent.part), is_last))
@@ -253,7 +229,7 @@ class SharpnessAwareUpdate:
     def _climb_on(self, model: nn.Module, weights: Perturbation, window: list[MicroBatch], is_last: bool) -> None:
         """The inner ascent steps after the first one."""
         for _ in range(1, self.parts.ascent.ascent_steps):
-            self._run_all(model, window, synced=is_last and self.scope == "global", is_ascent=True)
+            self.runner.run_all(model, window, synced=is_last and self.scope == "global", is_ascent=True)
             g = self._vector(self.engine.take_gradients(self.parameters.trainable), self.parameters.selected)
             eps = self._eps(g, is_first=False)
             if eps is not None:
@@ -269,7 +245,7 @@ class SharpnessAwareUpdate:
             if eps is not None:
                 self.telemetry.record(sam_rho=self.parts.ascent.radius(step))
                 weights.add(eps)
-            loss = self._run_all(model, [batch], synced=True)
+            loss = self.runner.run_all(model, [batch], synced=True)
             if self._is_measured and eps is not None:
                 self._observe(weights, None, {})
         self.telemetry.add(perturbed_loss=loss)
@@ -277,7 +253,7 @@ class SharpnessAwareUpdate:
 
     def _step_between(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """A plain pass, whose gradient the descent leads along what it has kept."""
-        loss = self._run_all(model, [batch], synced=self.scope == "global")
+        loss = self.runner.run_all(model, [batch], synced=self.scope == "global")
         if is_last:
             gradients = self.engine.take_gradients(self.parameters.trainable)
             g = self.parts.descent.between(self._vector(gradients), self._step())
@@ -285,7 +261,7 @@ class SharpnessAwareUpdate:
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        return self._run_all(model, [batch], synced=True)
+        return self.runner.run_all(model, [batch], synced=True)
 
     # --- what kind of step -------------------------------------------------------------------------------------------
 
@@ -293,9 +269,10 @@ class SharpnessAwareUpdate:
         """Look at the schedule, at what trains, and at what became of the step before."""
         self.settle()
         if self.parameters.refresh():
-            self._most_bytes = self._bytes_of_gradients()
+            self.runner.parameters_changed()
             self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
-        self.index, self._is_measured = index, measured
+        self.index = self.runner.index = index
+        self._is_measured = measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
         looks = self.kind is Kind.TWO_PASSES
@@ -324,21 +301,16 @@ class SharpnessAwareUpdate:
         return [by_name[name] for name in self.parts.ascent.parameters(list(by_name), self._step())]
 
     @property
-    def _sees_all(self) -> bool:
-        """Whether the ascent pass sees every example of the batch."""
-        return (self.config.ascent_fraction or 1.0) == 1 and not overrides(self.parts.ascent, "examples")
-
-    @property
     def _is_complete(self) -> bool:
         """Whether the gradient of the ascent pass is the whole one, which the optimizer could step along."""
-        return self._sees_all and len(self._chosen) == len(self.parameters.trainable)
+        return self.runner.sees_all and len(self._chosen) == len(self.parameters.trainable)
 
     def settle(self) -> None:
         """Between two steps: keep what the last one has left in memory, unless a pass of it overflowed."""
         if not self._is_unsettled:
             return
         self._is_unsettled = False
-        was_skipped = self.engine.may_skip_steps and self._passes.was_skipped()
+        was_skipped = self.runner.was_skipped()
         if self._has_overflowed is not None:  # the optimizer may have stepped all the same, along a finite g_s
             was_skipped |= bool(self._has_overflowed)
             self._has_overflowed = None
@@ -363,93 +335,6 @@ class SharpnessAwareUpdate:
             attached=self.attached,
             loss_scale=self.engine.loss_scale(self.device),
         )
-
-    # --- passes ------------------------------------------------------------------------------------------------------
-
-    def _ascent_pass(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """The clean pass: the only one whose traces stay."""
-        seen = self._seen(batch)
-        before = self.pass_state.capture(self._random_states(), self.index, self._most_bytes)
-        batch.before = seen.before = before
-        mend = self.changed_inputs.protect(batch)
-        synced = is_last and self.scope == "global"
-        with self.engine.gradients_only_for(self._chosen, self.parameters.trainable):
-            loss = self._passes.run(model, seen, synced=synced, is_ascent=True)
-        batch.before.is_whole &= mend()
-        self.pass_state.learn(batch.before)
-        batch.kept = seen.kept
-        self.telemetry.add(clean_loss=loss)
-        self.cost.ascent_passes += seen.fraction
-        return loss
-
-    def _seen(self, batch: MicroBatch) -> MicroBatch:
-        """What of the batch the ascent pass sees."""
-        size, fraction = batch.size, self.config.ascent_fraction or 1.0
-        indices = self.parts.ascent.examples(batch.inputs, self._step())
-        if indices is None and fraction < 1:
-            indices = torch.arange(math.ceil(fraction * (size or 0)))
-        if indices is None or (size and len(indices) == size):
-            return batch
-        self._find_how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
-        return batch.sample(indices)
-
-    def _find_how_parts_add_up(self, batch: MicroBatch, size: int) -> None:
-        if not self.adding_up_is_settled:
-            self.adding_up_is_settled = True
-            self.adding_up = self._passes.how_parts_add_up(batch, size)
-
-    def _descent_passes(self, model: nn.Module, window: list[MicroBatch], is_last: bool) -> Tensor:
-        """The passes at `w + eps`, of the examples and the loss that the method descends on."""
-        if self.needs & Needs.SUBSET:
-            window = [self._chosen_examples(batch) for batch in window]
-        unsynced = (self.parts.combines or self.parts.ascent.may_skip) and self.scope != "global"
-        return self._run_all(model, window, synced=is_last and not unsynced)
-
-    def _chosen_examples(self, batch: MicroBatch) -> MicroBatch:
-        size = batch.size
-        if self.parts.descent.examples(torch.zeros(size or 0), torch.zeros(size or 0)) is None:
-            return batch
-        self._find_how_parts_add_up(batch, max(1, size // 2))
-        self.pass_state.restore(batch.before)
-        after = self._passes.losses_of_examples(batch)
-        self.cost.ascent_passes += FORWARD_SHARE * batch.fraction
-        return batch.sample(self.parts.descent.examples(batch.kept, after))
-
-    def _run_all(self, model: nn.Module, window: list[MicroBatch], synced: bool, is_ascent: bool = False) -> Tensor:
-        """Run the window as the clean pass saw it, if there was one; returns the sum of its losses.
-
-        `synced` leaves synchronisation after the last one as the trainer has set it; otherwise there is none.
-        `is_ascent` where the gradients show where to perturb; otherwise the optimizer steps along them.
-        """
-        losses = []
-        for batch in window:
-            if batch.before is not None:
-                self.pass_state.restore(batch.before)
-            with self.cost.full_pass(batch.fraction):
-                last = batch is window[-1]
-                losses.append(self._passes.run(model, batch, synced=synced and last, is_ascent=is_ascent))
-        return torch.stack(losses).sum()
-
-    @contextlib.contextmanager
-    def leaving_no_trace(self) -> Iterator[Snapshot]:
-        """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
-        now = self.pass_state.capture(self._random_states(), self.index, self._most_bytes)
-        was_repeating, self.is_repeating = self.is_repeating, True
-        try:
-            yield now
-        finally:
-            self.is_repeating = was_repeating
-            self.pass_state.restore(now)
-
-    def _bytes_of_gradients(self) -> int:
-        return sum(p.nbytes for p in self.parameters.trainable)
-
-    def look_again(self, before: Snapshot) -> None:
-        """Called between the trainer's `model.train()` and the forward of a clean pass."""
-        self.pass_state.look_again(before, self._most_bytes)
-
-    def _random_states(self) -> RandomStates | None:
-        return RandomStates(self._devices) if self.config.replay_rng else None
 
     # --- gradients and weights ---------------------------------------------------------------------------------------
 
@@ -571,10 +456,7 @@ class SharpnessAwareUpdate:
         """`H v` at `w`, of the loss of the window as the clean pass saw it."""
         product = {p: torch.zeros_like(p) for p in self.parameters.trainable}
         direction = dict(zip(vector.parameters, vector.numbers(), strict=True))
-        for batch in window:
-            self.pass_state.restore(batch.before)
-            self._passes.add_hessian_product(batch, direction, product)
-            self.cost.ascent_passes += HESSIAN_PASSES * batch.fraction
+        self.runner.add_hessian_products(window, direction, product)
         if self.scope == "global":  # g and g_s are the ranks' means: so has the product to be
             put_gradients(product)
             self.engine.average_gradients(self.parameters.trainable)
@@ -592,21 +474,8 @@ class SharpnessAwareUpdate:
         if "perturbed_loss" not in losses:
             return
         self.telemetry.record(sam_perturbed_loss=losses["perturbed_loss"])
-        if "clean_loss" in losses and self._sees_all and not self._descends_on_part:
+        if "clean_loss" in losses and self.runner.sees_all and not self.runner.descends_on_part:
             self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether passes may see parts of a batch."""
-        return (
-            not self._sees_all or self.config.m is not None or bool(self.needs & (Needs.SUBSET | Needs.UNEVEN_PASSES))
-        )
-
-    @property
-    def _descends_on_part(self) -> bool:
-        return (
-            bool(self.needs & Needs.SUBSET) and self.parts.descent.examples(torch.zeros(2), torch.zeros(2)) is not None
-        )
 
     @property
     def _wants_copy(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from hf_sam.engines.base import Engine
 from hf_sam.engines.compatibility import FIELDS, LACKS, NEEDS
 from hf_sam.engines.sharded import FullyShardedEngine, ShardedEngine
 from hf_sam.engines.zero import Zero3Engine, ZeroEngine
-from hf_sam.methods.base import Needs
+from hf_sam.methods.base import Descent, Needs
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
 ENGINES = {
@@ -91,6 +92,34 @@ def test_what_an_engine_lacks_is_refused_there_and_nowhere_else(trainer, monkeyp
 
 def _asks_for(trainer, lack) -> bool:
     return FIELDS[lack](trainer) if isinstance(lack, str) else bool(trainer.sam_config.parts.needs & lack)
+
+
+@dataclass(frozen=True)
+class Halved(Descent):
+    def gradient(self, g, g_s, step):
+        return g_s * 0.5
+
+
+@dataclass(frozen=True)
+class HalvedBetween(Descent):
+    def between(self, g, step):
+        return g * 0.5
+
+
+@pytest.mark.parametrize("kind", ["ZeRO-0, 1, 2", "ZeRO-3"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"descent": Halved()}, {"descent": HalvedBetween(), "interval": 2}, {"method": "aesam"}],
+    ids=["gradient", "between", "aesam"],
+)
+def test_steps_along_a_gradient_of_the_updates_own_are_refused_where_deepspeed_keeps_gradients(
+    trainer, monkeypatch, kind, fields
+):
+    """What is put into `p.grad` there, DeepSpeed does not step along."""
+    monkeypatch.setattr(refusals, "kind_of", lambda trainer: kind)
+    trainer.sam_config = SAMConfig(**fields)
+    with pytest.raises(ValueError, match=f"not supported under {kind}"):
+        refusals.refuse_unsupported(trainer)
 
 
 def test_every_engine_and_whatever_it_lacks_has_words():

@@ -1,0 +1,191 @@
+"""The passes of a step: the clean ones, and those that begin as these did and leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..config import Parts, SAMConfig
+from ..engines.base import Engine
+from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, Step, overrides
+from .batches import ChangedInputs, MicroBatch
+from .parameters import Gradients, TrainedParameters
+from .replay import PassState, RandomStates, Snapshot
+from .telemetry import Cost, Telemetry
+
+
+class Passes(Protocol):
+    """How the trainer runs one pass of its own: forward, loss, backward."""
+
+    def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
+        """One forward and backward; gradients add up in `p.grad`. Returns the loss, detached."""
+
+    def losses_of_examples(self, batch: MicroBatch) -> Tensor:
+        """One forward; the loss of every example, shape `(batch,)`."""
+
+    def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
+        """Add `H vector` of the batch's loss to `product`."""
+
+    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
+        """How the losses of parts of `size` examples make up the batch's: one of `batches.ADDING_UP`."""
+
+    def was_skipped(self) -> bool:
+        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+
+
+class PassRunner:
+    """Runs the passes of one run's steps, each from where the clean pass of its micro-batch began.
+
+    Args:
+        passes (`Passes`): How the trainer runs one.
+        config (`SAMConfig`): The user's choices.
+        parts (`Parts`): The ascent and descent, as resolved for the run.
+        engine (`Engine`): Which gradients are computed and synchronised.
+        parameters (`TrainedParameters`): Who trains.
+        state (`PassState`): What passes read and write beside weights.
+        telemetry (`Telemetry`), cost (`Cost`): Where losses and passes are counted.
+
+    Attributes:
+        index (`int`): The present optimizer step.
+        is_repeating (`bool`): Whether a pass runs that the clean one has gone before: what it logs and counts is not to be
+            seen.
+        adding_up (`str`, *optional*): How the losses of parts make up a batch's; known when parts are first taken.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        config: SAMConfig,
+        parts: Parts,
+        engine: Engine,
+        parameters: TrainedParameters,
+        state: PassState,
+        telemetry: Telemetry,
+        cost: Cost,
+    ):
+        self.parts, self.state, self.changed_inputs = parts, state, ChangedInputs()
+        self.index, self.is_repeating = 0, False
+        self.adding_up: str | None = None
+        self.adding_up_is_settled = False
+        self._passes, self._config, self._engine, self._parameters = passes, config, engine, parameters
+        self._telemetry, self._cost = telemetry, cost
+        self._devices = list(dict.fromkeys(p.device for p in parameters.names))
+        self.parameters_changed()
+
+    def parameters_changed(self) -> None:
+        """Other parameters train than before."""
+        # Of frozen parameters that may be copied while passes are watched: no more than gradients take anyway.
+        self._most_bytes = sum(p.nbytes for p in self._parameters.trainable)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether the ascent pass sees every example of the batch."""
+        return (self._config.ascent_fraction or 1.0) == 1 and not overrides(self.parts.ascent, "examples")
+
+    @property
+    def descends_on_part(self) -> bool:
+        """Whether the descent pass leaves examples out."""
+        chooses = bool(self.parts.needs & Needs.SUBSET)
+        return chooses and self.parts.descent.examples(torch.zeros(2), torch.zeros(2)) is not None
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether passes may see parts of a batch."""
+        chooses = bool(self.parts.needs & (Needs.SUBSET | Needs.UNEVEN_PASSES))
+        return not self.sees_all or self._config.m is not None or chooses
+
+    def ascend(
+        self, model: nn.Module, batch: MicroBatch, chosen: Sequence[Parameter], step: Step, *, synced: bool
+    ) -> Tensor:
+        """The clean pass, the only one whose traces stay: the gradients of `chosen` add up in `p.grad`."""
+        seen = self._seen(batch, step)
+        batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._most_bytes)
+        mend = self.changed_inputs.protect(batch)
+        with self._engine.gradients_only_for(chosen, self._parameters.trainable):
+            loss = self._passes.run(model, seen, synced=synced, is_ascent=True)
+        batch.before.is_whole &= mend()
+        self.state.learn(batch.before)
+        batch.kept = seen.kept
+        self._telemetry.add(clean_loss=loss)
+        self._cost.ascent_passes += seen.fraction
+        return loss
+
+    def _seen(self, batch: MicroBatch, step: Step) -> MicroBatch:
+        """What of the batch the ascent pass sees."""
+        size, fraction = batch.size, self._config.ascent_fraction or 1.0
+        indices = self.parts.ascent.examples(batch.inputs, step)
+        if indices is None and fraction < 1:
+            indices = torch.arange(math.ceil(fraction * (size or 0)))
+        if indices is None or (size and len(indices) == size):
+            return batch
+        self.find_how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
+        return batch.sample(indices)
+
+    def find_how_parts_add_up(self, batch: MicroBatch, size: int) -> None:
+        """Before parts of `size` examples are taken for the first time: set `adding_up`."""
+        if not self.adding_up_is_settled:
+            self.adding_up_is_settled = True
+            self.adding_up = self._passes.how_parts_add_up(batch, size)
+
+    def descend(self, model: nn.Module, window: list[MicroBatch], *, synced: bool) -> Tensor:
+        """The passes at `w + eps`, of the examples and the loss that the method descends on."""
+        if self.descends_on_part:
+            window = [self._chosen_examples(batch) for batch in window]
+        return self.run_all(model, window, synced=synced)
+
+    def _chosen_examples(self, batch: MicroBatch) -> MicroBatch:
+        self.find_how_parts_add_up(batch, max(1, (batch.size or 0) // 2))
+        self.state.restore(batch.before)
+        after = self._passes.losses_of_examples(batch)
+        self._cost.ascent_passes += FORWARD_SHARE * batch.fraction
+        return batch.sample(self.parts.descent.examples(batch.kept, after))
+
+    def run_all(self, model: nn.Module, window: list[MicroBatch], *, synced: bool, is_ascent: bool = False) -> Tensor:
+        """Run the window as the clean pass saw it, if there was one; returns the sum of its losses.
+
+        `synced` leaves synchronisation after the last one as the trainer has set it; otherwise there is none.
+        `is_ascent` where the gradients show where to perturb; otherwise the optimizer steps along them.
+        """
+        losses = []
+        for batch in window:
+            if batch.before is not None:
+                self.state.restore(batch.before)
+            with self._cost.full_pass(batch.fraction):
+                last = batch is window[-1]
+                losses.append(self._passes.run(model, batch, synced=synced and last, is_ascent=is_ascent))
+        return torch.stack(losses).sum()
+
+    def add_hessian_products(self, window: list[MicroBatch], vector: Gradients, product: Gradients) -> None:
+        """Add `H vector` of the window's loss at the present weights to `product`."""
+        for batch in window:
+            self.state.restore(batch.before)
+            self._passes.add_hessian_product(batch, vector, product)
+            self._cost.ascent_passes += HESSIAN_PASSES * batch.fraction
+
+    @contextlib.contextmanager
+    def leaving_no_trace(self) -> Iterator[Snapshot]:
+        """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
+        now = self.state.capture(self._random_states(), self.index, self._most_bytes)
+        was_repeating, self.is_repeating = self.is_repeating, True
+        try:
+            yield now
+        finally:
+            self.is_repeating = was_repeating
+            self.state.restore(now)
+
+    def look_again(self, before: Snapshot) -> None:
+        """Called between the trainer's `model.train()` and the forward of a clean pass."""
+        self.state.look_again(before, self._most_bytes)
+
+    def was_skipped(self) -> bool:
+        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+        return self._engine.may_skip_steps and self._passes.was_skipped()
+
+    def _random_states(self) -> RandomStates | None:
+        return RandomStates(self._devices) if self._config.replay_rng else None
