@@ -123,3 +123,41 @@ def second_order(loss: Loss, w: Tensor, rho: float) -> Tensor:
         return loss(position + rho * g / g.norm())
 
     return gradient(objective, w)
+
+
+# --- later methods ---------------------------------------------------------------------------------------------------
+
+
+def loss_budget(loss: Loss, w: Tensor, sigma: float, ceiling: float) -> Tensor:
+    """Wang et al. 2026 (LE-SAM): the radius at which the linearised loss rises by sigma."""
+    g = gradient(loss, w)
+    return gradient(loss, w + min(sigma / g.norm().item(), ceiling) * g / g.norm())
+
+
+def preconditioned_eps(g: Tensor, v: Tensor | None, rho: float, floor: float) -> Tensor:
+    """Along D^-1 g with Euclidean length rho, D = sqrt(v) + floor rms(sqrt(v))."""
+    if v is not None:
+        g = g / (v.sqrt() + floor * v.mean().sqrt())
+    return rho * g / g.norm()
+
+
+def by_tensor(vector: Tensor, shapes: dict[str, torch.Size], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of each parameter's part of a flat vector."""
+    parts = vector.split([shape.numel() for shape in shapes.values()])
+    return torch.cat(
+        [change(part.reshape(shape)).reshape(-1) for part, shape in zip(parts, shapes.values(), strict=True)]
+    )
+
+
+def centred(t: Tensor) -> Tensor:
+    """Hassan et al. 2025 (GCSAM): less the mean over all dimensions but the first."""
+    return t if t.dim() < 2 else t - t.flatten(1).mean(1).reshape(-1, *[1] * (t.dim() - 1))
+
+
+def outliers(t: Tensor, quantile: float) -> Tensor:
+    """Yun 2025 (ZSharp): only where |z| is above its quantile within the tensor."""
+    if t.dim() < 2:
+        return t
+    z = ((t - t.mean()) / t.std()).abs()
+    threshold = z.flatten().sort().values[max(1, math.ceil(quantile * t.numel())) - 1]
+    return torch.where(z > threshold, t, torch.zeros_like(t))

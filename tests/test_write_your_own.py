@@ -54,6 +54,7 @@ def test_the_table_of_needs_has_every_flag_that_can_be_declared():
         "STEP_GRADIENT",
         "ATTACHMENT",
         "UNEVEN_PASSES",
+        "OWN_GRADIENT",
     }  # which follow from overrides
 
 

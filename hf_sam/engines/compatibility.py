@@ -220,6 +220,7 @@ NEEDS: Mapping[Needs, str] = MappingProxyType(
         Needs.OPTIMIZER_STATE: "the optimizer's state",
         Needs.NOISE: "noise of its own on every rank",
         Needs.ATTACHMENT: "modules beside the model's own",
+        Needs.OWN_GRADIENT: "the optimizer to step along a gradient of its own making",
         Needs.UNEVEN_PASSES: "passes that ranks make in different number",
         Needs.WHOLE_TENSORS: "statistics of whole tensors",
         Needs.HVP: "a Hessian-vector product (second_order=True)",
@@ -258,6 +259,7 @@ _FLAT = "DeepSpeed keeps the optimizer's groups and states in flat buffers. Use 
 _ZERO: dict[Needs | str, str] = {
     Needs.CLEAN_GRADIENT: _COMBINED,
     Needs.STEP_GRADIENT: _COMBINED,
+    Needs.OWN_GRADIENT: _COMBINED,
     Needs.UNEVEN_PASSES: _COMBINED,
     Needs.HVP: _COMBINED,
     Needs.OPTIMIZER_STATE: _FLAT,

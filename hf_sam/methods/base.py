@@ -49,6 +49,7 @@ class Needs(Flag):
     # Derived from what a class overrides
     STEP_GRADIENT = auto()  # `after`: the gradient that the optimizer is about to step along
     ATTACHMENT = auto()  # `attach`: modules beside the model's own
+    OWN_GRADIENT = auto()  # `gradient`, `between`, `may_skip`: the optimizer gets what the method makes
     UNEVEN_PASSES = auto()  # `perturbed_examples`: passes that ranks make in different number
 
 
@@ -267,6 +268,8 @@ def needs_of(ascent: Ascent | type, descent: Descent | type) -> Needs:
         needs |= Needs.ATTACHMENT
     if overrides(descent, "between"):
         needs |= Needs.WHOLE_STEP
+    if overrides(descent, "gradient") or overrides(descent, "between") or ascent.may_skip:
+        needs |= Needs.OWN_GRADIENT
     if overrides(ascent, "perturbed_examples"):
         needs |= Needs.UNEVEN_PASSES
     return needs

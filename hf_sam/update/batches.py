@@ -175,7 +175,7 @@ def batch_size(inputs: Any) -> int | None:
 def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], share: float) -> Tensor | float:
     """The share of the whole's labelled items that a part has; `share`, that of its examples, where labels are no tensor."""
     labels, own = (inputs.get("labels") if isinstance(inputs, Mapping) else None for inputs in (whole, part))
-    if not isinstance(labels, Tensor) or not isinstance(own, Tensor) or labels.dim() < 2:
+    if not isinstance(labels, Tensor) or not isinstance(own, Tensor) or labels.dim() < 1:
         return share
     return own.ne(-100).sum().double() / labels.ne(-100).sum()
 

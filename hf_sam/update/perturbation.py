@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -69,6 +70,10 @@ class Perturbation:
         elif self._in_buckets and self._saved:
             for weights, originals in list(buckets(*self._lists()))[::-1]:
                 torch._foreach_copy_(weights, originals)
+            shared = Counter(local(p).data_ptr() for p, _ in self._saved)
+            for p, original in reversed(self._saved):  # as below
+                if shared[local(p).data_ptr()] > 1:
+                    local(p).copy_(original)
         else:
             for p, original in reversed(self._saved):  # of two that share memory the first one was saved whole
                 local(p).copy_(original)
@@ -85,7 +90,8 @@ class Perturbation:
     def add(self, eps: Vector) -> None:
         """`w <- w + eps`; the memory of `eps` is taken over unless it belongs to somebody else, too.
 
-        Where the factor of `eps` is 0 nothing moves, not even where a direction is NaN or infinite.
+        Where the factor of `eps` is the number 0, as `Vector.where` makes it, nothing moves, not even where a direction is
+        NaN or infinite; a tensor is not read.
         """
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
@@ -109,7 +115,8 @@ class Perturbation:
             p.data = self._sum(weight, direction, factor, out=out)
         else:
             moved = self._sum(weight, direction, factor)
-            self._save(p, weight.clone() if is_shared else direction.copy_(weight))
+            keeps_all = not is_shared and direction.dtype == weight.dtype
+            self._save(p, direction.copy_(weight) if keeps_all else weight.clone())
             weight.copy_(moved)  # an interruption from here on is undone
 
     def _save(self, p: Parameter, original: Tensor) -> None:
@@ -122,12 +129,14 @@ class Perturbation:
         for directions, weights in buckets(eps.tensors, [local(p) for p in eps.parameters]):
             moved = self._sum(_flatten_dense_tensors(weights), _flatten_dense_tensors(directions), factor)
             parameters = [owner[id(t)] for t in directions]
-            if not self._moved.issuperset(parameters):  # all of them, or none
-                originals = torch._foreach_mul(weights, 1) if eps.is_shared else directions
-                if not eps.is_shared:
+            if not self._moved.issuperset(parameters):
+                keeps_all = not eps.is_shared and directions[0].dtype == weights[0].dtype
+                originals = directions if keeps_all else torch._foreach_mul(weights, 1)
+                if keeps_all:
                     torch._foreach_copy_(originals, weights)
                 for p, original in zip(parameters, originals, strict=True):
-                    self._save(p, original)
+                    if p not in self._moved:
+                        self._save(p, original)
             torch._foreach_copy_(weights, _unflatten_dense_tensors(moved.to(weights[0].dtype), weights))
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:

@@ -135,6 +135,8 @@ class SharpnessAwareUpdate:
             Kind.ONE_PASS: self._one_pass_step,
             Kind.TWO_PASSES: self._two_pass_steps,
         }[self.kind]
+        if self.kind is not Kind.TWO_PASSES:
+            batch = batch.without(getattr(self.parts.ascent, "part", None))
         with self.cost.micro_batch(index):
             loss = step(model, batch, is_last)
             if is_last and self.kind in (Kind.ONE_PASS, Kind.TWO_PASSES):
@@ -201,16 +203,17 @@ class SharpnessAwareUpdate:
         """The examples that the method names at `w + eps`, eps from their own gradient; the others at `w`."""
         ascent = self.parts.ascent
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
+        batch = batch.without(ascent.part)
         others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
         if len(chosen) and len(others):
             self.runner.find_how_parts_add_up(batch, max(1, batch.size // 2))
         losses = []
         if len(others):
             rest = batch.part(others) if len(chosen) else batch
-            losses.append(self.runner.run_all(model, [rest.without(ascent.part)], synced=False))
+            losses.append(self.runner.run_all(model, [rest], synced=False))
         if len(chosen):
             part = (batch.part(chosen) if len(others) else batch).times(ascent.tail_weight)
-            losses.append(self._two_pass_step(model, part.without(ascent.part), is_last))
+            losses.append(self._two_pass_step(model, part, is_last))
         else:
             self._average(is_last)
         return torch.stack(losses).sum()
@@ -219,12 +222,15 @@ class SharpnessAwareUpdate:
         """Whether the second pass can start as the first did, or must be made all the same."""
         if all(part.before.is_whole for part in window):
             return True
+        without_eps = (
+            self._is_complete and self.engine.optimizer_holds_parameters
+        )  # DeepSpeed ignores what p.grad is given
         logger.warning_once(
             "A pass has changed in place something that earlier passes had left alone (a buffer, a parameter without gradient, "
             "or its own inputs), and what it was before is lost. From now on it is kept; this one step is "
-            + ("made without perturbation." if self._is_complete else "made from where the first pass has left it.")
+            + ("made without perturbation." if without_eps else "made from where the first pass has left it.")
         )
-        return not self._is_complete
+        return not without_eps
 
     def _climb_on(self, model: nn.Module, weights: Perturbation, window: list[MicroBatch], is_last: bool) -> None:
         """The inner ascent steps after the first one."""

@@ -42,10 +42,11 @@ class Space:
 class _Data:
     """Tensors that several Vectors may scale: one for each parameter, and norms as far as they are known."""
 
-    __slots__ = ("is_shared", "norms", "parameters", "space", "tensors")
+    __slots__ = ("norms", "parameters", "shared", "space", "tensors")
 
     def __init__(self, parameters: Sequence[Parameter], tensors: list[Tensor], space: Space, is_shared: bool):
-        self.parameters, self.tensors, self.space, self.is_shared = tuple(parameters), tensors, space, is_shared
+        self.parameters, self.tensors, self.space = tuple(parameters), tensors, space
+        self.shared = [is_shared]  # one cell for a whole and its parts
         self.norms: dict[float, Tensor] = {}
 
     def is_over(self, other: _Data) -> bool:
@@ -114,7 +115,7 @@ class Vector:
     @property
     def is_shared(self) -> bool:
         """Whether the tensors belong to somebody else, too."""
-        return self._data.is_shared
+        return self._data.shared[0]
 
     def shares_memory_with(self, other: Vector) -> bool:
         """Whether both are multiples of the same tensors."""
@@ -122,7 +123,7 @@ class Vector:
 
     def share(self) -> Vector:
         """Itself, its tensors from now on protected from in-place forms."""
-        self._data.is_shared = True
+        self._data.shared[0] = True
         return self
 
     def view(self) -> Vector:
@@ -135,8 +136,8 @@ class Vector:
         if wanted.issuperset(self._data.parameters):
             return self
         kept = [(p, t) for p, t in zip(self._data.parameters, self._data.tensors, strict=True) if p in wanted]
-        part = Vector([p for p, _ in kept], [t for _, t in kept], self._data.space, is_shared=self._data.is_shared)
-        part._factor = self._factor
+        part = Vector([p for p, _ in kept], [t for _, t in kept], self._data.space, factor=self._factor)
+        part._data.shared = self._data.shared
         return part
 
     def widened(self, other: Vector) -> Vector:
@@ -182,6 +183,8 @@ class Vector:
         if not mine.is_over(theirs):
             there = dict(zip(theirs.parameters, right, strict=True))
             common = [(p, t, there[p]) for p, t in zip(parameters, left, strict=True) if p in there]
+            if not common:
+                return left[0].new_zeros((), dtype=torch.promote_types(left[0].dtype, torch.float32))
             parameters, left, right = ([entry[i] for entry in common] for i in range(3))
         product = mine.space.reductions(parameters).dot(left, right, mine.space.in_buckets)
         for factor in (self._factor, other._factor):
@@ -236,6 +239,7 @@ class Vector:
         if not isinstance(other, Vector):
             self._factor = other if self._factor is None else self._factor * other
             return self
+        other = self._apart(other)
         mine, theirs = self._owned(), self._aligned(other)
         torch._foreach_mul_(mine, theirs)
         return self if other._factor is None else self.__imul__(other._factor)
@@ -246,6 +250,7 @@ class Vector:
             for group, divisor in _by_device(tensors, other):
                 torch._foreach_div_(group, divisor)
             return self
+        other = self._apart(other)
         torch._foreach_div_(self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(1 / other._factor)
 
@@ -254,6 +259,7 @@ class Vector:
             for group, term in _by_device(self._owned(), other):
                 torch._foreach_add_(group, term)
             return self
+        other = self._apart(other)
         self._widen(other)
         mine, theirs = self._owned(), other._data.tensors
         if not self._data.is_over(other._data):
@@ -297,7 +303,7 @@ class Vector:
 
     def _owned(self) -> list[Tensor]:
         """The numbers themselves, in memory that may be overwritten."""
-        if self._data.is_shared:
+        if self.is_shared:
             self._data, self._factor = self.clone()._data, None
         elif self._factor is not None:
             for group, factor in _by_device(self._data.tensors, self._factor):
@@ -312,7 +318,14 @@ class Vector:
 
     def materialise(self) -> list[Tensor]:
         """The numbers themselves: in the Vector's own memory, unless that belongs to somebody else, too."""
-        return self._data.tensors if self._factor is None and not self._data.is_shared else self._owned()
+        return self._data.tensors if self._factor is None and not self.is_shared else self._owned()
+
+    def _apart(self, other: Vector) -> Vector:
+        """`other`, or a copy of it where multiplying this Vector out would change it."""
+        if self.is_shared or self._factor is None:  # nothing is multiplied out before `other` is read
+            return other
+        mine = {id(t) for t in self._data.tensors}
+        return other if mine.isdisjoint(map(id, other._data.tensors)) else other.clone()
 
     def _aligned(self, other: Vector) -> list[Tensor]:
         """The tensors of `other` for this Vector's parameters, zeros where it has none."""

@@ -50,6 +50,7 @@ REFUSED = {
     "looksam": ZERO,
     "msam": ZERO,
     "precond": ZERO,
+    "aesam": ZERO,
     "previous": ZERO,
     "functional": SHARDED,
     "random": SHARDED,

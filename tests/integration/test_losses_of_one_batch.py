@@ -8,13 +8,15 @@ import pytest
 import torch
 from integration import tiny
 
-from hf_sam import METHODS, SAMConfig
+from hf_sam import METHODS, Needs, SAMConfig
+from hf_sam.methods.base import needs_of
 
 # PEFT still reads the name that transformers has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 RHO = 1e-30
 VARIANTS = {
     **{name: {"method": name} for name in METHODS},
+    "imbsam": {"method": "imbsam", "options": {"tail_classes": [1]}},
     "subset, a half": {"method": "subset", "ascent_fraction": 0.5},
     "sam on a part": {"ascent_fraction": 0.3},
     "gamma": {"method": "esam", "gamma": 0.75, "beta": 1.0},
@@ -25,6 +27,10 @@ VARIANTS = {
 }
 
 
+# Rows that need an adapter.
+ADAPTED = {name for name, row in METHODS.items() if needs_of(row.ascent, row.descent) & Needs.ATTACHMENT}
+
+
 def run(sam, folder, dropout=0.0, accumulation=1, dtype=torch.float64):
     """Train under these fields of `SAMConfig`, or with the stock Trainer where there are none."""
     method = (sam or {}).get("method")
@@ -32,7 +38,9 @@ def run(sam, folder, dropout=0.0, accumulation=1, dtype=torch.float64):
     options = {"max_steps": 6, "gradient_accumulation_steps": accumulation, "optim": "sgd"}
     if method == "msam":
         options["optim_args"] = "momentum=0.9"
-    if method == "bilora":
+    if method == "precond":
+        options["optim"] = "adamw_torch"
+    if method in ADAPTED:
         model, data = tiny.with_lora(tiny.bert(dropout=dropout), ["query", "value"]), tiny.sentences()
     else:
         model, data = tiny.mlp(dtype, dropout=dropout), tiny.vectors(64, dtype)
@@ -50,7 +58,7 @@ def test_no_sharpness_is_seen_where_nothing_was_perturbed(name, accumulation, dr
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].get("method") != "bilora"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].get("method") not in ADAPTED])
 def test_the_logged_loss_is_that_of_the_whole_batch(name, accumulation, tmp_path):
     """That of the examples that the stock Trainer would have logged."""
     ours = run(VARIANTS[name], tmp_path, accumulation=accumulation)

@@ -70,7 +70,7 @@ def scaled_run(folder, sam, data, *, steps, accumulation=1, at=-1, passes_lost=N
             per_device_train_batch_size=BATCH,
             gradient_accumulation_steps=accumulation,
             learning_rate=LR,
-            optim="sgd",
+            optim="adamw_torch" if sam.get("method") == "precond" else "sgd",
             optim_args="momentum=0.9" if sam.get("method") == "msam" else None,
             max_grad_norm=0.0,
         ),
@@ -255,9 +255,10 @@ def test_nothing_else_remembers_a_lost_step(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "bilora"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("bilora", "flat-lora")])
 def test_weights_are_finite_after_an_overflow_in_any_pass(method, position, tmp_path):
     sam = copy.deepcopy({**STATELESS, **STATEFUL}.get(method, {"method": method, "rho": 0.3}))
+    sam |= {"options": {"tail_classes": [1]}} if method == "imbsam" else {}
     lost = scaled_run(tmp_path, sam, tiny.vectors(64), steps=6, at=3, passes_lost=(position,))
     assert_finite(lost)
     assert not torch.equal(lost.trajectory[5], lost.trajectory[4])

@@ -84,11 +84,16 @@ def kwargs_without_outputs(kwargs):
     return {name: value for name, value in kwargs.items() if name != "return_outputs"}
 
 
-@pytest.mark.parametrize("method", ["sam", "esam"])
-def test_a_penalty_on_the_outputs_changes_the_run(method, tmp_path):
-    with_penalty = trained_as(Penalised, method, tmp_path)
-    plain = trained_as(tiny.WatchedSAMTrainer, method, tmp_path)
+def test_a_penalty_on_the_outputs_changes_the_run(tmp_path):
+    with_penalty = trained_as(Penalised, "sam", tmp_path)
+    plain = trained_as(tiny.WatchedSAMTrainer, "sam", tmp_path)
     assert not torch.equal(with_penalty.trajectory[0], plain.trajectory[0])
+
+
+def test_a_mean_beside_a_sum_over_tokens_is_refused_where_parts_are_taken(tmp_path):
+    """The losses of the parts do not add up to that of the batch in any one way."""
+    with pytest.raises(ValueError, match="losses of the parts do not make up that of the whole"):
+        trained_as(Penalised, "esam", tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -307,6 +307,10 @@ COUNTS = {
     "previous": (8, 8, FULL),
     "msam": (8, 8, FULL),
     "random": (8, 8, FULL),
+    "lesam": (16, 16, 2 * FULL),
+    "precond": (16, 16, 2 * FULL),
+    "gcsam": (16, 16, 2 * FULL),
+    "zsharp": (16, 16, 2 * FULL),
 }
 
 
@@ -323,7 +327,7 @@ def test_number_of_passes(tmp_path, method):
 
     model.norm.register_forward_hook(count)  # inside the network: a gradient taken at the logits alone is no pass
     config = SAMConfig(method=method, **extra)
-    optim = {"optim": "adamw_torch"} if method == "msam" else {}
+    optim = {"optim": "adamw_torch"} if method in ("msam", "precond") else {}
     trainer = train(tmp_path, config, model, gradient_accumulation_steps=2, max_steps=4, **optim)
     forward, backward, seen_examples = COUNTS[method]
     assert seen == {"forward": forward, "backward": backward, "examples": seen_examples}

@@ -197,7 +197,7 @@ def test_restored_when_interrupted_inside_a_copy(perturbed, monkeypatch, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("zero", [0.0, 0, torch.tensor(0.0)], ids=["0.0", "0", "tensor"])
+@pytest.mark.parametrize("zero", [0.0, 0], ids=["0.0", "0"])
 def test_scale_zero_moves_nothing_even_with_a_bad_direction(perturbed, dtype, bad, zero):
     weights = parameters(dtype, dtype)
     before = copies(weights)

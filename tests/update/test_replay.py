@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_sam.update.replay import PassState, RandomStates
-from hf_sam.update.step import SharpnessAwareUpdate
+from hf_sam.update.runner import PassRunner
 
 CPU = torch.device("cpu")
 WATCHED = 2  # steps, when a run begins
@@ -48,16 +48,15 @@ def clean_pass(state, model, step, x=None):
     return before
 
 
-class Update(SimpleNamespace):
-    """As much of the update as its own context around repetitions looks at."""
+class Runner(SimpleNamespace):
+    """As much of the runner of passes as its own context around repetitions looks at."""
 
     def __getattr__(self, name):
         return None
 
 
 def leaving_no_trace(state, step=0):
-    update = Update(pass_state=state, index=step, is_repeating=False, _random_states=lambda: None)
-    return SharpnessAwareUpdate.leaving_no_trace(update)
+    return PassRunner.leaving_no_trace(Runner(state=state, index=step, _random_states=lambda: None))
 
 
 def buffers(model):
