@@ -40,6 +40,7 @@ class TrainerPasses:
         self._outputs: Any = None
         self._hook = None
         self._has_checked_logits = False
+        self._compute_loss: Callable[..., Any] | None = None
         self._unverified: tuple[MicroBatch, int] | None = None
 
     def start(self, update: SharpnessAwareUpdate) -> None:
@@ -144,10 +145,11 @@ class TrainerPasses:
                 loss = loss * weight
             return loss if rest is None else (loss, *rest)
 
-        trainer.compute_loss = changed
+        trainer.compute_loss, self._compute_loss = changed, compute_loss
         try:
             yield
         finally:
+            self._compute_loss = None
             if own is None:
                 del trainer.compute_loss
             else:
@@ -207,7 +209,7 @@ class TrainerPasses:
         if self._has_checked_logits:
             return
         self._has_checked_logits = True
-        if self._is_cross_entropy(loss, logits, labels, batch):
+        if self._as_cross_entropy(loss, logits, labels, batch) is not None:
             return
         label = self._update.config.label
         reason = (
@@ -343,29 +345,29 @@ class TrainerPasses:
         """Whether the loss at hand is of single examples; if not, how those of parts add up is computed."""
         (whole, size), self._unverified = self._unverified, None
         outputs = self._outputs
-        if self._is_cross_entropy(loss, self._logits(is_needed=False), labels, batch):
-            self._outputs = outputs
-            return
-        self._update.runner.adding_up = self.how_parts_add_up(whole, size, is_certain=True)
+        way = self._as_cross_entropy(loss, self._logits(is_needed=False), labels, batch)
+        self._update.runner.adding_up = way or self.how_parts_add_up(whole, size, is_certain=True)
         self._outputs = outputs
 
     @torch.no_grad()
-    def _is_cross_entropy(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> bool:
-        """Whether the loss is the mean of the examples' own, or of their tokens', and of nothing else."""
+    def _as_cross_entropy(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> str | None:
+        """How the losses of parts add up if it is the examples' or tokens' own cross entropy and nothing else; else None."""
         if logits is None or not isinstance(labels, Tensor) or loss == 0 or logits.shape == (len(labels),) * 2:
-            return False  # nothing that is compared, or examples that may be compared with each other
+            return None  # nothing that is compared, or examples that may be compared with each other
         shifted = getattr(self._trainer, "_loss_shifts_labels", False)
         try:
-            losses = [per_example_losses(logits, labels, shifted).mean()]
+            candidates = [("examples", per_example_losses(logits, labels, shifted).mean())]
             if not labels.is_floating_point():
                 z, y = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
                 total = F.cross_entropy(z.float().flatten(0, -2), y.flatten(), reduction="sum", ignore_index=-100)
-                losses += [total / y.ne(-100).sum()]
+                candidates.append(("labelled", total / y.ne(-100).sum()))
                 if batch.num_items_in_batch is not None:
-                    losses += [total / batch.num_items_in_batch]
+                    candidates.insert(0, ("sum", total / batch.num_items_in_batch))
         except (RuntimeError, IndexError, TypeError, ValueError):
-            return False
-        return any(bool((loss.float() - own).abs() <= TOLERANCE_16_BITS / 10 * own.abs()) for own in losses)
+            return None
+        tolerance = TOLERANCE_16_BITS / 10
+        found = (way for way, own in candidates if bool((loss.float() - own).abs() <= tolerance * own.abs()))
+        return next(found, None)
 
     @property
     def _has_own_loss(self) -> bool:
@@ -378,7 +380,9 @@ class TrainerPasses:
             self._update.runner.state.restore(state)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             inputs = trainer._prepare_inputs(self._update.runner.changed_inputs.protected(batch))
-            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
+            # The user's, without the weight of the pass in which this may be asked.
+            compute_loss = self._compute_loss or trainer.compute_loss
+            loss = compute_loss(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
         return (loss[0] if isinstance(loss, tuple) else loss).item()
 
     def _normalises_by_items(self, batch: MicroBatch) -> bool:

@@ -97,11 +97,12 @@ class SAMTrainerMixin:
     # --- a run -------------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        """The Trainer's own; whatever ends it, nothing is left on the model."""
+        """The Trainer's own; an error, too, leaves nothing on the model."""
         try:
             return super().train(*args, **kwargs)
-        finally:
+        except BaseException:
             self.end_update()
+            raise
 
     def start_update(self) -> None:
         """Bind the update to the model, optimizer and number of steps of the run that begins."""
