@@ -467,7 +467,10 @@ class SharpnessAwareUpdate:
             put_gradients(product)
             self.engine.average_gradients(self.parameters.trainable)
             product = take_gradients(self.parameters.trainable)
-        return self._vector(product)
+        parameters = [p for p in self.parameters.trainable if p in product]
+        return Vector(
+            parameters, [local(product[p]) for p in parameters], self.space
+        )  # of a loss that nobody has scaled
 
     # --- what stays of a step ----------------------------------------------------------------------------------------
 

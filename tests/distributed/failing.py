@@ -17,8 +17,8 @@ class FailingTrainer(SAMTrainer):
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        self.passes += 1
-        if self.passes == 4 and self.accelerator.is_last_process:
+        type(self).passes += 1  # on the trainer it would count clean passes only
+        if type(self).passes == 4 and self.accelerator.is_last_process:
             Path(self.args.output_dir, "failed").write_text(str(time.time()))
             raise RuntimeError(MESSAGE)
         return loss

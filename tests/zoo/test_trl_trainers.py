@@ -90,13 +90,6 @@ TRAINERS = {
     "CPO": ("trl.experimental.cpo", "CPO", preferred, {"max_length": 16}, {}),
     "CPO, SimPO": ("trl.experimental.cpo", "CPO", preferred, {"loss_type": "simpo", "cpo_alpha": 0.0}, {}),
     "GKD": ("trl.experimental.gkd", "GKD", conversations, {"lmbda": 0.0}, {}),
-    "GKD, answers of the student": (
-        "trl.experimental.gkd",
-        "GKD",
-        conversations,
-        {"lmbda": 0.5, "max_new_tokens": 4, "temperature": 1.0},
-        {},
-    ),
     "TPO": ("trl.experimental.tpo", "TPO", triples, {}, {}),
 }
 QUICK = {"SFT, packed", "SFT, completions", "DPO", "KTO", "reward", "ORPO", "CPO"}
