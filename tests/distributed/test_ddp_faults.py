@@ -48,6 +48,7 @@ def test_ranks_stay_together_without_the_state_of_rank_1(missing_at_rank_1, name
     assert_together(missing_at_rank_1(name, 0), missing_at_rank_1(name, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["looksam_device", "carried_device", "carried_global", "previous", "friendly_device"])
 def test_ranks_that_resume_from_folders_of_their_own_stay_together(table, tmp_path):
     """The folder of one of them holds no state: it was on another machine's disk."""

@@ -42,6 +42,7 @@ def test_every_row_passes_on_one_process(name):
     assert len(report.checked) == len(CHECKS) + 1 - len(report.left_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_fields_pass_on_one_process(fields):
     check_method(SAMConfig(**fields), processes=1)
