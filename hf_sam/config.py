@@ -349,7 +349,8 @@ class SAMConfig:
     @property
     def _classes(self) -> tuple[type[Ascent], type[Descent]]:
         """Of the table's row; a user's own object stands in the place of one."""
-        return self.row.ascent, ThroughPerturbation if self.second_order else self.row.descent
+        ascent, descent = self.row.classes
+        return ascent, ThroughPerturbation if self.second_order else descent
 
     def _make(self, kind: type) -> Any:
         values = {name: getattr(self, name, None) for name in hyperparameters(kind)} | {
@@ -360,12 +361,14 @@ class SAMConfig:
     @cached_property
     def _own(self) -> dict[str, Any]:
         """Hyperparameters of the row's classes that no object of the user's replaces, with their defaults."""
-        own = {} if self.ascent is not None else hyperparameters(self.row.ascent)
-        return own | ({} if self.descent is not None else hyperparameters(self.row.descent))
+        given = zip(self.row.classes, (self.ascent, self.descent), strict=True)
+        return {
+            name: default for kind, part in given if part is None for name, default in hyperparameters(kind).items()
+        }
 
     def _uses(self, field: str) -> bool:
         return field in self._own or field in common_fields(
-            self.ascent or self.row.ascent, self.descent or self.row.descent, self.row
+            *(part or kind for part, kind in zip((self.ascent, self.descent), self.row.classes, strict=True)), self.row
         )
 
     @property
@@ -453,11 +456,12 @@ def common_fields(ascent: Ascent | type, descent: Descent | type, row: Method) -
 
 def fields_used(row: Method) -> frozenset[str]:
     """The `SAMConfig` fields that a row of the table uses."""
-    own = hyperparameters(row.ascent) | hyperparameters(row.descent)
-    return common_fields(row.ascent, row.descent, row) | (own.keys() & _FLAT)
+    ascent, descent = row.classes
+    own = hyperparameters(ascent) | hyperparameters(descent)
+    return common_fields(ascent, descent, row) | (own.keys() & _FLAT)
 
 
 def depends_on_method(name: str, old: Method, new: Method) -> bool:
     """Whether a field's value chosen for the method `old` means something else, or nothing, to `new`."""
-    hyper = {field for row in METHODS.values() for kind in (row.ascent, row.descent) for field in hyperparameters(kind)}
+    hyper = {field for row in METHODS.values() for kind in row.classes for field in hyperparameters(kind)}
     return name in _OF_THE_METHOD | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)

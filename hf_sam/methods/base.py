@@ -249,6 +249,11 @@ class Method:
     descent: type[Descent] = Descent
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def classes(self) -> tuple[type[Ascent], type[Descent]]:
+        """Both classes."""
+        return self.ascent, self.descent
+
 
 def overrides(part: Ascent | Descent | type, name: str) -> bool:
     """Whether a class has its own `name` rather than the one of `Ascent` or `Descent`."""
