@@ -254,12 +254,12 @@ class SAMConfig:
             setattr(self, field, options.pop(field))
         self.options = options
         defaults = {**DEFAULTS, **self._own, **self.row.defaults}
-        dependent = {"eta": ("adaptive=True", True), "rho_min": ("a rho_schedule other than 'constant'", True)}
+        dependent = {"eta": "adaptive=True", "rho_min": "a rho_schedule other than 'constant'"}
         for field in self.fields():
             if getattr(self, field) is None and self._uses(field) and field not in dependent:
                 setattr(self, field, defaults.get(field))
         is_on = {"eta": bool(self.adaptive), "rho_min": self.rho_schedule != "constant"}
-        for field, (switch, _) in dependent.items():
+        for field, switch in dependent.items():
             value = getattr(self, field)
             if value is not None and not is_on[field]:
                 raise ValueError(f"{field}={value!r} is used only with {switch}. Leave it out or set that.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .auxiliary_lora import AuxiliaryLora
 from .base import Ascent, Needs, Step
 from .fields import flag, number, whole
-from .geometry import steepest, usable
+from .geometry import steepest
 
 if TYPE_CHECKING:
     from ..update.vector import Vector
@@ -231,5 +231,4 @@ __all__ = [
     "Previous",
     "RandomTensors",
     "Steepest",
-    "usable",
 ]

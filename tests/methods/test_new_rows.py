@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from integration import tiny
-from methods.test_rows import DECAY, LR, assert_equal_to_1e_12, reference, run
+from methods.test_rows import assert_equal_to_1e_12, reference, run
 from models import OrderedSAMTrainer, arguments, examples, stack, tiny_classifier, train
 
 from hf_sam import SAMConfig
@@ -265,7 +265,3 @@ def test_resumed_is_bitwise_uninterrupted(tmp_path, method):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_decay_is_what_the_reference_takes():
-    assert (LR, DECAY) != (0, 0)  # the oracle's steps decay the weights, so that eps is seen to leave decay alone
