@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from .methods.ascents import Steepest
 from .methods.base import Ascent, Descent, Method, Needs, combines, copies_of, needs_of, overrides
 from .methods.descents import ThroughPerturbation
-from .methods.fields import did_you_mean, is_choice, is_flag, is_moment, is_number, is_selector, is_whole
+from .methods.fields import is_choice, is_flag, is_moment, is_number, is_selector, is_whole
 from .methods.table import METHODS
 from .methods.users import describe_part, part_from_description
+from .suggestions import did_you_mean
 
 SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")

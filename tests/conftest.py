@@ -18,3 +18,11 @@ def _imports_stay():
     import hf_sam  # noqa: F401
 
     gc.freeze()
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A Trainer of a linear classifier: small enough for every test of what lies around training."""
+    from linear import trainer_in
+
+    return lambda seed=0, output_dir=tmp_path / "run", **arguments: trainer_in(output_dir, seed, **arguments)

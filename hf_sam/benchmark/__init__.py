@@ -1,8 +1,8 @@
 """What a step costs beside the stock Trainer's: counted passes, bytes and memory, and times taken in turns."""
 
-from .contenders import CONTENDERS, STOCK, Contender
 from .measure import Counted, Measurement, measure
 from .stepping import HandLoopTrainer, SteppedSAMTrainer, SteppedTrainer
+from .variants import CONTENDERS, STOCK, Contender
 
 __all__ = [
     "CONTENDERS",

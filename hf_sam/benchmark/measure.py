@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import Trainer
 
-from .contenders import STOCK, Contender
 from .counting import ByteCounter, PassCounter, PeakMemory
+from .variants import STOCK, Contender
 
 # From a contender and the steps of its run to a trainer of `stepping.py`, not yet prepared.
 Build = Callable[[Contender, int], Trainer]

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..trainer import SAMTrainerMixin
 from ..update.replay import RandomStates
-from .hand_loop import TwoPassLoop
+from .reference_loop import TwoPassLoop
 
 
 class SteppedMixin:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from ..suggestions import did_you_mean
 
 Check = Callable[[str, Any], Any]
 
@@ -135,12 +136,6 @@ def is_selector(named: Sequence[str]) -> Check:
         return value if isinstance(value, str) else list(value)
 
     return check
-
-
-def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A sentence that suggests the known name nearest to `name`, or nothing."""
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 # For fields of users' own classes that say no more than their type.

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ..suggestions import did_you_mean
 from .base import Ascent, Descent
-from .fields import did_you_mean
 
 
 def describe_part(part: Ascent | Descent) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..suggestions import did_you_mean
 from .ascents import Geometry
 from .base import Ascent, Needs, Step
-from .fields import did_you_mean, number, whole
+from .fields import number, whole
 from .geometry import steepest, usable
 
 if TYPE_CHECKING:

@@ -1,1 +1,0 @@
-"""Run records, paired statistics, plots and the report of a comparison."""

@@ -1,0 +1,42 @@
+"""How metrics are called and shown, and which way is better."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is called and shown: its unit, and which way is better."""
+
+    label: str
+    higher_is_better: bool = True
+    scale: float = 1.0
+    unit: str = ""
+    digits: int = 3
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", scale=100, unit="%", digits=1),
+    "f1_macro": Metric("macro F1", scale=100, unit="%", digits=1),
+    "subset_accuracy": Metric("subset accuracy", scale=100, unit="%", digits=1),
+    "mcc": Metric("MCC"),
+    "pearson": Metric("Pearson r"),
+    "spearman": Metric("Spearman r"),
+    "perplexity": Metric("perplexity", higher_is_better=False),
+    "loss": Metric("loss", higher_is_better=False),
+    "nll": Metric("NLL", higher_is_better=False),
+    "brier": Metric("Brier score", higher_is_better=False),
+    "ece": Metric("ECE", higher_is_better=False, scale=100, unit="%", digits=1),
+    "mse": Metric("squared error", higher_is_better=False),
+}
+_LOWER = re.compile(r"loss|error|perplexity|nll|ece|brier|mse|mae|gap", re.IGNORECASE)
+
+
+def metric_of(name: str) -> Metric:
+    """The row of `METRICS`, or for an unknown name one that goes by the name; `gap.<metric>` is train minus test."""
+    if name.startswith("gap."):
+        metric = metric_of(name.removeprefix("gap."))
+        return replace(metric, label=f"train-test gap in {metric.label}", higher_is_better=not metric.higher_is_better)
+    return METRICS.get(name) or Metric(name.replace("_", " "), higher_is_better=not _LOWER.search(name))

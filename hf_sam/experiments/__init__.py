@@ -1,0 +1,1 @@
+"""From a plan to run records: workers, leases, processes, tuning, provenance."""

@@ -1,0 +1,417 @@
+"""From one YAML to the runs of a comparison: arms x conditions x seeds x budgets, and the trials that tune each arm."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..baselines.averaging import KINDS, WeightAveraging
+from ..baselines.entropy_sgd import EntropySGD
+from ..config import SAMConfig
+from ..suggestions import did_you_mean
+from ..update.schedule import Schedule
+from .method_settings import merge
+
+TUNING = "tuning"  # begins the budget of a trial, which is counted in the set-up and compared nowhere
+BUDGETS = {"steps": "equal steps", "passes": "equal passes"}  # a pass: one gradient of the whole effective batch
+AVERAGE_KEYS = ("average", "average_start", "average_decay")  # of an arm; everything else is the recipe's
+SEED_KEYS = ("seed", "subset_seed", "noise_seed")  # what differs between seeds, and is the same for every arm
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    What a comparison asks, fixed before its runs are looked at.
+
+    Args:
+        control (`str`): The arm that all others are compared with.
+        treatment (`str`): The arm that the one-sentence answer is about.
+        metric (`str`): What is compared.
+    """
+
+    control: str
+    treatment: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """
+    How each arm finds its settings.
+
+    Args:
+        trials (`int`): For every arm the same number.
+        space (`dict`): Setting to `{low, high, log, int}` or to a list of choices; of every arm.
+        spaces (`dict`, *optional*): The same, for single arms beside or instead of `space`.
+        validation_size (`float`, *optional*, defaults to 0.2): Share of the training data that scores a trial.
+        seed (`int`, *optional*, defaults to 1000): Of the trials' runs and of the search.
+    """
+
+    trials: int
+    space: dict[str, Any]
+    spaces: dict[str, dict[str, Any]] = field(default_factory=dict)
+    validation_size: float = 0.2
+    seed: int = 1000
+
+    def of(self, arm: str) -> dict[str, Any]:
+        """What is searched for `arm`."""
+        return {**self.space, **self.spaces.get(arm, {})}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    A comparison as its YAML states it.
+
+    Args:
+        name (`str`): Heading of the report.
+        output_dir (`Path`): Where everything goes.
+        tasks (`dict[str, dict]`): Task to `{recipe, config, settings}`.
+        arms (`dict[str, dict]`): Arm to what it overrides; `average: swa` or `ema` averages the weights.
+        conditions (`dict[str, dict]`): State of the training data to what it overrides.
+        seeds (`list[int]`): One run of every arm each.
+        budgets (`list[str]`): `"steps"`, `"passes"` or both.
+        settings (`dict`): Overrides of every run.
+        question (`Question`): What is asked.
+        tuning (`Tuning` or `None`): How settings are found.
+        checkpoint_every (`int` or `None`): Steps between checkpoints, from which a killed run goes on.
+        keep_models (`bool`): Whether trained weights stay on disk.
+        sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py` to measure every trained model with.
+        launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; none: this Python.
+        reference_passes (`float` or `None`): Passes per step that `"passes"` grants; those of the dearest arm if `None`.
+    """
+
+    name: str
+    output_dir: Path
+    tasks: dict[str, dict[str, Any]]
+    arms: dict[str, dict[str, Any]]
+    question: Question
+    conditions: dict[str, dict[str, Any]] = field(default_factory=lambda: {"clean": {}})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    budgets: list[str] = field(default_factory=lambda: ["steps"])
+    settings: dict[str, Any] = field(default_factory=dict)
+    tuning: Tuning | None = None
+    checkpoint_every: int | None = None
+    keep_models: bool = False
+    sharpness: dict[str, Any] | None = None
+    launcher: list[str] = field(default_factory=list)
+    reference_passes: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the plan: its names, and what it costs relative to one pass on every step of the base recipe."""
+
+    task: str
+    condition: str
+    budget: str
+    arm: str
+    seed: int
+    cost: float
+    stretch: float  # how many times the steps of the base recipe
+    trial: int | None = None
+
+    @property
+    def group(self) -> tuple[str, str, str, str]:
+        """Those that are tuned together."""
+        return self.task, self.condition, self.budget, self.arm
+
+    @property
+    def folder(self) -> Path:
+        """Relative to `output_dir`."""
+        last = f"seed-{self.seed}" if self.trial is None else f"trial-{self.trial:03d}"
+        return Path("runs" if self.trial is None else "trials", *map(slug, self.group), last)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
+    """
+    Reads the YAML of a comparison; paths in it are relative to it.
+
+    Raises:
+        ValueError: No such file, no YAML, an unknown key, or a value that cannot be; names the key and what is allowed.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold lines of the form `key: value`.")
+    single = {key: values.pop(key) for key in ("recipe", "config", "task") if key in values}
+    if single:
+        if "tasks" in values:
+            raise ValueError(f"{path}: give `recipe` and `config`, or `tasks` that each have them, not both.")
+        values["tasks"] = {single.pop("task", None) or Path(str(single.get("config"))).stem: single}
+    _check_keys(values, Plan, f"{path}: ")
+    for key in ("tasks", "arms"):
+        _check(
+            isinstance(values.get(key), dict) and values[key],
+            f"{path}: `{key}` must map at least one name to settings.",
+        )
+    _check_mappings(values, path)
+    arms, tasks = values["arms"], values["tasks"]
+    for name, task in tasks.items():
+        _check(isinstance(task, dict) and task.get("recipe"), f"{path}: task {name} needs a `recipe`.")
+        unknown = set(task) - {"recipe", "config", "settings"}
+        _check(
+            not unknown, f"{path}: task {name} has {', '.join(sorted(unknown))}; allowed are recipe, config, settings."
+        )
+        if task.get("config"):
+            task["config"] = str((Path(path).parent / task["config"]).resolve())
+            _check(Path(task["config"]).is_file(), f"{path}: config {task['config']} of task {name} does not exist.")
+    values["question"] = _read_question(values.get("question"), arms, path)
+    values["tuning"] = _read_tuning(values.get("tuning"), arms, path)
+    seeds, budgets = values.get("seeds", [0]), values.get("budgets", ["steps"])
+    _check(
+        isinstance(seeds, list)
+        and seeds
+        and all(type(seed) is int for seed in seeds)
+        and len(set(seeds)) == len(seeds),
+        f"{path}: seeds={seeds!r} must be a list of different whole numbers.",
+    )
+    _check(
+        isinstance(budgets, list) and budgets and set(budgets) <= set(BUDGETS),
+        f"{path}: budgets={budgets!r} must be a list of: {', '.join(BUDGETS)}.",
+    )
+    every = values.get("checkpoint_every")
+    _check(
+        every is None or (type(every) is int and every > 0), f"{path}: checkpoint_every={every!r} must be at least 1."
+    )
+    values.setdefault("name", Path(path).stem)
+    values["output_dir"] = Path(output_dir or values.get("output_dir") or f"outputs/comparison/{Path(path).stem}")
+    for key in ("tasks", "arms", "conditions"):
+        folders: dict[str, str] = {}
+        for name in values.get(key, {}):
+            other = folders.setdefault(slug(name), name)
+            _check(other == name, f"{path}: {key} {other!r} and {name!r} would share a folder; rename one.")
+    for arm in arms:
+        averaging_of(arms[arm])  # raises where it cannot be
+    return Plan(**values)
+
+
+def _check_mappings(values: dict[str, Any], path: Path) -> None:
+    for key in ("tasks", "arms", "conditions", "settings"):
+        entry = values.get(key, {})
+        _check(isinstance(entry, dict), f"{path}: `{key}` must be a mapping, not {entry!r}.")
+        for name in [] if key == "settings" else list(entry):
+            entry[name] = {} if entry[name] is None else entry[name]
+            _check(isinstance(entry[name], dict), f"{path}: {key} {name} must map settings to values.")
+            if not isinstance(name, str):
+                entry[str(name)] = entry.pop(name)
+
+
+def _read_question(values: Any, arms: Mapping[str, Any], path: Path) -> Question:
+    values = values or {}
+    _check(isinstance(values, dict), f"{path}: `question` must map control, treatment and metric to names.")
+    _check_keys(values, Question, f"{path}: question.")
+    names = list(arms)
+    question = Question(
+        control=str(values.get("control", names[0])),
+        treatment=str(values.get("treatment", names[min(1, len(names) - 1)])),
+        metric=str(values.get("metric", "accuracy")),
+    )
+    for key in ("control", "treatment"):
+        arm = getattr(question, key)
+        _check(arm in arms, f"{path}: question.{key}={arm!r} is no arm; there are: {', '.join(names)}.")
+    return question
+
+
+def _read_tuning(values: Any, arms: Mapping[str, Any], path: Path) -> Tuning | None:
+    if values is None:
+        return None
+    _check(isinstance(values, dict), f"{path}: `tuning` must map trials and space to values.")
+    _check_keys(values, Tuning, f"{path}: tuning.")
+    trials, share = values.get("trials"), values.get("validation_size", 0.2)
+    _check(type(trials) is int and trials > 0, f"{path}: tuning.trials={trials!r} must be a whole number, at least 1.")
+    _check(isinstance(share, float) and 0 < share < 1, f"{path}: tuning.validation_size={share!r} must be in (0, 1).")
+    values.setdefault("space", {})
+    unknown = set(values.get("spaces") or {}) - set(arms)
+    _check(
+        not unknown, f"{path}: tuning.spaces names {', '.join(sorted(unknown))}, no arm; there are: {', '.join(arms)}."
+    )
+    tuning = Tuning(**values)
+    for arm in arms:
+        _check(tuning.of(arm), f"{path}: tuning has nothing to search for arm {arm}; give tuning.space.")
+        for name, entry in tuning.of(arm).items():
+            is_range = isinstance(entry, dict) and {"low", "high"} <= set(entry) <= {"low", "high", "log", "int"}
+            is_choice = isinstance(entry, list) and len(entry) > 0
+            _check(
+                is_range or is_choice,
+                f"{path}: tuning of {name} must be a list of choices or {{low, high, log, int}}, not {entry!r}.",
+            )
+            if is_range:
+                low, high = entry["low"], entry["high"]
+                numbers = all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in (low, high))
+                _check(
+                    numbers and low < high and (low > 0 or not entry.get("log")),
+                    f"{path}: tuning of {name}: low={low!r} must be a number below high={high!r}, above 0 for log "
+                    f"(write 1.0e-5, not 1e-5, which YAML takes for text).",
+                )
+    return tuning
+
+
+def _check(condition: Any, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
+    known = [entry.name for entry in fields(kind)]
+    for key in values:
+        if key not in known:
+            hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
+            raise ValueError(f"{prefix}{key} is no key of a comparison.{hint}")
+
+
+def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | EntropySGD | None:
+    """
+    The averaging of the weights that an arm asks for: `swa`, `ema`, or `entropy-sgd` with its paper's settings.
+
+    Raises:
+        ValueError: Its settings cannot be.
+    """
+    values = {key.removeprefix("average_"): arm[key] for key in AVERAGE_KEYS if key in arm}
+    if not values:
+        return None
+    _check("average" in values, f"{', '.join(key for key in arm if key in AVERAGE_KEYS)} is used only with average.")
+    kind = values.pop("average")
+    if kind == "entropy-sgd":
+        _check(not values, f"average={kind} takes no {', '.join(f'average_{key}' for key in values)}.")
+        return EntropySGD()
+    _check(kind in KINDS, f"average={kind!r} is unknown. Allowed: {', '.join(KINDS)}, entropy-sgd.")
+    return WeightAveraging(kind, **values)
+
+
+def slug(name: str) -> str:
+    """`name` as a folder."""
+    return re.sub(r"[^A-Za-z0-9.+=-]+", "-", name).strip("-.").lower() or "x"
+
+
+# --- the runs ------------------------------------------------------------------------------------------------------
+
+
+def mean_passes(config: SAMConfig, steps: int, warmup_steps: int = 0) -> float:
+    """Gradient evaluations per optimizer step that a run of `steps` steps under `config` spends, on average."""
+    if config.rho == 0:
+        return 1.0
+    return sum(map(Schedule.resolve(config, steps, warmup_steps).passes, range(steps))) / steps
+
+
+def final_runs(plan: Plan, passes: Callable[[str, str], float]) -> list[Run]:
+    """
+    Every run that the report will rest on, seed by seed, so that the first results are whole pairs.
+
+    Args:
+        plan (`Plan`): What is compared.
+        passes (`Callable[[str, str], float]`): From task and arm to the mean number of passes per optimizer step.
+    """
+    runs = []
+    for task in plan.tasks:
+        per_step = {arm: passes(task, arm) for arm in plan.arms}
+        reference = plan.reference_passes or max(per_step.values())
+        for condition in plan.conditions:
+            for arm, count in per_step.items():
+                for budget, stretch in _stretches(plan.budgets, reference / count):
+                    for seed in plan.seeds:
+                        runs.append(Run(task, condition, budget, arm, seed, count * stretch, stretch))
+    return sorted(runs, key=lambda run: plan.seeds.index(run.seed))
+
+
+def _stretches(budgets: Sequence[str], ratio: float) -> Iterator[tuple[str, float]]:
+    """Budget and how many times the base recipe's steps; one run serves both where they come to the same."""
+    if len(budgets) > 1 and abs(ratio - 1) < 1e-9:
+        yield "+".join(BUDGETS), 1.0
+        return
+    for budget in budgets:
+        yield budget, 1.0 if budget == "steps" else ratio
+
+
+def trial_runs(plan: Plan, run: Run) -> list[Run]:
+    """The trials that tune the group of `run`."""
+    tuning = plan.tuning
+    return [Run(*run.group, tuning.seed, run.cost, run.stretch, trial) for trial in range(tuning.trials)]
+
+
+def settings_of(plan: Plan, run: Run, tuned: Mapping[str, Any], length: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What the recipe is given for a run, later ones over earlier ones.
+
+    Args:
+        plan (`Plan`): What is compared.
+        run (`Run`): One of its runs.
+        tuned (`Mapping`): What tuning has found, or what a trial tries.
+        length (`Mapping`): `max_steps` or `num_train_epochs` of the base recipe under this arm.
+    """
+    settings = {
+        **merge([*layers_of(plan, run.task, run.condition, run.arm), ("tuning", tuned)]).values,
+        **stretched(length, run.stretch),
+        **dict.fromkeys(SEED_KEYS, run.seed),
+        "task": run.task,
+        "condition": run.condition,
+        "arm": run.arm,
+        "budget": run.budget if run.trial is None else f"{TUNING} {run.budget}",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "resume_from_checkpoint": "auto",
+        "save_strategy": "steps" if plan.checkpoint_every else "no",
+    }
+    if plan.checkpoint_every:
+        settings |= {"save_steps": plan.checkpoint_every, "save_total_limit": 1}
+    if run.trial is not None:
+        settings |= {"validation_size": plan.tuning.validation_size, "score_split": "validation"}
+    return settings
+
+
+def layers_of(plan: Plan, task: str, condition: str, arm: str) -> list[tuple[str, dict[str, Any]]]:
+    """What the plan says of a run, by where it says so, later ones over earlier ones."""
+    return [
+        ("settings of the study", plan.settings),
+        (f"task {task}", plan.tasks[task].get("settings") or {}),
+        (f"condition {condition}", plan.conditions[condition]),
+        (f"arm {arm}", {key: value for key, value in plan.arms[arm].items() if key not in AVERAGE_KEYS}),
+    ]
+
+
+def stretched(length: Mapping[str, Any], stretch: float) -> dict[str, Any]:
+    """The length of a run, so many times as long, rounded down to whole steps."""
+    if stretch == 1:
+        return dict(length)
+    return {
+        key: int(value * stretch + 1e-9) if key == "max_steps" else value * stretch for key, value in length.items()
+    }
+
+
+def command_line(config: str | None, settings: Mapping[str, Any], output_dir: Path) -> list[str]:
+    """The words that follow the recipe's name."""
+    words = [config] if config else []
+    for key, value in {**settings, "output_dir": str(output_dir)}.items():
+        if value is None:
+            continue
+        if isinstance(value, (list, tuple)):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            text = json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+            words.append(f"--{key}={text}")
+    return words
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What the report needs to know of the plan, as JSON."""
+    return {
+        "name": plan.name,
+        "question": asdict(plan.question),
+        "arms": list(plan.arms),
+        "seeds": plan.seeds,
+        "budgets": plan.budgets,
+        "trials": plan.tuning.trials if plan.tuning else 0,
+    }

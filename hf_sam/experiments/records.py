@@ -1,0 +1,409 @@
+"""One run, one JSON file: what was run, on what, with which result and at which cost.
+
+A script that trains writes a record in three lines, and the record says `running`, `finished` or `failed` truthfully
+whatever happens in between:
+
+    with recording(Path(args.output_dir) / RECORD_NAME, trainer, recipe=settings, task="digits", arm="sam") as record:
+        trainer.train()
+        record.metrics = evaluate(trainer)          # {"accuracy": 0.93, "nll": ...} on the test split
+        record.predictions = "predictions.parquet"  # optional: a file beside the record, see `RunRecord`
+
+Files are replaced atomically, so a record that can be read is whole. Nothing secret goes in: values under keys that
+name a credential, and strings that look like a hub token, are masked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .costs import CostKeeper
+from .provenance import describe_data, describe_environment, describe_model, peak_memory
+
+FORMAT = "hf_sam.run_record"
+VERSION = 1
+RECORD_NAME = "run_record.json"
+STATUSES = ("running", "interrupted", "finished", "failed", "foreign")
+OPEN = ("running", "interrupted")  # what a killed run, and one that was stopped, leave behind: to be resumed
+
+_SECRET_KEY = re.compile(r"(_token|^token|api_?key|password|passwd|secret|credential)s?$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})")
+
+
+class RecordError(ValueError):
+    """A file that is no readable run record; the message says which file, why, and what to do."""
+
+
+class RunFinishedError(Exception):
+    """The run that is asked for has its finished record already, made with the same arguments: nothing to do."""
+
+
+@dataclass
+class RunRecord:
+    """
+    One run.
+
+    Args:
+        task (`str`): What is learnt; results are compared within a task.
+        arm (`str`): The treatment: `"adamw"`, `"sam"`, ...
+        condition (`str`, *optional*, defaults to `"clean"`): The state of the training data, such as `"noise 0.4"`.
+        budget (`str`, *optional*, defaults to `"steps"`):
+            `"steps"` (every arm takes as many optimizer steps) or `"passes"` (as many gradient evaluations).
+        seed (`int`, *optional*): Runs of different arms with the same seed are pairs.
+        status (`str`, *optional*, defaults to `"running"`):
+            `"running"` (also what a killed run leaves behind), `"interrupted"` (by Ctrl-C), `"finished"`, `"failed"`,
+            or `"foreign"` for a run that something else wrote.
+        config (`dict`, *optional*):
+            `"recipe"` (what the script was given), `"training_arguments"` and `"sam"` (`None`: no SAM).
+        model, data, environment (`dict`, *optional*):
+            Names, sizes and fingerprints, see `hf_sam.experiments.provenance`.
+        metrics (`dict[str, float]`, *optional*): Measured at the end of training, on the test split.
+        steps (`int`, *optional*): Optimizer steps taken.
+        passes (`float`, *optional*): Gradient evaluations of the whole effective batch; the stock Trainer: one a step.
+        seconds, samples_per_second (`float`, *optional*): Of the training loop alone.
+        peak_memory (`int`, *optional*): In bytes; of the accelerator where there is one, else of the process.
+        resumed_from (`int`, *optional*):
+            The step at which the run last went on after an interruption.
+        segments (`list[dict]`, *optional*):
+            The parts between interruptions, each with `"begin"`, `"end"`, `"seconds"` and `"passes"`. Where they begin
+            at step 0, `seconds` and `passes` are their sums; where they do not, see `has_whole_costs`.
+        curves (`list[dict]`, *optional*): The Trainer's `log_history`, one dict per log call, each with a `"step"`.
+        sharpness (`dict[str, float]`, *optional*): Measures of the trained weights, where asked for.
+        predictions (`str`, *optional*):
+            Name of a parquet file beside the record, one row per test example: `label` (`int`) and `probabilities`
+            (list of `float`, one per class).
+        error (`dict`, *optional*): `"type"`, `"message"` and `"traceback"` of what ended a failed run.
+        started, ended (`str`, *optional*): ISO 8601, UTC.
+        path (`Path`, *optional*): Where the record was read from or is written to; not part of the file.
+    """
+
+    task: str
+    arm: str
+    condition: str = "clean"
+    budget: str = "steps"
+    seed: int | None = None
+    status: str = "running"
+    config: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    steps: int | None = None
+    passes: float | None = None
+    seconds: float | None = None
+    samples_per_second: float | None = None
+    peak_memory: int | None = None
+    resumed_from: int | None = None
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    sharpness: dict[str, float | None] = field(default_factory=dict)
+    predictions: str | None = None
+    error: dict[str, str] | None = None
+    started: str | None = None
+    ended: str | None = None
+    path: Path | None = field(default=None, compare=False)
+
+    def write(self, path: str | os.PathLike | None = None) -> Path:
+        """Writes the record to `path` (default: `self.path`) in one atomic step and returns the path."""
+        path = Path(path or self.path)
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        del content["path"]
+        write_json(path, plain(content))
+        self.path = path
+        return path
+
+    def fail(self, error: BaseException) -> None:
+        """Marks the run as failed by `error`."""
+        self.status = "failed"
+        self.error = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        self.ended = _now()
+
+    @property
+    def has_whole_costs(self) -> bool:
+        """Whether seconds, throughput and passes are those of all steps, and not of the rest after an interruption."""
+        return self.resumed_from is None or (bool(self.segments) and self.segments[0].get("begin") == 0)
+
+    def take_costs(self, trainer, keeper: CostKeeper) -> None:
+        """Reads steps, passes, time, memory and curves off a `Trainer` whose `train()` has returned or raised."""
+        self.steps = trainer.state.global_step
+        self.curves = trainer.state.log_history
+        self.peak_memory = peak_memory()
+        self.segments = keeper.segments()
+        if not self.segments:  # it never began
+            return
+        self.resumed_from = keeper.begin or None
+        present, before = self.segments[-1], sum(entry["seconds"] for entry in keeper.earlier)
+        for entry in reversed(self.curves):
+            if "train_runtime" in entry:  # it came to its end
+                present["seconds"] = max(entry["train_runtime"] - (before if keeper.is_whole else 0.0), 0.0)
+                present["passes"] = (present["end"] - present["begin"]) * entry.get("sam_passes", 1.0)
+                self.samples_per_second = entry.get("train_samples_per_second")
+                break
+        self.seconds = sum(entry["seconds"] for entry in self.segments)
+        self.passes = sum(entry["passes"] for entry in self.segments)
+
+
+@contextmanager
+def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | None = None, **names):
+    """
+    Keeps the record of one run while the `with` block trains and evaluates it.
+
+    The record is on disk as `running`, with the fingerprint of the untrained model, before the block starts; after it,
+    as `finished`, as `failed` with the error, or as `interrupted` by Ctrl-C; what was raised is raised on. A run that is
+    killed stays `running`, so that a comparison knows to resume it. Every process enters; the first one writes.
+
+    A run that goes on from a checkpoint counts the seconds, passes and losses of the steps before it.
+
+    Args:
+        path (`str` or `os.PathLike`): The file to write, by convention `<output_dir>/run_record.json`.
+        trainer (`transformers.Trainer`): Built, not yet trained.
+        recipe (`Mapping`, *optional*): Everything the script was given, to be able to run it again.
+        **names: `task`, `arm`, `condition`, `budget` and whatever else [`RunRecord`] takes.
+
+    Yields:
+        `RunRecord`: Set its `metrics`, and `predictions` and `sharpness` where there are any.
+
+    Raises:
+        RunFinishedError: The folder holds the finished record of this very run.
+        ValueError: It holds one that was made with other arguments, or the checkpoint that is gone on from was; the
+            message names each with its old and its new value.
+    """
+    names.setdefault("seed", trainer.args.seed)
+    record = RunRecord(**names, path=Path(path), started=_now())
+    sam_config = getattr(trainer, "sam_config", None)
+    record.config = {
+        "recipe": dict(recipe or {}),
+        "training_arguments": trainer.args.to_dict(),
+        "sam": sam_config.to_dict() if sam_config is not None else None,
+    }
+    record.model = describe_model(trainer.model)
+    record.data = record.data or {
+        split: describe_data(dataset)
+        for split, dataset in (("train", trainer.train_dataset), ("test", trainer.eval_dataset))
+        if dataset is not None
+    }
+    record.environment = describe_environment()
+    _check_earlier(record, trainer.args.resume_from_checkpoint)
+    keeper = CostKeeper(trainer)
+    trainer.add_callback(keeper)
+    is_writer = trainer.is_world_process_zero()
+    if is_writer:
+        record.write()
+    try:
+        yield record
+    except Exception as error:
+        record.take_costs(trainer, keeper)
+        record.fail(error)
+        raise
+    except KeyboardInterrupt:
+        record.take_costs(trainer, keeper)
+        record.status, record.ended = "interrupted", _now()
+        raise
+    else:
+        record.take_costs(trainer, keeper)
+        record.status, record.ended = "finished", _now()
+    finally:
+        if is_writer and record.status != "running":
+            record.write()
+
+
+def _check_earlier(record: RunRecord, checkpoint: str | None) -> None:
+    """Refuses to write over a finished record, and to go on from a checkpoint that other arguments made."""
+    earlier = _readable(record.path)
+    if earlier is not None and earlier.status == "finished":
+        changed = changed_arguments(earlier, record)
+        if not changed:
+            raise RunFinishedError(
+                f"{record.path} is the record of this run, finished after {earlier.steps} steps. Nothing to do."
+            )
+        raise ValueError(
+            f"{record.path} is the record of a finished run with other arguments: {'; '.join(changed)}. Name another "
+            f"output_dir, or start anew by --overwrite_output_dir true."
+        )
+    if checkpoint:
+        earlier = _readable(Path(checkpoint).parent / record.path.name)
+        changed = changed_arguments(earlier, record) if earlier is not None else []
+        if changed:
+            raise ValueError(
+                f"{checkpoint} was made with other arguments: {'; '.join(changed)}. Give the old values to go on, or "
+                f"start anew with the new ones: --overwrite_output_dir true, or another output_dir."
+            )
+
+
+def changed_arguments(earlier: RunRecord, now: RunRecord) -> list[str]:
+    """What makes `now` another run than `earlier`: each argument with its old and its new value."""
+    found = {}
+    before, after = (plain(run.config.get("training_arguments") or {}) for run in (earlier, now))
+    for name in ARGUMENTS_OF_A_RUN:
+        if name in before and name in after:
+            found[name] = before[name], after[name]
+    sizes = [_batch_size(run) for run in (earlier, now)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            found[name] = before.get(name), after.get(name)
+        found.setdefault("examples a step", tuple(sizes))
+    before, after = (plain(run.config.get("recipe") or {}) for run in (earlier, now))
+    for group in before.keys() & after.keys():
+        if isinstance(before[group], dict) and isinstance(after[group], dict):
+            for name in sorted(before[group].keys() & after[group].keys() - NO_PART_OF_A_RUN):
+                found[name] = before[group][name], after[group][name]
+    before, after = (plain(run.config.get("sam") or {}) for run in (earlier, now))
+    for name in sorted(before.keys() | after.keys()):
+        found[f"sam_{name}"] = before.get(name), after.get(name)
+    prints = [(run.data.get("train") or {}).get("fingerprint") for run in (earlier, now)]
+    if None not in prints:
+        found["the training data"] = tuple(prints)
+    return [f"{name} was {old} and is now {new}" for name, (old, new) in found.items() if old != new]
+
+
+# Training arguments that decide where a run ends; the others say how it is watched, saved or made faster.
+ARGUMENTS_OF_A_RUN = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    *("num_train_epochs", "max_steps", "seed", "data_seed", "bf16", "fp16", "neftune_noise_alpha"),
+    *("train_sampling_strategy", "dataloader_drop_last", "max_length", "packing", "completion_only_loss"),
+    "assistant_only_loss",
+)
+# Of a recipe's arguments, those that name a place, or what is measured afterwards.
+NO_PART_OF_A_RUN = frozenset(
+    ["dataset", "model_name_or_path", "tokenizer_name", "validation_samples", "test_samples", "check_images"]
+)
+
+
+def _batch_size(run: RunRecord) -> int | None:
+    """Examples of one optimizer step, over all processes."""
+    values = run.config.get("training_arguments") or {}
+    parts = [values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")]
+    parts.append(((run.environment or {}).get("hardware") or {}).get("processes"))
+    return math.prod(parts) if all(isinstance(part, int) for part in parts) else None
+
+
+def _readable(path: Path) -> RunRecord | None:
+    try:
+        return read_record(path)
+    except RecordError:
+        return None
+
+
+def read_record(path: str | os.PathLike) -> RunRecord:
+    """
+    Reads one record.
+
+    Raises:
+        RecordError: The file is missing, no JSON, cut off, no run record, of another version, or incomplete.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: not valid JSON ({error}); broken or cut off. Delete it to run it again.") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RecordError(f"{path}: no run record of hf_sam (its 'format' is not {FORMAT!r}).")
+    version = content.get("version")
+    if version != VERSION:
+        is_newer = isinstance(version, int) and version > VERSION
+        remedy = "Upgrade hf_sam to read it" if is_newer else "Run it again, or read it with the release that wrote it"
+        raise RecordError(f"{path}: version {version!r} of the format; this hf_sam reads version {VERSION}. {remedy}.")
+    known = {entry.name for entry in fields(RunRecord)} - {"path"}
+    record = {name: value for name, value in content.items() if name in known}
+    _check_types(path, record)
+    return RunRecord(**record, path=path)
+
+
+def find_records(folder: str | os.PathLike) -> tuple[list[RunRecord], list[str]]:
+    """
+    Every record under `folder`, in the order of their paths, and one message for each file that is none.
+
+    Args:
+        folder (`str` or `os.PathLike`): Searched recursively for files named `run_record.json`.
+    """
+    records, problems = [], []
+    for path in sorted(_walk(Path(folder))):
+        try:
+            records.append(read_record(path))
+        except RecordError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, _, files in os.walk(folder):
+        if RECORD_NAME in files:
+            yield Path(root) / RECORD_NAME
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("task", "arm", "condition", "budget", "status"), str),
+    **dict.fromkeys(("config", "model", "data", "environment", "metrics", "sharpness"), dict),
+    **dict.fromkeys(("seed", "steps", "peak_memory", "resumed_from"), (int, type(None))),
+    **dict.fromkeys(("passes", "seconds", "samples_per_second"), (int, float, type(None))),
+    **dict.fromkeys(("predictions", "started", "ended"), (str, type(None))),
+    **dict.fromkeys(("curves", "segments"), list),
+    "error": (dict, type(None)),
+}
+
+
+def _check_types(path: Path, record: dict[str, Any]) -> None:
+    for name in ("task", "arm", "status"):
+        if name not in record:
+            raise RecordError(f"{path}: incomplete, {name!r} is missing. Delete it to run it again.")
+    for name, value in record.items():
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+            raise RecordError(f"{path}: {name!r} holds a {type(value).__name__}, which no run record does.")
+    if record["status"] not in STATUSES:
+        raise RecordError(f"{path}: status {record['status']!r} is unknown. Allowed: {', '.join(STATUSES)}.")
+    for name in ("metrics", "sharpness"):
+        for key, value in record.get(name, {}).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                raise RecordError(f"{path}: {name}[{key!r}] must be a number, not {value!r}.")
+    if not all(isinstance(entry, dict) for entry in record.get("curves", [])):
+        raise RecordError(f"{path}: 'curves' must hold one JSON object per logged step.")
+
+
+def plain(value: Any, key: str = "") -> Any:
+    """`value` as strict JSON can hold it: secrets masked, NaN and infinity `null`, anything unknown its `str`."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # NumPy and torch scalars
+        return plain(value.item(), key)
+    if _SECRET_KEY.search(key) and value and not isinstance(value, (int, float)):  # a loss per token is none
+        return f"<{key.upper()}>"
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _SECRET_VALUE.sub("<TOKEN>", str(value))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces `path` atomically: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,235 @@
+"""Measurements as rows, a table to read, and drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import EngFormatter
+
+from ..benchmark.measure import Measurement
+from ..benchmark.variants import STOCK, Contender
+from ..config import SAMConfig
+from ..evaluation.metrics import metric_of
+from ..experiments.records import RunRecord
+from .plots import COLOURS, MARKERS, styled
+from .results import compare_arms, guess_question, make_cells, uses_sam
+
+SETTING = ["parameters", "batch_size", "accumulation", "processes"]  # what a sweep varies
+# Fields that change what a step computes with, and not how long it takes.
+WITHOUT_COST = {"rho", "rho_min", "rho_schedule", "eta", "alpha", "sigma", "ema_decay"}
+MEBI = 2**20
+
+
+def row_of(measurement: Measurement, examples: int, seed: int = 0) -> dict[str, Any]:
+    """
+    One measurement as a flat row; what an impossible contender lacks is None.
+
+    Args:
+        measurement (`Measurement`): One contender.
+        examples (`int`): Of a whole step, over all processes.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    """
+    contender, counted = measurement.contender, measurement.counted
+    row: dict[str, Any] = {
+        "contender": contender.name,
+        "claimed_passes": contender.claimed_passes,
+        "share_perturbed": contender.share_perturbed,
+        "impossible": measurement.reason,
+    }
+    if counted is None:
+        return row
+    low, high = measurement.ratio_interval(np.random.default_rng(seed))
+    return row | {
+        "step_seconds": measurement.step_seconds(),
+        "step_seconds_q1": measurement.step_seconds(0.25),
+        "step_seconds_q3": measurement.step_seconds(0.75),
+        "ratio": measurement.ratio(),
+        "ratio_low": low,
+        "ratio_high": high,
+        "samples_per_second": examples / measurement.step_seconds(),
+        "peak_memory": counted.peak_memory,
+        "passes": counted.passes,
+        "forward": counted.forward,
+        "backward": counted.backward,
+        "bytes": counted.bytes,
+        "timed_steps": len(measurement.seconds),
+        "timed_perturbed_steps": sum(measurement.perturbed),
+    }
+
+
+def readable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one setting, as text."""
+    lines = []
+    for row in rows.to_dict("records"):
+        line = {"contender": row["contender"]}
+        if isinstance(row["impossible"], str):
+            lines.append(line | {"step (ms), quartiles": f"impossible: {row['impossible']}"})
+            continue
+        is_stock = row["contender"] == STOCK.name
+        milliseconds = [1e3 * row[key] for key in ("step_seconds", "step_seconds_q1", "step_seconds_q3")]
+        lines.append(
+            line
+            | {
+                "step (ms), quartiles": "{:.4g} [{:.4g}, {:.4g}]".format(*milliseconds),
+                "ratio, 95 %": "1"
+                if is_stock
+                else f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+                "samples / s": f"{row['samples_per_second']:.4g}",
+                "peak (MiB)": "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / MEBI:.1f}",
+                "passes counted": f"{row['passes']:.3f}",
+                "claimed": f"{row['claimed_passes']:.3f}",
+                "forward": f"{row['forward']:.2f}",
+                "backward": f"{row['backward']:.2f}",
+                **({"sent (MiB)": f"{row['bytes'] / MEBI:.2f}"} if row["processes"] > 1 else {}),
+            }
+        )
+    return pd.DataFrame(lines).fillna("")
+
+
+@styled
+def draw_ratios(rows: pd.DataFrame) -> Canvas:
+    """Time of a step relative to the stock Trainer's with its interval, and the passes that are claimed, for one setting."""
+    rows = rows[rows.ratio.notna()]
+    canvas = Canvas(figsize=(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
+    axes = canvas.subplots()
+    places = range(len(rows))
+    spread = np.maximum([rows.ratio - rows.ratio_low, rows.ratio_high - rows.ratio], 0)
+    axes.errorbar(rows.ratio, places, xerr=spread, fmt="o", color=COLOURS[2], markersize=4, label="measured time, 95 %")
+    axes.plot(rows.claimed_passes, places, "|", color=COLOURS[1], markersize=11, label="passes of the method")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(places, rows.contender)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a step relative to stock")
+    canvas.legend(loc="outside lower center", ncols=2)
+    return canvas
+
+
+@styled
+def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
+    """The ratio against each part of the setting that varies, the others held; None where nothing does."""
+    rows = rows[rows.ratio.notna() & (rows.contender != STOCK.name)]
+    varied = [name for name in SETTING if rows[name].nunique() > 1]
+    if not varied:
+        return None
+    canvas = Canvas(figsize=(1.5 + 3.6 * len(varied), 3.6), layout="constrained")
+    panels = canvas.subplots(1, len(varied), squeeze=False)[0]
+    for axes, name in zip(panels, varied, strict=True):
+        for index, (contender, lines) in enumerate(rows.groupby("contender", sort=False)):
+            look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+            others = [other for other in varied if other != name]
+            for number, (_, line) in enumerate(lines.groupby(others, sort=False) if others else [(None, lines)]):
+                line = line.sort_values(name)
+                label = {} if number or name != varied[0] else {"label": contender}
+                axes.plot(line[name], line.ratio, linewidth=1, **look, **label)
+        axes.set_xscale("log")
+        values = sorted(rows[name].unique())  # the settings themselves, instead of powers of ten
+        axes.set_xticks(values, [EngFormatter(sep="")(value) for value in values])
+        axes.minorticks_off()
+        axes.set(xlabel=name.replace("_", " "), ylabel="time relative to the stock Trainer's")
+    canvas.legend(loc="outside lower center", ncols=5)
+    return canvas
+
+
+# --- what a gain costs -----------------------------------------------------------------------------------------------
+
+
+def gains(
+    records: Sequence[RunRecord], rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None = None
+) -> pd.DataFrame:
+    """
+    The gain of every arm of a comparison over its control, beside the time that its step has cost here.
+
+    Args:
+        records (`Sequence[RunRecord]`): Of a comparison.
+        rows (`pd.DataFrame`): Of one setting.
+        contenders (`Sequence[Contender]`): Whose rows they are.
+        control (`str`, *optional*): The arm to compare with; AdamW or the first without SAM when left out.
+
+    Returns:
+        `pd.DataFrame`: One row for each task, condition, budget and arm whose configuration was timed. `gain` is in
+        the metric's own unit (points for an accuracy) and more is better.
+
+    Raises:
+        ValueError: `control` is no arm of the records.
+    """
+    question = guess_question(records, control, None, None)
+    ratios = dict(zip(rows.contender, rows.ratio, strict=True))
+    timed = [entry for entry in contenders if entry.sam and entry.sam.rho > 0 and not entry.by_hand]
+    costs = {_costly_part(entry.sam): ratios[entry.name] for entry in timed}
+    costs_of_arms = {
+        run.arm: costs.get(_costly_part(SAMConfig.from_dict(run.config["sam"]))) if uses_sam(run) else 1.0
+        for run in records
+    }
+    metric = metric_of(question.metric)
+    sign = metric.scale if metric.higher_is_better else -metric.scale
+    found = []
+    for entry in compare_arms(
+        make_cells(records), question.control, question.metric, list(costs_of_arms), np.random.default_rng(0)
+    ):
+        cost = costs_of_arms[entry.arm]
+        if cost is None or np.isnan(cost):
+            continue
+        values = [entry.paired.difference.value, entry.paired.t_low, entry.paired.t_high]
+        mean, *ends = [np.nan if value is None else sign * value for value in values]
+        cell = {"task": entry.cell.task, "condition": entry.cell.condition, "budget": entry.cell.budget}
+        found.append(
+            cell
+            | {"arm": entry.arm, "metric": question.metric, "control": question.control, "ratio": cost, "gain": mean}
+            | {"gain_low": min(ends), "gain_high": max(ends), "seeds": len(entry.paired.seeds)}
+        )
+    return pd.DataFrame(found)
+
+
+@styled
+def draw_frontier(frame: pd.DataFrame) -> Canvas:
+    """Gain against cost, one panel for each task, condition and budget; the line joins what nothing else dominates."""
+    cells = list(frame.groupby(["task", "condition", "budget"], sort=False))
+    arms = list(dict.fromkeys(frame.arm))
+    canvas = Canvas(figsize=(1.5 + 3.4 * min(len(cells), 3), 0.8 + 3.0 * -(-len(cells) // 3)), layout="constrained")
+    panels = canvas.subplots(-(-len(cells) // 3), min(len(cells), 3), squeeze=False).flat
+    for (names, cell), axes in zip(cells, panels, strict=False):  # in this order no panel is lost
+        for point in cell.itertuples():
+            index = arms.index(point.arm)
+            axes.errorbar(
+                point.ratio,
+                point.gain,
+                yerr=None
+                if np.isnan(point.gain_low)
+                else [[point.gain - point.gain_low], [point.gain_high - point.gain]],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5,
+            )
+        best = frontier([(1.0, 0.0), *zip(cell.ratio, cell.gain, strict=True)])
+        axes.plot(*zip(*best, strict=True), color="gray", linewidth=0.8, linestyle="--")
+        axes.axhline(0, color="black", linewidth=0.8)
+        metric, control = metric_of(cell.metric.iloc[0]), cell.control.iloc[0]
+        axes.set_title(", ".join(names), fontsize=9)
+        axes.set(xlabel="time of a step, relative to stock", ylabel=f"gain in {metric.label} over {control}")
+    for axes in list(panels):
+        axes.remove()
+    handles = [
+        canvas.axes[0].plot(
+            [], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], linestyle="none"
+        )[0]
+        for i in range(len(arms))
+    ]
+    canvas.legend(handles, arms, loc="outside lower center", ncols=4)
+    return canvas
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, gain) that no other one beats in both, by cost."""
+    best: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or gain > best[-1][1]:
+            best.append((cost, gain))
+    return best
+
+
+def _costly_part(config: SAMConfig) -> tuple:
+    return tuple((name, str(value)) for name, value in config.to_dict().items() if name not in WITHOUT_COST)

@@ -1,0 +1,291 @@
+"""The drawings of a report, each together with the table of what it shows. No display is needed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+
+from ..evaluation.metrics import metric_of
+from ..experiments.plan import BUDGETS
+from .results import Cell, Comparison, noise_level, value_of
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; the control is black.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#888888", "#B22222")
+MARKERS = "osD^vP*X<"
+STYLE = {
+    "text.parse_math": False,  # a name with a dollar sign is a name
+    "svg.fonttype": "path",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+MAX_PANELS = 9
+MAX_LABEL = 40  # characters of a name that a drawing has room for
+
+Drawing = tuple[Canvas, pd.DataFrame]
+
+
+def styled(draw: Callable) -> Callable:
+    """Runs a drawing function under the report's style."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+@styled
+def draw_differences(comparisons: Sequence[Comparison]) -> Canvas:
+    """Each arm minus the control: the mean, its bootstrap interval (thick) and Student's (thin)."""
+    metric = metric_of(comparisons[0].metric)
+    canvas = Canvas(figsize=(7.5, 0.8 + 0.3 * len(comparisons)), layout="constrained")
+    axes = canvas.subplots()
+    rows = range(len(comparisons))
+    arms = list(dict.fromkeys(entry.arm for entry in comparisons))
+    for row, entry in zip(rows, comparisons, strict=True):
+        paired, look = entry.paired, _look(arms.index(entry.arm) + 1)
+        for low, high, width in (
+            (paired.t_low, paired.t_high, 1.0),
+            (paired.difference.low, paired.difference.high, 3.5),
+        ):
+            if low is not None:
+                axes.plot(np.array([low, high]) * metric.scale, [row, row], color=look["color"], linewidth=width)
+        axes.plot(paired.difference.value * metric.scale, row, **look, linestyle="none")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(rows, [f"{_short(entry.cell.title)}: {_short(entry.arm)}" for entry in comparisons])
+    axes.invert_yaxis()
+    better = "right" if metric.higher_is_better else "left"
+    unit = " (points)" if metric.scale == 100 else ""
+    axes.set_xlabel(
+        f"{_short(metric.label)} minus that of {_short(comparisons[0].control)}{unit}; better is to the {better}"
+    )
+    return canvas
+
+
+def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.DataFrame:
+    """One row per run and log entry that has `key`: where it stood in steps and passes, and the value."""
+    rows = []
+    for cell in cells:
+        for arm in arms:
+            for run in cell.runs.get(arm, []):
+                passes_per_step = run.passes / run.steps if run.passes and run.steps else math.nan
+                for entry in run.curves:
+                    value, step = entry.get(key), entry.get("step")
+                    if isinstance(value, (int, float)) and isinstance(step, (int, float)):
+                        passes = entry.get("sam_passes", step * passes_per_step)
+                        rows.append((cell.task, cell.condition, cell.budget, arm, run.seed, step, passes, value))
+    return pd.DataFrame(rows, columns=["task", "condition", "budget", "arm", "seed", "step", "passes", "value"])
+
+
+@styled
+def draw_curves(cells: Sequence[Cell], arms: Sequence[str], points: pd.DataFrame, x: str, label: str) -> Drawing:
+    """Mean over seeds, with the range of the seeds shaded, against `x` (`"step"` or `"passes"`), one panel a cell."""
+    canvas, panels = _panels(cells)
+    tables = []
+    for axes, cell in zip(panels, cells, strict=False):
+        inside = (points.task == cell.task) & (points.condition == cell.condition) & (points.budget == cell.budget)
+        for index, arm in enumerate(arms):
+            chosen = points[inside & (points.arm == arm)]
+            if chosen.empty:
+                continue
+            # passes per step may differ a little between seeds; a curve has one x per step
+            grouped = chosen.groupby("step").agg(
+                x=(x if x == "passes" else "value", "mean"),
+                mean=("value", "mean"),
+                low=("value", "min"),
+                high=("value", "max"),
+                runs=("value", "size"),
+            )
+            if x == "step":
+                grouped["x"] = grouped.index
+            colour = _look(index)["color"]
+            axes.plot(grouped.x, grouped["mean"], color=colour, linewidth=1.3)
+            axes.fill_between(grouped.x, grouped.low, grouped.high, color=colour, alpha=0.12, linewidth=0)
+            grouped = grouped.rename(columns={"x": x}).reset_index(drop=x == "step")
+            tables.append(grouped.assign(task=cell.task, condition=cell.condition, budget=cell.budget, arm=arm))
+        axes.set_xlabel("optimizer steps" if x == "step" else "gradient evaluations")
+        axes.set_ylabel(label)
+    _legend(canvas, arms, markers=False)
+    return canvas, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+@styled
+def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> Drawing:
+    """A metric against the share of wrong training labels; bars span the seeds. One panel per task and budget."""
+    metric = metric_of(metric_name)
+    groups = list(dict.fromkeys((cell.task, cell.budget) for cell in cells))
+    canvas, panels = _panels(groups, lambda group: f"{group[0]}, {BUDGETS.get(group[1], group[1])}")
+    rows = []
+    for axes, (task, budget) in zip(panels, groups, strict=False):
+        for index, arm in enumerate(arms):
+            points = []
+            for cell in cells:
+                values = cell.values(arm, metric_name)
+                if (cell.task, cell.budget) == (task, budget) and values:
+                    low, high = min(values), max(values)
+                    mean = np.clip(np.mean(values), low, high)  # that of equal values may be off by a rounding
+                    points.append((noise_level(cell.condition), mean, low, high, len(values)))
+            if not points:
+                continue
+            points.sort()
+            rows += [(task, budget, arm, *point) for point in points]
+            level, mean, low, high, _ = np.array(points).T
+            mean, low, high = mean * metric.scale, low * metric.scale, high * metric.scale
+            axes.errorbar(level * 100, mean, [mean - low, high - mean], **_look(index), linewidth=1.2, elinewidth=0.8)
+        axes.set_xlabel("wrong training labels (%)")
+        axes.set_ylabel(_with_unit(metric_name))
+    _legend(canvas, arms)
+    return canvas, pd.DataFrame(rows, columns=["task", "budget", "arm", "noise", "mean", "low", "high", "runs"])
+
+
+@styled
+def draw_reliability(tables: dict[str, dict[str, pd.DataFrame]], arms: Sequence[str]) -> Drawing:
+    """
+    Accuracy against confidence; on the diagonal, confidence is what it says.
+
+    Args:
+        tables (`dict[str, dict[str, pd.DataFrame]]`): Panel title, then arm, to a table of `reliability`.
+        arms (`Sequence[str]`): Fixes the colours.
+    """
+    canvas, panels = _panels(list(tables), str, height=2.7)
+    frames = []
+    for axes, (title, by_arm) in zip(panels, tables.items(), strict=False):
+        axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle="--")
+        for arm, table in by_arm.items():
+            axes.plot(table.confidence, table.accuracy, **_look(arms.index(arm)), linewidth=1.1)
+            frames.append(table.assign(panel=title, arm=arm))
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
+    _legend(canvas, arms)
+    return canvas, pd.concat(frames, ignore_index=True)
+
+
+@styled
+def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_label: str) -> Drawing:
+    """One point per run: `y`, a metric, against `x`, any number that a run has."""
+    metric = metric_of(y)
+    canvas, panels = _panels(cells)
+    rows = []
+    for axes, cell in zip(panels, cells, strict=False):
+        for index, arm in enumerate(arms):
+            pairs = [(value_of(run, x), value_of(run, y), run.seed) for run in cell.runs.get(arm, [])]
+            pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
+            rows += [(cell.task, cell.condition, cell.budget, arm, seed, a, b) for a, b, seed in pairs]
+            if pairs:
+                axes.plot(
+                    [pair[0] for pair in pairs],
+                    [pair[1] * metric.scale for pair in pairs],
+                    **_look(index),
+                    linestyle="none",
+                    alpha=0.75,
+                )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(_with_unit(y))
+    _legend(canvas, arms)
+    return canvas, pd.DataFrame(rows, columns=["task", "condition", "budget", "arm", "seed", x, y])
+
+
+@styled
+def draw_confusion(matrices: dict[str, np.ndarray], class_names: Sequence[str]) -> Canvas:
+    """Counts of true class (row) by predicted class (column), one panel per checkpoint, shaded by share of the row."""
+    size = 1.2 + 0.28 * len(class_names)
+    canvas = Canvas(
+        figsize=(size * min(len(matrices), 3) + 1, size * -(-len(matrices) // 3) + 0.6), layout="constrained"
+    )
+    shape = (-(-len(matrices) // 3), min(len(matrices), 3))
+    panels = list(canvas.subplots(*shape, squeeze=False).flat)
+    for axes in panels[len(matrices) :]:
+        axes.remove()
+    ticks, names = range(len(class_names)), [_short(name, 16) for name in class_names]
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=False):
+        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.grid(False)
+        for row, column in np.argwhere(matrix):
+            colour = "white" if share[row, column] > 0.6 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(ticks, names, rotation=90)
+        axes.set_yticks(ticks, names)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.set_title(_short(title), fontsize=9)
+    return canvas
+
+
+@styled
+def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
+    """Accuracy over the level of each corruption, one panel per corruption; level 0 is uncorrupted."""
+    kinds = list(dict.fromkeys(frame.corruption))
+    canvas, panels = _panels(kinds, str)
+    for axes, kind in zip(panels, kinds, strict=False):
+        for index, (name, accuracy) in enumerate(clean.items()):
+            rows = frame[(frame.corruption == kind) & (frame.checkpoint == name)]
+            axes.plot([0, *rows.level], [100 * accuracy, *(100 * rows.accuracy)], **_look(index), linewidth=1.2)
+        axes.set(xlabel="level", ylabel="accuracy (%)")
+    _legend(canvas, list(clean))
+    return canvas
+
+
+@styled
+def draw_images(images: Sequence, titles: Sequence[str], columns: int = 5) -> Canvas:
+    """Small images in a grid, each under its title."""
+    rows = -(-len(images) // columns)
+    canvas = Canvas(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
+    panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(images) :]:
+        axes.remove()
+    for axes, image, title in zip(panels, images, titles, strict=False):
+        axes.imshow(np.asarray(image))
+        axes.grid(False)
+        axes.set_axis_off()
+        axes.set_title("\n".join(_short(line, 24) for line in title.split("\n")), fontsize=7)
+    return canvas
+
+
+def _panels(items: Sequence, title: Callable | None = None, height: float = 2.3) -> tuple[Canvas, list[Axes]]:
+    """A canvas with one titled panel per item, three in a row and at most `MAX_PANELS`."""
+    count = min(len(items), MAX_PANELS)
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    width = 5.0 if columns == 1 else 3.0 * columns
+    canvas = Canvas(figsize=(width, 0.5 + height * (1.3 if columns == 1 else 1.0) * rows), layout="constrained")
+    panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.remove()
+    title = title or (lambda cell: f"{cell.title}\n{BUDGETS.get(cell.budget, cell.budget)}")
+    for axes, item in zip(panels, items, strict=False):
+        axes.set_title("\n".join(map(_short, title(item).split("\n"))), fontsize=9)
+        axes.locator_params(nbins=5)
+    return canvas, panels[:count]
+
+
+def _look(index: int) -> dict:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+
+
+def _legend(canvas: Canvas, arms: Sequence[str], markers: bool = True) -> None:
+    looks = [_look(index) for index in range(len(arms))]
+    handles = [Line2D([], [], **look) if markers else Line2D([], [], color=look["color"]) for look in looks]
+    legend = canvas.legend(handles, ["."] * len(arms), loc="outside lower center", ncols=min(len(arms), 5))
+    for text, arm in zip(legend.get_texts(), arms, strict=True):
+        text.set_text(_short(arm))  # set afterwards: a label that starts with an underscore would be left out
+
+
+def _short(name: str, most: int = MAX_LABEL) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _with_unit(metric_name: str) -> str:
+    metric = metric_of(metric_name)
+    return f"{metric.label} ({metric.unit})" if metric.unit else _short(metric.label)

@@ -1,0 +1,317 @@
+"""From records to the tables of a report: which runs belong together, what they scored, how the arms compare."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation.metrics import METRICS, metric_of
+from ..experiments.plan import BUDGETS, TUNING, Question
+from ..experiments.records import RunRecord
+from .statistics import Estimate, PairedComparison, compare_paired, holm, interquartile_mean, probability_of_improvement
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The finished runs of one task under one condition and budget."""
+
+    task: str
+    condition: str
+    budget: str
+    runs: dict[str, list[RunRecord]] = field(compare=False)  # by arm
+
+    @property
+    def title(self) -> str:
+        return self.task if self.condition == "clean" else f"{self.task}, {self.condition}"
+
+    def scores(self, arm: str, metric: str) -> dict[int, float]:
+        """Seed to score, over the runs of our own that have a finite one."""
+        return {
+            run.seed: run.metrics[metric]
+            for run in self.runs.get(arm, [])
+            if run.status == "finished" and run.seed is not None and run.metrics.get(metric) is not None
+        }
+
+    def values(self, arm: str, name: str) -> list[float]:
+        """A metric, a measure of sharpness or a cost over all runs of an arm that have it."""
+        found = (value_of(run, name) for run in self.runs.get(arm, []))
+        return [value for value in found if value is not None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against the control in one cell, with the p-value adjusted over the tasks of the same arm and budget."""
+
+    cell: Cell
+    arm: str
+    control: str
+    metric: str
+    paired: PairedComparison
+    p_holm: float | None = None
+    family: int = 1
+
+    @property
+    def verdict(self) -> str:
+        """
+        `"better"` or `"worse"` where the paired t-test, after Holm's adjustment, says so at 5 %; `"leans better"` or
+        `"leans worse"` where it does before the adjustment only; `"no difference seen"`, or `"one seed"`.
+        """
+        if self.paired.t_p is None:
+            return "one seed"
+        if self.paired.t_p > LEVEL:
+            return "no difference seen"
+        word = "better" if (self.paired.difference.value > 0) == metric_of(self.metric).higher_is_better else "worse"
+        return word if self.p_holm is not None and self.p_holm <= LEVEL else f"leans {word}"
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One arm against the control across all tasks of one budget; gains, so that more is better for every metric."""
+
+    arm: str
+    control: str
+    budget: str
+    tasks: int
+    gain: Estimate
+    probability: Estimate
+
+
+def value_of(run: RunRecord, name: str) -> float | None:
+    """A metric, its gap between train and test (`gap.<name>`), a sharpness measure (`sharpness.<name>`) or a cost."""
+    if name.startswith("sharpness."):
+        return run.sharpness.get(name.removeprefix("sharpness."))
+    if name.startswith("gap."):
+        name = name.removeprefix("gap.")
+        train, test = run.metrics.get(f"train_{name}"), run.metrics.get(name)
+        return train - test if train is not None and test is not None else None
+    if name in ("passes", "seconds", "samples_per_second") and not run.has_whole_costs:
+        return None
+    if name in ("steps", "passes", "seconds", "samples_per_second", "peak_memory"):
+        return getattr(run, name)
+    return run.metrics.get(name)
+
+
+def noise_level(condition: str) -> float | None:
+    """The share of wrong training labels that a condition's name states: `"noise 0.4"` is 0.4, `"clean"` is 0."""
+    if condition == "clean":
+        return 0.0
+    match = re.fullmatch(r"noise (\d*\.?\d+)", condition)
+    return float(match[1]) if match else None
+
+
+def natural(text: str) -> list:
+    """Sort key that puts `noise 0.4` before `noise 0.10` only where the number says so, and `clean` first."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [
+        text != "clean",
+        *((0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)),
+    ]
+
+
+def is_trial(run: RunRecord) -> bool:
+    """Whether the run served to find settings: its budget then reads `tuning steps`, `tuning steps+passes`, ..."""
+    return run.budget.startswith(TUNING)
+
+
+def count_trials(records: Iterable[RunRecord]) -> dict[str, set[int]]:
+    """For each arm, how many finished trials it had in each task, condition and budget."""
+    found: dict[str, dict[tuple, int]] = defaultdict(lambda: defaultdict(int))
+    for run in records:
+        if is_trial(run) and run.status == "finished":
+            for budget in run.budget.removeprefix(TUNING).strip().split("+"):
+                found[run.arm][run.task, run.condition, budget] += 1
+    return {arm: set(counts.values()) for arm, counts in found.items()}
+
+
+def in_budget(run: RunRecord, budget: str) -> bool:
+    """Whether a run counts under `budget`; one that costs the same under both says `steps+passes`."""
+    return budget in run.budget.split("+")
+
+
+def arm_order(records: Iterable[RunRecord], first: Sequence[str] = ()) -> list[str]:
+    """All arms: those of `first` in its order, then the others as they come."""
+    found = dict.fromkeys(run.arm for run in records)
+    return [arm for arm in dict.fromkeys([*first, *found]) if arm in found]
+
+
+def uses_sam(run: RunRecord) -> bool:
+    """Whether the record states a sharpness-aware method that does something."""
+    return bool((run.config.get("sam") or {}).get("rho"))
+
+
+def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
+    """Groups finished and foreign runs by task, condition and budget."""
+    groups: dict[tuple[str, str, str], dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
+    for run in records:
+        if run.status in ("finished", "foreign") and not is_trial(run):
+            for budget in run.budget.split("+"):
+                groups[run.task, run.condition, budget][run.arm].append(run)
+    keys = sorted(
+        groups,
+        key=lambda key: (natural(key[0]), natural(key[1]), list(BUDGETS).index(key[2]) if key[2] in BUDGETS else 9),
+    )
+    return [Cell(*key, dict(groups[key])) for key in keys]
+
+
+def guess_question(records: Sequence[RunRecord], control: str | None, treatment: str | None, metric: str | None):
+    """
+    Completes a question from the records: AdamW or the first arm as control, `sam` or the next arm as treatment, and
+    the first of `METRICS` that most runs have.
+
+    Raises:
+        ValueError: A name that no record has.
+    """
+    done = [run for run in records if run.status in ("finished", "foreign") and not is_trial(run)]
+    arms = arm_order(done)
+    for name, arm in (("control", control), ("treatment", treatment)):
+        if arm is not None and arms and arm not in arms:
+            raise ValueError(f"{name}={arm!r} is no arm of these records, which have: {', '.join(arms)}.")
+    without_sam = [run.arm for run in done if run.status == "finished" and not uses_sam(run)]
+    control = control or next(
+        (arm for arm in arms if arm.lower() == "adamw"), next(iter([*without_sam, *arms]), "adamw")
+    )
+    others = [arm for arm in arms if arm != control]
+    treatment = treatment or next((arm for arm in others if arm.lower() == "sam"), next(iter(others), control))
+    counts: dict[str, int] = defaultdict(int)
+    for run in done:
+        for name, value in run.metrics.items():
+            counts[name] += value is not None
+    if metric is not None and counts and metric not in counts:
+        raise ValueError(f"metric={metric!r} is in no record; there are: {', '.join(counts)}.")
+    most = max(counts.values(), default=0)
+    known = [name for name in [*METRICS, *counts] if counts.get(name) == most > 0]
+    return Question(control, treatment, metric or next(iter(known), "accuracy"))
+
+
+def compare_arms(
+    cells: Sequence[Cell], control: str, metric: str, arms: Sequence[str], rng: np.random.Generator
+) -> list[Comparison]:
+    """Every arm against the control in every cell, Holm-adjusted over the cells of the same arm and budget."""
+    found = []
+    for cell in cells:
+        scores = cell.scores(control, metric)
+        for arm in arms:
+            paired = compare_paired(cell.scores(arm, metric), scores, rng) if arm != control else None
+            if paired is not None:
+                found.append(Comparison(cell, arm, control, metric, paired))
+    families: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, comparison in enumerate(found):
+        families[comparison.arm, comparison.cell.budget].append(index)
+    for members in families.values():
+        adjusted = holm([found[index].paired.t_p for index in members])
+        for index, p_holm in zip(members, adjusted, strict=True):
+            entry = found[index]
+            found[index] = Comparison(
+                entry.cell, entry.arm, entry.control, entry.metric, entry.paired, p_holm, len(members)
+            )
+    return found
+
+
+def compare_overall(comparisons: Sequence[Comparison], rng: np.random.Generator) -> list[Overall]:
+    """Interquartile mean of the gains and probability of improvement, per arm and budget, over two or more cells."""
+    groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
+    for comparison in comparisons:
+        groups[comparison.arm, comparison.cell.budget].append(comparison)
+    overall = []
+    for (arm, budget), members in groups.items():
+        if len(members) < 2:
+            continue
+        sign = 1 if metric_of(members[0].metric).higher_is_better else -1
+        gains, pairs = [], []
+        for entry in members:
+            treated, control = entry.cell.scores(arm, entry.metric), entry.cell.scores(entry.control, entry.metric)
+            gains.append(sign * np.array(entry.paired.differences))
+            pairs.append(tuple([sign * scores[seed] for seed in entry.paired.seeds] for scores in (treated, control)))
+        gain, probability = interquartile_mean(gains, rng), probability_of_improvement(pairs, rng)
+        overall.append(Overall(arm, members[0].control, budget, len(members), gain, probability))
+    return overall
+
+
+def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
+    """One message for each task, condition and seed whose runs did not start from the same model or the same data."""
+    groups: dict[tuple, list[RunRecord]] = defaultdict(list)
+    for run in records:
+        if run.status == "finished" and not is_trial(run):
+            groups[run.task, run.condition, run.seed].append(run)
+    problems = []
+    for (task, condition, seed), runs in groups.items():
+        for what, prints in (
+            ("initial weights", {run.arm: run.model.get("fingerprint") for run in runs}),
+            ("training data", {run.arm: (run.data.get("train") or {}).get("fingerprint") for run in runs}),
+            ("test data", {run.arm: (run.data.get("test") or {}).get("fingerprint") for run in runs}),
+        ):
+            if len({value for value in prints.values() if value is not None}) > 1:
+                problems.append(f"{task}, {condition}, seed {seed}: the arms did not have the same {what}.")
+    return problems
+
+
+def runs_table(records: Iterable[RunRecord], folder: Path) -> pd.DataFrame:
+    """One row per record, with every metric, cost and sharpness measure as a column; where it is, as from `folder`."""
+    return pd.DataFrame(
+        {
+            "task": run.task,
+            "condition": run.condition,
+            "budget": run.budget,
+            "arm": run.arm,
+            "seed": run.seed,
+            "status": run.status,
+            **run.metrics,
+            **{f"sharpness.{name}": value for name, value in run.sharpness.items()},
+            "steps": run.steps,
+            "passes": run.passes,
+            "seconds": run.seconds,
+            "samples_per_second": run.samples_per_second,
+            "peak_memory": run.peak_memory,
+            "error": run.error and f"{run.error.get('type')}: {run.error.get('message')}",
+            "record": run.path and os.path.relpath(run.path, folder),
+        }
+        for run in records
+    )
+
+
+def comparisons_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
+    """One row per comparison, in the metric's own unit (accuracy between 0 and 1)."""
+    return pd.DataFrame(
+        {
+            "task": entry.cell.task,
+            "condition": entry.cell.condition,
+            "budget": entry.cell.budget,
+            "arm": entry.arm,
+            "control": entry.control,
+            "metric": entry.metric,
+            "seeds": len(entry.paired.seeds),
+            "difference": entry.paired.difference.value,
+            "bootstrap_low": entry.paired.difference.low,
+            "bootstrap_high": entry.paired.difference.high,
+            "student_low": entry.paired.t_low,
+            "student_high": entry.paired.t_high,
+            "t_p": entry.paired.t_p,
+            "detectable": entry.paired.detectable,
+            "sign_flip_p": entry.paired.p_value,
+            "p_floor": entry.paired.p_floor,
+            "p_holm": entry.p_holm,
+            "family": entry.family,
+            "verdict": entry.verdict,
+        }
+        for entry in comparisons
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for fewer than two values)."""
+    if not values:
+        return math.nan, math.nan
+    if len(values) < 2:
+        return float(np.mean(values)), math.nan
+    spread = float(np.std(values, ddof=1)) if min(values) < max(values) else 0.0  # equal ones may leave a rounding
+    return float(np.mean(values)), spread

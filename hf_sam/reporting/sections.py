@@ -1,0 +1,187 @@
+"""The sections of a report beside its answer: curves, cost, calibration, label noise, sharpness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation.calibration import reliability
+from ..evaluation.metrics import metric_of
+from ..experiments.plan import BUDGETS
+from . import plots
+from .document import Block, Figure, Table, Text
+from .formatting import number, value_and_spread
+from .results import mean_and_spread, noise_level
+from .sharpness import CAVEAT, DESCRIPTIVE, label_of
+from .study import Study
+
+CALIBRATION_METRICS = ("nll", "ece", "brier")
+MAX_OPEN_ROWS = 40
+COSTS = ("steps", "passes", "seconds", "samples_per_second", "peak_memory")
+
+
+def curve_blocks(study: Study) -> list[Block]:
+    metric = study.question.metric
+    keys = [
+        (f"eval_{metric}", f"evaluation {metric_of(metric).label}"),
+        ("eval_loss", "evaluation loss"),
+        ("loss", "training loss"),
+    ]
+    blocks: list[Block] = []
+    for key, label in keys:
+        points = plots.curve_points(study.cells, study.arms, key)
+        entries_per_run = points.groupby(["task", "condition", "budget", "arm", "seed"], dropna=False).size()
+        if entries_per_run.max() < 2 or points.empty:
+            continue
+        present = set(zip(points.task, points.condition, points.budget, strict=True))
+        logged = [cell for cell in study.cells if (cell.task, cell.condition, cell.budget) in present]
+        for x, words, budget in (("step", "steps", "steps"), ("passes", "gradient evaluations", "passes")):
+            if x == "passes" and points.passes.isna().all():
+                continue
+            cells = [cell for cell in logged if cell.budget == budget] or logged
+            canvas, data = plots.draw_curves(cells, study.arms, points, x, label)
+            caption = f"{label.capitalize()} over {words}: mean over seeds, range of the seeds shaded.{_cut(cells)}"
+            blocks.append(Figure(f"curve-{key}-{words.split()[-1]}", canvas, caption, data))
+        break
+    blocks += _cosine_blocks(study)
+    return blocks or [Text("No run logged anything more than once: set logging_steps to get curves.")]
+
+
+def _cosine_blocks(study: Study) -> list[Block]:
+    """For runs that kept the term that SAM drops: how little or much it turns the step, over training."""
+    points = plots.curve_points(study.cells, study.arms, "sam_second_order_cosine")
+    if points.empty:
+        return []
+    present = set(zip(points.task, points.condition, points.budget, strict=True))
+    cells = [cell for cell in study.cells if (cell.task, cell.condition, cell.budget) in present]
+    label = "cosine with and without second order"
+    canvas, data = plots.draw_curves(cells, study.arms, points, "step", label)
+    caption = (
+        "Cosine between the descent gradient with and without the second-order term that SAM drops: mean over seeds, "
+        f"range shaded.{_cut(cells)}"
+    )
+    return [Figure("second-order-cosine", canvas, caption, data)]
+
+
+def cost_blocks(study: Study) -> list[Block]:
+    rows = []
+    for cell in study.cells:
+        base = cell.values(study.question.control, "seconds")
+        for arm in study.arms:
+            if not cell.runs.get(arm):
+                continue
+            mean = {name: mean_and_spread(cell.values(arm, name))[0] for name in COSTS}
+            ratio = mean["seconds"] / np.mean(base) if base and np.mean(base) > 0 else None
+            rate, memory = number(mean["samples_per_second"], 1), number(mean["peak_memory"] / 2**20, 0)
+            counts = [number(mean["steps"], 0), number(mean["passes"], 0), number(mean["seconds"], 1)]
+            rows.append(
+                [cell.title, BUDGETS.get(cell.budget, cell.budget), arm, *counts, number(ratio, 2), rate, memory]
+            )
+    columns = ["task", "budget", "arm", "steps", "passes", "seconds"]
+    columns += [f"time / {study.question.control}", "samples/s", "peak memory (MiB)"]
+    blocks: list[Block] = [
+        Text(
+            "Means over seeds, of the training loop alone. Runs that shared a machine with other work are slower than "
+            "they need be: ratios within one table are worth more than seconds, and the number of passes more than both."
+        ),
+        Table(columns, rows, "Cost of a run", 3, folded=len(rows) > MAX_OPEN_ROWS),
+    ]
+    cells = [cell for cell in study.cells if any(cell.values(arm, "seconds") for arm in study.arms)]
+    if cells:
+        canvas, data = plots.draw_scatter(cells, study.arms, "seconds", study.question.metric, "seconds of training")
+        label = metric_of(study.question.metric).label
+        blocks.append(
+            Figure("cost", canvas, f"What a run took and what it gave: {label} against seconds.{_cut(cells)}", data)
+        )
+    return blocks
+
+
+def calibration_blocks(study: Study) -> list[Block]:
+    blocks: list[Block] = []
+    names = [name for name in CALIBRATION_METRICS if any(run.metrics.get(name) is not None for run in study.records)]
+    if names:
+        rows = [
+            [
+                cell.title,
+                BUDGETS.get(cell.budget, cell.budget),
+                arm,
+                *(value_and_spread(cell.values(arm, n), n) for n in names),
+            ]
+            for cell in study.cells
+            for arm in study.arms
+            if any(cell.values(arm, name) for name in names)
+        ]
+        labels = [f"{metric_of(name).label}{' (%)' if metric_of(name).unit else ''}" for name in names]
+        blocks.append(
+            Table(
+                ["task", "budget", "arm", *labels],
+                rows,
+                "Mean ± sd over seeds; less is better",
+                3,
+                len(rows) > MAX_OPEN_ROWS,
+            )
+        )
+    tables: dict[str, dict[str, pd.DataFrame]] = {}
+    for cell in study.cells:
+        for arm in study.arms:
+            kept = study.pooled_predictions(cell, arm)
+            if kept is not None:
+                title = f"{cell.title}\n{BUDGETS.get(cell.budget, cell.budget)}"
+                tables.setdefault(title, {})[arm] = reliability(kept.confidence, kept.correct)
+    if tables:
+        canvas, data = plots.draw_reliability(tables, study.arms)
+        caption = f"Reliability, predictions of all seeds pooled, 15 bins: below the diagonal is over-confident.{_cut(tables)}"
+        blocks.append(Figure("reliability", canvas, caption, data))
+    return blocks or [Text("Neither NLL, ECE, Brier score nor predictions were kept.")]
+
+
+def noise_blocks(study: Study) -> list[Block]:
+    cells = [cell for cell in study.cells if noise_level(cell.condition) is not None]
+    if not any(noise_level(cell.condition) for cell in cells):
+        return [Text("No condition with wrong training labels was run.")]
+    canvas, data = plots.draw_noise(cells, study.arms, study.question.metric)
+    label = metric_of(study.question.metric).label
+    caption = (
+        f"Test {label} when a share of the training labels is wrong: mean, bars from the lowest to the highest seed."
+    )
+    return [Figure("label-noise", canvas, caption, data)]
+
+
+def sharpness_blocks(study: Study) -> list[Block]:
+    names = list(
+        dict.fromkeys(name for run in study.records for name, value in run.sharpness.items() if value is not None)
+    )
+    if not names:
+        return [Text("Not measured.")]
+    metric = study.question.metric
+    rows = [
+        [cell.title, BUDGETS.get(cell.budget, cell.budget), arm, value_and_spread(cell.values(arm, metric), metric)]
+        + [value_and_spread(cell.values(arm, f"sharpness.{name}"), name) for name in names]
+        for cell in study.cells
+        for arm in study.arms
+        if any(cell.values(arm, f"sharpness.{name}") for name in names)
+    ]
+    blocks: list[Block] = [
+        Text(CAVEAT),
+        Table(
+            ["task", "budget", "arm", metric_of(metric).label, *map(label_of, names)],
+            rows,
+            "Mean ± sd over seeds",
+            3,
+            len(rows) > MAX_OPEN_ROWS,
+        ),
+    ]
+    drawn = next((name for name in names if name not in DESCRIPTIVE), names[0])
+    cells = [cell for cell in study.cells if any(cell.values(arm, f"sharpness.{drawn}") for arm in study.arms)]
+    if cells:
+        canvas, data = plots.draw_scatter(cells, study.arms, f"sharpness.{drawn}", metric, label_of(drawn))
+        caption = f"Test {metric_of(metric).label} against {label_of(drawn)}.{_cut(cells)}"
+        blocks.append(Figure("sharpness", canvas, caption, data))
+    return blocks
+
+
+def _cut(panels: Sequence) -> str:
+    more = len(panels) - plots.MAX_PANELS
+    return f" The first {plots.MAX_PANELS} panels; {more} more are in the numbers." if more > 0 else ""

@@ -1,0 +1,196 @@
+"""What was measured, as a section that a report can include: tables, drawings, and what they do not say."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import sharpness_plots as plots
+from .document import Block, Document, Figure, Listing, Section, Table, Text, write_document
+
+FORMAT = "hf_sam.sharpness"
+VERSION = 1
+
+CAVEAT = (
+    "What was measured, not a verdict: for fine-tuned transformers sharpness and generalisation correlate weakly, and "
+    "measures disagree (Andriushchenko et al. 2023). Values of different architectures cannot be compared."
+)
+DESCRIPTIVE = ("loss", "gradient_norm", "weight_norm", "l2")  # beside sharpness, and no measure of it
+# Rows of the table of numbers: key of `scalars`, and its meaning. `*` stands for a number.
+LABELS = {
+    "loss": "loss",
+    "gradient_norm": "norm of the gradient",
+    "weight_norm": "norm of the weights",
+    "l2": "L2 term, weight decay / 2 times the squared norm",
+    "sam": "SAM sharpness, rho = *",
+    "sam_adaptive": "adaptive SAM sharpness (eta 0), rho = *",
+    "m": "m-sharpness, m = *",
+    "worst_l2": "worst case in the ball",
+    "worst_linf": "worst case in the box",
+    "worst_l2_adaptive": "worst case in the adaptive ball",
+    "worst_linf_adaptive": "worst case in the adaptive box",
+    "average": "average case, Gaussian noise",
+    "average_adaptive": "average case, noise relative to each weight",
+    "lambda_1": "largest eigenvalue of the Hessian",
+    "lambda_1_over_5": "lambda_1 / lambda_5",
+    "lambda_min": "most negative eigenvalue",
+    "trace": "trace of the Hessian",
+    "gauss_newton_lambda_1": "largest eigenvalue of the Gauss-Newton matrix",
+    "gauss_newton_lambda_1_over_5": "its lambda_1 / lambda_5",
+    "gauss_newton_trace": "trace of the Gauss-Newton matrix",
+}
+Record = Mapping[str, Any]  # what `sharpness.json` holds
+
+
+def write_sharpness_report(record: Record, folder: Path) -> Path:
+    """Writes `report.html`, `report.md`, `figures/` and `data/` into `folder`; returns the path of `report.html`."""
+    names = ", ".join(record["checkpoints"])
+    subset = record["subset"]
+    lead = f"{names}, on {subset['examples']} examples of the {subset['split']} split of {subset['dataset']}."
+    return write_document(Document("Sharpness", lead, [sharpness_section(record)], numbers=record), folder)
+
+
+def sharpness_section(record: Record) -> Section:
+    """The section, from what `sharpness.json` holds."""
+    return Section("Sharpness", [Text(CAVEAT), *_setup(record), _numbers(record), *_figures(record), _cost(record)])
+
+
+def _setup(record: Record) -> Iterator[Block]:
+    config, subset = record["config"], record["subset"]
+    taken = {measure for entry in record["checkpoints"].values() for measure in entry["measures"]}
+    items = [
+        f"Loss: the model's own, in evaluation mode, over {subset['labels']} labels of {subset['examples']} examples "
+        f"of the {subset['split']} split; subset {subset['fingerprint']}.",
+        f"Parameters: {record['perturb']}; arithmetic in {record['dtype']}.",
+    ]
+    if balls := taken & {"m", "worst"}:
+        names = (
+            "m-sharpness and worst case" if len(balls) == 2 else {"m": "m-sharpness", "worst": "Worst case"}[min(balls)]
+        )
+        item = f"{names}: radius {config['radius']:g}, adaptive {config['adaptive_radius']:g} in units of the weights"
+        if "worst" in taken:
+            item += (
+                f"; boxes have the half side radius / sqrt(P). Worst case by {config['steps']} steps of projected ascent, "
+                "so a lower bound"
+            )
+        items.append(f"{item}.")
+    if "average" in taken:
+        items.append(
+            f"Average case: {config['draws']} pairs of opposite draws, standard deviation {config['sigma']:g} per weight, "
+            f"or {config['adaptive_sigma']:g} of each weight. ± is the standard error of the estimate."
+        )
+    if taken & {"hessian", "gauss_newton"}:
+        items.append(
+            f"Eigenvalues to a relative {config['tolerance']:g}; traces from {config['probes']} sign vectors, ± the "
+            f"standard error of the estimate."
+        )
+    yield Listing(items)
+    fingerprints = {entry["fingerprint"] for entry in record["checkpoints"].values()}
+    if len(fingerprints) > 1:
+        yield Text(
+            "The checkpoints preprocess the examples differently, so that they were not measured on the same inputs.",
+            "warning",
+        )
+
+
+def _numbers(record: Record) -> Table:
+    checkpoints = record["checkpoints"]
+    keys = dict.fromkeys(key for entry in checkpoints.values() for key in entry["scalars"])
+    rows = [[label_of(key), *(_cell(entry, key) for entry in checkpoints.values())] for key in keys]
+    size = ["parameters P", *(f"{entry['parameters']:,}" for entry in checkpoints.values())]
+    return Table(["", *checkpoints], [size, *rows], "Rise of the loss unless said otherwise")
+
+
+def label_of(key: str) -> str:
+    """What a key of `scalars` means, in words; a key that is not of ours stays as it is."""
+    if key in LABELS:
+        return LABELS[key]
+    name, _, number = key.rpartition("_")
+    return LABELS[name].replace("*", number) if name in LABELS else key
+
+
+def _cell(entry: Record, key: str) -> str:
+    if key not in entry["scalars"]:
+        return "-"
+    error, measures = None, entry["measures"]
+    if key in ("average", "average_adaptive"):
+        error = measures["average"]["plain" if key == "average" else "adaptive"]["standard_error"]
+    elif key in ("trace", "gauss_newton_trace"):
+        error = measures["hessian" if key == "trace" else "gauss_newton"]["trace"]["standard_error"]
+    text = f"{entry['scalars'][key]:.4g}"
+    if "lambda_1" in key and not measures["gauss_newton" if "gauss" in key else "hessian"]["converged"]:
+        text += " (not all converged)"
+    return text if error is None else f"{text} ± {error:.2g}"
+
+
+def _figures(record: Record) -> Iterator[Figure]:
+    found = {
+        measure: {n: e["measures"][measure] for n, e in record["checkpoints"].items() if measure in e["measures"]}
+        for measure in ("sam", "hessian", "density", "slice_1d", "slice_2d")
+    }
+    if found["sam"]:
+        yield Figure(
+            "sharpness-rho",
+            *_swap(plots.draw_rho(found["sam"]), "Rise of the loss at SAM's own perturbation, against its size rho."),
+        )
+    if found["density"]:
+        eigenvalues = {name: result["eigenvalues"] for name, result in found["hessian"].items()}
+        yield Figure(
+            "hessian-spectrum",
+            *_swap(
+                plots.draw_spectra(found["density"], eigenvalues),
+                "Spectral density of the Hessian by stochastic Lanczos quadrature; ticks at the foot are the largest "
+                "eigenvalues, found separately.",
+            ),
+        )
+    if found["slice_1d"]:
+        yield Figure(
+            "slices",
+            *_swap(plots.draw_slices(found["slice_1d"]), "The loss along random filter-normalised directions."),
+        )
+    if found["slice_2d"]:
+        yield Figure(
+            "planes",
+            *_swap(
+                plots.draw_planes(found["slice_2d"]),
+                "The loss in the plane of two random filter-normalised directions.",
+            ),
+        )
+    if record["lines"]:
+        yield Figure(
+            "lines",
+            *_swap(
+                plots.draw_lines(record["lines"]),
+                "The loss between checkpoints; the barrier is its largest rise above the chord.",
+            ),
+        )
+
+
+def _swap(drawing: plots.Drawing, caption: str) -> tuple:
+    canvas, data = drawing
+    return canvas, caption, data
+
+
+def _cost(record: Record) -> Table:
+    rows = []
+    for name, entry in record["checkpoints"].items():
+        for measure, result in entry["measures"].items():
+            passes = result["passes"]
+            epochs = result["seconds"] / entry["epoch_seconds"]
+            counts = (f"{passes[kind]:g}" for kind in ("forward", "gradient", "curvature"))
+            rows.append([name, measure, f"{result['seconds']:.1f}", f"{epochs:.2f}", *counts])
+    peaks = "; ".join(
+        f"{name}: {entry['peak_memory'] / 2**30:.2f} GiB, after the first gradient "
+        f"{entry['gradient_memory'] / 2**30:.2f} GiB"
+        for name, entry in itertools.islice(record["checkpoints"].items(), 1)
+    )
+    return Table(
+        ["checkpoint", "measure", "seconds", "epochs", "forward", "gradient", "curvature"],
+        rows,
+        f"Cost. An epoch is the time of the gradients of {record['subset']['epoch_examples']} training examples on the "
+        f"same machine; passes are over the subset, a curvature pass is one product with a matrix. Peak memory of the "
+        f"process: {peaks}",
+        2,
+    )

@@ -1,0 +1,130 @@
+"""What could make the answer wrong, as far as the records themselves show it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..evaluation.metrics import metric_of
+from ..experiments.records import OPEN
+from .document import Block, Listing
+from .results import count_trials, in_budget, is_trial, pairing_problems
+from .statistics import detectable_effect
+from .study import Study
+
+FEW_SEEDS = 10
+MAX_LISTED = 10
+
+
+def threats(study: Study) -> list[Block]:
+    """The section "Threats to validity": what this set of runs, and not comparisons in general, has against it."""
+    found = [
+        *_about_seeds(study),
+        *_about_tuning(study),
+        *_about_runs(study),
+        *_about_pairs(study),
+        *_about_machines(study),
+        *_shortened([f"Left out, since it could not be read: {problem}" for problem in study.problems]),
+        "The test split was read once per run, but a person who looks at many arms and reports the best one has "
+        "still selected on it: the answer is about the arm that was named before.",
+    ]
+    return [Listing(found)]
+
+
+def _about_seeds(study: Study) -> list[str]:
+    counts = sorted({len(entry.paired.seeds) for entry in study.comparisons})
+    if not counts:
+        return ["Nothing could be paired: there is no interval and no test in this report."]
+    found = []
+    if counts[0] == 1:
+        found.append("Some comparisons rest on one seed: they have no interval, and none of them shows anything.")
+    if counts[-1] > 1 and counts[0] < FEW_SEEDS:
+        least = min(n for n in counts if n > 1)
+        found.append(
+            f"Few seeds (from {least}). Verdicts go by the paired t-test, which keeps its level for differences that are "
+            f"symmetric around zero, and finds large effects only: with {least} seeds, four times in five those of "
+            f"{detectable_effect(least):.1f} standard deviations of the paired differences. A percentile bootstrap over so "
+            f"few is too narrow (in simulation, five normal differences are covered 83 % of the time, not 95 %)."
+        )
+    return found
+
+
+def _about_tuning(study: Study) -> list[str]:
+    trials = count_trials(study.records)
+    arms = dict.fromkeys(run.arm for run in study.records if run.status == "finished" and not is_trial(run))
+    if not trials:
+        return ["Nothing was tuned here: every arm ran with the settings it was given, which may suit some better."]
+    counts = {arm: trials.get(arm, {0}) for arm in arms}
+    if len(set().union(*counts.values())) > 1:
+        listed = ", ".join(f"{arm} {' or '.join(map(str, sorted(count)))}" for arm, count in counts.items())
+        return [f"Arms were tuned with unequal numbers of trials ({listed})."]
+    count = next(iter(set().union(*counts.values())))
+    return [
+        f"Each arm was tuned with {count} trials per task, condition and budget; a larger search could change the order."
+    ]
+
+
+def _about_runs(study: Study) -> list[str]:
+    status = Counter(run.status for run in study.records)
+    metric = study.question.metric
+    found = []
+    if status["failed"]:
+        found.append(f"{_count(status['failed'], 'run')} failed, listed with errors: what failed counts nowhere.")
+    unfinished = sum(status[name] for name in OPEN)
+    if unfinished or study.missing:
+        found.append(f"{_count(unfinished, 'run')} unfinished and {study.missing} not begun: this is a part.")
+    if status["foreign"]:
+        found.append(
+            f"{_count(status['foreign'], 'run')} written by something else: shown beside the others but not "
+            f"paired or tested, since nothing says that they had the same head, order, noise and splits."
+        )
+    resumed = [run for run in study.records if run.resumed_from is not None]
+    if resumed:
+        parts = sum(not run.has_whole_costs for run in resumed)
+        found.append(
+            f"{_count(len(resumed), 'run')} interrupted and resumed: seconds and passes are the sums of the parts"
+            + (
+                f", but for {parts}, whose earlier parts are not known and which are left out of timings."
+                if parts
+                else "."
+            )
+        )
+    without = [run for run in study.records if run.status == "finished" and run.metrics.get(metric) is None]
+    if without:
+        label = metric_of(metric).label
+        found.append(f"{_count(len(without), 'finished run')} without a finite {label}: counted nowhere.")
+    return found
+
+
+def _about_pairs(study: Study) -> list[str]:
+    found = _shortened([f"Not a true pair: {problem}" for problem in pairing_problems(study.records)])
+    by_size: dict[tuple, set] = {}
+    for run in study.records:
+        if run.status == "finished" and in_budget(run, "steps"):
+            by_size.setdefault((run.task, run.condition), set()).add(run.steps)
+    uneven = [f"{task}, {condition}" for (task, condition), steps in by_size.items() if len(steps) > 1]
+    return found + [f"Equal steps were not equal in {where}." for where in uneven[:MAX_LISTED]]
+
+
+def _about_machines(study: Study) -> list[str]:
+    done = [run for run in study.records if run.status == "finished"]
+    found = []
+    git = [run.environment.get("git") or {} for run in done]
+    if any(entry.get("dirty") for entry in git):
+        found.append("Some runs were made from a working copy with uncommitted changes.")
+    for what, values in (
+        ("commits of the code", {entry.get("commit") for entry in git}),
+        ("versions of torch", {(run.environment.get("packages") or {}).get("torch") for run in done}),
+        ("kinds of machine", {str((run.environment.get("hardware") or {}).get("accelerators")) for run in done}),
+    ):
+        if len(values) > 1:
+            found.append(f"The runs come from {len(values)} {what}.")
+    return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _shortened(messages: list[str]) -> list[str]:
+    more = len(messages) - MAX_LISTED
+    return messages[:MAX_LISTED] + ([f"... and {more} more of this kind."] if more > 0 else [])

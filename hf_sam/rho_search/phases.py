@@ -1,0 +1,333 @@
+"""The runs of a search for rho: which there are so far, how a process makes each, and what they scored."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..config import SAMConfig
+from ..evaluation.metrics import metric_of
+from ..experiments.plan import TUNING, command_line
+from ..experiments.records import RunRecord
+from ..experiments.worker import Workshop
+from ..update.schedule import Schedule
+from .halving import ExampleScores, Gain, SearchPlan, paired_gain, survivors
+
+PREDICTIONS_NAME = "test_predictions.parquet"  # of a trial, whose test split is its validation split
+# What a search settles itself, over what the user's command line says.
+SETTINGS = {
+    "budget": f"{TUNING} steps",
+    "save_strategy": "no",
+    "save_only_model": False,
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+    "evaluate_train": False,
+    "score_split": "validation",
+    "overwrite_output_dir": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """
+    Part of a run with one rho and one seed, from a paused state to the next.
+
+    Args:
+        stage (`int`): Rung of the search, counted from 0; the confirmation is the last one.
+        rho (`float`): Of the run.
+        seed (`int`): Of the run.
+        begin, end (`int`): Steps between which it is made; 0 begins anew.
+    """
+
+    stage: int
+    rho: float
+    seed: int
+    begin: int
+    end: int
+
+    @property
+    def folder(self) -> Path:
+        """Relative to the folder of the search."""
+        return self._folder(self.end)
+
+    @property
+    def source(self) -> Path | None:
+        """The checkpoint from which it goes on."""
+        return self._folder(self.begin) / f"checkpoint-{self.begin}" if self.begin else None
+
+    @property
+    def control(self) -> Phase:
+        """The same without SAM."""
+        return replace(self, rho=0.0)
+
+    def _folder(self, step: int) -> Path:
+        return Path("runs", f"rho-{self.rho:g}", f"seed-{self.seed}", f"to-{step}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """
+    A search and everything that its runs are given.
+
+    Args:
+        output_dir (`Path`): Where everything goes.
+        launcher (`list[str]`): Command that starts each run; none: this Python.
+        recipe (`str`): A script in `recipes/`.
+        words (`tuple[str, ...]`): The user's command line of that recipe.
+        settings (`dict`): Arguments of every run, over those of `words`.
+        rhos (`tuple[float, ...]`): The values above 0.
+        seed (`int`): Of the search; the confirmation takes those that follow.
+        metric (`str` or `None`): What is compared; the first of `METRICS_KEPT` that the task has if `None`.
+        plan (`SearchPlan`): How long and how many.
+    """
+
+    output_dir: Path
+    launcher: list[str]
+    recipe: str
+    words: tuple[str, ...]
+    settings: dict[str, Any]
+    rhos: tuple[float, ...]
+    seed: int
+    metric: str | None
+    plan: SearchPlan
+
+
+class RhoWorkshop(Workshop):
+    """
+    A search and where its runs stand. Which ones there are follows from the records alone, so that a search that was
+    killed, or is shared by several workers, goes the same way.
+    """
+
+    def __init__(self, search: Search):
+        super().__init__(search, [], lambda run: {})  # a worker asks a plan for its folder and launcher alone
+        self.search = search
+        self._scores: dict[Path, dict[str, ExampleScores]] = {}
+        self._floors: dict[Path, dict[str, ExampleScores]] = {}
+
+    def stages(self) -> list[list[Phase]]:
+        """The phases of every stage that the results so far decide."""
+        search, plan = self.search, self.search.plan
+        found, rhos, begin = [], list(search.rhos), 0
+        for stage, rung in enumerate(plan.rungs):
+            phases = [Phase(stage, rho, search.seed, begin, rung.step) for rho in (0.0, *rhos)]
+            found.append(phases)
+            if not all(map(self.has_ended, phases)) or self.score(phases[0]) is None:
+                return found
+            following = plan.rungs[stage + 1].rhos if stage + 1 < len(plan.rungs) else 1
+            rhos = survivors({phase.rho: self.gain(phase) for phase in phases[1:]}, following)
+            if not rhos:
+                return found
+            begin = rung.step
+        seeds = range(search.seed + 1, search.seed + 1 + plan.seeds)
+        last = len(plan.rungs)
+        return [*found, [Phase(last, rho, seed, 0, plan.horizon) for seed in seeds for rho in (0.0, rhos[0])]]
+
+    def all_runs(self) -> list[Phase]:
+        return [phase for stage in self.stages() for phase in stage]
+
+    def is_ready(self, run: Phase) -> bool:
+        return True
+
+    def job(self, run: Phase) -> dict[str, Any]:
+        search = self.search
+        arm = f"rho {run.rho:g}"
+        source = str(search.output_dir / run.source) if run.source else "auto"
+        settings = {
+            **SETTINGS,
+            **search.settings,
+            "sam_rho": run.rho,
+            "seed": run.seed,
+            "arm": arm,
+            "resume_from_checkpoint": source,
+        }
+        return {
+            "recipe": search.recipe,
+            "argv": [*search.words, *command_line(None, settings, self.folder(run))],
+            "names": {"task": search.recipe, "arm": arm, "budget": SETTINGS["budget"], "seed": run.seed},
+            "average": {},
+            "is_trial": True,
+            "sharpness": None,
+            "keep_model": False,
+            "pause_at": run.end,
+        }
+
+    # --- disk --------------------------------------------------------------------------------------------------------
+
+    def clear(self, run: Phase) -> None:
+        """Removes what a killed process left of a phase: it is made again from where it began."""
+        _remove_checkpoints(self.folder(run))
+
+    def discard(self) -> None:
+        """Removes every checkpoint from which nothing will go on any more."""
+        stages, waiting = self.stages(), self.open_runs()
+        wanted = {self.search.output_dir / phase.source for phase in waiting if phase.source}
+        going_on = stages[-1] if waiting and len(stages) < len(self.search.plan.rungs) else []
+        for phase in (phase for stage in stages for phase in stage):
+            checkpoint = self.folder(phase) / f"checkpoint-{phase.end}"
+            if self.has_ended(phase) and phase not in going_on and checkpoint not in wanted:
+                _remove_checkpoints(self.folder(phase))
+
+    # --- scores ------------------------------------------------------------------------------------------------------
+
+    def scores(self, run: Phase) -> dict[str, ExampleScores]:
+        """What a finished phase scored on each validation example, by metric; empty where it failed or diverged."""
+        folder = self.folder(run)
+        if folder not in self._scores:
+            record = self.record(run)
+            if record is None or record.status != "finished":
+                return {}
+            kept = pd.read_parquet(folder / PREDICTIONS_NAME)
+            self._scores[folder], self._floors[folder] = example_scores(kept), constant_scores(kept)
+        return self._scores[folder]
+
+    def score(self, run: Phase) -> ExampleScores | None:
+        """The same of the metric that is compared.
+
+        Raises:
+            ValueError: The task has no such metric.
+        """
+        scores = self.scores(run)
+        if not scores:
+            return None
+        if self.metric not in scores:
+            raise ValueError(f"metric={self.metric!r} is none of this task, which has: {', '.join(scores)}.")
+        return scores[self.metric]
+
+    def floor(self, runs: Sequence[Phase]) -> float | None:
+        """What always giving the same answer scores, on the examples of the first of `runs` that has scores."""
+        found = [floors for run in runs if self.scores(run) and (floors := self._floors[self.folder(run)])]
+        return found[0][self.metric].value if found and self.metric in found[0] else None
+
+    def has_learnt(self, runs: Sequence[Phase]) -> bool:
+        """
+        Whether any of `runs` is better than always giving the same answer, by more than the validation examples leave
+        to chance; also where that cannot be said, as of language models.
+        """
+        if self.floor(runs) is None:
+            return True
+        sign = 1 if metric_of(self.metric).higher_is_better else -1
+        for run in runs:
+            scores = self.score(run)
+            if scores is None:
+                continue
+            constant = self._floors[self.folder(run)][self.metric]
+            moved = scores.influence() - constant.influence()
+            if sign * (scores.value - constant.value) > 1.645 * moved.std() / len(moved) ** 0.5:
+                return True
+        return False
+
+    def gain(self, run: Phase) -> float | None:
+        """How much better than 0 in the same stage, as the search ranks values; `None` where there is no score."""
+        gain = self.gain_over([(run, run.control)])
+        return gain.value if gain else None
+
+    def gain_over(self, pairs: Sequence[tuple[Phase, Phase]]) -> Gain | None:
+        """The gain over the pairs of which both have a score; `None` where there is none."""
+        scored = [(self.score(a), self.score(b)) for a, b in pairs]
+        scored = [(a, b) for a, b in scored if a is not None and b is not None]
+        if not scored:
+            return None
+        higher = metric_of(self.metric).higher_is_better
+        return paired_gain([a for a, _ in scored], [b for _, b in scored], higher, len(self.search.rhos))
+
+    @property
+    def metric(self) -> str:
+        """What is compared, by the scores that have been read."""
+        kept = next(filter(None, self._scores.values()), {"accuracy": None})
+        return self.search.metric or next(iter(kept))
+
+
+# --- metrics that are means over examples, so that an interval over examples is known without a guess ----------------
+
+
+def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
+    """
+    Metrics of kept predictions, example by example, the one that is compared by default first and a loss last; empty
+    where a value is not finite, as of a run that diverged.
+    """
+    ones = np.ones(len(kept))
+    if "tokens" in kept:
+        found = {"nll_per_token": ExampleScores(kept["nll"].to_numpy(float), kept["tokens"].to_numpy(float))}
+    elif "probabilities" not in kept:
+        error = kept["prediction"].to_numpy(float) - kept["label"].to_numpy(float)
+        found = {"mse": ExampleScores(error**2, ones)}
+    else:
+        probabilities = np.stack(kept["probabilities"].to_numpy()).astype(float)
+        by_class = "prediction" in kept
+        truth = np.eye(probabilities.shape[1])[kept["label"].to_numpy(int)] if by_class else np.stack(kept["label"])
+        tiny = np.finfo(float).tiny
+        if by_class:
+            right = probabilities.argmax(1) == kept["label"].to_numpy(int)
+            nll = -np.log(np.maximum((probabilities * truth).sum(1), tiny))
+        else:
+            right = ((probabilities > 0.5) == truth).all(1)
+            nll = -np.log(np.maximum(np.where(truth == 1, probabilities, 1 - probabilities), tiny)).sum(1)
+        found = {
+            "accuracy" if by_class else "subset_accuracy": ExampleScores(right.astype(float), ones),
+            "brier": ExampleScores(((probabilities - truth) ** 2).sum(1), ones),
+            "nll": ExampleScores(nll, ones),
+        }
+    return found if all(np.isfinite(scores.totals).all() for scores in found.values()) else {}
+
+
+def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
+    """The same metrics of the best answer that looks at no example: the most frequent one, the frequencies, the mean."""
+    if "tokens" in kept:
+        return {}
+    if "probabilities" not in kept:
+        return example_scores(kept.assign(prediction=kept["label"].mean()))
+    if "prediction" in kept:
+        classes = len(kept["probabilities"].iloc[0])
+        share = np.bincount(kept["label"].to_numpy(int), minlength=classes) / len(kept)
+    else:
+        share = np.stack(kept["label"]).astype(float).mean(0)
+    return example_scores(kept.assign(probabilities=[share] * len(kept)))
+
+
+METRICS_KEPT = ("accuracy", "subset_accuracy", "nll", "brier", "mse", "nll_per_token")
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
+    """
+    The `PassCount` of runs under `config`: one gradient of the whole effective batch in a plain step, so many as the
+    method takes in one that perturbs.
+
+    Args:
+        config (`SAMConfig`): With a rho above 0.
+        warmup_steps (`Callable[[int], int]`): Of a schedule of so many steps.
+    """
+
+    def count(length: int, begin: int, end: int) -> float:
+        try:
+            schedule = Schedule.resolve(config, length, warmup_steps(length))
+        except ValueError:  # a run so short that no step would perturb
+            return end - begin
+        first, last = max(begin, schedule.start), min(end, schedule.end)
+        interval = config.interval or 1
+        # perturbed are schedule.start, schedule.start + interval, ...
+        perturbed = max(0, -((schedule.start - last) // interval) + (schedule.start - first) // interval)
+        return end - begin + (config.passes_per_step - 1) * perturbed
+
+    return count
+
+
+def passes_spent(record: RunRecord) -> float:
+    """Gradient passes of one phase, as its trainer counted them."""
+    return record.segments[-1]["passes"] if record.segments else 0.0
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)  # another worker may be at it

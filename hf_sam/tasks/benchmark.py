@@ -1,0 +1,382 @@
+"""What a step of each SAM method costs on your model and batch, beside the stock Trainer's in the same run.
+
+    accelerate launch recipes/benchmark.py --task image-classification --model_name_or_path facebook/dinov2-small \
+        --dataset digits --image_size 70 --batch_sizes 4 16 --methods sam asam subset late
+    python recipes/benchmark.py --task text-classification --synthetic true --sizes 2M 22M 135M --methods sam
+
+All contenders take turns in one process, a few steps each, so that a machine that slows down slows all alike. Writes
+`benchmark.json`, `benchmark.csv`, `benchmark.md` and drawings to `--output_dir`.
+"""
+
+# ruff: noqa: RUF009 - `option` returns a dataclass field
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_sam import SAMConfig
+from hf_sam.benchmark import (
+    CONTENDERS,
+    STOCK,
+    Contender,
+    HandLoopTrainer,
+    SteppedSAMTrainer,
+    SteppedTrainer,
+    measure,
+)
+from hf_sam.methods.users import load_parts
+
+from ..experiments.provenance import describe_environment
+from ..experiments.records import find_records, plain, write_json
+from ..reporting.benchmark import SETTING, draw_frontier, draw_ratios, draw_sweep, gains, readable, row_of
+from ..suggestions import did_you_mean
+from .benchmark_inputs import SIZES, TASKS, Inputs, Task, made_up_inputs, of_size, real_inputs
+from .command_line.arguments import parse_arguments, read_config, split_command_line
+from .command_line.errors import UserError, as_user_error
+from .command_line.options import DataArguments, ModelArguments, option
+from .tables import markdown
+
+FORMAT, VERSION = "hf_sam.benchmark", 1
+
+
+@dataclass
+class BenchmarkArguments:
+    """Who takes part, at which sizes, and for how long."""
+
+    task: str | None = option(None, f"{', '.join(TASKS)}.")
+    methods: list[str] | None = option(None, f"Contenders: {', '.join(CONTENDERS)}, or JSON objects of SAMConfig.")
+    synthetic: bool = option(False, "Made-up data in the model's input shape instead of a data set.")
+    sizes: list[str] | None = option(None, f"Models from scratch of these sizes: {', '.join(SIZES)}.")
+    batch_sizes: list[int] | None = option(None, "Examples a device; per_device_train_batch_size when left out.")
+    accumulations: list[int] | None = option(None, "Micro-batches a step; gradient_accumulation_steps when left out.")
+    steps: int = option(40, "Timed optimizer steps of every contender.")
+    warmup: int = option(5, "Optimizer steps before them, which are dropped.")
+    block: int = option(5, "Optimizer steps of one turn.")
+    contenders_at_once: int = option(6, "Contenders in memory at the same time, the stock Trainer included.")
+    records: str | None = option(None, "Folder of a comparison: draw its gains against the cost measured here.")
+    control: str | None = option(None, "The arm of those records to compare with; found when left out.")
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("warmup", 1), ("block", 1), ("contenders_at_once", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        for name in ("batch_sizes", "accumulations"):
+            if any(value < 1 for value in getattr(self, name) or []):
+                raise ValueError(f"{name}={getattr(self, name)}: each must be at least 1.")
+        for size in self.sizes or []:
+            if size not in SIZES:
+                raise ValueError(f"sizes: {size!r} is unknown. Allowed: {', '.join(SIZES)}.")
+
+    @property
+    def contenders(self) -> list[Contender]:
+        """
+        Those that were named, all when none was; the stock Trainer is always the first.
+
+        Raises:
+            UserError: A name that is none, or a configuration that `SAMConfig` refuses.
+        """
+        named = [contender_of(text) for text in self.methods or CONTENDERS]
+        return list({contender.name: contender for contender in [STOCK, *named]}.values())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a sweep."""
+
+    size: str | None
+    batch_size: int
+    accumulation: int
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    task, words = glance(argv)
+    model_args, data_args, task_args, bench, args = parse_arguments(
+        [ModelArguments, DataArguments, task.arguments, BenchmarkArguments, TrainingArguments], words
+    )
+    if hasattr(task_args, "trainer"):
+        task_args.trainer = "plain"  # TRL's trainer adds work of its own
+    contenders, records = bench.contenders, records_of(bench)
+    check(model_args, data_args, getattr(task_args, "glue_task", None), bench)
+    prepare(args)
+
+    frames, described = [], []
+    for setting in settings_of(bench, args):
+        inputs = inputs_of(setting, task, model_args, data_args, task_args, bench, args)
+        examples = setting.batch_size * setting.accumulation * args.world_size
+        parameters = inputs.model.num_parameters()
+        columns = dict(
+            zip(SETTING, (parameters, setting.batch_size, setting.accumulation, args.world_size), strict=True)
+        )
+        with (
+            tqdm(
+                total=expected_steps(bench, len(contenders)),
+                unit=" steps",
+                disable=args.disable_tqdm or args.process_index > 0,
+                desc=f"{parameters / 1e6:.1f} M parameters, {setting.batch_size} x {setting.accumulation}",
+            ) as bar,
+            as_user_error(ValueError),
+        ):
+            measurements = measure(
+                contenders,
+                lambda contender, steps, inputs=inputs, setting=setting: build(
+                    contender, steps, inputs, setting, args, task
+                ),
+                steps=bench.steps,
+                warmup=bench.warmup,
+                block=bench.block,
+                at_once=bench.contenders_at_once,
+                seed=args.seed,
+                progress=lambda name, steps, bar=bar: bar.update(steps),
+            )
+        frames.append(pd.DataFrame([columns | row_of(entry, examples, args.seed) for entry in measurements]))
+        described.append(
+            columns
+            | {
+                "model": type(inputs.model).__name__,
+                "steps": {entry.contender.name: entry.seconds for entry in measurements},
+                "sam": {c.name: c.sam.to_dict() if c.sam else None for c in contenders},
+            }
+        )
+    rows = pd.concat(frames, ignore_index=True)
+    if args.process_index == 0:
+        arguments = {"model": model_args, "data": data_args, "task": task_args, "benchmark": bench}
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "command": command(argv),
+            "environment": describe_environment(),
+            "arguments": {name: vars(value) for name, value in arguments.items()},
+            "training_arguments": args.to_dict(),
+            "rows": rows.to_dict("records"),
+            "settings": described,
+        }
+        write(document, rows, Path(args.output_dir))
+        if records:
+            write_gains(records, rows, contenders, bench.control, Path(args.output_dir))
+    return rows
+
+
+# --- what was asked for ------------------------------------------------------------------------------------------------
+
+
+def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
+    """
+    The task, which decides what other arguments there are, and the command line with what it leaves open.
+
+    Raises:
+        UserError: No task, or one that is unknown.
+    """
+    files, options = split_command_line(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("task", "model_name_or_path", "model_type"):
+        parser.add_argument(f"--{name}")
+    given = {name: value for file in files for name, value in read_config(Path(file)).items()}
+    given |= {name: value for name, value in vars(parser.parse_known_args(options)[0]).items() if value is not None}
+    name = given.get("task")
+    if "--help" in options or "-h" in options:
+        name = name or "image-classification"
+    if name not in TASKS:
+        raise UserError(f"task={name} is unknown. Give --task: {', '.join(TASKS)}.{did_you_mean(str(name), TASKS)}")
+    from_scratch = not given.get("model_name_or_path") and not given.get("model_type")
+    return TASKS[name], [*argv, *(["--model_type", TASKS[name].model_type] if from_scratch else [])]
+
+
+def contender_of(text: str) -> Contender:
+    """A row of `CONTENDERS`, or one made of a JSON object such as `{"method": "subset", "interval": 10}`."""
+    if text in CONTENDERS:
+        return CONTENDERS[text]
+    if not text.lstrip().startswith("{"):
+        raise UserError(
+            f"methods: {text!r} is unknown.{did_you_mean(text, CONTENDERS)} Allowed: {', '.join(CONTENDERS)}."
+        )
+    with as_user_error(ValueError, TypeError, prefix="methods: "):
+        values = json.loads(text)
+        if isinstance(values.get("ascent") or values.get("descent"), str):  # classes of the user's own
+            values |= load_parts(values.get("ascent"), values.get("descent"), values.get("options"))
+        return Contender(", ".join(f"{name} {value}" for name, value in values.items()), SAMConfig.from_dict(values))
+
+
+def records_of(bench: BenchmarkArguments) -> list:
+    """The comparison's records, where a folder was given, before anything is timed."""
+    if bench.records is None:
+        return []
+    found, _ = find_records(bench.records)
+    if not found:
+        raise UserError(f"records={bench.records} holds no run_record.json; give the output_dir of a comparison.")
+    return found
+
+
+def check(model_args: ModelArguments, data_args: DataArguments, glue: str | None, bench: BenchmarkArguments) -> None:
+    """
+    Raises:
+        UserError: Arguments that do not go together.
+    """
+    if not bench.synthetic and data_args.dataset is None and not glue:
+        raise UserError("Give --dataset, or --synthetic true for made-up data.")
+    if bench.synthetic and data_args.dataset is not None:
+        raise UserError("Give --dataset or --synthetic true, not both.")
+    if data_args.streaming:
+        raise UserError("A benchmark reads the same examples for every contender: leave streaming off.")
+    if bench.sizes and model_args.model_type is None:
+        raise UserError("sizes are of models from scratch: leave model_name_or_path out, or sizes.")
+
+
+def prepare(args: TrainingArguments) -> None:
+    """Nothing but training: no logging, evaluation, checkpoints or windows that are not full."""
+    args.logging_strategy = args.eval_strategy = IntervalStrategy.NO
+    args.save_strategy = SaveStrategy.NO
+    args.report_to, args.load_best_model_at_end, args.push_to_hub = [], False, False
+    args.dataloader_drop_last = True
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
+    if args.output_dir == "trainer_output":
+        args.output_dir = "outputs/benchmark"
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the profiler, which weighs memory, reports its every start and stop
+
+
+def settings_of(bench: BenchmarkArguments, args: TrainingArguments) -> Iterator[Setting]:
+    """Every size with every batch size and accumulation."""
+    batch_sizes = bench.batch_sizes or [args.per_device_train_batch_size]
+    accumulations = bench.accumulations or [args.gradient_accumulation_steps]
+    return itertools.starmap(Setting, itertools.product(bench.sizes or [None], batch_sizes, accumulations))
+
+
+def inputs_of(
+    setting: Setting,
+    task: Task,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    task_args: Any,
+    bench: BenchmarkArguments,
+    args: TrainingArguments,
+) -> Inputs:
+    """
+    The model and the data of one setting.
+
+    Raises:
+        UserError: The training split is smaller than one step.
+    """
+    set_seed(args.seed)
+    model_args = of_size(task, model_args, setting.size)
+    examples = setting.batch_size * setting.accumulation * args.world_size
+    if bench.synthetic:
+        return made_up_inputs(task, model_args, copy.copy(task_args), examples * (bench.steps + bench.warmup))
+    inputs = real_inputs(task, model_args, copy.copy(data_args), copy.copy(task_args), args)
+    if len(inputs.dataset) < examples:
+        raise UserError(
+            f"One step takes {examples} examples, and the training split has {len(inputs.dataset)}: lower batch_sizes or "
+            "accumulations."
+        )
+    return inputs
+
+
+def build(
+    contender: Contender, steps: int, inputs: Inputs, setting: Setting, args: TrainingArguments, task: Task
+) -> SteppedTrainer | SteppedSAMTrainer:
+    """A contender's trainer, with a copy of the model."""
+    args = copy.deepcopy(args)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = setting.batch_size, setting.accumulation
+    args.max_steps = steps
+    args.disable_tqdm = True
+    set_seed(args.seed)
+    common = {
+        "model": copy.deepcopy(inputs.model),
+        "args": args,
+        "train_dataset": inputs.dataset,
+        "data_collator": inputs.collator,
+    }
+    if contender.by_hand:
+        trainer = HandLoopTrainer(rho=contender.sam.rho, **common)
+    elif contender.sam is None:
+        trainer = SteppedTrainer(**common)
+    else:
+        trainer = SteppedSAMTrainer(sam_config=contender.sam, **common)
+    if task.is_classification:
+        trainer.model_accepts_loss_kwargs = False  # as in the recipes that train: their loss is a mean over examples
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def expected_steps(bench: BenchmarkArguments, contenders: int) -> int:
+    """Steps that the progress bar waits for: one for counting and all timed ones, the stock Trainer's in each group."""
+    groups = max(1, -(-(contenders - 1) // (bench.contenders_at_once - 1)))
+    return contenders + (contenders - 1 + groups) * (bench.steps + bench.warmup)
+
+
+# --- what comes of it --------------------------------------------------------------------------------------------------
+
+
+def write(document: dict[str, Any], rows: pd.DataFrame, folder: Path) -> None:
+    """All files, and the tables on the terminal."""
+    write_json(folder / "benchmark.json", plain(document))
+    rows.to_csv(folder / "benchmark.csv", index=False)
+    text = []
+    for number, (setting, group) in enumerate(rows.groupby(SETTING, sort=False)):
+        parameters, batch_size, accumulation, processes = setting
+        model = document["settings"][number]["model"]
+        title = f"{model}, {parameters / 1e6:.1f} M parameters, batch {batch_size}, accumulation {accumulation}"
+        title += f", {processes} processes" if processes > 1 else ""
+        text.append(f"### {title}\n\n{markdown(readable(group))}\n")
+        draw_ratios(group).savefig(folder / f"ratios{f'_{number}' if number else ''}.png", dpi=150)
+    sweep = draw_sweep(rows)
+    if sweep is not None:
+        sweep.savefig(folder / "sweep.png", dpi=150)
+    page = "\n".join([*text, provenance(document)])
+    (folder / "benchmark.md").write_text(page, encoding="utf-8")
+    print(f"\n{page}\nWritten to {folder}")
+
+
+def provenance(document: dict[str, Any]) -> str:
+    """The sentence under the tables: machine, versions, command."""
+    packages, hardware = (document["environment"][key] for key in ("packages", "hardware"))
+    machine = ", ".join(hardware["accelerators"]) or f"{hardware['processors']} processors ({hardware['machine']})"
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "hf-sam") if name in packages)
+    bench = document["arguments"]["benchmark"]
+    return (
+        f"One run on {machine}, {hardware['threads']} threads a process; {versions}. Medians of {bench['steps']} optimizer "
+        f"steps of each contender after {bench['warmup']} dropped ones, in turns of {bench['block']}; ratios are to the "
+        f"stock Trainer's steps in the same turns, with bootstrap intervals. Command: `{document['command']}`\n"
+    )
+
+
+def command(argv: Sequence[str]) -> str:
+    """How to run it again."""
+    processes = describe_environment()["hardware"]["processes"]
+    launcher = f"accelerate launch --num_processes {processes}" if processes > 1 else "python"
+    return f"{launcher} recipes/benchmark.py {shlex.join(argv)}"
+
+
+def write_gains(
+    records: list, rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None, folder: Path
+) -> None:
+    """Gain against cost, at the first setting."""
+    first = rows[(rows[SETTING] == rows[SETTING].iloc[0]).all(axis=1)]
+    with as_user_error(ValueError, prefix="records: "):
+        frame = gains(records, first, contenders, control)
+    if frame.empty:
+        print("No arm of the records has a configuration that was timed here, so no gain is drawn against cost.")
+        return
+    frame.to_csv(folder / "gains.csv", index=False)
+    draw_frontier(frame).savefig(folder / "gains.png", dpi=150)
+    left = sorted({record.arm for record in records} - set(frame.arm) - set(frame.control))
+    print(f"Gain against cost: {folder / 'gains.png'}." + (f" Not timed here: {', '.join(left)}." if left else ""))

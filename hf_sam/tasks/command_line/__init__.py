@@ -1,0 +1,1 @@
+"""From words on a command line and keys of a YAML file to dataclasses, and mistakes in one line each."""

@@ -1,0 +1,183 @@
+"""One YAML file and `--key value` overrides become dataclasses; an unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from argparse import Action
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from transformers import HfArgumentParser
+
+from hf_sam.config import SAMConfig
+from hf_sam.methods.users import load_parts
+
+from ...experiments.method_settings import Merged, explain, merge
+from .config_files import read_layers, split_command_line, unknown_key
+from .docstrings import described
+from .errors import UserError, as_user_error
+
+COMMAND_LINE = "command line"
+_SAM_OPTION = re.compile(r"--(?P<key>sam[_-][\w-]+)(=(?P<value>.*))?$", re.DOTALL)
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """
+    Fill one instance of each dataclass from `[CONFIG.yaml ...] [--key value ...]`; what comes later wins.
+
+    A configuration file may start from another one, `base: FILE`, relative to itself. A key that is `null` keeps its
+    default. Every value, from a file or the command line, takes the same path through `argparse`.
+
+    Args:
+        dataclass_types (`Sequence[type]`): The classes to fill; a key must be a field of one of them.
+        argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
+
+    Raises:
+        UserError: A file that cannot be read, an unknown key, or a value of the wrong kind or out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    files, options = split_command_line(argv)
+    layers = [layer for file in files for layer in read_layers(Path(file))]
+    for name, values in layers:
+        for key in values:
+            if key not in parser.actions:
+                raise UserError(f"{name}: {unknown_key(key, parser.actions)}")
+    merged = merge([*layers, (COMMAND_LINE, _sam_options(options))])
+    from_files = {key: value for key, value in merged.values.items() if merged.sources[key] != COMMAND_LINE}
+    namespace, rest = parser.parse_known_args([*_tokens(from_files, parser), *options])
+    if rest:
+        raise UserError(unknown_key(rest[0], parser.actions))
+    values = vars(namespace)
+    with as_user_error(ValueError, TypeError, ImportError):
+        parsed = tuple(
+            kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
+            for kind in dataclass_types
+        )
+    for arguments in parsed:
+        if isinstance(arguments, _SAMArguments):
+            arguments.merged = merged
+    return parsed
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether all that is asked for is the list of options."""
+    return not {"-h", "--help"}.isdisjoint(argv)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """
+    The keys of a configuration file over those of its `base`. Scalars stay the text that the file has, so that `no`
+    is no boolean and `5e-5` no surprise; mappings are typed.
+
+    Raises:
+        UserError: The file does not exist, is no mapping, or is its own base.
+    """
+    return merge(read_layers(path)).values
+
+
+def _tokens(values: dict[str, Any], parser: _Parser) -> Iterator[str]:
+    """What configuration files say as command-line words."""
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, list) and parser.actions[key].nargs == "+":
+            yield from (f"--{key}", *map(str, value))
+        elif isinstance(value, list):
+            yield f"--{key}={','.join(map(str, value))}"
+        else:
+            yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+def _sam_options(options: Sequence[str]) -> dict[str, str]:
+    """The SAM fields that the command line names, with their values as text."""
+    found = {}
+    for word, following in zip(options, [*options[1:], ""][: len(options)], strict=True):
+        if match := _SAM_OPTION.match(word):
+            found[match["key"].replace("-", "_")] = match["value"] if match["value"] is not None else following
+    return found
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` that reports a mistake as a `UserError` and knows its arguments by name."""
+
+    actions: dict[str, Action]
+
+    def __init__(self, dataclass_types: Sequence[type], **kwargs):
+        super().__init__(
+            dataclass_types, conflict_handler="resolve", **kwargs
+        )  # a field of two classes is one argument
+        self.actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        for name, text in ((name, text) for kind in dataclass_types for name, text in described(kind).items()):
+            if name in self.actions and not self.actions[name].help:
+                self.actions[name].help = text.replace("%", "%%")
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+# --- SAM's fields, once, from SAMConfig ----------------------------------------------------------------------------
+
+
+class _SAMArguments:
+    """The fields of `SAMConfig` with the prefix `sam_`."""
+
+    merged: Merged | None = None  # where the values came from, as `parse_arguments` found out
+
+    def explain(self) -> str:
+        """The configuration in force in one line, and where each part of it came from."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return explain(self.to_config(), self.merged or merge([(COMMAND_LINE, given)]))
+
+    def to_config(self) -> SAMConfig:
+        """
+        The configuration.
+
+        Raises:
+            UserError: What `SAMConfig` says, under the name that the user wrote.
+        """
+        values = {name: getattr(self, f"sam_{name}") for name in SAMConfig.fields()}
+        for name in ("start", "end"):  # an int is a step, a float a fraction of the run
+            text = values[name]
+            if text is not None:
+                with as_user_error(ValueError, prefix=f"sam_{name}: "):
+                    values[name] = int(text) if re.fullmatch(r"\d+", text) else float(text)
+        if values["perturb"] is not None:
+            patterns = [pattern.strip() for pattern in values["perturb"].split(",")]
+            values["perturb"] = patterns[0] if len(patterns) == 1 else patterns
+        options = values["options"]
+        if isinstance(options, str):
+            with as_user_error(ValueError, prefix=f"sam_options={options!r} is no JSON object: "):
+                options = dict(json.loads(options))
+        with as_user_error(ValueError):
+            values |= load_parts(values["ascent"], values["descent"], options)
+        with as_user_error(ValueError, prefix="sam_"):
+            return SAMConfig(**values)
+
+
+def _argument_type(hint: Any) -> Any:
+    """What `argparse` reads for a `SAMConfig` field: the type itself where there is one, else text."""
+    kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
+    return kinds[0] | None if len(kinds) == 1 and kinds[0] in (str, int, float, bool) else str | None
+
+
+_HINTS = get_type_hints(SAMConfig)
+SAMArguments = dataclasses.make_dataclass(
+    "SAMArguments",
+    [
+        (
+            f"sam_{field.name}",
+            _argument_type(_HINTS[field.name]),
+            dataclasses.field(
+                default="sam" if field.name == "method" else None,
+                metadata={"help": described(SAMConfig)[field.name].replace("%", "%%")},
+            ),
+        )
+        for field in dataclasses.fields(SAMConfig)
+    ],
+    bases=(_SAMArguments,),
+)

@@ -1,0 +1,75 @@
+"""A user's mistake ends in one readable line, not in a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can put right; the message names the field, what is allowed, and the remedy."""
+
+
+class FolderInUseError(UserError):
+    """Another run is at work in `output_dir`."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; the message says where the run stands and how to go on."""
+
+
+@contextmanager
+def as_user_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Turn exceptions of these kinds, which others raise about the user's values, into a `UserError`."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(prefix + one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` on one line. Of an error in a DataLoader worker only the original message is kept."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def run(main: Callable[[], object]) -> None:
+    """
+    Run a recipe's `main` as a program: a `UserError`, or a `ValueError` that hf_sam raises about its configuration, is
+    printed by the first process as one line, and the exit code is 2; Ctrl-C too, with 130. A run that is finished already
+    is no mistake. Anything else is a bug and keeps its traceback.
+    """
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) <= 0
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        if is_first:
+            print(f"\n{one_line(error) if str(error) else 'Interrupted.'}", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, ValueError) as error:
+        if not isinstance(error, UserError) and not _raised_by_hf_sam(error):
+            raise
+        if is_first:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != "RunFinishedError":  # by name: what defines it takes seconds to import
+            raise
+        if is_first:
+            print(one_line(error))
+
+
+def _raised_by_hf_sam(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = Path(sys.modules["hf_sam"].__file__).parent if "hf_sam" in sys.modules else None
+    if trace is None or package is None:
+        return False
+    where = Path(trace.tb_frame.f_code.co_filename).parents
+    return package in where and package / "tasks" not in where  # a task raises a `UserError` where the user is wrong

@@ -1,0 +1,319 @@
+"""Compare arms (AdamW, SGD, any SAM method, averaged weights) on tasks, paired over seeds, and write the report.
+
+    python recipes/compare.py configs/comparison/digits.yaml --plan      # what would run
+    python recipes/compare.py configs/comparison/digits.yaml             # run what is missing, then report
+
+The same command again goes on where it stopped; the same command elsewhere on a shared folder helps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_sam.config import SAMConfig
+
+from ..experiments.execution import LOG_NAME, end_with_parent, load_task
+from ..experiments.external_runs import find_foreign_records
+from ..experiments.method_settings import explain, merge
+from ..experiments.plan import BUDGETS, Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
+from ..experiments.records import RunRecord, write_json
+from ..experiments.worker import Workshop, counts, estimate, records_of, retry_failed, work
+from ..reporting.comparison import write_report
+from ..reporting.statistics import detectable_effect, established_effect
+from ..suggestions import did_you_mean
+from . import TRAINING
+from .command_line.arguments import parse_arguments, read_layers
+from .command_line.errors import UserError, as_user_error
+
+PLAN_NAME = "comparison.json"
+MAX_REASONS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    args = build_parser().parse_args(argv)
+    if not args.study:
+        raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
+    plan = plan_of(args)
+    workshop = open_workshop(plan)
+    workshop.check_unchanged()
+    print_plan(workshop, args.workers)
+    if args.plan:
+        return None
+    if args.retry_failed:
+        print(f"{retry_failed(workshop)} failed runs are made again.")
+    if not args.report:
+        write_json(plan.output_dir / PLAN_NAME, describe(plan))
+        make_all(args, workshop)
+    failures = describe_failures(workshop)
+    report = report_on(workshop, args.foreign, failures)
+    print(f"\nReport: {report}")
+    if failures and not args.report:
+        raise UserError(failures)
+    return report
+
+
+def describe_failures(workshop: Workshop) -> str:
+    """How many runs failed, why, and what to do about it; empty where none did."""
+    failed = [record for record in records_of(workshop) if record.status == "failed"]
+    if not failed:
+        return ""
+    reasons = Counter(_why(record) for record in failed)
+    listed = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.most_common(MAX_REASONS))
+    total = sum(counts(workshop)[name] for name in ("finished", "failed", "begun", "waiting"))
+    return (
+        f"{len(failed)} of {total} runs failed: {listed}. The whole story is in {failed[0].path.parent}/{LOG_NAME}; "
+        f"mend the cause and repeat the command with --retry_failed."
+    )
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The YAML with what the command line overrides."""
+    plan = read_plan(args.study, args.output_dir)
+    for word in args.set:
+        if "=" not in word:
+            raise UserError(f"--set takes key=value pairs, not {word!r}.")
+    given = dict(word.split("=", 1) for word in args.set)
+    settings = merge([("settings of the study", plan.settings), ("--set", given)]).values
+    return dataclasses.replace(plan, seeds=args.seeds or plan.seeds, settings=settings)
+
+
+def open_workshop(plan: Plan) -> Workshop:
+    """
+    The plan with all its runs; every arm of every task is parsed as its recipe would parse it.
+
+    Raises:
+        UserError: An arm that its recipe would refuse; names task and arm.
+    """
+    parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
+
+    def passes(task: str, arm: str) -> float:
+        args, sam_config, _ = parsed[task, arm]
+        steps = args.max_steps if args.max_steps > 0 else 1000  # with epochs, only the share of steps matters
+        return mean_passes(sam_config, steps, args.get_warmup_steps(steps))
+
+    def length(run: Run) -> dict[str, Any]:
+        args, *_ = parsed[run.task, run.arm]
+        return {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
+
+    in_force = {key: words for key, (*_, words) in parsed.items()}
+    return Workshop(plan, final_runs(plan, passes), length, in_force)
+
+
+def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMConfig, str]:
+    """
+    What the recipe makes of an arm under every condition; returns its training arguments, its SAM configuration, and
+    the latter in words.
+    """
+    types = argument_types(plan.tasks[task]["recipe"])
+    config = plan.tasks[task].get("config")
+    for name in plan.conditions:
+        layers = layers_of(plan, task, name, arm)
+        try:
+            parsed = parse_arguments(types, command_line(config, merge(layers).values, plan.output_dir))
+            sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
+            sam_config = sam_args.to_config()
+            in_force = explain(sam_config, merge([*(read_layers(Path(config)) if config else []), *layers]))
+        except (UserError, ValueError) as error:
+            raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error
+    check_metric(plan, plan.tasks[task]["recipe"], parsed)
+    named = [key for key in plan.arms[arm] if key.startswith("sam_") and key != "sam_rho"]
+    if named and sam_config.rho == 0:
+        raise UserError(
+            f"arm {arm}: {', '.join(named)} does nothing while sam_rho is 0, as the base has it; give sam_rho."
+        )
+    return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
+
+
+def check_metric(plan: Plan, recipe: str, parsed: Sequence[Any]) -> None:
+    """
+    Raises:
+        UserError: The recipe does not measure what the question asks about.
+    """
+    known, metric = getattr(load_task(recipe), "METRICS", ()), plan.question.metric
+    run_args = next((values for values in parsed if type(values).__name__ == "RunArguments"), None)
+    if run_args is not None and run_args.hub_metrics:
+        return  # their names are only known when they have been computed
+    if run_args is not None and run_args.evaluate_train:
+        known = (*known, *(f"train_{name}" for name in known))
+    if known and metric not in known:
+        near = did_you_mean(metric, known)
+        raise UserError(
+            f"question.metric={metric!r} is none that {recipe} measures.{near} Allowed: {', '.join(known)}."
+        )
+
+
+def argument_types(recipe: str) -> tuple[type, ...]:
+    """
+    The dataclasses that a task parses its command line into.
+
+    Raises:
+        UserError: There is no such task, or it does not train.
+    """
+    if recipe not in TRAINING and "." not in recipe:
+        hint = did_you_mean(recipe, TRAINING)
+        raise UserError(f"recipe {recipe!r} does not exist.{hint} There are: {', '.join(TRAINING)}.")
+    with as_user_error(ImportError, prefix=f"recipe {recipe!r} cannot be imported: "):
+        task = load_task(recipe)
+    if not hasattr(task, "ARGUMENTS"):
+        raise UserError(f"recipe {recipe!r} declares no ARGUMENTS, the dataclasses of its command line.")
+    return tuple(task.ARGUMENTS)
+
+
+def make_all(args: argparse.Namespace, workshop: Workshop) -> None:
+    """Makes the runs with as many workers as asked for; this process is one of them."""
+    context = multiprocessing.get_context("spawn")
+    helpers = [context.Process(target=_help, args=(args,)) for _ in range(args.workers - 1)]
+    for helper in helpers:
+        helper.start()
+    try:
+        _work(workshop, args.stale_after, args.workers)
+        for helper in helpers:
+            helper.join()
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        for helper in helpers:
+            helper.terminate()
+
+
+def _help(args: argparse.Namespace) -> None:
+    end_with_parent()
+    _work(open_workshop(plan_of(args)), args.stale_after)
+
+
+def _work(workshop: Workshop, stale_after: float, workers: int = 1) -> None:
+    def tell(run: Run, what: str) -> None:
+        name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
+        print(f"{what:>10}  {name}", flush=True)
+        if what == "failed":
+            print(f"{'':>10}  {_why(workshop.record(run))}", flush=True)
+        if what in ("finished", "failed"):
+            print(f"{'':>10}  {progress(workshop, workers)}", flush=True)
+
+    work(workshop, stale_after, tell)
+
+
+def progress(workshop: Workshop, workers: int = 1) -> str:
+    """One line: how far it is, and how long it will take."""
+    count = counts(workshop)
+    total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
+    line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
+    time = estimate(workshop)
+    if time is None:
+        return f"{line}; time is estimated after the first."
+    seconds, known = time
+    minutes = seconds / workers / 60
+    rest = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
+    of = f", of {workers} workers" if workers > 1 else ""
+    return f"{line}; about {rest}{of} to go, judging by {known} finished."
+
+
+def print_plan(workshop: Workshop, workers: int) -> None:
+    """What is compared, and how many runs that takes."""
+    plan, count = workshop.plan, counts(workshop)
+    rows = [("arm", "budget", "steps x", "passes x", "settings")]
+    for arm in plan.arms:
+        first = {run.budget: run for run in workshop.runs if run.arm == arm}
+        for budget, run_ in first.items():
+            name = " and ".join(BUDGETS[part] for part in budget.split("+"))
+            others = {key: value for key, value in plan.arms[arm].items() if not key.startswith("sam_")}
+            settings = ", ".join(f"{key}={value}" for key, value in others.items())
+            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings or "as the base"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    print(f"{plan.name}: {plan.question.treatment} against {plan.question.control}, by {plan.question.metric}")
+    print(f"tasks {', '.join(plan.tasks)}; conditions {', '.join(plan.conditions)}; seeds {plan.seeds}")
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    print("SAM in force, and where each value comes from:")
+    for arm in plan.arms:
+        told: dict[str, list[str]] = {}
+        for task in plan.tasks:
+            told.setdefault(workshop.in_force[task, arm], []).append(task)
+        for words, tasks in told.items():
+            where = f" on {', '.join(tasks)}" if len(told) > 1 else ""
+            print(f"  {arm}{where}: {words}")
+    print(describe_power(plan))
+    trials = f" and {count['trials']} trials" if count["trials"] else ""
+    print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
+
+
+def _why(record: RunRecord) -> str:
+    """What ended a failed run, in a line."""
+    error = record.error or {}
+    lines = error.get("message", "").splitlines()
+    return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
+
+
+def describe_power(plan: Plan) -> str:
+    """What the seeds of a plan can establish."""
+    seeds, cells = len(plan.seeds), len(plan.tasks) * len(plan.conditions)
+    if seeds < 2:
+        return "With one seed no verdict is possible: give at least 3, by --seeds or in the YAML."
+    level = 0.05 / cells
+    over = f", Holm over {cells} tasks and conditions" if cells > 1 else ""
+    return (
+        f"With {seeds} seeds a difference is established (paired t-test at 5 %{over}) from "
+        f"{established_effect(seeds, level):.1f} standard deviations of the paired differences on; a true one of "
+        f"{detectable_effect(seeds, level):.1f} is found four times in five (with {2 * seeds} seeds, of "
+        f"{detectable_effect(2 * seeds, level):.1f})."
+    )
+
+
+def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "") -> Path:
+    """
+    The report of what there is.
+
+    Raises:
+        UserError: No run has finished.
+    """
+    plan, records = workshop.plan, records_of(workshop)
+    problems: list[str] = []
+    for folder in foreign:
+        if not folder.is_dir():
+            raise UserError(f"foreign={folder} is no folder.")
+        found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
+        records, problems = records + found, problems + messages
+    final = records_of(workshop, workshop.runs)
+    done = {entry.arm for entry in final if entry.status == "finished"}
+    if not any(record.status in ("finished", "foreign") for record in records):
+        raise UserError(failures or f"No run has finished in {plan.output_dir}: there is nothing to report on.")
+    question = dataclasses.asdict(plan.question)
+    if not {question["control"], question["treatment"]} <= done:  # too early for the question: show what there is
+        question = {}
+    elif not any(record.metrics.get(plan.question.metric) is not None for record in final):
+        measured = sorted({name for record in final for name in record.metrics})
+        raise UserError(f"question.metric={plan.question.metric!r} is in no record. There are: {', '.join(measured)}.")
+    return write_report(
+        records,
+        plan.output_dir / "report",
+        title=plan.name,
+        arms=list(plan.arms),
+        problems=problems,
+        missing=len(workshop.runs) - len(final),
+        **question,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?", help="YAML of the comparison.")
+    parser.add_argument("--output_dir", type=Path, help="Where everything goes, instead of where the YAML says.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds, instead of those of the YAML.")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings of every run to override.")
+    parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
+    parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
+    parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
+    parser.add_argument("--workers", type=int, default=1, help="Runs at the same time on this machine.")
+    parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
+    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
+    return parser

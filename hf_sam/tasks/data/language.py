@@ -1,0 +1,106 @@
+"""Causal language models: which texts they learn from, and a perplexity that weighs every token alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from ..command_line.errors import UserError
+from .loading import Splits, column_names, pick_column
+from .summary import rows_in_words
+from .texts import check_texts
+
+# The columns of an example that is no plain text, as TRL names them.
+CONVERSATION, COMPLETION = ("messages",), ("prompt", "completion")
+
+
+class TokenWeightedEvaluation:
+    """
+    Makes a trainer's predictions the summed negative log-likelihood of each sequence, and its labels the number of
+    tokens that are predicted in it, so that logits are never gathered and perplexity weighs every token alike.
+    """
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        sums, counts = sequence_nll(logits, labels, inputs.get("position_ids"))
+        loss = sums.sum() / counts.sum().clamp(min=1)
+        return (loss, None, None) if prediction_loss_only else (loss, sums, counts)
+
+
+def sequence_nll(logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """
+    Negative log-likelihood by sequence.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, tokens, vocabulary)`): Of a causal language model.
+        labels (`torch.Tensor` of shape `(batch, tokens)`): -100 where no loss is taken.
+        position_ids (`torch.Tensor` of shape `(1, tokens)`, *optional*):
+            Where several sequences share one row without padding: a sequence begins at every 0.
+
+    Returns:
+        Sums in nats and numbers of predicted tokens, both `(sequences,)`.
+    """
+    targets = labels[:, 1:]
+    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    counted = (targets != -100).long()
+    if position_ids is None or len(labels) > 1:
+        return losses.sum(dim=1), counted.sum(dim=1)
+    sequence = (position_ids == 0).cumsum(dim=1).squeeze(0) - 1  # (tokens,)
+    number = int(sequence[-1]) + 1
+    sums = losses.new_zeros(number).index_add_(0, sequence[1:], losses.squeeze(0))
+    return sums, counted.new_zeros(number).index_add_(0, sequence[1:], counted.squeeze(0))
+
+
+def pick_format(splits: Splits, text_column: str | None, drop_empty: bool) -> tuple[Splits, tuple[str, ...]]:
+    """
+    The columns that hold an example, and the splits with these alone.
+
+    Raises:
+        UserError: There are none, or an example is empty.
+    """
+    names = column_names(splits["train"])
+    formats = [columns for columns in (CONVERSATION, COMPLETION) if set(columns) <= set(names)]
+    if formats and text_column is None:
+        found = formats[0]
+    else:
+        found = (pick_column(splits, text_column, ("text", "content", "sentence"), "text_column"),)
+    for name in found:
+        pick_column(splits, name, (), "text_column")
+    if found == CONVERSATION:
+        for split, dataset in splits.items():
+            empty = (
+                [i for i, turns in enumerate(dataset["messages"]) if not turns] if isinstance(dataset, Dataset) else []
+            )
+            if empty:
+                raise UserError(
+                    f"The {split} split has {len(empty)} examples without messages: {rows_in_words(empty)}. Remove them."
+                )
+    elif not _is_conversational(splits, found[0]):
+        splits = check_texts(splits, found, drop_empty)
+    return {split: dataset.select_columns(list(found)) for split, dataset in splits.items()}, found
+
+
+def tokenize_texts(splits: Splits, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Splits:
+    """The splits as tokens and labels for the plain Trainer: each text with its end, cut at `max_length` tokens."""
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        texts = [text + (tokenizer.eos_token or "") for text in rows[name]]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)
+        return {**encoded, "labels": [list(tokens) for tokens in encoded["input_ids"]]}
+
+    return {split: dataset.map(encode, batched=True, remove_columns=[name]) for split, dataset in splits.items()}
+
+
+def _is_conversational(splits: Splits, name: str) -> bool:
+    feature = (splits["train"].features or {}).get(name)
+    return feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string")

@@ -1,0 +1,88 @@
+"""Texts to tokens, and the GLUE tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..command_line.errors import UserError
+from .loading import Split, Splits, column, column_names
+from .summary import rows_in_words, tell
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """Where a task's texts and its labelled test data are; GLUE's own test splits have no labels."""
+
+    texts: tuple[str, ...]
+    test_split: str = "validation"
+
+
+GLUE = {
+    "cola": GlueTask(("sentence",)),
+    "mnli": GlueTask(("premise", "hypothesis"), "validation_matched"),
+    "mrpc": GlueTask(("sentence1", "sentence2")),
+    "qnli": GlueTask(("question", "sentence")),
+    "qqp": GlueTask(("question1", "question2")),
+    "rte": GlueTask(("sentence1", "sentence2")),
+    "sst2": GlueTask(("sentence",)),
+    "stsb": GlueTask(("sentence1", "sentence2")),
+    "wnli": GlueTask(("sentence1", "sentence2")),
+}
+GLUE_HUB_ID = "nyu-mll/glue"
+
+
+def check_texts(splits: Splits, names: Sequence[str], drop_empty: bool) -> Splits:
+    """
+    Every example has a text in at least one of the columns `names`.
+
+    Args:
+        splits (`dict`): The splits; of a streamed one only the column's type is looked at.
+        names (`Sequence[str]`): One column, or two for pairs.
+        drop_empty (`bool`): Leave out examples without a text instead of refusing them.
+
+    Raises:
+        UserError: A column that holds no text, or an example without one.
+    """
+    checked = {}
+    for split, dataset in splits.items():
+        for name in names:
+            feature = (dataset.features or {}).get(name)
+            if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
+                raise UserError(f"text_column={name} of the {split} split holds {feature}, no text.")
+        if isinstance(dataset, Dataset):
+            rows = zip(*(column(dataset, name).tolist() for name in names), strict=True)
+            empty = [index for index, texts in enumerate(rows) if not any((text or "").strip() for text in texts)]
+            if empty and not drop_empty:
+                raise UserError(
+                    f"The {split} split has {len(empty)} examples without text in {', '.join(names)}: "
+                    f"{rows_in_words(empty)}. Remove them, or leave them out by --drop_empty true."
+                )
+            if empty:
+                tell([f"{len(empty)} examples of {split} without text are left out: {rows_in_words(empty)}"])
+                kept = sorted(set(range(len(dataset))) - set(empty))
+                dataset = dataset.select(kept)
+        checked[split] = dataset
+    return checked
+
+
+def tokenize(
+    splits: Splits, names: Sequence[str], label_column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any]:
+    """The splits as the tokenizer's columns and `labels`; texts, or pairs of them, are cut at `max_length` tokens."""
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        texts = [[text or "" for text in rows[name]] for name in names]
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        return {**encoded, "labels": rows[label_column]}
+
+    return {split: _map(dataset, encode) for split, dataset in splits.items()}
+
+
+def _map(dataset: Split, encode) -> Split:
+    options = {"desc": "tokenizing"} if isinstance(dataset, Dataset) else {}
+    return dataset.map(encode, batched=True, remove_columns=column_names(dataset), **options)

@@ -1,0 +1,291 @@
+"""Find a rho for your model and data at the cost of one or two ordinary runs, or learn that SAM does not help there.
+
+    python recipes/find_rho.py image_classification configs/image_classification/digits.yaml --label_noise 0.4
+
+First the recipe, then its command line as ever, with the options of the search anywhere among it. The same command goes
+on after an interruption. docs/find_rho.md says how it searches, by which rule it recommends, and what it cannot see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_sam.config import SAMConfig
+from hf_sam.update.schedule import Schedule
+
+from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME, is_running, start, stop
+from ..experiments.leases import Claims
+from ..experiments.plan import command_line
+from ..experiments.records import RECORD_NAME, RecordError, plain, read_record, write_json
+from ..experiments.worker import ENDED, work
+from ..reporting import rho_search as rho_report
+from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
+from ..rho_search.phases import METRICS_KEPT, SETTINGS, Phase, RhoWorkshop, Search, pass_counter
+from ..suggestions import did_you_mean
+from .command_line.arguments import parse_arguments
+from .command_line.errors import UserError, as_user_error
+from .compare import argument_types
+
+PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
+VALIDATION_SIZE = 0.2
+RHO_OF_THE_PAPER = 0.05  # Foret et al. 2021
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    options, words = build_parser().parse_known_args(argv)
+    check_options(options)
+    types = argument_types(options.recipe)
+    args, sam_config, data_args = parse_recipe(types, words, sam_rho=1e30)  # the method, whatever its rho
+    rhos = options.rhos or grid(options, sam_config)
+    configs = [parse_recipe(types, words, sam_rho=rho)[1] for rho in rhos]  # refused now, or not at all
+    settings = {} if data_args.validation_size or data_args.validation_split else {"validation_size": VALIDATION_SIZE}
+    if settings and data_args.streaming:
+        raise UserError("A search needs a validation split, which streaming cannot split off: give --validation_split.")
+
+    output_dir = Path(args.output_dir) / "find_rho"
+    search = Search(
+        output_dir,
+        shlex.split(options.launcher),
+        options.recipe,
+        tuple(words),
+        settings,
+        tuple(rhos),
+        args.seed,
+        options.metric,
+        plan=None,
+    )
+    plan = plan_of(options, find_length(search), configs, args.get_warmup_steps)
+    if options.annealed:
+        search = dataclasses.replace(search, settings={**settings, "max_steps": plan.horizon})
+    workshop = RhoWorkshop(dataclasses.replace(search, plan=plan))
+    print_plan(workshop.search, options.budget)
+    if options.plan:
+        return None
+    keep_plan(workshop.search)
+    make_all(workshop, options.stale_after)
+    return report(workshop, options.budget)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: A value that cannot be; names the option and what is allowed.
+    """
+    if options.recipe.startswith("-") or options.recipe.endswith((".yaml", ".yml", ".json")):
+        raise UserError("Give the recipe first, such as image_classification, then its command line.")
+    if not math.isfinite(options.budget) or options.budget <= 0:
+        raise UserError(f"budget={options.budget:g} must be above 0: ordinary runs that the search may cost.")
+    for name, least in (("points", 1), ("seeds", 2), ("reduction", 2)):
+        if getattr(options, name) < least:
+            raise UserError(f"{name}={getattr(options, name)} must be at least {least}.")
+    if options.rhos:
+        options.rhos = sorted(set(options.rhos) - {0.0})  # 0 takes part anyway
+        if not options.rhos or not all(0 < rho < math.inf for rho in options.rhos):
+            raise UserError("rhos must be numbers above 0; 0 takes part anyway.")
+    for name in ("low", "high"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value:g} must be a number above 0; 0 itself takes part anyway.")
+    if options.metric is not None and options.metric not in METRICS_KEPT:
+        hint = did_you_mean(options.metric, METRICS_KEPT)
+        raise UserError(f"metric={options.metric} is no mean over examples.{hint} Allowed: {', '.join(METRICS_KEPT)}.")
+
+
+def parse_recipe(
+    types: Sequence[type], words: Sequence[str], sam_rho: float
+) -> tuple[TrainingArguments, SAMConfig, Any]:
+    """What the recipe makes of the user's words with another rho: its training, SAM and data arguments."""
+    parsed = parse_arguments(types, [*words, f"--sam_rho={sam_rho}"])
+    by_name = {type(values).__name__: values for values in parsed}
+    training = next(values for values in parsed if isinstance(values, TrainingArguments))
+    return training, by_name["SAMArguments"].to_config(), by_name["DataArguments"]
+
+
+def grid(options: argparse.Namespace, sam_config: SAMConfig) -> list[float]:
+    """From a tenth to four times the rho of the method's paper, where the user names no other ends."""
+    usual = sam_config.row.defaults.get("rho", RHO_OF_THE_PAPER)
+    low, high = options.low or usual / 10, options.high or usual * 4
+    if low >= high and options.points > 1:
+        raise UserError(f"low={low:g} must be below high={high:g}.")
+    return geometric_grid(low, high, options.points)
+
+
+def find_length(search: Search) -> int:
+    """
+    Optimizer steps of an ordinary run. A run is begun, so that the Trainer says it itself, and ended before its first
+    step; what is wrong with model or data comes out here.
+
+    Raises:
+        UserError: What the recipe says is wrong.
+    """
+    folder = search.output_dir / "length"
+    job = {
+        "recipe": search.recipe,
+        "argv": [*search.words, *command_line(None, {**SETTINGS, **search.settings, "sam_rho": 0}, folder)],
+        "names": {"task": search.recipe, "arm": "length", "budget": SETTINGS["budget"]},
+        "average": {},
+        "is_trial": True,
+        "pause_at": 0,
+    }
+    with Claims(search.output_dir).lock:
+        if not (folder / LENGTH_NAME).exists() or json.loads((folder / JOB_NAME).read_text()) != job:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(folder / JOB_NAME, job)
+            process = start(folder, search.launcher)
+            try:
+                while is_running(process):
+                    time.sleep(0.1)
+            finally:
+                stop(process)
+        if not (folder / LENGTH_NAME).exists():
+            raise UserError(_error_in(folder))
+        (folder / RECORD_NAME).unlink(missing_ok=True)  # of a run that never was
+    return json.loads((folder / LENGTH_NAME).read_text())["max_steps"]
+
+
+def plan_of(
+    options: argparse.Namespace, length: int, configs: Sequence[SAMConfig], warmup_steps: Callable[[int], int]
+) -> SearchPlan:
+    """
+    What the budget pays for, in a run of `length` steps.
+
+    Raises:
+        UserError: Too little, or so short a first rung that the method has not begun to perturb.
+    """
+    with as_user_error(ValueError):
+        plan = make_plan(
+            length,
+            len(configs),
+            options.budget,
+            pass_counter(configs[0], warmup_steps),
+            seeds=options.seeds,
+            reduction=options.reduction,
+            annealed=options.annealed,
+        )
+        begins = Schedule.resolve(configs[0], plan.schedule, warmup_steps(plan.schedule)).start
+    first = (*plan.rungs, Rung(plan.horizon, 1))[0].step
+    if begins >= first:
+        raise UserError(
+            f"method={configs[0].method} begins to perturb at step {begins} of {plan.schedule}, and runs are first "
+            f"compared after step {first}: raise budget, give fewer points, lower sam_start, or try --annealed."
+        )
+    return plan
+
+
+def _error_in(folder: Path) -> str:
+    """What ended the run in `folder`."""
+    try:
+        error = read_record(folder / RECORD_NAME).error
+    except RecordError:
+        error = None
+    return error["message"] if error else f"The run ended without a result; see {folder / LOG_NAME}."
+
+
+def keep_plan(search: Search) -> None:
+    """
+    Leaves beside the runs what they are part of.
+
+    Raises:
+        UserError: The folder holds another search.
+    """
+    path = search.output_dir / PLAN_NAME
+    content = plain(dataclasses.asdict(search))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in content if content[name] != before.get(name)]
+        if changed:
+            raise UserError(
+                f"{search.output_dir} holds a search with other settings ({', '.join(changed)}). Repeat its command, "
+                "delete that folder, or name another output_dir."
+            )
+    write_json(path, content)
+
+
+def print_plan(search: Search, budget: float) -> None:
+    """What will run and what it costs."""
+    plan = search.plan
+    share = f"{100 * plan.horizon / plan.length:.0f} %"
+    print(f"rho: 0, {', '.join(f'{rho:g}' for rho in search.rhos)}")
+    for number, rung in enumerate(plan.rungs, start=1):
+        print(f"rung {number}: 0 and {rung.rhos} values to step {rung.step}, seed {search.seed}")
+    how = "annealed there" if plan.schedule == plan.horizon else "on the schedule of the whole run"
+    print(f"confirmation: 0 and the best to step {plan.horizon} with {plan.seeds} other seeds")
+    print(f"It sees {share} of an ordinary run of {plan.length} steps, {how}.")
+    print(
+        f"Cost: {plan.passes:g} gradient passes, {plan.passes / plan.length:.2f} ordinary runs; budget {budget:g}.",
+        flush=True,
+    )
+
+
+def make_all(workshop: RhoWorkshop, stale_after: float) -> None:
+    """Makes every phase that nobody else makes; ends when all have ended."""
+
+    def tell(phase: Phase, what: str) -> None:
+        if what == "begins":
+            workshop.clear(phase)
+        elif what in ENDED:
+            workshop.discard()
+        print(f"{what:>10}  rho {phase.rho:g}, seed {phase.seed}, steps {phase.begin} to {phase.end}", flush=True)
+
+    try:
+        work(workshop, stale_after, tell)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
+    """
+    Writes and prints what was found.
+
+    Raises:
+        UserError: `rho = 0` itself failed, so that there is nothing to compare with.
+    """
+    search = workshop.search
+    control = workshop.stages()[0][0]
+    if workshop.score(control) is None:
+        raise UserError(f"rho=0 failed or diverged, so no rho can be judged: {_error_in(workshop.folder(control))}")
+    points = rho_report.curve(workshop)
+    rho, gain, sentence = rho_report.conclusion(workshop)
+    command = shlex.join(["python", f"recipes/{search.recipe}.py", *search.words, f"--sam_rho={rho:g}"])
+    found = plain(rho_report.summary(workshop, points, budget, command))
+    write_json(search.output_dir / RESULT_NAME, found)
+    points.to_csv(search.output_dir / "find_rho.csv", index=False)
+    confidence = gain.confidence if gain else 0.95
+    rho_report.draw(points, confidence).savefig(search.output_dir / "find_rho.png", dpi=150)
+    print(f"\n{rho_report.table(points)}\n\n{sentence}")
+    print(f"Spent: {found['passes']['spent']:g} of {found['passes']['allowed']:g} gradient passes.")
+    print(f"Written: {search.output_dir}/find_rho.json, find_rho.csv, find_rho.png\n\nGo on with\n\n    {command}")
+    return found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", help="image_classification, text_classification or causal_lm; then its command line.")
+    parser.add_argument("--budget", type=float, default=2.0, help="What it may cost, in ordinary runs without SAM.")
+    parser.add_argument("--rhos", type=float, nargs="+", help="The values to try, instead of a geometric grid.")
+    parser.add_argument("--low", type=float, help="Least value of the grid; a tenth of its paper's rho.")
+    parser.add_argument("--high", type=float, help="Largest value of the grid; four times its paper's rho.")
+    parser.add_argument("--points", type=int, default=4, help="Values of the grid above 0.")
+    parser.add_argument("--reduction", type=int, default=2, help="One in so many goes on to the next rung.")
+    parser.add_argument("--seeds", type=int, default=3, help="Of the confirmation, at least; more where they are paid.")
+    parser.add_argument("--annealed", action="store_true", help="Short runs with a whole schedule, instead of paused.")
+    parser.add_argument("--metric", help=f"What is compared: {', '.join(METRICS_KEPT)}; found when left out.")
+    parser.add_argument("--plan", action="store_true", help="Print what would run and what it costs, and end.")
+    parser.add_argument("--launcher", default="", help="Command that starts each run, such as 'accelerate launch'.")
+    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
+    return parser

@@ -1,0 +1,196 @@
+"""Models, tokenizers and image processors: from a checkpoint, or from scratch out of a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_torchvision_available
+
+from ..suggestions import did_you_mean
+from .command_line.errors import UserError, as_user_error, one_line
+from .command_line.options import ModelArguments
+from .data.images import set_output_size
+
+IMAGE_BACKEND = "torchvision" if is_torchvision_available() else "pil"
+
+
+def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **values: Any) -> PretrainedConfig:
+    """
+    The model's configuration with `config_overrides`, and with a head for `labels` where they are given.
+
+    Raises:
+        UserError: No such model or model type, or an override that is no field of its configuration.
+    """
+    if labels is not None:
+        values |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    if args.model_type is None:
+        config = _from_hub(AutoConfig, args.model_name_or_path, args)
+    elif args.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        raise UserError(f"model_type={args.model_type} is unknown.{did_you_mean(args.model_type, CONFIG_MAPPING)}")
+    for name, value in {**values, **args.config_overrides}.items():
+        if not hasattr(config, name):
+            kind = type(config).__name__
+            raise UserError(f"config_overrides: {name!r} is no field of {kind}.{did_you_mean(name, vars(config))}")
+        with as_user_error(ValueError, TypeError, prefix=f"config_overrides: {name}: "):
+            setattr(config, name, value)
+    return config
+
+
+def load_model(auto_class: type, args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
+    """
+    The model, its adapters included where LoRA is asked for. A head of another size than the checkpoint's is new.
+
+    Raises:
+        UserError: The checkpoint cannot be read, has no such model class, or LoRA finds no such module.
+    """
+    kwargs = {"trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        kwargs["attn_implementation"] = args.attn_implementation
+    if type(config) not in auto_class._model_mapping and not args.trust_remote_code:
+        raise UserError(f"{config.model_type} has no {auto_class.__name__}; choose another model, or another recipe.")
+    with as_user_error(ValueError, KeyError, ImportError, prefix="The model cannot be made: "):
+        if args.model_type is not None:
+            model = auto_class.from_config(config, **kwargs)
+        else:
+            model = _from_hub(
+                auto_class,
+                args.model_name_or_path,
+                args,
+                config=config,
+                ignore_mismatched_sizes=True,
+                dtype="float32",
+                **kwargs,
+            )
+    return add_lora(model, args) if args.lora_r else model
+
+
+def add_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
+    """LoRA on a frozen model; a classification head that comes with the task is trained whole."""
+    import peft
+
+    with as_user_error(ValueError, prefix="lora_target_modules: "):
+        return peft.get_peft_model(model, lora_config(model, args))
+
+
+def lora_config(model: PreTrainedModel, args: ModelArguments):
+    """The `peft.LoraConfig` that the arguments describe for this model."""
+    import peft
+
+    if model.__class__.__name__.endswith("ForCausalLM"):
+        task, head = "CAUSAL_LM", None
+    elif model.__class__.__name__.endswith("ForSequenceClassification"):
+        task, head = "SEQ_CLS", None  # PEFT adds the head itself
+    else:
+        task, head = None, [name for name, _ in model.named_children() if name in ("classifier", "head", "score")]
+    targets = args.lora_target_modules
+    if targets is None and task is None:
+        targets = ["query", "key", "value", "q_proj", "k_proj", "v_proj"]
+        targets = sorted({name.split(".")[-1] for name, _ in model.named_modules()} & set(targets))
+    return peft.LoraConfig(
+        task_type=task,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        modules_to_save=head,
+    )
+
+
+def load_image_processor(args: ModelArguments, config: PretrainedConfig, image_size: int | None) -> BaseImageProcessor:
+    """
+    The model's own processor, or ViT's for a model from scratch, so that it returns what the model takes.
+
+    Args:
+        args (`ModelArguments`): Which model.
+        config (`PretrainedConfig`): Its configuration.
+        image_size (`int`, *optional*): The side in pixels, where it is not the processor's own.
+
+    Raises:
+        UserError: The model takes no images of this size.
+    """
+    if args.model_type is not None:
+        from transformers import ViTImageProcessorPil
+
+        side = image_size or getattr(config, "image_size", 224)
+        processor = ViTImageProcessorPil(size={"height": side, "width": side}, do_convert_rgb=True)
+    else:
+        processor = _from_hub(AutoImageProcessor, args.model_name_or_path, args, backend=IMAGE_BACKEND)
+        if image_size is not None:
+            set_output_size(processor, image_size)
+    return processor
+
+
+def check_image_size(model: PreTrainedModel, side: int) -> None:
+    """
+    Raises:
+        UserError: The model's position embeddings are for another size and it does not interpolate them by itself.
+    """
+    expected = getattr(model.config, "image_size", side)
+    patch = getattr(model.config, "patch_size", 1)
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters and expected != side:
+        raise UserError(f"image_size={side}, but this {model.config.model_type} takes {expected} x {expected} pixels.")
+    if isinstance(patch, int) and side % patch:
+        raise UserError(f"image_size={side} must be a multiple of the model's patch size, {patch}.")
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """
+    The model's tokenizer.
+
+    Raises:
+        UserError: There is none, or a model from scratch names none.
+    """
+    name = args.tokenizer_name or args.model_name_or_path
+    if name is None:
+        raise UserError("A model from scratch needs a tokenizer: give --tokenizer_name, a hub id or a local folder.")
+    return _from_hub(AutoTokenizer, name, args)
+
+
+def check_max_length(max_length: int, config: PretrainedConfig) -> None:
+    """
+    Raises:
+        UserError: The model has no positions for sequences of this length.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if max_length < 1:
+        raise UserError(f"max_length={max_length} must be at least 1.")
+    if limit and max_length > limit:
+        raise UserError(f"max_length={max_length} is beyond what the model takes: give at most {limit}.")
+
+
+def _from_hub(auto_class: type, name: str, args: ModelArguments, **kwargs: Any) -> Any:
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{name} does not exist; give a hub id, or a folder with a model in it.")
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    try:
+        return auto_class.from_pretrained(str(path) if path.exists() else name, revision=args.model_revision, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = one_line(error).split(". ")[0]
+        if path.exists():
+            raise UserError(f"{name} cannot be loaded as {auto_class.__name__}: {reason}.") from error
+        raise UserError(
+            f"{name} is no local folder and cannot be had from the hub as {auto_class.__name__} "
+            f"(is this machine offline?): {reason}."
+        ) from error
+
+
+def model_class_names(auto_class: type) -> set[str]:
+    """The names of the classes that an auto class loads."""
+    names = auto_class._model_mapping._model_mapping.values()
+    return {name for entry in names for name in (entry if isinstance(entry, tuple) else (entry,))}

@@ -1,0 +1,242 @@
+"""Report on fine-tuned checkpoints: metrics with intervals, calibration, disagreements, paired tests, robustness.
+
+    python recipes/report.py outputs/digits_adamw outputs/digits_sam --output_dir outputs/report
+    python recipes/report.py adamw=outputs/a sam=some/hub-id --dataset imdb --test_samples 1000
+
+Checkpoints are local folders, hub ids or PEFT adapters, each alone or as name=checkpoint. The data are those that the
+first checkpoint's run record names, unless `--dataset` and the other data arguments of the training recipes are given.
+Writes one self-contained `report.html`, the same as `report.md`, and its numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_sam.sharpness import SharpnessConfig
+
+from ..evaluation.calibration import Predictions
+from ..evaluation.corruptions import IMAGE_CORRUPTIONS, LEVELS, TEXT_CORRUPTIONS
+from ..experiments.provenance import describe_data, describe_environment, describe_model
+from ..experiments.records import RECORD_NAME, RecordError, read_record
+from ..reporting.checkpoints import Evaluated, LanguagePredictions, make_checkpoint_document
+from ..reporting.document import write_document
+from . import sharpness
+from .command_line.arguments import parse_arguments
+from .command_line.errors import UserError
+from .command_line.options import DataArguments, ModelArguments, option
+from .data.images import open_image, undecoded
+from .data.language import sequence_nll
+
+THUMBNAIL = 96  # pixels of the longer side
+
+
+@dataclass
+class ReportArguments:
+    """Which checkpoints, and what is done with them."""
+
+    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, each alone or as name=checkpoint."})
+    task: str | None = option(None, "image-classification, text-classification or causal-lm; found when left out.")
+    output_dir: str = option("outputs/report", "Where report.html and the rest go.")
+    split: str = option("test", "Split to evaluate on.")
+    batch_size: int = option(32, "Examples per batch.")
+    corruption_samples: int = option(500, "Test examples that are corrupted; 0 leaves robustness out.")
+    sharpness: bool = option(False, "Also measure sharpness; takes the options of recipes/sharpness.py.")
+    num_examples: int = option(256, "Training examples that sharpness is measured on.")
+    bootstrap_seed: int = option(0, "Of the intervals and the corruptions.")
+    disable_tqdm: bool = option(False, "No progress bars.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        if self.corruption_samples < 0:
+            raise ValueError(f"corruption_samples={self.corruption_samples} must be at least 0.")
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    argv = with_option_name(list(sys.argv[1:] if argv is None else argv))
+    if not argv:
+        print(__doc__)
+        raise UserError("Give at least one checkpoint: a folder or a hub id.")
+    name = sharpness.find_task(argv)
+    task = sharpness.TASKS[name]
+    args, data_args, task_args, _ = parse_arguments(
+        [ReportArguments, DataArguments, task.arguments, SharpnessConfig], [*argv, *sharpness.recorded_data(argv)]
+    )
+    named = sharpness.CheckpointArguments(args.checkpoints).named
+    for path in named.values() if args.task is None else ():  # before minutes are spent on the first of them
+        other = sharpness.find_task(["--checkpoints", path])
+        if other != name:
+            raise UserError(f"{path} is for {other}, the first checkpoint for {name}; report on them one by one.")
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    splits, *columns = task.read_data(data_args, task_args)
+    if args.split not in splits:
+        raise UserError(f"split={args.split} is not there; the data have: {', '.join(splits)}.")
+    rows = splits[args.split]
+    if not isinstance(rows, Dataset):
+        raise UserError("A report needs the whole test split at hand: leave streaming off.")
+    is_classifier = columns[-1] is not None and len(columns) > 1
+    some, corrupted = corrupt(rows, columns, args) if is_classifier else (None, {})
+
+    evaluated = []
+    for name, path in named.items():
+        model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
+        model, processor_args = sharpness.load_checkpoint(task.auto_class, model_args, columns, "merged")
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        model.to(device).eval()
+
+        def predict(split: Dataset, what: str, model=model, processor_args=processor_args):
+            examples, collator = task.prepare({args.split: split}, columns, processor_args, task_args, model)
+            loader = DataLoader(examples[args.split], args.batch_size, collate_fn=collator)
+            return predictions_of(model, tqdm(loader, desc=what, disable=args.disable_tqdm))
+
+        start = time.perf_counter()
+        predictions = predict(rows, name)
+        seconds = time.perf_counter() - start
+        evaluated.append(
+            Evaluated(
+                name,
+                path,
+                predictions,
+                model=describe_model(model),
+                size=sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()),
+                seconds=seconds,
+                corrupted={key: predict(split, f"{name}, {key[0]} {key[1]}") for key, split in corrupted.items()},
+                corrupted_rows=some,
+                data=recorded_splits(Path(path)),
+            )
+        )
+    document = make_checkpoint_document(
+        evaluated,
+        facts={
+            "data": str(data_args.dataset),
+            "split": args.split,
+            **{name: _words(value) for name, value in describe_data(rows).items()},
+            "software": ", ".join(f"{name} {version}" for name, version in describe_environment()["packages"].items()),
+        },
+        examples=shown_examples(rows, columns),
+        class_names=columns[-1] if len(columns) > 1 else None,
+        seed=args.bootstrap_seed,
+        sharpness=measure_sharpness(argv, Path(args.output_dir)) if args.sharpness else None,
+        image_of=thumbnails(rows, columns[0], args.split) if task.recipe == "image_classification" else None,
+    )
+    report = write_document(document, Path(args.output_dir))
+    print(f"Report: {report}")
+    return report
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def with_option_name(argv: list[str]) -> list[str]:
+    """Checkpoints come first and without a name; the parsers behind want one."""
+    count = next((index for index, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return ["--checkpoints", *argv[:count], *argv[count:]] if count else argv
+
+
+@torch.no_grad()
+def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePredictions:
+    """What the model makes of every example, in order: class probabilities, or losses per text."""
+    outputs, labels = [], []
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        target = batch.pop("labels")
+        logits = model(**batch).logits
+        is_language = logits.ndim == 3
+        if is_language:
+            sums, counts = sequence_nll(logits, target, batch.get("position_ids"))
+            outputs.append(sums.double().cpu())
+            labels.append(counts.cpu())
+        else:
+            outputs.append(logits.double().softmax(-1).cpu())
+            labels.append(target.cpu())
+    values, told = torch.cat(outputs).numpy(), torch.cat(labels).numpy()
+    return LanguagePredictions(values, told) if is_language else Predictions(told, values)
+
+
+def recorded_splits(path: Path) -> dict[str, Any]:
+    """What the run record of a checkpoint, or of the run that it is one of, says of its data; nothing without one."""
+    for folder in (path, path.parent) if path.name.startswith("checkpoint-") else (path,):
+        with suppress(RecordError):
+            return read_record(folder / RECORD_NAME).data
+    return {}
+
+
+def thumbnails(rows: Dataset, image_column: str, split: str) -> Callable[[int], Any]:
+    """From the number of an example to its image, small."""
+    images = undecoded(rows, image_column)
+
+    def image_of(index: int) -> Any:
+        image = open_image(images[index][image_column], f"{split} image {index}")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return image
+
+    return image_of
+
+
+def corrupt(
+    rows: Dataset, columns: Sequence[Any], args: ReportArguments
+) -> tuple[np.ndarray | None, dict[tuple[str, int], Dataset]]:
+    """Some test examples, which ones, under each corruption and level; what is drawn depends on the example alone."""
+    count = min(args.corruption_samples, len(rows))
+    if count == 0:
+        return None, {}
+    chosen = np.sort(np.random.default_rng(args.bootstrap_seed).permutation(len(rows))[:count])
+    some = rows.select(chosen)
+    is_text = isinstance(columns[0], list)
+    names = columns[0] if is_text else [columns[0]]
+    kinds: dict[str, Callable] = TEXT_CORRUPTIONS if is_text else IMAGE_CORRUPTIONS
+    if not is_text:
+        some = undecoded(some, names[0])
+
+    def change(row: dict[str, Any], index: int, kind: str, level: int) -> dict[str, Any]:
+        rng = np.random.default_rng((args.bootstrap_seed, index, level))
+        values = [row[name] if is_text else open_image(row[name], f"{args.split} image {index}") for name in names]
+        return {name: kinds[kind](value, level, rng) for name, value in zip(names, values, strict=True)}
+
+    features = some.features if is_text else datasets.Features({**some.features, names[0]: datasets.Image()})
+    return chosen, {
+        (kind, level): some.map(
+            change, with_indices=True, fn_kwargs={"kind": kind, "level": level}, features=features, keep_in_memory=True
+        )
+        for kind in kinds
+        for level in LEVELS
+    }
+
+
+def shown_examples(rows: Dataset, columns: Sequence[Any]) -> list[str]:
+    """What the report shows of each example: its text, or the number of an image."""
+    names = columns[0]
+    if isinstance(names, (list, tuple)):
+        return [" | ".join(str(row[name]) for name in names) for row in rows.select_columns(list(names))]
+    return [f"image {index}" for index in range(len(rows))]
+
+
+def measure_sharpness(argv: list[str], folder: Path) -> dict[str, Any]:
+    """By `recipes/sharpness.py`, whose own report is written beside; its section becomes one of this report."""
+    own = ("--output_dir", "--split", "--batch_size", "--corruption_samples", "--sharpness", "--bootstrap_seed")
+    words, skip = [], False
+    for word in argv:
+        if skip and not word.startswith("--"):
+            continue
+        skip = word in own
+        if not skip and not word.startswith(tuple(f"{name}=" for name in own)):
+            words.append(word)
+    return sharpness.main([*words, "--output_dir", str(folder / "sharpness")])

@@ -1,0 +1,373 @@
+"""What happens around training in every recipe: before (seed, folder, checkpoint) and after (evaluate, save, card)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_sam.config import SAMConfig
+
+from ..experiments.provenance import describe_data
+from ..experiments.records import RECORD_NAME, RecordError, RunRecord, read_record, recording
+from ..suggestions import did_you_mean
+from .command_line.arguments import SAMArguments
+from .command_line.errors import FolderInUseError, Interrupted, UserError, as_user_error, one_line
+from .command_line.options import DataArguments, RunArguments
+from .data.loading import Splits
+from .metrics import class_probabilities, logits_of
+
+logger = logging.getLogger(__name__)
+LOCK_NAME = "_run.lock"  # what begins with an underscore does not go to the hub
+LOCK_SECONDS = 6.0  # workers of a DataLoader outlive a killed run by five seconds
+_LOCKS: dict[Path, FileLock] = {}
+Table = Callable[[Any, np.ndarray], dict[str, Any]]
+
+
+def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArguments) -> SAMConfig:
+    """
+    Seed, quieten what should be quiet, and settle which checkpoint training goes on from. Prints the SAM configuration
+    in force, which it returns.
+
+    `resume_from_checkpoint` may be `"auto"`: the last complete checkpoint in `output_dir`, none if there is none.
+
+    Raises:
+        UserError: `output_dir` cannot be used, or holds checkpoints that nothing is said about.
+    """
+    sam_config = sam_args.to_config()
+    if args.process_index == 0:
+        print(f"SAM: {sam_args.explain()}", flush=True)
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
+    if args.logging_steps == 1:
+        args.logging_steps = 1  # the command line has read 1.0, and `TrainingArguments` rounds only what is above 1
+    set_seed(args.seed)
+    check_reporters(args)
+    folder = Path(args.output_dir)
+    if folder.is_file():
+        raise UserError(f"output_dir={folder} is a file; name a folder.")
+    if args.process_index == 0:
+        lock_folder(folder)
+    checkpoints = sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
+    if run_args.overwrite_output_dir:
+        if args.resume_from_checkpoint:
+            raise UserError("Give resume_from_checkpoint or overwrite_output_dir, not both.")
+        if args.process_index == 0:
+            (folder / RECORD_NAME).unlink(missing_ok=True)
+            for checkpoint in checkpoints:
+                shutil.rmtree(checkpoint)
+    elif args.resume_from_checkpoint in ("auto", "true", "True"):
+        args.resume_from_checkpoint = last_complete_checkpoint(folder, args)
+    elif args.resume_from_checkpoint:
+        missing = missing_from_checkpoint(Path(args.resume_from_checkpoint), args)
+        if missing:
+            raise UserError(
+                f"resume_from_checkpoint={args.resume_from_checkpoint} is no complete checkpoint: {missing}."
+            )
+    elif checkpoints:
+        raise UserError(
+            f"output_dir={folder} already holds {checkpoints[-1].name}. Go on from it by --resume_from_checkpoint auto, "
+            f"start anew by --overwrite_output_dir true, or name another folder."
+        )
+    elif is_finished(folder):
+        raise UserError(
+            f"output_dir={folder} holds a finished run: start anew by --overwrite_output_dir true, or name another folder."
+        )
+    return sam_config
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder has the record of a run that came to its end."""
+    try:
+        return read_record(folder / RECORD_NAME).status == "finished"
+    except RecordError:
+        return False
+
+
+def lock_folder(folder: Path) -> None:
+    """
+    Keep other runs out of `output_dir` until this process ends. The system gives the lock up with the process, however
+    that ends, so that none is ever stale; `_run.owner` says who has it.
+
+    Raises:
+        FolderInUseError: Another run has it; the message says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    try:
+        lock = _LOCKS.setdefault(
+            path.resolve(), FileLock(path, thread_local=False)
+        )  # one that is collected is released
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        try:
+            owner = path.with_suffix(".owner").read_text(encoding="utf-8").strip()
+        except OSError:
+            owner = "another process"
+        raise FolderInUseError(
+            f"output_dir={folder} is in use by {owner}. Wait for that run or end it, or name another folder."
+        ) from None
+    except (NotImplementedError, OSError) as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): start no second run in it.", folder, one_line(error))
+        return
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    path.with_suffix(".owner").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
+
+
+def last_complete_checkpoint(folder: Path, args: TrainingArguments) -> str | None:
+    """The newest checkpoint that was written to its end: a run that was killed may leave half of one."""
+    numbered = [
+        (int(path.name.split("-")[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if path.name.split("-")[1].isdigit()
+    ]
+    for _, path in sorted(numbered, reverse=True):
+        missing = missing_from_checkpoint(path, args)
+        if missing is None:
+            return str(path)
+        logger.warning("%s is not complete (%s); going on from the one before it.", path, missing)
+    return None
+
+
+def missing_from_checkpoint(path: Path, args: TrainingArguments) -> str | None:
+    """What keeps a checkpoint from being resumed, or None. The Trainer writes `trainer_state.json` last."""
+    if not path.is_dir():
+        return "there is no such folder"
+    weights = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "global_step*")
+    ranks = [""] if args.world_size == 1 else [f"_{rank}" for rank in range(args.world_size)]
+    wanted = [] if args.save_only_model else ["scheduler.pt", *(f"rng_state{rank}.pth" for rank in ranks)]
+    missing = [name for name in wanted if not (path / name).is_file()]
+    if not any(next(path.glob(pattern), None) for pattern in weights):
+        missing.append("the weights")
+    missing += [file.name for file in sorted(path.iterdir()) if is_cut_off(file)]
+    for index in path.glob("*.safetensors.index.json"):
+        with suppress(ValueError, KeyError):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            missing += sorted(shard for shard in shards if not (path / shard).is_file())
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        missing.append("trainer_state.json")
+    return f"{', '.join(missing)} missing or incomplete" if missing else None
+
+
+def is_cut_off(file: Path) -> bool:
+    """Whether a file of weights or states was not written to its end: a full disk or a kill leaves such ones."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="np"):
+                return False
+        except (SafetensorError, OSError):
+            return True
+    return file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)
+
+
+def check_reporters(args: TrainingArguments) -> None:
+    """
+    Raises:
+        UserError: A tracker in `report_to` that there is none of, or whose package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    for name in args.report_to if isinstance(args.report_to, list) else [args.report_to]:
+        if name in ("all", "none", *available):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, f" Allowed: none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
+            raise UserError(f"report_to={name} is no tracker that the Trainer knows.{hint}")
+        raise UserError(f"report_to={name}: its package is not installed. Install it (pip install {name}), or give "
+                        f"--report_to none.")  # fmt: skip
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """
+    Raises:
+        UserError: The optimizer's library is not installed, or it lacks an argument.
+    """
+    with as_user_error(ImportError, ValueError, RuntimeError, prefix=f"optim={trainer.args.optim.value}: "):
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+
+
+def check_training_arguments(
+    args: TrainingArguments, data_args: DataArguments, run_args: RunArguments, has_validation: bool
+) -> None:
+    """
+    Raises:
+        UserError: Combinations that `TrainingArguments` accepts and that would fail late or mean nothing.
+    """
+    if args.eval_strategy != IntervalStrategy.NO and not has_validation:
+        raise UserError(
+            f"eval_strategy={args.eval_strategy.value} needs a validation split (the test split is read once, at the "
+            f"end): give --validation_size 0.1, or --validation_split."
+        )
+    if run_args.score_split == "validation" and not has_validation:
+        raise UserError(
+            "score_split=validation needs a validation split: give --validation_size 0.1, or --validation_split."
+        )
+    if data_args.streaming and args.max_steps <= 0:
+        raise UserError("A stream has no known length: give --max_steps.")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise UserError(f"num_train_epochs={args.num_train_epochs} must be above 0, or give --max_steps.")
+    if args.learning_rate <= 0:
+        raise UserError(f"learning_rate={args.learning_rate} must be above 0.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}={getattr(args, name)} must be at least 1.")
+
+
+def train(trainer: Trainer) -> None:
+    """
+    Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. After a resume, time
+    and `train_loss` are those of the whole run where the checkpoint says what the steps before it took.
+    """
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    ended = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
+    metrics |= {name: ended[name] for name in metrics.keys() & ended.keys()}
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+
+
+@contextmanager
+def recorded(
+    trainer: Trainer, splits: Splits, data_args: DataArguments, run_args: RunArguments, **settings: Any
+) -> Iterator[RunRecord]:
+    """
+    Keep `run_record.json` in `output_dir` while the block trains and evaluates.
+
+    Args:
+        trainer (`Trainer`): Not yet trained.
+        splits (`dict`): The data as they were read, for their fingerprints.
+        data_args (`DataArguments`): Name the task and the condition, where `run_args` does not.
+        run_args (`RunArguments`): Reads `task`, `arm`, `condition`, `budget`.
+        **settings: The argument objects of the recipe, to be able to run it again.
+    """
+    sam = trainer.sam_config
+    check_optimizer(trainer)
+    arm = f"{sam.name} ({trainer.args.optim.value})" if sam.rho > 0 else trainer.args.optim.value
+    noise = f"noise {data_args.label_noise:g}" if data_args.label_noise else "clean"
+    with recording(
+        Path(trainer.args.output_dir) / RECORD_NAME,
+        trainer,
+        recipe={name: vars(value) for name, value in {**settings, "data": data_args}.items()},
+        task=run_args.task or Path(str(data_args.dataset)).name,
+        arm=run_args.arm or arm,
+        condition=run_args.condition or noise,
+        budget=run_args.budget,
+        data={name: describe_data(split) for name, split in splits.items()},
+    ) as record:
+        try:
+            yield record
+        except KeyboardInterrupt:
+            raise Interrupted(_where_it_stands(trainer)) from None
+
+
+def _where_it_stands(trainer: Trainer) -> str:
+    """What is left of a run that was stopped, and how to go on."""
+    line = f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}."
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir), trainer.args)
+    if checkpoint is None:
+        return f"{line} No checkpoint had been written (save_strategy, save_steps): the same command begins anew."
+    return f"{line} The same command with --resume_from_checkpoint auto goes on from {checkpoint}."
+
+
+def evaluate(trainer: Trainer, split: Any, name: str, table: Table | None = None) -> dict[str, float]:
+    """
+    Evaluate on a split, log the metrics like any others, and keep the predictions.
+
+    Args:
+        trainer (`Trainer`): After training.
+        split (`Dataset`): What to predict.
+        name (`str`): Of the split: `<name>_results.json`, `all_results.json`, `<name>_predictions.parquet`.
+        table (`Callable`, *optional*): `(predictions, labels) -> columns` of the predictions that are kept.
+
+    Returns:
+        `dict[str, float]`: The metrics without the split's name.
+    """
+    output = trainer.predict(split, metric_key_prefix=name)
+    trainer.log(dict(output.metrics))
+    trainer.log_metrics(name, output.metrics)
+    trainer.save_metrics(name, output.metrics)
+    if table is not None and trainer.is_world_process_zero():
+        frame = pd.DataFrame(table(output.predictions, output.label_ids)).rename_axis("index").reset_index()
+        frame.to_parquet(predictions_file(trainer, name), index=False)
+    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    metrics = {key.removeprefix(f"{name}_"): value for key, value in output.metrics.items()}
+    return {key: value for key, value in metrics.items() if key not in timing}
+
+
+def predictions_file(trainer: Trainer, name: str) -> Path:
+    """Where `evaluate` keeps the predictions of a split."""
+    return Path(trainer.args.output_dir) / f"{name}_predictions.parquet"
+
+
+def finish(trainer: Trainer, record: RunRecord, splits: dict[str, Any], run_args: RunArguments, table: Table) -> None:
+    """
+    Read the test split, once, and the training split where asked for; put the metrics into the record. With
+    `score_split` the validation split stands for the test split, which is not read.
+    """
+    record.metrics = evaluate(trainer, splits[run_args.score_split], "test", table)
+    record.predictions = predictions_file(trainer, "test").name
+    if run_args.evaluate_train:
+        on_train = evaluate(trainer, splits["train_split"], "train_split")
+        record.metrics |= {f"train_{key}": value for key, value in on_train.items()}
+
+
+def classification_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
+    """Columns of kept predictions: true class, predicted class, probability of every class."""
+    probabilities = class_probabilities(predictions)
+    return {"label": labels, "prediction": probabilities.argmax(axis=1), "probabilities": list(probabilities)}
+
+
+def regression_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
+    """Columns of kept predictions: true and predicted number."""
+    return {"label": np.reshape(labels, -1), "prediction": np.reshape(logits_of(predictions), -1)}
+
+
+def multi_label_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
+    """Columns of kept predictions: 0 / 1 truth and probability of every label."""
+    return {"label": list(labels), "probabilities": list(1 / (1 + np.exp(-logits_of(predictions).astype(float))))}
+
+
+def perplexity_table(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Columns of kept predictions: summed negative log-likelihood and number of tokens."""
+    return {"nll": predictions, "tokens": labels}
+
+
+def save(trainer: Trainer) -> None:
+    """The model, what loads with it, and the Trainer's state, in `output_dir`."""
+    trainer.save_model()
+    trainer.save_state()
+
+
+def write_card(trainer: Trainer, **details: Any) -> None:
+    """
+    The model card, into `output_dir`; with `push_to_hub` the model goes to the hub with it.
+
+    Args:
+        trainer (`Trainer`): After evaluation.
+        **details: What the trainer's own `create_model_card` takes.
+    """
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**details)
+    else:
+        trainer.create_model_card(**details)

@@ -1,0 +1,392 @@
+"""How sharp the loss is around fine-tuned checkpoints, on data given as in the other recipes.
+
+    accelerate launch recipes/sharpness.py --checkpoints adamw=outputs/digits_adamw sam=outputs/digits_sam
+
+The data are those that the first checkpoint's run record names; `--dataset` and the other data arguments of the
+training recipes come first. Writes `sharpness.json`, `report.html`, `report.md`, figures and their numbers to
+`--output_dir`. Under `accelerate launch` processes share the examples, and the numbers stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    default_data_collator,
+)
+
+from hf_sam.sharpness import SharpnessConfig, Subset, SubsetLoss, line_between, measure, scalars
+
+from ..experiments.provenance import describe_environment, peak_memory
+from ..experiments.records import RECORD_NAME, plain, read_record, write_json
+from ..reporting.sharpness import FORMAT, VERSION, write_sharpness_report
+from .command_line.arguments import parse_arguments, wants_help
+from .command_line.errors import UserError, as_user_error
+from .command_line.options import DataArguments, ModelArguments, option
+from .data.images import ImageDataset, ImageTransform, output_size
+from .data.language import tokenize_texts
+from .data.loading import Splits
+from .data.texts import tokenize
+from .models import check_image_size, check_max_length, load_image_processor, load_tokenizer, model_class_names
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class CheckpointArguments:
+    """Which checkpoints, and which examples."""
+
+    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, each alone or as name=checkpoint."})
+    task: str | None = option(None, "image-classification, text-classification or causal-lm; found when left out.")
+    output_dir: str = option("outputs/sharpness", "Where sharpness.json, the report and its figures go.")
+    split: str = option("train", "Split to measure on, without augmentation.")
+    num_examples: int = option(256, "Examples of the split, drawn by subset_seed.")
+    batch_size: int = option(16, "Examples per batch and process: memory and speed, not the numbers.")
+    dtype: str = option("float32", "Arithmetic: float32 or float64.")
+    perturb: str = option("all", "Which parameters: all, norm, no-norm-no-bias, or patterns with commas between.")
+    peft: str = option("merged", "An adapter is measured merged into the full weights, or as its factors.")
+    line: bool = option(False, "Also measure the loss between each checkpoint and the first.")
+    line_points: int = option(11, "Points on each line.")
+    update_records: bool = option(True, "Write the numbers into run_record.json of checkpoints that have one.")
+    disable_tqdm: bool = option(False, "No progress bars.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
+
+    def __post_init__(self):
+        for name, allowed in (("dtype", DTYPES), ("peft", ("merged", "factors"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)} is unknown. Allowed: {', '.join(allowed)}.")
+        for name in ("num_examples", "batch_size", "line_points"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Checkpoints by name, in order."""
+        pairs = [text.split("=", 1) if "=" in text else (_short_name(text), text) for text in self.checkpoints]
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise UserError("Two checkpoints have the same name: give each one as name=checkpoint.")
+        return dict(pairs)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    task = TASKS[find_task(argv)]
+    args, data_args, task_args, config = parse_arguments(
+        [CheckpointArguments, DataArguments, task.arguments, SharpnessConfig], [*argv, *recorded_data(argv)]
+    )
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    named = args.named
+    with state.main_process_first():
+        splits, *columns = task.read_data(data_args, task_args)
+    if args.split not in splits:
+        raise UserError(f"split={args.split} is not there; the data have: {', '.join(splits)}.")
+    rows = fixed_rows(splits[args.split], args.num_examples, data_args.subset_seed)
+
+    checkpoints, losses = {}, {}
+    subset = None
+    for name, path in named.items():
+        model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
+        model, processor_args = load_checkpoint(task.auto_class, model_args, columns, args.peft)
+        with state.main_process_first():
+            examples, collator = task.prepare({args.split: rows}, columns, processor_args, task_args, model)
+        subset = Subset.of(examples[args.split], model, data_collator=collator, batch_size=args.batch_size)
+        with tqdm(
+            desc=name, unit=" batches", mininterval=1, disable=args.disable_tqdm or not state.is_main_process
+        ) as bar:
+            perturb = [part.strip() for part in args.perturb.split(",")]
+            loss = SubsetLoss(
+                model.to(state.device),
+                subset,
+                perturb=perturb[0] if len(perturb) == 1 else perturb,
+                dtype=DTYPES[args.dtype],
+                progress=bar.update,
+            )
+            pass_seconds, gradient_memory = gradient_cost(loss)
+            results = measure(
+                loss, config, lambda measure, name=name, bar=bar: bar.set_description(f"{name}: {measure}")
+            )
+        numbers = scalars(results)
+        checkpoints[name] = {
+            "path": path,
+            "parameters": loss.weights.numel(),
+            "fingerprint": subset.fingerprint,
+            "scalars": numbers,
+            "measures": results,
+            "epoch_seconds": pass_seconds * len(splits["train"]) / len(subset),
+            "gradient_memory": gradient_memory,
+            "peak_memory": peak_memory(),
+        }
+        losses[name] = loss
+        if not args.line:
+            del losses[name]
+
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "subset": {
+            "dataset": data_args.dataset,
+            "split": args.split,
+            "examples": len(subset),
+            "labels": loss.num_labels,
+            "fingerprint": subset.fingerprint,
+            "epoch_examples": len(splits["train"]),
+        },
+        "perturb": args.perturb,
+        "dtype": args.dtype,
+        "peft": args.peft,
+        "config": dataclasses.asdict(config),
+        "checkpoints": checkpoints,
+        "lines": lines_from_first(losses, args.line_points),
+        "environment": describe_environment(),
+    }
+    if state.is_main_process:
+        save(plain(record), Path(args.output_dir), args.update_records)
+    return record
+
+
+# --- what to measure -------------------------------------------------------------------------------------------------
+
+
+def find_task(argv: Sequence[str]) -> str:
+    """
+    The task that was named, or that the first checkpoint's architecture is for.
+
+    Raises:
+        UserError: Neither says.
+    """
+    known = _glance(argv)
+    if wants_help(argv):
+        return known.task if known.task in TASKS else next(iter(TASKS))
+    if known.task is None and known.checkpoints:
+        path = known.checkpoints[0].split("=", 1)[-1]
+        with as_user_error(OSError, ValueError, prefix=f"{path} cannot be read (is this machine offline?): "):
+            config = AutoConfig.from_pretrained(_adapter_base(path) or path)
+        name = (config.architectures or [""])[0]
+        known.task = next((task for task, row in TASKS.items() if name in model_class_names(row.auto_class)), None)
+    if known.task not in TASKS:
+        raise UserError(f"task={known.task} is unknown. Give --checkpoints and --task: {', '.join(TASKS)}.")
+    return known.task
+
+
+def recorded_data(argv: Sequence[str]) -> list[str]:
+    """The data arguments in the first checkpoint's run record as command-line words, where the user gives no data set."""
+    known = _glance(argv)
+    if known.dataset is not None or not known.checkpoints or wants_help(argv):
+        return []
+    path = Path(known.checkpoints[0].split("=", 1)[-1]) / RECORD_NAME
+    if not path.is_file():
+        return []
+    with as_user_error(ValueError):
+        recipe = read_record(path).config.get("recipe", {})
+    given = {word.split("=")[0] for word in argv}
+    words = []
+    for part in ("data", "images", "texts"):
+        for key, value in recipe.get(part, {}).items():
+            if value is None or f"--{key}" in given:
+                continue
+            words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return words
+
+
+def fixed_rows(split: Any, count: int, seed: int) -> Dataset:
+    """`count` rows, drawn by `seed` and kept in their order, before anything is done to them."""
+    if not isinstance(split, Dataset):
+        raise UserError("Sharpness is measured on a fixed subset: leave streaming off.")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    return split.select(sorted(order[:count].tolist()))
+
+
+def _glance(argv: Sequence[str]) -> argparse.Namespace:
+    """What decides which other arguments there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoints", nargs="+")
+    parser.add_argument("--task")
+    parser.add_argument("--dataset")
+    return parser.parse_known_args(list(argv))[0]
+
+
+def _short_name(path: str) -> str:
+    parts = [part for part in path.rstrip("/").split("/") if part]
+    return "/".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(
+    auto_class: type, model_args: ModelArguments, columns: Sequence[Any], peft: str
+) -> tuple[PreTrainedModel, ModelArguments]:
+    """
+    The model in float32 with its trained head, an adapter merged into it or around it, and where its processor is.
+
+    Raises:
+        UserError: It cannot be read, has no head for the task, or one for other classes than the data's.
+    """
+    path = model_args.model_name_or_path
+    base = _adapter_base(path)
+    names = columns[-1] if auto_class is not AutoModelForCausalLM else None
+    options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": model_args.trust_remote_code}
+    if base is not None and names is not None:
+        options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
+    with as_user_error(OSError, ValueError, prefix=f"{path} cannot be loaded as {auto_class.__name__}: "):
+        model, loaded = auto_class.from_pretrained(base or path, output_loading_info=True, **options)
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, path, is_trainable=True)
+            if peft == "merged":
+                model = model.merge_and_unload().requires_grad_(True)
+    if base is None and loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise UserError(f"{path} has no trained head for this task (missing: {missing}): fine-tune it first.")
+    if names is not None and model.config.num_labels != len(names):
+        raise UserError(
+            f"{path} has {model.config.num_labels} classes, the data have {len(names)}: {', '.join(names)}."
+        )
+    has_own = any((Path(path) / file).is_file() for file in ("tokenizer_config.json", "preprocessor_config.json"))
+    source = path if base is None or has_own else base
+    return model, dataclasses.replace(model_args, model_name_or_path=source)
+
+
+def _adapter_base(path: str) -> str | None:
+    """The base model of a PEFT adapter, `None` for anything else."""
+    if not (Path(path) / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(path).base_model_name_or_path
+
+
+# --- data per task -----------------------------------------------------------------------------------------------------
+
+
+def prepare_images(splits: Splits, columns: Sequence[Any], model_args: ModelArguments, image_args: Any, model: Any):
+    image_column, label_column, _ = columns
+    processor = load_image_processor(model_args, model.config, image_args.image_size)
+    check_image_size(model, output_size(processor))
+    transform = ImageTransform(processor)
+    return {
+        n: ImageDataset(s, image_column, label_column, transform, n) for n, s in splits.items()
+    }, default_data_collator
+
+
+def prepare_texts(splits: Splits, columns: Sequence[Any], model_args: ModelArguments, text_args: Any, model: Any):
+    texts, label_column, _, _ = columns
+    tokenizer = _tokenizer(model_args)
+    check_max_length(text_args.max_length, model.config)
+    return tokenize(splits, texts, label_column, tokenizer, text_args.max_length), DataCollatorWithPadding(tokenizer)
+
+
+def prepare_language(splits: Splits, columns: Sequence[Any], model_args: ModelArguments, lm_args: Any, model: Any):
+    (names,) = columns
+    if len(names) > 1 or names == ("messages",):
+        raise UserError(f"Sharpness is measured on texts, not on {' + '.join(names)}: name a column by --text_column.")
+    tokenizer = _tokenizer(model_args)
+    check_max_length(lm_args.max_length, model.config)
+    return tokenize_texts(splits, names[0], tokenizer, lm_args.max_length), DataCollatorForSeq2Seq(tokenizer)
+
+
+def _tokenizer(model_args: ModelArguments):
+    tokenizer = load_tokenizer(model_args)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"  # on the left it would move texts to other positions, with the batch size
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    How one recipe's data and models are read.
+
+    Args:
+        auto_class (`type`): What loads them.
+        recipe (`str`): The script that trains them; imported only where it is needed.
+        arguments_name (`str`): Its dataclass of the task's own data arguments.
+        prepare (`Callable`): From rows to examples and a collator.
+    """
+
+    auto_class: type
+    recipe: str
+    arguments_name: str
+    prepare: Callable
+
+    @property
+    def arguments(self) -> type:
+        return getattr(importlib.import_module(f"hf_sam.tasks.{self.recipe}"), self.arguments_name)
+
+    def read_data(self, data_args: DataArguments, task_args: Any) -> tuple:
+        return importlib.import_module(f"hf_sam.tasks.{self.recipe}").read_data(data_args, task_args)
+
+
+TASKS = {
+    "image-classification": Task(
+        AutoModelForImageClassification,
+        "image_classification",
+        "ImageArguments",
+        prepare_images,
+    ),
+    "text-classification": Task(
+        AutoModelForSequenceClassification,
+        "text_classification",
+        "TextArguments",
+        prepare_texts,
+    ),
+    "causal-lm": Task(AutoModelForCausalLM, "causal_lm", "LanguageArguments", prepare_language),
+}
+
+
+# --- results -----------------------------------------------------------------------------------------------------------
+
+
+def gradient_cost(loss: SubsetLoss) -> tuple[float, int]:
+    """Seconds of one gradient over the subset, after one to warm up, and the peak memory so far in bytes."""
+    loss.gradient()
+    start = time.perf_counter()
+    loss.gradient()
+    return time.perf_counter() - start, peak_memory()
+
+
+def lines_from_first(losses: dict[str, SubsetLoss], points: int) -> list[dict[str, Any]]:
+    """The loss from the first checkpoint to each other one."""
+    names = list(losses)
+    lines = []
+    for name in names[1:]:
+        with as_user_error(ValueError, prefix=f"line from {names[0]} to {name}: "):
+            line = line_between(losses[names[0]], losses[name], points)
+        lines.append({"first": names[0], "second": name, "t": line.t, "losses": line.losses, "barrier": line.barrier})
+    return lines
+
+
+def save(record: dict[str, Any], folder: Path, update_records: bool) -> None:
+    """`sharpness.json`, the report, and the numbers in the checkpoints' own run records."""
+    write_json(folder / "sharpness.json", record)
+    report = write_sharpness_report(record, folder)
+    print(f"Wrote {folder / 'sharpness.json'} and {report}")
+    for entry in record["checkpoints"].values():
+        path = Path(entry["path"]) / RECORD_NAME
+        if update_records and path.is_file():
+            with as_user_error(ValueError):
+                run_record = read_record(path)
+            run_record.sharpness = copy.deepcopy(entry["scalars"])
+            run_record.write(path)
+            print(f"Updated {path}")

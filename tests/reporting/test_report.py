@@ -1,0 +1,382 @@
+import json
+import re
+import time
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from fabricate import fabricate, fabricate_run
+from scipy.stats import ttest_rel
+
+from hf_sam.evaluation.calibration import expected_calibration_error, read_predictions, reliability
+from hf_sam.experiments.records import RECORD_NAME, RunRecord, find_records
+from hf_sam.reporting.comparison import write_report
+from hf_sam.reporting.document import escape_markdown
+from hf_sam.reporting.formatting import answer
+from hf_sam.reporting.results import make_cells, natural, noise_level, pairing_problems
+from hf_sam.reporting.study import make_study
+
+HOSTILE = "<script>alert('x')</script> & $\\frac | `*_[a](javascript:1)"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A report of 60 runs with predictions: its folder, the page, the Markdown."""
+    folder = tmp_path_factory.mktemp("small")
+    records = fabricate(folder, arms=("adamw", "sam", "asam"), predictions=True)
+    html = write_report(records, folder / "report", title="Does it help?")
+    return folder / "report", Page(html.read_text()), (folder / "report" / "report.md").read_text()
+
+
+SECTIONS = ["Question and answer", "Set-up", "Result at equal steps", "Result at equal passes", "Curves", "Cost"]
+SECTIONS += ["Calibration", "Robustness to label noise", "Sharpness", "Every run", "Threats to validity"]
+
+
+def test_both_forms_have_every_section_and_the_same_sentences(small):
+    _, page, markdown = small
+    assert [line[3:] for line in markdown.splitlines() if line.startswith("## ")] == SECTIONS
+    assert page.tags.count("h2") == len(SECTIONS)
+    answers = [line[2:].replace("\\", "") for line in markdown.splitlines() if line.startswith("> ")]
+    assert len(answers) == 4  # one per condition and budget
+    for sentence in answers:
+        assert sentence.replace("&lt;", "<") in page.text
+
+
+def test_the_answer_names_effect_interval_and_floor(small):
+    folder, _, markdown = small
+    table = pd.read_csv(folder / "data" / "comparisons.csv")
+    row = table[(table.arm == "sam") & (table.condition == "noise 0.4") & (table.budget == "steps")].iloc[0]
+    scores = pd.read_csv(folder / "data" / "runs.csv")
+    scores = scores[(scores.condition == "noise 0.4") & (scores.budget == "steps")]
+    wide = scores.pivot(index="seed", columns="arm", values="accuracy")
+    assert row.difference == pytest.approx((wide.sam - wide.adamw).mean())
+    sentence = next(line for line in markdown.splitlines() if line.startswith("> digits, noise 0.4, equal steps"))
+    assert f"accuracy under sam is {100 * row.difference:.1f} points above adamw (5 seeds" in sentence
+    assert f"Student's interval {100 * row.student_low:+.1f} to {100 * row.student_high:+.1f}, p " in sentence
+    assert "after Holm over 2 tasks; exact sign-flip p = 0.0625, the least that 5 seeds can give" in sentence
+    assert row.t_p == pytest.approx(ttest_rel(wide.sam, wide.adamw).pvalue)
+    assert row.t_p < row.p_holm < 0.05
+    assert "sam is better here" in sentence
+
+
+def test_sharpness_is_named_in_words_and_drawn_against_the_metric(tmp_path):
+    records = [
+        fabricate_run(None, "digits", "clean", 0, "steps", arm, seed) for arm in ("adamw", "sam") for seed in (0, 1)
+    ]
+    for run in records:
+        run.sharpness = {"loss": 0.5, "sam_0.05": 0.1 + 0.01 * run.seed, "somebody_s_own": 1.0}
+    report = write_report(records, tmp_path)
+    markdown = report.with_name("report.md").read_text()
+    assert "| loss | SAM sharpness, rho = 0.05 | somebody" in markdown
+    assert "Test accuracy against SAM sharpness, rho = 0.05." in markdown
+    drawn = pd.read_csv(tmp_path / "data" / "sharpness.csv")
+    assert sorted(drawn["sharpness.sam_0.05"]) == pytest.approx([0.1, 0.1, 0.11, 0.11])
+
+
+def test_equal_scores_whose_mean_is_off_by_a_rounding_are_drawn(tmp_path):
+    records = [
+        fabricate_run(None, "digits", "noise 0.4", 0.4, "steps", arm, seed)
+        for arm in ("adamw", "sam")
+        for seed in range(3)
+    ]
+    for run in records:
+        run.metrics["accuracy"] = 0.1
+    assert np.mean([0.1] * 3) > 0.1
+    write_report(records, tmp_path)
+    assert len(pd.read_csv(tmp_path / "data" / "label-noise.csv")) == 2
+
+
+def test_the_cosine_of_the_second_order_term_is_drawn_over_training(tmp_path):
+    records = [
+        fabricate_run(None, "digits", "clean", 0, "steps", arm, seed) for arm in ("adamw", "sam") for seed in (0, 1)
+    ]
+    for run in records:
+        for entry in run.curves if run.arm == "sam" else ():
+            entry["sam_second_order_cosine"] = 1 - 0.1 * run.seed
+    write_report(records, tmp_path)
+    drawn = pd.read_csv(tmp_path / "data" / "second-order-cosine.csv")
+    assert set(drawn.arm) == {"sam"}
+    assert set(drawn["mean"]) == {0.95}
+    assert len(drawn) == 10
+
+
+def test_the_page_needs_no_network(small):
+    folder, page, _ = small
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert not re.search(r"url\(|@import", (folder / "report.html").read_text())
+
+
+def test_every_figure_is_valid_svg_and_has_its_numbers(small):
+    folder, page, markdown = small
+    figures = sorted((folder / "figures").iterdir())
+    assert len(figures) == page.tags.count("figure") == markdown.count("](figures/") >= 8
+    for figure in figures:
+        ElementTree.parse(figure)
+        assert len(pd.read_csv(folder / "data" / f"{figure.stem}.csv")) > 0
+    numbers = json.loads((folder / "data" / "numbers.json").read_text())
+    assert numbers["question"] == {"control": "adamw", "treatment": "sam", "metric": "accuracy"}
+    assert all((folder / path).is_file() for path in pd.read_csv(folder / "data" / "runs.csv").record)
+    assert len(numbers["comparisons"]) == 8
+
+
+def test_the_same_records_give_the_same_report(small, tmp_path):
+    folder, _, _ = small
+    records, _ = find_records(folder.parent)
+    again = write_report(records, tmp_path, title="Does it help?").parent
+    for name in ("report.html", "report.md", "data/numbers.json"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_whatever_is_shown_is_escaped(tmp_path):
+    records = []
+    for arm in ("adamw", f"sam {HOSTILE}", "_hidden"):
+        for seed in range(2):
+            run = fabricate_run(None, HOSTILE, "clean", 0, "steps", arm, seed)
+            run.metrics[HOSTILE] = 0.5
+            run.model["name"] = HOSTILE
+            records.append(run)
+    broken = RunRecord(task=HOSTILE, arm="adamw", seed=9)
+    broken.fail(RuntimeError(HOSTILE))
+    html = write_report([*records, broken], tmp_path, title=HOSTILE, problems=[HOSTILE])
+    page = Page(html.read_text())
+    assert "script" not in page.tags
+    assert "javascript:1" not in page.links
+    assert page.text.count("<script>alert('x')</script>") > 10  # shown as text
+    markdown = (tmp_path / "report.md").read_text()
+    assert "<script" not in markdown
+    assert "[a](javascript" not in markdown
+    heads = [line for line in markdown.splitlines() if line.startswith("|")]
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in heads]
+    for above, below, line in zip(widths, widths[1:], heads[1:], strict=False):
+        assert above == below or not line.startswith("| ---"), line  # the rule under each head has as many columns
+
+
+def test_markdown_escape_leaves_one_line_and_no_markup():
+    assert escape_markdown("a\nb | <i> *c* `d` [e](f) \\") == "a b \\| &lt;i&gt; \\*c\\* \\`d\\` \\[e\\](f) \\\\"
+
+
+def test_a_thousand_records_render_in_seconds(tmp_path):
+    tasks = ("digits", "sentences", "solar_cells", "reuters_r8")
+    fabricate(tmp_path, tasks=tasks, conditions=("clean", *(f"noise 0.{level}" for level in (2, 4, 6, 8))), entries=3)
+    start = time.process_time()
+    records, _ = find_records(tmp_path)
+    path = write_report(records, tmp_path / "report")
+    assert len(records) == 1000
+    assert time.process_time() - start < 30  # 8 s on one core
+    assert path.stat().st_size < 5e6
+
+
+def test_one_seed_says_so_and_gives_no_interval(tmp_path):
+    records = fabricate(tmp_path, seeds=[3], conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
+    write_report(records, tmp_path / "report")
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "with the one seed that was run; one seed gives no interval and says nothing about others." in markdown
+    assert "Some comparisons rest on one seed" in markdown
+    assert "bootstrap +" not in markdown
+    assert "| one seed |" in markdown
+    row = pd.read_csv(tmp_path / "report" / "data" / "comparisons.csv").iloc[0]
+    assert row[["bootstrap_low", "bootstrap_high", "student_low", "sign_flip_p", "p_holm"]].isna().all()
+
+
+def test_enough_seeds_can_establish_an_effect_and_its_absence(tmp_path):
+    records = fabricate(tmp_path, seeds=range(8), conditions=("noise 0.4",), budgets=("steps",), arms=("adamw", "asam"))
+    verdicts = {entry.arm: entry.verdict for entry in make_study(records).comparisons}
+    assert verdicts == {"asam": "better"}
+    for run in records:
+        run.metrics = {"perplexity": run.metrics["accuracy"]}  # the same numbers, where less is better
+    assert make_study(records).comparisons[0].verdict == "worse"
+    for run in records:
+        run.metrics = {"accuracy": 0.5 + (run.seed * 7 + len(run.arm)) % 5 / 100}
+    study = make_study(records)
+    assert study.comparisons[0].verdict == "no difference seen"
+    paired, sentence = study.comparisons[0].paired, answer(study.comparisons[0])
+    assert "which is not to say that there is none" in sentence
+    assert f"below {100 * paired.t_low:+.1f} and above {100 * paired.t_high:+.1f} points it is ruled out" in sentence
+    assert f"find one of {100 * paired.detectable:.1f} points four times in five" in sentence
+
+
+def test_three_seeds_can_establish_a_large_effect_and_lean_towards_a_lesser_one(tmp_path):
+    records = fabricate(tmp_path, seeds=range(3), budgets=("steps",), arms=("adamw", "sam"))
+    gains = {"noise 0.4": (0.10, 0.11, 0.12), "clean": (0.10, 0.15, 0.20)}
+    for run in records:
+        run.metrics = {"accuracy": 0.5 + (gains[run.condition][run.seed] if run.arm == "sam" else 0)}
+    verdicts = {entry.cell.condition: entry.verdict for entry in make_study(records).comparisons}
+    assert verdicts["noise 0.4"] == "better"
+    assert verdicts["clean"] == "better"  # p 0.035, and 0.035 again as Holm's second
+    for run in records:
+        if run.condition == "noise 0.4":
+            run.metrics = {"accuracy": 0.5 + 0.01 * ((run.seed + (run.arm == "sam")) % 3)}
+    verdicts = {entry.cell.condition: entry.verdict for entry in make_study(records).comparisons}
+    assert verdicts == {"noise 0.4": "no difference seen", "clean": "leans better"}
+
+
+def test_what_the_other_arms_keep_of_the_gain(tmp_path):
+    arms = ("adamw", "sam", "looksam")
+    records = fabricate(tmp_path, seeds=range(8), conditions=("noise 0.4",), budgets=("steps",), arms=arms)
+    for run in records:
+        gain = {"adamw": 0, "sam": 0.08 + run.seed / 1000, "looksam": 0.06 + run.seed / 500}[run.arm]
+        run.metrics = {"accuracy": 0.5 + run.seed / 100 + gain}
+    write_report(records, tmp_path / "report", treatment="sam")
+    text = (tmp_path / "report" / "report.md").read_text()
+    low, high = 0.067 / 0.0835 - 0.04, 0.067 / 0.0835 + 0.04  # the mean gains, and the interval around their ratio
+    kept = re.search(r"\| looksam \| (\d+) % \\\[(\d+) %, (\d+) %\\\] \| 1.20 \|", text)
+    assert int(kept[1]) == 80
+    assert 100 * low < int(kept[2]) < 80 < int(kept[3]) < 100 * high
+    for run in records:
+        run.metrics = {"accuracy": 0.5 + (run.seed * 7 + len(run.arm)) % 5 / 100}
+    write_report(records, tmp_path / "nothing", treatment="sam")
+    assert "share kept" not in (tmp_path / "nothing" / "report.md").read_text()
+
+
+def test_failed_unfinished_and_diverged_runs_count_nowhere_and_are_named(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
+    records[0].fail(RuntimeError("CUDA out of memory"))
+    records[1].status = "running"
+    records[2].metrics = {"accuracy": None}
+    study = make_study(records, missing=4)
+    assert study.comparisons[0].paired.seeds == (3, 4)
+    write_report(records, tmp_path / "report", missing=4)
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "1 run failed" in markdown
+    assert "RuntimeError: CUDA out of memory" in markdown
+    assert "1 run unfinished and 4 not begun" in markdown
+    assert "1 finished run without a finite accuracy" in markdown
+
+
+def test_only_failed_runs_still_give_a_report(tmp_path):
+    run = RunRecord(task="t", arm="sam", seed=0)
+    run.fail(ValueError("no"))
+    write_report([run], tmp_path)
+    assert "No answer yet" in (tmp_path / "report.md").read_text()
+
+
+def test_no_records_is_a_message():
+    with pytest.raises(ValueError, match=r"no run record to report on\. a\.json: broken"):
+        make_study([], problems=["a.json: broken"])
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"control": "adam"}, "control='adam' is no arm of these records, which have: adamw, sam"),
+        ({"treatment": "samm"}, "treatment='samm'"),
+        ({"metric": "acc"}, "metric='acc' is in no record; there are: accuracy, nll"),
+    ],
+)
+def test_a_question_about_what_is_not_there_is_a_message(tmp_path, question, message):
+    records = fabricate(tmp_path, conditions=("clean",), arms=("adamw", "sam"), seeds=[0])
+    with pytest.raises(ValueError, match=message):
+        make_study(records, **question)
+
+
+def test_a_run_that_costs_the_same_under_both_budgets_counts_under_both(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("sam",), seeds=[0])
+    records[0].budget = "steps+passes"
+    assert [cell.budget for cell in make_cells(records)] == ["steps", "passes"]
+
+
+def test_broken_pairs_are_found(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=[0, 1])
+    assert pairing_problems(records) == []
+    records[0].model["fingerprint"] = "another head"
+    records[3].data["train"]["fingerprint"] = "other noise"
+    assert pairing_problems(records) == [
+        "digits, clean, seed 0: the arms did not have the same initial weights.",
+        "digits, clean, seed 1: the arms did not have the same training data.",
+    ]
+
+
+def test_unequal_tuning_is_named(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=[0, 1])
+    trial = RunRecord(task="digits", arm="sam", budget="tuning steps", status="finished", metrics={"accuracy": 1.0})
+    write_report([*records, trial], tmp_path / "report")
+    assert "unequal numbers of trials (adamw 0, sam 1)" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_conditions_sort_as_a_reader_expects():
+    names = ["noise 0.4", "noise 0.2", "clean", "100 examples", "20 examples"]
+    assert sorted(names, key=natural) == ["clean", "20 examples", "100 examples", "noise 0.2", "noise 0.4"]
+    assert [noise_level(name) for name in ("clean", "noise 0.4", "noise 1", "noisy")] == [0.0, 0.4, 1.0, None]
+
+
+def test_the_interval_over_examples_pairs_the_examples(tmp_path):
+    records = fabricate(
+        tmp_path, conditions=("noise 0.4",), budgets=("steps",), arms=("adamw", "sam"), seeds=range(3), predictions=True
+    )
+    study = make_study(records)
+    gain = study.difference_over_examples(study.comparisons[0], np.random.default_rng(0))
+    right = {
+        arm: np.mean([study.predictions[run.path].correct for run in records if run.arm == arm], axis=0)
+        for arm in ("adamw", "sam")
+    }
+    difference = right["sam"] - right["adamw"]
+    assert gain.value == pytest.approx(difference.mean())
+    half = 1.96 * difference.std() / np.sqrt(len(difference))
+    assert (gain.low, gain.high) == pytest.approx((difference.mean() - half, difference.mean() + half), abs=0.005)
+
+
+def test_there_is_no_interval_over_examples_where_seeds_were_tested_on_different_ones(tmp_path):
+    records = fabricate(
+        tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=range(2), predictions=True
+    )
+    study = make_study(records)
+    for run in records:
+        if run.seed == 1:
+            kept = study.predictions[run.path]
+            study.predictions[run.path] = type(kept)(kept.labels[::-1], kept.probabilities[::-1])
+    assert study.difference_over_examples(study.comparisons[0], np.random.default_rng(0)) is None
+
+
+# --- calibration ----------------------------------------------------------------------------------------------
+
+
+def test_reliability_by_hand():
+    confidence = np.array([0.55, 0.60, 0.95, 1.0, 0.90])
+    correct = np.array([True, False, True, True, False])
+    table = reliability(confidence, correct, bins=10)  # (0.5, 0.6], (0.8, 0.9], (0.9, 1]
+    assert table.examples.tolist() == [2, 1, 2]
+    assert table.accuracy.tolist() == [0.5, 0.0, 1.0]
+    assert table.confidence.tolist() == pytest.approx([0.575, 0.9, 0.975])
+    by_hand = 2 / 5 * abs(0.5 - 0.575) + 1 / 5 * 0.9 + 2 / 5 * 0.025
+    assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx(by_hand)
+
+
+def test_a_calibrated_classifier_has_almost_no_calibration_error():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.3, 1, size=200_000)
+    assert expected_calibration_error(confidence, rng.random(200_000) < confidence) < 0.01
+
+
+def test_predictions_that_are_not_there_or_of_another_form_are_left_out(tmp_path):
+    assert read_predictions(tmp_path / "missing.parquet") is None
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    assert read_predictions(tmp_path / "broken.parquet") is None
+    pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "other.parquet")
+    assert read_predictions(tmp_path / "other.parquet") is None
+    pd.DataFrame({"label": [1], "probabilities": [[0.1, float("nan")]]}).to_parquet(tmp_path / "nan.parquet")
+    assert read_predictions(tmp_path / "nan.parquet") is None
+
+
+def test_records_written_under_another_name_are_not_found(tmp_path):
+    RunRecord(task="t", arm="a").write(tmp_path / "copy.json")
+    RunRecord(task="t", arm="a").write(tmp_path / RECORD_NAME)
+    assert len(find_records(tmp_path)[0]) == 1
