@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_fscore_support
 
-from ..evaluation.calibration import Predictions, expected_calibration_error, reliability
+from ..evaluation.calibration import reliability
+from ..evaluation.classification import CLASSIFICATION, Metric, confusion
 from ..evaluation.metrics import metric_of
+from ..evaluation.predictions import LanguagePredictions, Predictions
 from . import plots
 from .document import Block, Document, Figure, Listing, Section, Table, Text
 from .formatting import NOTHING, number, p_equals, p_value, with_interval
@@ -23,57 +25,6 @@ from .statistics import Estimate, bootstrap_examples, holm, mcnemar_p, sign_flip
 MAX_DISAGREEMENTS = 20
 MAX_SHOWN = 120  # characters of an example
 MAX_CLASSES = 30  # in a table per class or a confusion matrix
-
-
-def confusion(kept: Predictions) -> np.ndarray:
-    """Counts of true class (row) by predicted class (column), `(classes, classes)`."""
-    classes = kept.probabilities.shape[1]
-    return np.bincount(kept.labels * classes + kept.predicted, minlength=classes**2).reshape(classes, classes)
-
-
-def f1_macro(counts: np.ndarray) -> float:
-    """Mean F1 of the classes that occur or are predicted; thousands of resamples need it fast."""
-    support = counts.sum(0) + counts.sum(1)
-    seen = support > 0
-    return float((2 * np.diag(counts)[seen] / support[seen]).mean())
-
-
-def matthews(counts: np.ndarray) -> float:
-    """Matthews correlation coefficient (Gorodkin 2004), 0 where it is undefined."""
-    true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
-    spread = (total**2 - (true**2).sum()) * (total**2 - (predicted**2).sum())
-    return float((total * np.trace(counts) - true @ predicted) / np.sqrt(float(spread))) if spread > 0 else 0.0
-
-
-Metric = Callable[[Predictions], float]
-CLASSIFICATION: dict[str, Metric] = {
-    "accuracy": lambda kept: float(kept.correct.mean()),
-    "f1_macro": lambda kept: f1_macro(confusion(kept)),
-    "mcc": lambda kept: matthews(confusion(kept)),
-    "nll": lambda kept: float(-np.log(np.maximum(true_probability(kept), np.finfo(float).tiny)).mean()),
-    "ece": lambda kept: expected_calibration_error(kept.confidence, kept.correct),
-    "brier": lambda kept: float(
-        ((kept.probabilities - np.eye(kept.probabilities.shape[1])[kept.labels]) ** 2).sum(1).mean()
-    ),
-}
-
-
-@dataclass(frozen=True)
-class LanguagePredictions:
-    """
-    What a language model made of each test text.
-
-    Args:
-        nll (`np.ndarray` of shape `(n,)`): Summed negative log-likelihood of each text.
-        tokens (`np.ndarray` of shape `(n,)`): How many tokens of each were predicted.
-    """
-
-    nll: np.ndarray
-    tokens: np.ndarray
-
-    def per_token(self, index: np.ndarray | slice = slice(None)) -> float:
-        """Mean over tokens, of the texts in `index`."""
-        return float(self.nll[index].sum() / self.tokens[index].sum())
 
 
 @dataclass
@@ -108,11 +59,6 @@ class Evaluated:
         """On the examples that are corrupted elsewhere, as they are."""
         right = self.predictions.correct
         return float((right if self.corrupted_rows is None else right[self.corrupted_rows]).mean())
-
-
-def true_probability(kept: Predictions) -> np.ndarray:
-    """Of the true class of each example, `(n,)`."""
-    return np.take_along_axis(kept.probabilities, kept.labels[:, None], axis=1)[:, 0]
 
 
 def _on_part(metric: Metric, kept: Predictions, index: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.calibration import Predictions, read_predictions
+from ..evaluation.predictions import Predictions, read_predictions
 from ..experiments.plan import Question
 from ..experiments.records import RunRecord
 from .results import (

@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 
 from hf_sam.sharpness import SharpnessConfig
 
-from ..evaluation.calibration import Predictions
 from ..evaluation.corruptions import IMAGE_CORRUPTIONS, LEVELS, TEXT_CORRUPTIONS
+from ..evaluation.predictions import LanguagePredictions, Predictions
 from ..experiments.provenance import describe_data, describe_environment, describe_model
 from ..experiments.records import RECORD_NAME, RecordError, read_record
-from ..reporting.checkpoints import Evaluated, LanguagePredictions, make_checkpoint_document
+from ..reporting.checkpoints import Evaluated, make_checkpoint_document
 from ..reporting.document import write_document
 from . import sharpness
 from .command_line.arguments import parse_arguments

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..config import Parts, SAMConfig
-from ..engines.base import Engine
 from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, Step, overrides
 from .batches import ChangedInputs, MicroBatch
 from .parameters import Gradients, TrainedParameters
 from .replay import PassState, RandomStates, Snapshot
 from .telemetry import Cost, Telemetry
+
+if TYPE_CHECKING:
+    from ..engines.base import Engine
 
 
 class Passes(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch.nn import Parameter
 from transformers.utils import logging
 
 from ..config import Parts, SAMConfig
-from ..engines.base import Engine
 from ..methods.base import Needs, copies_for_cosine, overrides
 from .batches import MicroBatch
 from .current_step import CurrentStep
@@ -27,6 +26,9 @@ from .runner import Passes, PassRunner
 from .schedule import Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
 from .vector import Space, Vector
+
+if TYPE_CHECKING:
+    from ..engines.base import Engine
 
 logger = logging.get_logger(__name__)
 

@@ -10,16 +10,10 @@ from PIL import Image
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from hf_sam.evaluation.calibration import Predictions
+from hf_sam.evaluation.classification import CLASSIFICATION
 from hf_sam.evaluation.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS
-from hf_sam.reporting.checkpoints import (
-    CLASSIFICATION,
-    Evaluated,
-    LanguagePredictions,
-    compare_checkpoints,
-    make_checkpoint_document,
-    metric_estimates,
-)
+from hf_sam.evaluation.predictions import LanguagePredictions, Predictions
+from hf_sam.reporting.checkpoints import Evaluated, compare_checkpoints, make_checkpoint_document, metric_estimates
 from hf_sam.reporting.document import write_document
 from hf_sam.tasks import image_classification, report
 from hf_sam.tasks.command_line.errors import UserError

@@ -10,7 +10,8 @@ import pytest
 from fabricate import fabricate, fabricate_run
 from scipy.stats import ttest_rel
 
-from hf_sam.evaluation.calibration import expected_calibration_error, read_predictions, reliability
+from hf_sam.evaluation.calibration import expected_calibration_error, reliability
+from hf_sam.evaluation.predictions import read_predictions
 from hf_sam.experiments.records import RECORD_NAME, RunRecord, find_records
 from hf_sam.reporting.comparison import write_report
 from hf_sam.reporting.document import escape_markdown

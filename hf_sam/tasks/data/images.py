@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image, ImageOps
 from transformers import BaseImageProcessor, TrainerCallback
-from transformers.utils import is_torchvision_available
 
 from ..command_line.errors import UserError
 
@@ -181,7 +180,7 @@ def set_output_size(processor: BaseImageProcessor, side: int) -> None:
         processor.crop_size = {"height": side, "width": side}
 
 
-# --- augmentation: through torchvision where it is installed, PIL otherwise ----------------------------------------
+# --- augmentation: by PIL, so that the draws are the same on every machine ----------------------------------------
 
 
 def _crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
@@ -226,26 +225,6 @@ def _cutout(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Im
     return image
 
 
-def _torchvision(name: str) -> Augment:
-    """The same recipe as torchvision has it, seeded from `rng`."""
-
-    def augment(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        from torchvision.transforms import v2
-
-        bicubic = v2.InterpolationMode.BICUBIC
-        crop = [v2.Resize((size, size), bicubic), v2.RandomCrop(size, padding=max(1, size // 8))]
-        steps = {
-            "crop": crop,
-            "crop_flip": [*crop, v2.RandomHorizontalFlip()],
-            "resized_crop": [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()],
-        }[name]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng.integers(2**63)))
-            return v2.Compose(steps)(image)
-
-    return augment
-
-
 AUGMENTATIONS: dict[str, Augment | None] = {
     "none": None,
     "crop": _crop,
@@ -253,5 +232,3 @@ AUGMENTATIONS: dict[str, Augment | None] = {
     "resized_crop": _resized_crop,
     "cutout": _cutout,
 }
-if is_torchvision_available():
-    AUGMENTATIONS |= {name: _torchvision(name) for name in ("crop", "crop_flip", "resized_crop")}

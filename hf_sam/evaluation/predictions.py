@@ -1,0 +1,73 @@
+"""What models said about a test split."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """
+    What a classifier said about a test split.
+
+    Args:
+        labels (`np.ndarray` of shape `(n,)`): The true classes.
+        probabilities (`np.ndarray` of shape `(n, classes)`): Rows sum to 1.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The most probable class of each example, `(n,)`."""
+        return self.probabilities.argmax(-1)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether that is the true class, `(n,)`."""
+        return self.predicted == self.labels
+
+    @property
+    def true_probability(self) -> np.ndarray:
+        """The probability of the true class, `(n,)`."""
+        return np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)[:, 0]
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Its probability, `(n,)`."""
+        return self.probabilities.max(-1)
+
+
+@dataclass(frozen=True)
+class LanguagePredictions:
+    """
+    What a language model made of each test text.
+
+    Args:
+        nll (`np.ndarray` of shape `(n,)`): Summed negative log-likelihood of each text.
+        tokens (`np.ndarray` of shape `(n,)`): How many tokens of each were predicted.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    def per_token(self, index: np.ndarray | slice = slice(None)) -> float:
+        """Mean over tokens, of the texts in `index`."""
+        return float(self.nll[index].sum() / self.tokens[index].sum())
+
+
+def read_predictions(path: str | os.PathLike) -> Predictions | None:
+    """The predictions in a parquet file with columns `label` and `probabilities`; `None` where it has no such ones."""
+    try:
+        table = pd.read_parquet(path, columns=["label", "probabilities"])
+        labels, probabilities = table["label"].to_numpy(dtype=int), np.stack(table["probabilities"].to_numpy())
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if probabilities.ndim != 2 or not np.isfinite(probabilities).all():
+        return None
+    return Predictions(labels, probabilities.astype(float))
