@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
@@ -19,6 +19,9 @@ test-slow: $(VENV)/.deepspeed
 # On a machine with CUDA; it fails where there is none, and names what it skips where there is one GPU or no DeepSpeed.
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/gpu -m "gpu or multi_gpu" -rs --durations 15
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --site-dir outputs/site
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """The documentation says what the code does. `python tests/test_docs.py write` renews what is generated."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,15 +18,14 @@ from hf_sam.update.schedule import Schedule
 from hf_sam.update.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[1]
-METHODS_PAGE = ROOT / "docs/methods.md"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKED = re.compile(r"(?<=<!-- methods -->\n).*?(?=\n<!-- /methods -->)", flags=re.DOTALL)
+METHODS_PAGE, README = ROOT / "docs/methods.md", ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Fields of the geometry, which most methods share; the text below the table has them.
 SHARED = hyperparameters(Geometry).keys() | hyperparameters(Steepest).keys()
 
 
 def methods_table() -> str:
-    """The table of methods, in Markdown."""
+    """The table of methods in docs/methods.md."""
     lines = [
         "| `method` | paper | what it does | passes | copies | defaults | refused under |",
         "|---|---|---|---|---|---|---|",
@@ -34,6 +35,31 @@ def methods_table() -> str:
         summary = row.summary.replace("|", "\\|")
         cells = [f"`{name}`", row.paper, summary, passes(config), str(config.parts.copies), defaults(config)]
         lines.append("| " + " | ".join([*cells, refused_under(config)]) + " |")
+    return "\n".join(lines)
+
+
+def costs_table() -> str:
+    """The table of methods in the README: by passes, with the copies of each."""
+    by_passes: dict[str, list[str]] = {}
+    for name in METHODS:
+        config = SAMConfig(method=name)
+        by_passes.setdefault(passes(config), []).append(f"`{name}` ({config.parts.copies})")
+    lines = ["| passes | methods, with their copies |", "|---|---|"]
+    order = sorted(by_passes, key=lambda text: (-float(text.removeprefix("up to ")), text))
+    return "\n".join([*lines, *(f"| {count} | {', '.join(by_passes[count])} |" for count in order)])
+
+
+def engines_table() -> str:
+    """The table of engines in the README."""
+    engines = ("FSDP2", "tensor parallel", "ZeRO-1, 2", "ZeRO-3")
+    groups: dict[str, list[str]] = {}
+    for name in METHODS:
+        groups.setdefault(refused_under(SAMConfig(method=name)), []).append(f"`{name}`")
+    lines = [f"| | one process, DDP | {' | '.join(engines)} |", "|---|" + "---|" * (len(engines) + 1)]
+    for refused, names in groups.items():
+        parts = refused.split(", ")
+        cells = ["refused" if e in parts or ("ZeRO" in parts and e.startswith("ZeRO")) else "yes" for e in engines]
+        lines.append(f"| {', '.join(names)} | yes | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -71,15 +97,49 @@ def refused_under(config: SAMConfig) -> str:
     return ", ".join(kinds) or "none"
 
 
+GENERATED = {
+    "methods": (METHODS_PAGE, methods_table),
+    "costs": (README, costs_table),
+    "engines": (README, engines_table),
+}
+
+
+def marked(name: str) -> re.Pattern:
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", flags=re.DOTALL)
+
+
 def write() -> None:
-    """Put the generated table into the page."""
-    table = methods_table()
-    METHODS_PAGE.write_text(MARKED.sub(lambda _: table, METHODS_PAGE.read_text()))
+    """Put the generated tables into their pages."""
+    for name, (page, table) in GENERATED.items():
+        page.write_text(marked(name).sub(lambda _, table=table: f"{table()}\n", page.read_text()))
 
 
-def test_methods_page_has_the_table_that_the_code_gives():
-    (table,) = MARKED.findall(METHODS_PAGE.read_text())
-    assert table == methods_table(), "python tests/test_docs.py write"
+@pytest.mark.parametrize("name", GENERATED)
+def test_pages_have_the_tables_that_the_code_gives(name):
+    page, table = GENERATED[name]
+    (written,) = marked(name).findall(page.read_text())
+    assert written == f"{table()}\n", "python tests/test_docs.py write"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    offline = {
+        **os.environ,
+        "NO_MKDOCS_2_WARNING": "1",
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "api/index.html").read_text()
+    assert "check_method" in api
+    assert "rho_schedule" in api
+
+
+def test_readme_can_be_read_in_a_minute():
+    lines = README.read_text().splitlines()
+    assert "sharpness-aware minimization" in lines[0]
+    assert len(lines) <= 120
 
 
 def test_every_method_has_its_formula_beside_the_generated_row():
@@ -93,15 +153,15 @@ def test_methods_page_names_every_selector():
     assert [name for name in SELECTORS if f"`{name}`" not in text] == []
 
 
-def test_readme_names_every_logged_key():
-    text = (ROOT / "README.md").read_text()
+def test_every_logged_key_is_explained():
+    text = (ROOT / "docs/logging.md").read_text()
     for name in (*Telemetry.NAMES, "sam_passes", "sam_cost"):
         group, _, part = name.partition("/")
         written = f"`{group}/...`" in text and f"`{part}`" in text if part else f"`{name}`" in text
         assert name.startswith("_") or written, name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_files_and_pages_that_are_named_exist(page):
     text = page.read_text()
     linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
@@ -110,7 +170,7 @@ def test_files_and_pages_that_are_named_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_configurations_written_in_pages_are_valid(page):
     for call in re.findall(r"SAMConfig\([^()]*\)", page.read_text()):
         if "..." not in call:
