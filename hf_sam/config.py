@@ -96,9 +96,9 @@ class SAMConfig:
         method (`str`, *optional*, defaults to `"sam"`):
             A row of [`~hf_sam.methods.METHODS`].
         rho (`float`, *optional*, defaults to 0.005, or what the method's row says, such as 0.5 for `"asam"`):
-            Size of the perturbation: the p-norm of `eps` over all perturbed parameters together. At least 0. The default
-            was not told from no SAM in our fine-tuning runs, where 0.05 did harm; from scratch start at 0.05 (Foret et al. 2021), or look for
-            one with `recipes/find_rho.py`.
+            Size of the perturbation: the p-norm of `eps` over all perturbed parameters together. At least 0. In our
+            fine-tuning runs the default was indistinguishable from no SAM, and 0.05 did harm; from scratch start at 0.05
+            (Foret et al. 2021). `hf-sam find-rho` looks for one.
         p (`float`, *optional*, defaults to 2.0):
             The norm that bounds the perturbation, in [1, inf]; `"inf"` is accepted. Foret et al. 2021, Equation 2.
         adaptive (`bool`, *optional*, defaults to `False`, `True` for `"asam"`):
