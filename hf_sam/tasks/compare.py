@@ -3,30 +3,36 @@
     python recipes/compare.py configs/comparison/digits.yaml --plan      # what would run
     python recipes/compare.py configs/comparison/digits.yaml             # run what is missing, then report
 
-The same command again goes on where it stopped; the same command elsewhere on a shared folder helps.
+The same command again goes on where it stopped. --workers 4 makes four runs at a time on this machine, --executor ray or
+slurm hands them to a cluster (docs/clusters.md), --status says where they stand.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from hf_sam.config import SAMConfig
 
-from ..experiments.execution import LOG_NAME, end_with_parent, load_task
+from ..experiments.driver import cancel_all, drive
+from ..experiments.execution import LOG_NAME, load_task
+from ..experiments.executors import KINDS, Choice, choose
 from ..experiments.external_runs import find_foreign_records
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import BUDGETS, Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
-from ..experiments.records import RunRecord, write_json
-from ..experiments.worker import Workshop, counts, estimate, records_of, retry_failed, work
+from ..experiments.records import ENDED, write_json
+from ..experiments.standing import describe_standing, progress, reason, standing_of
+from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report
 from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
@@ -36,6 +42,8 @@ from .command_line.errors import UserError, as_user_error
 
 PLAN_NAME = "comparison.json"
 MAX_REASONS = 5
+PROGRESS_SECONDS = 1.0  # between two lines on how far it is
+REPORT_SHARE, REPORT_SECONDS = 0.05, 60.0  # a report on what there is: of the time at most, and at least apart
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -43,16 +51,23 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if not args.study:
         raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
     plan = plan_of(args)
+    choice = choose(plan.executor, args.executor, args.workers, args.executor_options)
     workshop = open_workshop(plan)
+    if args.cancel:
+        print(f"{cancel_all(workshop, choice)} jobs are ended. The same command without --cancel goes on.")
+        return None
+    if args.status:
+        print(describe_standing(standing_of(workshop, choice)))
+        return None
     workshop.check_unchanged()
-    print_plan(workshop, args.workers)
+    print_plan(workshop, choice.options.get("workers", 1))
     if args.plan:
         return None
     if args.retry_failed:
         print(f"{retry_failed(workshop)} failed runs are made again.")
     if not args.report:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
-        make_all(args, workshop)
+        make_all(workshop, choice, args.foreign)
     failures = describe_failures(workshop)
     report = report_on(workshop, args.foreign, failures)
     print(f"\nReport: {report}")
@@ -66,7 +81,7 @@ def describe_failures(workshop: Workshop) -> str:
     failed = [record for record in records_of(workshop) if record.status == "failed"]
     if not failed:
         return ""
-    reasons = Counter(_why(record) for record in failed)
+    reasons = Counter(reason(record) for record in failed)
     listed = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.most_common(MAX_REASONS))
     total = sum(counts(workshop)[name] for name in ("finished", "failed", "begun", "waiting"))
     return (
@@ -168,54 +183,43 @@ def argument_types(recipe: str) -> tuple[type, ...]:
     return tuple(task.ARGUMENTS)
 
 
-def make_all(args: argparse.Namespace, workshop: Workshop) -> None:
-    """Makes the runs with as many workers as asked for; this process is one of them."""
-    context = multiprocessing.get_context("spawn")
-    helpers = [context.Process(target=_help, args=(args,)) for _ in range(args.workers - 1)]
-    for helper in helpers:
-        helper.start()
-    try:
-        _work(workshop, args.stale_after, args.workers)
-        for helper in helpers:
-            helper.join()
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        for helper in helpers:
-            helper.terminate()
-
-
-def _help(args: argparse.Namespace) -> None:
-    end_with_parent()
-    _work(open_workshop(plan_of(args)), args.stale_after)
-
-
-def _work(workshop: Workshop, stale_after: float, workers: int = 1) -> None:
-    def tell(run: Run, what: str) -> None:
-        name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
-        print(f"{what:>10}  {name}", flush=True)
-        if what == "failed":
-            print(f"{'':>10}  {_why(workshop.record(run))}", flush=True)
-        if what in ("finished", "failed"):
-            print(f"{'':>10}  {progress(workshop, workers)}", flush=True)
-
-    work(workshop, stale_after, tell)
-
-
-def progress(workshop: Workshop, workers: int = 1) -> str:
-    """One line: how far it is, and how long it will take."""
+def make_all(workshop: Workshop, choice: Choice, foreign: Sequence[Path] = ()) -> None:
+    """Makes what is missing, tells of each run, and rewrites the report now and then meanwhile."""
     count = counts(workshop)
     total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
-    line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
-    time = estimate(workshop)
-    if time is None:
-        return f"{line}; time is estimated after the first."
-    seconds, known = time
-    minutes = seconds / workers / 60
-    rest = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
-    of = f", of {workers} workers" if workers > 1 else ""
-    return f"{line}; about {rest}{of} to go, judging by {known} finished."
+    bar = tqdm(total=total, initial=count["finished"] + count["failed"], unit="run", disable=None, dynamic_ncols=True)
+    begun: set[Path] = set()
+    due, told = time.monotonic() + REPORT_SECONDS, 0.0
+
+    def tell(run: Run, what: str) -> None:
+        nonlocal due, told
+        name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
+        bar.write(f"{what:>10}  {name}")
+        if what in ("begins", "queued", "goes on"):
+            begun.add(run.folder)
+            return
+        begun.discard(run.folder)
+        if what == "failed":
+            bar.write(f"{'':>10}  {reason(workshop.record(run))}")
+        if what in ENDED:
+            bar.update()
+            if bar.disable and time.monotonic() > told + PROGRESS_SECONDS:
+                told = time.monotonic()
+                bar.write(f"{'':>10}  {progress(workshop, max(len(begun), 1))}")
+            if run.trial is None and time.monotonic() >= due:
+                started = time.monotonic()
+                with suppress(UserError):  # nothing to report on yet
+                    report_on(workshop, foreign)
+                now = time.monotonic()
+                due = now + max(REPORT_SECONDS, (now - started) / REPORT_SHARE)
+
+    try:
+        with bar:
+            drive(workshop, choice, tell)
+    except KeyboardInterrupt:
+        stays = "" if choice.kind == "local" else "What was submitted goes on; --status shows it, --cancel ends it. "
+        print(f"\nInterrupted. {stays}The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
 
 
 def print_plan(workshop: Workshop, workers: int) -> None:
@@ -245,13 +249,6 @@ def print_plan(workshop: Workshop, workers: int) -> None:
     print(describe_power(plan))
     trials = f" and {count['trials']} trials" if count["trials"] else ""
     print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
-
-
-def _why(record: RunRecord) -> str:
-    """What ended a failed run, in a line."""
-    error = record.error or {}
-    lines = error.get("message", "").splitlines()
-    return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
 
 
 def describe_power(plan: Plan) -> str:
@@ -313,7 +310,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
     parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
     parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
-    parser.add_argument("--workers", type=int, default=1, help="Runs at the same time on this machine.")
+    add_executor_arguments(parser)
+    parser.add_argument("--status", action="store_true", help="Print what is done, under way and failed, and end.")
+    parser.add_argument("--cancel", action="store_true", help="End the jobs that are queued or under way, and end.")
     parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
-    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
     return parser
+
+
+def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who makes the runs of a study."""
+    parser.add_argument("--workers", type=int, help="Runs at the same time on this machine; 1 when left out.")
+    parser.add_argument("--executor", choices=list(KINDS), help="Who makes the runs; this machine when left out.")
+    parser.add_argument(
+        "--executor_options", nargs="+", default=[], metavar="KEY=VALUE", help="Of the executor, see docs/clusters.md."
+    )
