@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-gpu docs lint format clean
+.PHONY: demo test test-slow test-gpu test-clusters docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
@@ -19,6 +19,10 @@ test-slow: $(VENV)/.deepspeed
 # On a machine with CUDA; it fails where there is none, and names what it skips where there is one GPU or no DeepSpeed.
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/gpu -m "gpu or multi_gpu" -rs --durations 15
+
+# A real Ray and a real Slurm on this machine. What could not be installed is said at the end, as skipped and why.
+test-clusters: $(VENV)/.clusters
+	$(BIN)/python -m pytest tests/clusters -m clusters -rs --durations 15
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --site-dir outputs/site
@@ -42,6 +46,16 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 $(VENV)/.deepspeed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[deepspeed]" && touch $@ \
 		|| echo "DeepSpeed could not be installed: what needs it is skipped."
+
+$(VENV)/.clusters: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[ray]" \
+		|| echo "Ray could not be installed: what needs it is skipped."
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[slurm]" \
+		|| echo "submitit could not be installed: what needs it is skipped."
+	PATH="$$PATH:/usr/sbin"; command -v slurmctld munged \
+		|| (command -v apt-get && test "$$(id -u)" = 0 && apt-get update --quiet && apt-get install --yes --quiet slurm-wlm munge) \
+		|| echo "Slurm is missing, and installing it takes root on Debian (apt-get install slurm-wlm munge): what needs it is skipped."
+	touch $@
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

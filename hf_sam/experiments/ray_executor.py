@@ -67,22 +67,23 @@ class RayExecutor(Executor):
         gpus = self.num_gpus
         if gpus is None:
             gpus = 1 if self._ray.cluster_resources().get("GPU") else 0
-        actor = self._ray.remote(_actor_class()).options(
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=self.num_cpus,
-            num_gpus=gpus,
-            resources=self.resources or None,
-            max_restarts=0,  # a run that ended with its node is submitted again by whoever knows whether it has a record
-            max_concurrency=8,  # drivers, one after the other, that wait for its end
-        )
+        actor = self._ray.remote(_actor_class())
+        options = {
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": self.num_cpus,
+            "num_gpus": gpus,
+            "resources": self.resources or None,
+            "max_restarts": 0,  # the driver knows whether there is a record, and submits the run again
+            "max_concurrency": 8,  # drivers, one after the other, that wait for its end
+        }
         environment = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ} | self.environment
         names = []
         for folder in folders:
             name = f"ray {uuid.uuid4().hex}"
             launcher = list(self.launcher) or [self.python]
             words = [*launcher, "-m", RUN_MODULE, str(folder), "--submission", name]
-            handle = actor.options(name=name).remote(words, str(folder), os.getcwd(), environment)
+            handle = actor.options(name=name, **options).remote(words, str(folder), os.getcwd(), environment)
             self._ends[name] = handle.end.remote()
             names.append(name)
         return names

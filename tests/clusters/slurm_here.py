@@ -90,9 +90,10 @@ def slurm(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
     configuration.write_text(CONFIGURATION.format(**values))
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     variables = {"SLURM_CONF": str(configuration), "PATH": PATH}
+    files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid"}
+    files |= {"log-file": "munged.log", "seed-file": "munged.seed"}
     commands = [
-        [*["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]]
-        + [f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"],
+        ["munged", "--foreground", "--force", *(f"--{name}={folder / file}" for name, file in files.items())],
         ["slurmctld", "-D", "-i"],
         ["slurmd", "-D", "-N", "here"],
     ]

@@ -21,4 +21,8 @@ if __name__ == "__main__":
     study, output_dir, *rest = sys.argv[1:]
     kind, *options = rest or ["local"]
     workshop = open_workshop(Path(study), Path(output_dir))
-    drive(workshop, choose(workshop.plan.executor, kind, given=options), lambda run, what: print(what, run.folder))
+    drive(
+        workshop,
+        choose(workshop.plan.executor, kind, given=options),
+        lambda run, what: print(what, run.folder, flush=True),
+    )
