@@ -199,7 +199,7 @@ def test_trials_of_an_arm_wait_for_each_other_unless_they_are_parallel(workshop_
 
 
 def test_ten_thousand_planned_runs_are_planned_submitted_in_part_and_told_about_in_seconds(workshop_of, monkeypatch):
-    started = time.monotonic()
+    started = time.process_time()
     workshop, engine = workshop_of(seeds=list(range(5000))), Engine([], queue=100)
     driver = Driver(workshop, engine)
     driver.attach()
@@ -211,7 +211,7 @@ def test_ten_thousand_planned_runs_are_planned_submitted_in_part_and_told_about_
     monkeypatch.setattr(Choice, "make", lambda self, launcher: engine)
     standing = standing_of(workshop_of(seeds=list(range(5000))), Choice("engine"))
     assert (standing.finished, standing.queued, standing.total) == (50, 100, 10_000)
-    assert time.monotonic() - started < 30  # 4 s on a free core
+    assert time.process_time() - started < 15
 
 
 @pytest.mark.parametrize(
