@@ -28,6 +28,7 @@ from .workshop import DEATHS_NAME, Workshop
 
 logger = logging.get_logger(__name__)
 
+LOCK_NAME = ".driver.lock"
 MAX_DEATHS = 3  # a run that ends so often without a result, by its own fault, is a failed one
 
 
@@ -44,9 +45,9 @@ def study_lock(folder: Path) -> Iterator[None]:
         StudyInUseError: There is one; the message says where.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / ".driver.lock"), folder / ".driver.owner"
+    lock, owner = FileLock(folder / LOCK_NAME), folder / ".driver.owner"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # `is_driven` has it for a moment
     except Timeout:
         at = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
         raise StudyInUseError(
@@ -61,6 +62,19 @@ def study_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_driven(folder: Path) -> bool:
+    """Whether a driver is at work on a study, as far as the file system can tell."""
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):
+        return False
+    lock.release()
+    return False
 
 
 @dataclass
@@ -146,7 +160,9 @@ class Driver:
         return len(names) < len(runs)
 
 
-def drive(workshop: Workshop, choice: Choice | None = None, report: Callable[[Run, str], None] = lambda *_: None):
+def drive(
+    workshop: Workshop, choice: Choice | None = None, report: Callable[[Run, str], None] = lambda *_: None
+) -> None:
     """
     Makes every run of a workshop that has not ended.
 
@@ -164,10 +180,10 @@ def drive(workshop: Workshop, choice: Choice | None = None, report: Callable[[Ru
 
 
 def jobs_of(workshop: Workshop, choice: Choice) -> dict[str, Run]:
-    """The jobs that are queued or under way, as the executor says; nothing is changed."""
+    """The jobs that are queued or under way; nothing is changed. A driver that is at work has noted them all."""
     jobs = named_jobs(workshop, choice.kind)
-    if not jobs:
-        return {}
+    if not jobs or is_driven(workshop.plan.output_dir):
+        return jobs
     executor = choice.make(workshop.plan.launcher)
     try:
         gone = executor.ended(list(jobs))
@@ -184,9 +200,11 @@ def cancel_all(workshop: Workshop, choice: Choice) -> int:
         StudyInUseError: A driver is at work on it, which would submit them again.
     """
     with study_lock(workshop.plan.output_dir):
-        jobs = jobs_of(workshop, choice)
+        jobs = named_jobs(workshop, choice.kind)
         executor = choice.make(workshop.plan.launcher)
         try:
+            gone = executor.ended(list(jobs))
+            jobs = {name: run for name, run in jobs.items() if name not in gone}
             executor.cancel(list(jobs))
         finally:
             executor.close()
@@ -202,11 +220,14 @@ def named_jobs(workshop: Workshop, kind: str) -> dict[str, Run]:
     return {name: run for name, run in named if name is not None}
 
 
-def make_one(folder: Path, executor: Executor) -> None:
-    """Makes what `run.json` in `folder` says, and waits for it."""
+def make_one(folder: Path, executor: Executor, result: str) -> None:
+    """Makes what `run.json` in `folder` says, and waits for its end, or a little longer for the file `result`."""
     try:
         jobs = executor.submit([folder.resolve()])
         while not executor.ended(jobs):
+            executor.wait()
+        deadline = time.monotonic() + executor.patience
+        while not (folder / result).exists() and time.monotonic() < deadline:
             executor.wait()
     finally:
         executor.close()

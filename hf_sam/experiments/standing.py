@@ -113,4 +113,4 @@ def _seconds(record: RunRecord) -> float:
     begun = record.path.with_name(PLACE_NAME)
     if not begun.exists():
         begun = record.path.with_name(JOB_NAME)
-    return record.path.stat().st_mtime - begun.stat().st_mtime
+    return max(record.path.stat().st_mtime - begun.stat().st_mtime, 0.0)

@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,12 @@ from transformers import TrainingArguments
 from hf_sam.config import SAMConfig
 
 from ..experiments.driver import cancel_all, drive
-from ..experiments.execution import LOG_NAME, load_task
+from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
 from ..experiments.executors import KINDS, Choice, choose
 from ..experiments.external_runs import find_foreign_records
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import BUDGETS, Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
-from ..experiments.records import ENDED, write_json
+from ..experiments.records import ENDED, RECORD_NAME, write_json
 from ..experiments.standing import describe_standing, progress, reason, standing_of
 from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report
@@ -38,7 +37,7 @@ from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
 from . import TRAINING
 from .command_line.arguments import parse_arguments, read_layers
-from .command_line.errors import UserError, as_user_error
+from .command_line.errors import UserError, as_user_error, one_line
 
 PLAN_NAME = "comparison.json"
 MAX_REASONS = 5
@@ -78,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 def describe_failures(workshop: Workshop) -> str:
     """How many runs failed, why, and what to do about it; empty where none did."""
-    failed = [record for record in records_of(workshop) if record.status == "failed"]
+    outcomes = map(workshop.record, workshop.all_runs())
+    failed = [record for record in outcomes if record is not None and record.status == "failed"]
     if not failed:
         return ""
     reasons = Counter(reason(record) for record in failed)
@@ -205,11 +205,17 @@ def make_all(workshop: Workshop, choice: Choice, foreign: Sequence[Path] = ()) -
             bar.update()
             if bar.disable and time.monotonic() > told + PROGRESS_SECONDS:
                 told = time.monotonic()
-                bar.write(f"{'':>10}  {progress(workshop, max(len(begun), 1))}")
+                under_way = sum((workshop.plan.output_dir / folder / PLACE_NAME).exists() for folder in begun)
+                bar.write(f"{'':>10}  {progress(workshop, max(under_way, 1))}")
+            sys.stdout.flush()
             if run.trial is None and time.monotonic() >= due:
                 started = time.monotonic()
-                with suppress(UserError):  # nothing to report on yet
+                try:
                     report_on(workshop, foreign)
+                except UserError:  # nothing to report on yet
+                    pass
+                except Exception as error:  # no reason to let the runs go; the report at the end will raise it again
+                    bar.write(f"{'':>10}  The report could not be rewritten: {one_line(error)}")
                 now = time.monotonic()
                 due = now + max(REPORT_SECONDS, (now - started) / REPORT_SHARE)
 
@@ -280,7 +286,8 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
             raise UserError(f"foreign={folder} is no folder.")
         found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
         records, problems = records + found, problems + messages
-    final = records_of(workshop, workshop.runs)
+    paths = {workshop.folder(run) / RECORD_NAME for run in workshop.runs}
+    final = [record for record in records if record.path in paths]
     done = {entry.arm for entry in final if entry.status == "finished"}
     if not any(record.status in ("finished", "foreign") for record in records):
         raise UserError(failures or f"No run has finished in {plan.output_dir}: there is nothing to report on.")

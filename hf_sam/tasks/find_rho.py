@@ -143,7 +143,7 @@ def find_length(search: Search, choice: Choice) -> int:
         if not (folder / LENGTH_NAME).exists() or json.loads((folder / JOB_NAME).read_text()) != job:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / JOB_NAME, job)
-            make_one(folder, choice.make(search.launcher))
+            make_one(folder, choice.make(search.launcher), LENGTH_NAME)
         if not (folder / LENGTH_NAME).exists():
             raise UserError(_error_in(folder))
         (folder / RECORD_NAME).unlink(missing_ok=True)  # of a run that never was

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from hf_sam.experiments.driver import make_one, prepare
 from hf_sam.experiments.execution import execute
 from hf_sam.experiments.executors import LocalExecutor
+from hf_sam.experiments.records import RECORD_NAME
 from hf_sam.rho_search.halving import Rung, SearchPlan
 from hf_sam.rho_search.phases import Phase, RhoWorkshop, Search, passes_spent
 from hf_sam.tasks import find_rho
@@ -187,7 +188,7 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
         workshop = RhoWorkshop(search)
         for phase in phases:
             prepare(workshop.folder(phase), workshop.job(phase))
-            make_one(workshop.folder(phase), LocalExecutor(search.launcher))
+            make_one(workshop.folder(phase), LocalExecutor(search.launcher), RECORD_NAME)
             assert workshop.record(phase).status == "finished", workshop.record(phase).error
         weights = load_file(workshop.folder(phase) / "checkpoint-6/model.safetensors")
         ends.append((weights, workshop.scores(phase)["nll"].totals, passes_spent(workshop.record(phase))))
