@@ -132,7 +132,10 @@ class Driver:
         self._gone.pop(name, None)
         folder = self.workshop.folder(run)
         self.workshop.forget(run)
-        if not self.workshop.has_ended(run) and ending.is_own_fault:
+        is_own_fault = ending.is_own_fault
+        if is_own_fault is None:
+            is_own_fault = (read_json(folder / PLACE_NAME) or {}).get("id") == name
+        if not self.workshop.has_ended(run) and is_own_fault:
             count_death(folder, ending)
             self.workshop.forget(run)
         (folder / SUBMISSION_NAME).unlink(missing_ok=True)

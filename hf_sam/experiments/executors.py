@@ -33,12 +33,13 @@ class Ending:
 
     Args:
         cause (`str`): In a line.
-        is_own_fault (`bool`, *optional*, defaults to `True`):
-            Whether it counts against the run; not where the machine was taken away or the driver killed.
+        is_own_fault (`bool` or `None`, *optional*, defaults to `True`):
+            Whether it counts against the run; not where the machine was taken away or the driver killed. `None` where
+            the executor cannot tell: then it counts if the run had begun.
     """
 
     cause: str
-    is_own_fault: bool = True
+    is_own_fault: bool | None = True
 
 
 @dataclass

@@ -107,8 +107,10 @@ class RayExecutor(Executor):
         try:
             return Ending(self._ray.get(reference))
         except self._ray.exceptions.ActorDiedError as error:
-            cause = "the worker was killed or its node was lost"
-            return Ending(cause, is_own_fault=not getattr(error, "preempted", False))
+            if "creation task" in str(error):  # the command could not be started
+                return Ending(" ".join(str(error).split())[-200:])
+            is_taken_away = getattr(error, "preempted", False)
+            return Ending("the worker was killed or its node was lost", is_own_fault=False if is_taken_away else None)
         except self._ray.exceptions.RayError as error:
             return Ending(" ".join(str(error).split())[:200])
 

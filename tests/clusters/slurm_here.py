@@ -156,6 +156,7 @@ def free_ports(count: int) -> list[int]:
 if __name__ == "__main__":
     if missing := missing_programs():
         sys.exit(f"Not installed: {', '.join(missing)}. On Debian: apt-get install slurm-wlm munge")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with slurm(Path(sys.argv[1]).resolve()) as found:
         print(f"export SLURM_CONF={found['SLURM_CONF']}", flush=True)
         signal.pause()

@@ -125,6 +125,19 @@ def test_jobs_that_die_by_their_own_fault_fail_in_the_end_and_others_do_not(work
     assert list(driver.jobs.values()) == workshop.runs[:1]
 
 
+def test_a_job_that_was_lost_counts_against_a_run_only_if_that_had_begun(workshop_of):
+    workshop, engine = workshop_of(seeds=[0]), Engine([], queue=2)
+    Driver(workshop, engine).advance()
+    first, second = engine.jobs.values()
+    assert take_up(first, "engine 0")
+    engine.over = dict.fromkeys(engine.jobs, Ending("its node was lost", is_own_fault=None))
+    driver = Driver(workshop, engine)
+    driver.jobs = dict(zip(engine.jobs, workshop.runs, strict=True))
+    driver.collect()
+    assert (first / "deaths.txt").read_text() == "1"
+    assert not (second / "deaths.txt").exists()
+
+
 def test_an_engine_that_takes_nothing_now_is_asked_again(workshop_of):
     workshop, engine = workshop_of(seeds=[0], arms={"sam": {}}), Engine([], refuses=True)
     driver = Driver(workshop, engine)
