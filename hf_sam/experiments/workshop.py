@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .execution import JOB_NAME
+from .execution import JOB_NAME, SUBMISSION_NAME
 from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
 from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record
 from .tuning import best_trial, is_possible, next_settings, open_storage
@@ -181,7 +181,7 @@ def retry_failed(workshop: Workshop) -> int:
     for run in workshop.all_runs():
         record = workshop.record(run)
         if record is not None and record.status == "failed":
-            for name in (RECORD_NAME, DEATHS_NAME):
+            for name in (RECORD_NAME, DEATHS_NAME, SUBMISSION_NAME):
                 (workshop.folder(run) / name).unlink(missing_ok=True)
             workshop.forget(run)
             count += 1
