@@ -166,6 +166,17 @@ def local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "ds_tensor", tensor).detach()  # under DeepSpeed's ZeRO-3 one flat part
 
 
+def parts_of_gradients(gradients: Gradients, parameters: Iterable[Parameter]) -> list[Tensor]:
+    """This process's part of each parameter's gradient, sharing its memory."""
+    found = [gradients[p] for p in parameters]
+    return [g if type(g) is Tensor and not g.requires_grad else local(g) for g in found]
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether `local` of it is all of it."""
+    return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_tensor")
+
+
 def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
     """The gradient, divided among processes as its parameter is."""
     if isinstance(gradient, DTensor) and gradient.placements != p.placements:

@@ -161,7 +161,7 @@ class PassRunner:
             with self._cost.full_pass(batch.fraction):
                 last = batch is window[-1]
                 losses.append(self._passes.run(model, batch, synced=synced and last, is_ascent=is_ascent))
-        return torch.stack(losses).sum()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def add_hessian_products(self, window: list[MicroBatch], vector: Gradients, product: Gradients) -> None:
         """Add `H vector` of the window's loss at the present weights to `product`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import cached_property, partial
@@ -15,10 +16,11 @@ from transformers.utils import logging
 from ..config import Parts, SAMConfig
 from ..methods.base import Needs, copies_for_cosine, overrides
 from .batches import MicroBatch
+from .buckets import buckets
 from .current_step import CurrentStep
 from .memory import Memory
 from .observation import record_displacement
-from .parameters import Gradients, TrainedParameters, local, put_gradients, take_gradients
+from .parameters import Gradients, TrainedParameters, local, parts_of_gradients, put_gradients, take_gradients
 from .perturbation import Perturbation
 from .replay import PassState
 from .roles import groups_of
@@ -278,7 +280,7 @@ class SharpnessAwareUpdate:
         self.settle()
         if self.parameters.refresh():
             self.runner.parameters_changed()
-            self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
+            self.space.changed(list(self.parameters.names))
         self.index = self.runner.index = index
         self._is_measured = measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
@@ -351,7 +353,7 @@ class SharpnessAwareUpdate:
         parameters = [p for p in (self.parameters.trainable if over is None else over) if p in gradients]
         scale = self.engine.loss_scale(self.device)
         factor = 1 / scale if isinstance(scale, Tensor) else None
-        return Vector(parameters, [local(gradients[p]) for p in parameters], self.space, factor=factor)
+        return Vector(parameters, parts_of_gradients(gradients, parameters), self.space, factor=factor)
 
     def _perturbation(self) -> Perturbation:
         """A context in which weights can be moved, and after which they are bitwise what they were."""
@@ -367,7 +369,7 @@ class SharpnessAwareUpdate:
         step = self._step(self.rho / ascent.ascent_steps)
         norm = g.norm()
         if self.engine.may_skip_steps and self.memory.names:
-            overflows = ~torch.isfinite(norm)
+            overflows = ~(norm < math.inf)
             self._has_overflowed = overflows if self._has_overflowed is None else self._has_overflowed | overflows
         if is_first and self._is_measured and self._wants_copy:
             self._observed = g.clone()
@@ -405,9 +407,9 @@ class SharpnessAwareUpdate:
         if not len(eps):
             return None
         size = eps.norm()
-        is_usable = torch.isfinite(size) & (size > 0)
-        if norm is not None:
-            is_usable &= torch.isfinite(norm)
+        is_usable = (size > 0) & (size < math.inf)
+        if norm is not None and norm is not size:
+            is_usable &= norm < math.inf
         return eps.where(is_usable)
 
     def _add_weight_decay(self, g: Vector) -> None:
@@ -445,15 +447,20 @@ class SharpnessAwareUpdate:
         scale = self.engine.loss_scale(self.device)
         if isinstance(scale, Tensor):
             gradient *= scale
+        given: Gradients = {}
         for p, part in zip(gradient.parameters, gradient.materialise(), strict=True):
             whole = like[p] if p in like else torch.zeros_like(p)
-            if local(whole).data_ptr() != part.data_ptr():
+            if whole is not part and local(whole).data_ptr() != part.data_ptr():
                 if type(whole) is Tensor:
                     whole = part
                 else:
                     local(whole).copy_(part)
-            p.grad = accumulated[p].add_(whole) if p in accumulated else whole
-        put_gradients({p: rest for p, rest in accumulated.items() if p.grad is None})
+            given[p] = whole
+        if both := [p for p in given if p in accumulated]:
+            sums, terms = ([local(gradients[p]) for p in both] for gradients in (accumulated, given))
+            for left, right in buckets(sums, terms) if self.space.in_buckets else [(sums, terms)]:
+                torch._foreach_add_(left, right)
+        put_gradients(given | accumulated)
         self._average(is_last)
 
     def _average(self, is_last: bool) -> None:

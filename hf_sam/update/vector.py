@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
 
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .buckets import buckets
+from . import buckets
+from .layout import Layout
 from .reductions import Reductions
 
 Scalar = float | Tensor
+
+# Of so many lists of parameters a Space knows what does not change from step to step.
+_MOST_KNOWN = 16
 
 
 class Space:
@@ -36,18 +41,42 @@ class Space:
         self.reductions = reductions
         self.position = {p: i for i, p in enumerate(order)}
         self.in_buckets = in_buckets
-        self.sizes: dict[tuple[Parameter, ...], int] = {}
+        self._layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
+
+    def layout(self, parameters: Sequence[Parameter]) -> Layout:
+        """What is known of a list of parameters, found once: how they lie in memory, and reductions over them."""
+        key = tuple(map(id, parameters))
+        if key in self._layouts:
+            self._layouts.move_to_end(key)
+        else:
+            self._layouts[key] = Layout(tuple(parameters), self.reductions(parameters))
+            if len(self._layouts) > _MOST_KNOWN:
+                self._layouts.popitem(last=False)
+        return self._layouts[key]
+
+    def changed(self, order: Sequence[Parameter]) -> None:
+        """Other parameters train than before."""
+        self.position.update({p: i for i, p in enumerate(order)})
+        self._layouts.clear()
 
 
 class _Data:
     """Tensors that several Vectors may scale: one for each parameter, and norms as far as they are known."""
 
-    __slots__ = ("norms", "parameters", "shared", "space", "tensors")
+    __slots__ = ("_layout", "norms", "parameters", "shared", "space", "tensors")
 
     def __init__(self, parameters: Sequence[Parameter], tensors: list[Tensor], space: Space, is_shared: bool):
         self.parameters, self.tensors, self.space = tuple(parameters), tensors, space
         self.shared = [is_shared]  # one cell for a whole and its parts
         self.norms: dict[float, Tensor] = {}
+        self._layout: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """What is known of its parameters."""
+        if self._layout is None:
+            self._layout = self.space.layout(self.parameters)
+        return self._layout
 
     def is_over(self, other: _Data) -> bool:
         """Whether both have the same parameters in the same order."""
@@ -108,6 +137,11 @@ class Vector:
         return self._data.tensors
 
     @property
+    def layout(self) -> Layout:
+        """What is known of the parameters."""
+        return self._data.layout
+
+    @property
     def factor(self) -> Scalar | None:
         """By which the parts are still to be multiplied; None for 1."""
         return self._factor
@@ -132,6 +166,8 @@ class Vector:
 
     def over(self, other: Vector | Iterable[Parameter]) -> Vector:
         """The part over the parameters of `other`, sharing memory."""
+        if isinstance(other, Vector) and self._data.is_over(other._data):
+            return self
         wanted = set(other.parameters if isinstance(other, Vector) else other)
         if wanted.issuperset(self._data.parameters):
             return self
@@ -147,7 +183,7 @@ class Vector:
 
     def where(self, condition: Tensor) -> Vector:
         """Itself where a 0-dim condition holds, else with a factor of exactly 0; no device is waited for."""
-        if condition.device.type == "cpu":
+        if condition.device.type == "cpu" and not self._data.space.in_buckets:
             return self if condition else Vector._of(self._data, 0.0)
         factor = torch.ones_like(condition, dtype=torch.float32) if self._factor is None else self._factor
         return Vector._of(self._data, torch.where(condition, factor, 0.0))
@@ -159,13 +195,11 @@ class Vector:
         return f"Vector of {sum(t.numel() for t in self._data.tensors):,} numbers in {len(self)} tensors"
 
     def size(self) -> int:
-        """How many numbers it has, over all processes; waits for them, once."""
-        data = self._data
-        if data.parameters in data.space.sizes:
-            return data.space.sizes[data.parameters]
-        counts = torch.tensor([t.numel() for t in data.tensors], dtype=torch.float64, device=data.tensors[0].device)
-        data.space.sizes[data.parameters] = int(data.space.reductions(data.parameters).sum(counts).item())
-        return data.space.sizes[data.parameters]
+        """How many numbers it has, over all processes; the first time waits for these."""
+        layout = self._data.layout
+        if layout.size is None:
+            layout.size = layout.reductions.count(self._data.tensors)
+        return layout.size
 
     # --- reductions ------------------------------------------------------------------------------------------------
 
@@ -173,35 +207,43 @@ class Vector:
         """`||v||_p`, 0-dim, for p in [1, inf]."""
         data = self._data
         if p not in data.norms:
-            data.norms[p] = data.space.reductions(data.parameters).norm(data.tensors, p)
+            data.norms[p] = data.layout.reductions.norm(data.tensors, p, data.space.in_buckets)
         return data.norms[p] if self._factor is None else data.norms[p] * abs(self._factor)
 
     def dot(self, other: Vector) -> Tensor:
         """`<v, u>`, 0-dim."""
         mine, theirs = self._data, other._data
-        parameters, left, right = mine.parameters, mine.tensors, theirs.tensors
-        if not mine.is_over(theirs):
-            there = dict(zip(theirs.parameters, right, strict=True))
-            common = [(p, t, there[p]) for p, t in zip(parameters, left, strict=True) if p in there]
-            if not common:
-                return left[0].new_zeros((), dtype=torch.promote_types(left[0].dtype, torch.float32))
-            parameters, left, right = ([entry[i] for entry in common] for i in range(3))
-        product = mine.space.reductions(parameters).dot(left, right, mine.space.in_buckets)
+        if mine is theirs and mine.space.in_buckets:
+            product = Vector._of(mine, None).norm() ** 2  # which may be known
+        else:
+            product = self._dot_unscaled(mine, theirs)
         for factor in (self._factor, other._factor):
             if factor is not None:
                 product = product * factor
         return product
 
+    @staticmethod
+    def _dot_unscaled(mine: _Data, theirs: _Data) -> Tensor:
+        left, right, in_buckets = mine.tensors, theirs.tensors, mine.space.in_buckets
+        if mine.is_over(theirs):
+            return mine.layout.reductions.dot(left, right, in_buckets)
+        there = dict(zip(theirs.parameters, right, strict=True))
+        common = [(p, t, there[p]) for p, t in zip(mine.parameters, left, strict=True) if p in there]
+        if not common:
+            return left[0].new_zeros((), dtype=torch.promote_types(left[0].dtype, torch.float32))
+        parameters, left, right = ([entry[i] for entry in common] for i in range(3))
+        return mine.space.layout(parameters).reductions.dot(left, right, in_buckets)
+
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
     def clone(self) -> Vector:
         """The same numbers in memory of their own."""
-        tensors, factor = self._data.tensors, self._factor
-        if factor is not None:
-            return self._new(_multiplied(tensors, factor))
-        copies = self._new(torch._foreach_mul(tensors, 1) if self._data.space.in_buckets else map(torch.clone, tensors))
-        copies._data.norms.update(self._data.norms)
-        return copies
+        if self._factor is not None:
+            return self._new(self._multiplied())
+        tensors = self._data.tensors
+        copy = self._new(buckets.copies(tensors) if self._data.space.in_buckets else map(torch.clone, tensors))
+        copy._data.norms.update(self._data.norms)
+        return copy
 
     def __mul__(self, other: Scalar | Vector) -> Vector:
         if isinstance(other, Vector):
@@ -240,23 +282,29 @@ class Vector:
             self._factor = other if self._factor is None else self._factor * other
             return self
         other = self._apart(other)
-        mine, theirs = self._owned(), self._aligned(other)
-        torch._foreach_mul_(mine, theirs)
+        self._in_place(torch._foreach_mul_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(other._factor)
 
     def __itruediv__(self, other: Scalar | Vector) -> Vector:
         if not isinstance(other, Vector):
             tensors = self._owned()
+            if self._data.space.in_buckets:
+                buckets.divide_(tensors, other)
+                return self
             for group, divisor in _by_device(tensors, other):
                 torch._foreach_div_(group, divisor)
             return self
         other = self._apart(other)
-        torch._foreach_div_(self._owned(), self._aligned(other))
+        self._in_place(torch._foreach_div_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(1 / other._factor)
 
     def __iadd__(self, other: Scalar | Vector) -> Vector:
         if not isinstance(other, Vector):
-            for group, term in _by_device(self._owned(), other):
+            tensors = self._owned()
+            if self._data.space.in_buckets:
+                buckets.add_number_(tensors, other)
+                return self
+            for group, term in _by_device(tensors, other):
                 torch._foreach_add_(group, term)
             return self
         other = self._apart(other)
@@ -267,6 +315,10 @@ class Vector:
             mine = [mine[position[p]] for p in other._data.parameters]
         _add_multiple(mine, theirs, other._factor, self._data.space.in_buckets)
         return self
+
+    def _in_place(self, function: Callable, mine: list[Tensor], theirs: list[Tensor]) -> None:
+        for group in buckets.grouped(mine, theirs) if self._data.space.in_buckets else [range(len(mine))]:
+            function(buckets.taken(mine, group), buckets.taken(theirs, group))
 
     def __isub__(self, other: Scalar | Vector) -> Vector:
         return self.__iadd__(-other)
@@ -283,31 +335,57 @@ class Vector:
             function(tensor)
         return self
 
+    def map_lists(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
+        """As `map`, of a function of a list of tensors of one device and type: one call for each bucket on an accelerator."""
+        tensors = self._multiplied_out()
+        if self._data.space.in_buckets:
+            return self._new(buckets.for_each(function, tensors, most_bytes=buckets.BUCKET_BYTES))
+        return self._new(new for tensor in tensors for new in function([tensor]))
+
+    def map_lists_(self, function: Callable[[list[Tensor]], object]) -> Vector:
+        """The same in place."""
+        tensors = self._owned()
+        for (bucket,) in buckets.buckets(tensors) if self._data.space.in_buckets else (([t],) for t in tensors):
+            function(bucket)
+        return self
+
     def abs(self) -> Vector:
         """The absolute value of every number."""
-        return self._new(torch._foreach_abs(self._multiplied_out()))
+        return self._each(torch._foreach_abs)
 
     def sqrt(self) -> Vector:
         """The square root of every number."""
-        return self._new(torch._foreach_sqrt(self._multiplied_out()))
+        return self._each(torch._foreach_sqrt)
 
     def sign(self) -> Vector:
         """-1, 0 or 1 for every number."""
-        return self._new(torch._foreach_sign(self._multiplied_out()))
+        return self._each(torch._foreach_sign)
+
+    def _each(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
+        tensors = self._multiplied_out()
+        return self._new(buckets.for_each(function, tensors) if self._data.space.in_buckets else function(tensors))
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
     def _multiplied_out(self) -> list[Tensor]:
         """The numbers themselves, to be read only."""
-        return self._data.tensors if self._factor is None else list(_multiplied(self._data.tensors, self._factor))
+        return self._data.tensors if self._factor is None else self._multiplied()
+
+    def _multiplied(self) -> list[Tensor]:
+        if self._data.space.in_buckets:
+            return buckets.multiplied(self._data.tensors, self._factor)
+        return list(_multiplied(self._data.tensors, self._factor))
 
     def _owned(self) -> list[Tensor]:
         """The numbers themselves, in memory that may be overwritten."""
         if self.is_shared:
             self._data, self._factor = self.clone()._data, None
         elif self._factor is not None:
-            for group, factor in _by_device(self._data.tensors, self._factor):
-                torch._foreach_mul_(group, factor)
+            if self._data.space.in_buckets:
+                buckets.multiply_(self._data.tensors, self._factor)
+            else:
+                for group, factor in _by_device(self._data.tensors, self._factor):
+                    torch._foreach_mul_(group, factor)
             self._factor = None
         self._data.norms.clear()
         return self._data.tensors
@@ -371,9 +449,14 @@ def _multiplied(tensors: list[Tensor], factor: Scalar) -> Iterator[Tensor]:
 
 def _add_multiple(mine: list[Tensor], theirs: list[Tensor], factor: Scalar | None, in_buckets: bool) -> None:
     """`mine += factor * theirs`, in place."""
-    if not isinstance(factor, Tensor):
+    if in_buckets:
+        for left, right in buckets.buckets(mine, theirs):
+            if isinstance(factor, Tensor):
+                buckets.add_multiple_(left, right, factor)
+            else:
+                torch._foreach_add_(left, right, alpha=1 if factor is None else factor)
+    elif not isinstance(factor, Tensor):
         torch._foreach_add_(mine, theirs, alpha=1 if factor is None else factor)
-        return
-    # Not addcmul in 16 bits, which would round the factor to them. A product needs memory: a part at a time.
-    for left, right in buckets(mine, theirs) if in_buckets else (([a], [b]) for a, b in zip(mine, theirs, strict=True)):
-        torch._foreach_add_(left, torch._foreach_mul(right, factor.to(left[0].device)))
+    else:  # not addcmul in 16 bits, which would round the factor to them
+        for left, right in zip(mine, theirs, strict=True):
+            torch._foreach_add_([left], torch._foreach_mul([right], factor.to(left.device)))
