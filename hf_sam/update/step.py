@@ -350,7 +350,9 @@ class SharpnessAwareUpdate:
 
     def _vector(self, gradients: Gradients, over: Sequence[Parameter] | None = None) -> Vector:
         """Gradients, unscaled, as a Vector that shares their memory."""
-        parameters = [p for p in (self.parameters.trainable if over is None else over) if p in gradients]
+        over = self.parameters.trainable if over is None else over
+        is_all = over is self.parameters.trainable and len(gradients) == len(over)
+        parameters = list(gradients) if is_all else [p for p in over if p in gradients]
         scale = self.engine.loss_scale(self.device)
         factor = 1 / scale if isinstance(scale, Tensor) else None
         return Vector(parameters, parts_of_gradients(gradients, parameters), self.space, factor=factor)

@@ -80,8 +80,12 @@ class _Data:
 
     def is_over(self, other: _Data) -> bool:
         """Whether both have the same parameters in the same order."""
-        mine, theirs = self.parameters, other.parameters
-        return mine is theirs or (len(mine) == len(theirs) and all(map(is_, mine, theirs)))
+        return self.is_list(other.parameters)
+
+    def is_list(self, parameters: Sequence[Parameter]) -> bool:
+        """Whether these are its parameters, in this order."""
+        mine = self.parameters
+        return mine is parameters or (len(mine) == len(parameters) and all(map(is_, mine, parameters)))
 
 
 class Vector:
@@ -166,7 +170,9 @@ class Vector:
 
     def over(self, other: Vector | Iterable[Parameter]) -> Vector:
         """The part over the parameters of `other`, sharing memory."""
-        if isinstance(other, Vector) and self._data.is_over(other._data):
+        if not isinstance(other, Vector):
+            other = list(other)
+        if self._data.is_list(other.parameters if isinstance(other, Vector) else other):
             return self
         wanted = set(other.parameters if isinstance(other, Vector) else other)
         if wanted.issuperset(self._data.parameters):
