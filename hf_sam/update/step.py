@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from .parameters import Gradients, TrainedParameters, put_gradients, take_gradie
 from .perturbation import Perturbation
 from .replay import PassState
 from .runner import Passes, PassRunner
-from .schedule import Schedule, lr_fraction, peak_lr
+from .schedule import Kind, Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
 from .vector import Space, Vector
 
@@ -34,15 +33,6 @@ logger = logging.get_logger(__name__)
 
 # Whether to work on whole lists, as on an accelerator; None asks the device. Tests set it.
 IN_BUCKETS: bool | None = None
-
-
-class Kind(Enum):
-    """What an optimizer step does."""
-
-    PLAIN = "the stock step"
-    BETWEEN = "one pass at w, whose gradient the descent changes"
-    ONE_PASS = "one pass, at w + eps"
-    TWO_PASSES = "a pass at w, then one at w + eps"
 
 
 class SharpnessAwareUpdate:
