@@ -131,6 +131,15 @@ def add_number_(tensors: list[Tensor], number: float | Tensor) -> None:
             torch._foreach_add_(group, number)
 
 
+def add_(mine: list[Tensor], theirs: list[Tensor], factor: float | Tensor | None) -> None:
+    """`mine += factor * theirs`, in place."""
+    for left, right in buckets(mine, theirs):
+        if isinstance(factor, Tensor):
+            add_multiple_(left, right, factor)
+        else:
+            torch._foreach_add_(left, right, alpha=1 if factor is None else factor)
+
+
 def divide_(tensors: list[Tensor], divisor: float | Tensor) -> None:
     """Divide in place."""
     for group in (taken(tensors, indices) for indices in grouped(tensors)):
@@ -203,6 +212,33 @@ def is_dense(tensor: Tensor) -> bool:
         return True
     steps = [(size - 1, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     return all(stride > 0 for _, stride in steps) and sum(n * s for n, s in steps) + 1 == tensor.numel()
+
+
+# --- functions of lists --------------------------------------------------------------------------------------------
+
+
+def in_pairs_(
+    function: Callable[[list[Tensor], list[Tensor]], object], mine: list[Tensor], theirs: list[Tensor]
+) -> None:
+    """Call a function of two lists that changes the first, for each type and device."""
+    for group in grouped(mine, theirs):
+        function(taken(mine, group), taken(theirs, group))
+
+
+def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
+    """What a function makes of the lists of each type and device, number by number."""
+    return for_each(function, tensors)
+
+
+def map_lists(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
+    """What a function makes of lists of at most one bucket."""
+    return for_each(function, tensors, most_bytes=BUCKET_BYTES)
+
+
+def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]) -> None:
+    """The same in place."""
+    for (bucket,) in buckets(tensors):
+        function(bucket)
 
 
 # --- one number for each tensor ------------------------------------------------------------------------------------

@@ -3,61 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import buckets
-from .layout import Layout
-from .reductions import Reductions
+from .space import Layout, Space
 
 Scalar = float | Tensor
-
-# Of so many lists of parameters a Space knows what does not change from step to step.
-_MOST_KNOWN = 16
-
-
-class Space:
-    """Where Vectors live: how norms are taken over all processes, and how tensors are best worked on.
-
-    Args:
-        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Reductions over parts of these parameters.
-        order (`Sequence[Parameter]`, *optional*): In which sums of Vectors over different parameters are sorted.
-        in_buckets (`bool`, *optional*, defaults to `False`): Work on whole lists, so that the number of operations does
-            not grow with the number of tensors, as an accelerator wants it; otherwise tensor by tensor where that
-            keeps them in the CPU's cache.
-    """
-
-    def __init__(
-        self,
-        reductions: Callable[[Sequence[Parameter]], Reductions] = lambda parameters: Reductions(),
-        order: Sequence[Parameter] = (),
-        in_buckets: bool = False,
-    ):
-        self.reductions = reductions
-        self.position = {p: i for i, p in enumerate(order)}
-        self.in_buckets = in_buckets
-        self._layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
-
-    def layout(self, parameters: Sequence[Parameter]) -> Layout:
-        """What is known of a list of parameters, found once: how they lie in memory, and reductions over them."""
-        key = tuple(map(id, parameters))
-        if key in self._layouts:
-            self._layouts.move_to_end(key)
-        else:
-            self._layouts[key] = Layout(tuple(parameters), self.reductions(parameters))
-            if len(self._layouts) > _MOST_KNOWN:
-                self._layouts.popitem(last=False)
-        return self._layouts[key]
-
-    def changed(self, order: Sequence[Parameter]) -> None:
-        """Other parameters train than before."""
-        self.position.update({p: i for i, p in enumerate(order)})
-        self._layouts.clear()
 
 
 class _Data:
@@ -124,6 +80,11 @@ class Vector:
         vector = cls.__new__(cls)
         vector._data, vector._factor = data, factor
         return vector
+
+    @property
+    def _lists(self) -> ModuleType:
+        """The functions that work on its tensors."""
+        return self._data.space.lists
 
     def _new(self, tensors: Iterable[Tensor]) -> Vector:
         return Vector(self._data.parameters, list(tensors), self._data.space)
@@ -246,8 +207,7 @@ class Vector:
         """The same numbers in memory of their own."""
         if self._factor is not None:
             return self._new(self._multiplied())
-        tensors = self._data.tensors
-        copy = self._new(buckets.copies(tensors) if self._data.space.in_buckets else map(torch.clone, tensors))
+        copy = self._new(self._lists.copies(self._data.tensors))
         copy._data.norms.update(self._data.norms)
         return copy
 
@@ -288,30 +248,22 @@ class Vector:
             self._factor = other if self._factor is None else self._factor * other
             return self
         other = self._apart(other)
-        self._in_place(torch._foreach_mul_, self._owned(), self._aligned(other))
+        self._lists.in_pairs_(torch._foreach_mul_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(other._factor)
 
     def __itruediv__(self, other: Scalar | Vector) -> Vector:
         if not isinstance(other, Vector):
             tensors = self._owned()
-            if self._data.space.in_buckets:
-                buckets.divide_(tensors, other)
-                return self
-            for group, divisor in _by_device(tensors, other):
-                torch._foreach_div_(group, divisor)
+            self._lists.divide_(tensors, other)
             return self
         other = self._apart(other)
-        self._in_place(torch._foreach_div_, self._owned(), self._aligned(other))
+        self._lists.in_pairs_(torch._foreach_div_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(1 / other._factor)
 
     def __iadd__(self, other: Scalar | Vector) -> Vector:
         if not isinstance(other, Vector):
             tensors = self._owned()
-            if self._data.space.in_buckets:
-                buckets.add_number_(tensors, other)
-                return self
-            for group, term in _by_device(tensors, other):
-                torch._foreach_add_(group, term)
+            self._lists.add_number_(tensors, other)
             return self
         other = self._apart(other)
         self._widen(other)
@@ -319,12 +271,8 @@ class Vector:
         if not self._data.is_over(other._data):
             position = {p: i for i, p in enumerate(self._data.parameters)}
             mine = [mine[position[p]] for p in other._data.parameters]
-        _add_multiple(mine, theirs, other._factor, self._data.space.in_buckets)
+        self._lists.add_(mine, theirs, other._factor)
         return self
-
-    def _in_place(self, function: Callable, mine: list[Tensor], theirs: list[Tensor]) -> None:
-        for group in buckets.grouped(mine, theirs) if self._data.space.in_buckets else [range(len(mine))]:
-            function(buckets.taken(mine, group), buckets.taken(theirs, group))
 
     def __isub__(self, other: Scalar | Vector) -> Vector:
         return self.__iadd__(-other)
@@ -343,33 +291,24 @@ class Vector:
 
     def map_lists(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
         """As `map`, of a function of a list of tensors of one device and type: one call for each bucket on an accelerator."""
-        tensors = self._multiplied_out()
-        if self._data.space.in_buckets:
-            return self._new(buckets.for_each(function, tensors, most_bytes=buckets.BUCKET_BYTES))
-        return self._new(new for tensor in tensors for new in function([tensor]))
+        return self._new(self._lists.map_lists(function, self._multiplied_out()))
 
     def map_lists_(self, function: Callable[[list[Tensor]], object]) -> Vector:
         """The same in place."""
-        tensors = self._owned()
-        for (bucket,) in buckets.buckets(tensors) if self._data.space.in_buckets else (([t],) for t in tensors):
-            function(bucket)
+        self._lists.map_lists_(function, self._owned())
         return self
 
     def abs(self) -> Vector:
         """The absolute value of every number."""
-        return self._each(torch._foreach_abs)
+        return self._new(self._lists.each(torch._foreach_abs, self._multiplied_out()))
 
     def sqrt(self) -> Vector:
         """The square root of every number."""
-        return self._each(torch._foreach_sqrt)
+        return self._new(self._lists.each(torch._foreach_sqrt, self._multiplied_out()))
 
     def sign(self) -> Vector:
         """-1, 0 or 1 for every number."""
-        return self._each(torch._foreach_sign)
-
-    def _each(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
-        tensors = self._multiplied_out()
-        return self._new(buckets.for_each(function, tensors) if self._data.space.in_buckets else function(tensors))
+        return self._new(self._lists.each(torch._foreach_sign, self._multiplied_out()))
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
@@ -378,20 +317,14 @@ class Vector:
         return self._data.tensors if self._factor is None else self._multiplied()
 
     def _multiplied(self) -> list[Tensor]:
-        if self._data.space.in_buckets:
-            return buckets.multiplied(self._data.tensors, self._factor)
-        return list(_multiplied(self._data.tensors, self._factor))
+        return self._lists.multiplied(self._data.tensors, self._factor)
 
     def _owned(self) -> list[Tensor]:
         """The numbers themselves, in memory that may be overwritten."""
         if self.is_shared:
             self._data, self._factor = self.clone()._data, None
         elif self._factor is not None:
-            if self._data.space.in_buckets:
-                buckets.multiply_(self._data.tensors, self._factor)
-            else:
-                for group, factor in _by_device(self._data.tensors, self._factor):
-                    torch._foreach_mul_(group, factor)
+            self._lists.multiply_(self._data.tensors, self._factor)
             self._factor = None
         self._data.norms.clear()
         return self._data.tensors
@@ -435,34 +368,3 @@ class Vector:
         position = self._data.space.position
         pairs.sort(key=lambda pair: position.get(pair[0], math.inf))
         self._data = _Data([p for p, _ in pairs], [t for _, t in pairs], self._data.space, is_shared=False)
-
-
-def _by_device(tensors: list[Tensor], scalar: Scalar) -> Iterator[tuple[list[Tensor], Scalar]]:
-    """The tensors of each device, with the scalar there."""
-    if not isinstance(scalar, Tensor) or all(t.device == scalar.device for t in tensors):
-        yield tensors, scalar
-        return
-    for device in dict.fromkeys(t.device for t in tensors):
-        yield [t for t in tensors if t.device == device], scalar.to(device)
-
-
-def _multiplied(tensors: list[Tensor], factor: Scalar) -> Iterator[Tensor]:
-    if not isinstance(factor, Tensor) or all(t.device == factor.device for t in tensors):
-        yield from torch._foreach_mul(tensors, factor)
-    else:
-        yield from (t * factor.to(t.device) for t in tensors)
-
-
-def _add_multiple(mine: list[Tensor], theirs: list[Tensor], factor: Scalar | None, in_buckets: bool) -> None:
-    """`mine += factor * theirs`, in place."""
-    if in_buckets:
-        for left, right in buckets.buckets(mine, theirs):
-            if isinstance(factor, Tensor):
-                buckets.add_multiple_(left, right, factor)
-            else:
-                torch._foreach_add_(left, right, alpha=1 if factor is None else factor)
-    elif not isinstance(factor, Tensor):
-        torch._foreach_add_(mine, theirs, alpha=1 if factor is None else factor)
-    else:  # not addcmul in 16 bits, which would round the factor to them
-        for left, right in zip(mine, theirs, strict=True):
-            torch._foreach_add_([left], torch._foreach_mul([right], factor.to(left.device)))

@@ -1,14 +1,59 @@
-"""What is known of a list of parameters beside their numbers, found once rather than in every step."""
+"""Where Vectors live, and what is known of their parameters beside numbers: found once rather than in every step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import buckets, singly
 from .parameters import is_whole, local
 from .reductions import Reductions
+
+# Of so many lists of parameters a Space knows what does not change from step to step.
+_MOST_KNOWN = 16
+
+
+class Space:
+    """Where Vectors live: how norms are taken over all processes, and how tensors are best worked on.
+
+    Args:
+        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Reductions over parts of these parameters.
+        order (`Sequence[Parameter]`, *optional*): In which sums of Vectors over different parameters are sorted.
+        in_buckets (`bool`, *optional*, defaults to `False`): Work on whole lists, so that the number of operations does
+            not grow with the number of tensors, as an accelerator wants it; otherwise tensor by tensor where that
+            keeps them in the CPU's cache.
+    """
+
+    def __init__(
+        self,
+        reductions: Callable[[Sequence[Parameter]], Reductions] = lambda parameters: Reductions(),
+        order: Sequence[Parameter] = (),
+        in_buckets: bool = False,
+    ):
+        self.reductions = reductions
+        self.position = {p: i for i, p in enumerate(order)}
+        self.in_buckets = in_buckets
+        self.lists = buckets if in_buckets else singly
+        self._layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
+
+    def layout(self, parameters: Sequence[Parameter]) -> Layout:
+        """What is known of a list of parameters, found once: how they lie in memory, and reductions over them."""
+        key = tuple(map(id, parameters))
+        if key in self._layouts:
+            self._layouts.move_to_end(key)
+        else:
+            self._layouts[key] = Layout(tuple(parameters), self.reductions(parameters))
+            if len(self._layouts) > _MOST_KNOWN:
+                self._layouts.popitem(last=False)
+        return self._layouts[key]
+
+    def changed(self, order: Sequence[Parameter]) -> None:
+        """Other parameters train than before."""
+        self.position.update({p: i for i, p in enumerate(order)})
+        self._layouts.clear()
 
 
 class Layout:
