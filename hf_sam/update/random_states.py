@@ -43,11 +43,13 @@ class _NumpyState:
     """
 
     _latest: _NumpyState | None = None
+    _of_a_pair: bytes | None = None  # the latest memory that was seen with such a number, and may be seen without it
 
     def __init__(self, memory: bytes | None):
-        self._memory, self._state = memory, np.random.get_state()
-        if self._state[3]:
-            self._memory = None
+        self._state = np.random.get_state(legacy=False)
+        if self._state["has_gauss"]:
+            _NumpyState._of_a_pair = memory
+        self._memory = None if memory == _NumpyState._of_a_pair else memory
         _NumpyState._latest = self
 
     @classmethod
