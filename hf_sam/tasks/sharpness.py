@@ -40,8 +40,9 @@ from hf_sam.sharpness import SharpnessConfig, Subset, SubsetLoss, line_between, 
 from ..experiments.provenance import describe_environment, peak_memory
 from ..experiments.records import RECORD_NAME, plain, read_record, write_json
 from ..reporting.sharpness import FORMAT, VERSION, write_sharpness_report
-from .command_line.arguments import parse_arguments, wants_help
+from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
+from .command_line.help import wants_help
 from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import ImageDataset, ImageTransform, output_size
 from .data.language import tokenize_texts
