@@ -1,9 +1,9 @@
 """AdamW beside SAM and ASAM on the embedded digits, with and without wrong labels: a table after a few minutes on a CPU.
 
-    python recipes/demo.py --output_dir outputs/demo
+    hf-sam demo --output_dir outputs/demo
 
-Every run is `recipes/image_classification.py configs/image_classification/digits.yaml` with the few overrides shown
-below; runs with the same seed share initial weights, data order, subset and wrong labels.
+Every run is `hf-sam image-classification digits` with a few overrides; runs with the same seed share initial weights,
+data order, subset and wrong labels.
 """
 
 from __future__ import annotations

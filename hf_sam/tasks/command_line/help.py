@@ -13,7 +13,7 @@ from pathlib import Path
 
 TASKS = Path(__file__).parents[1]
 HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
-SHORT = 75  # characters of help that an option gets on the page; all of them with --help-all
+LONGEST = 85  # characters of help that an option gets on the page; all of them with --help-all
 
 # What a first run needs of the classes that several tasks share. Of a task's own classes every option is shown.
 SHOWN = {
@@ -26,6 +26,14 @@ SHOWN = {
         *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
         *("eval_strategy", "resume_from_checkpoint", "seed"),
     ),
+}
+
+BRIEF = {  # instead of what `SAMConfig` says at length
+    "sam_method": "The method, such as sam or asam; `hf-sam methods` lists them.",
+    "sam_rho": "Size of the perturbation: the method's own when left out; 0 is the stock Trainer.",
+    "sam_scope": "Examples that share a perturbation: micro, device, global, or auto.",
+    "sam_perturb": "What is perturbed: all, norm, no-norm-no-bias, or patterns of parameter names.",
+    "sam_start": "First step that perturbs; a number with a point is a share of the run.",
 }
 
 
@@ -109,12 +117,15 @@ def _section(kind: type, actions: Mapping[str, Action], width: int) -> Iterator[
         return
     for key in shown:
         lead = f"  --{key}"
-        text = textwrap.shorten(
-            (actions[key].help or "") % {"default": actions[key].default}, SHORT, placeholder=" ..."
-        )
+        text = textwrap.shorten(help_of(actions[key]), LONGEST, placeholder=" ...")
         yield f"{lead:<24} {text}"
     if others:
         yield from _wrapped(f"also: {', '.join(others)}", width)
+
+
+def help_of(action: Action) -> str:
+    """What the page says of an option."""
+    return BRIEF.get(action.dest) or (action.help or "").replace("%%", "%")
 
 
 def _wrapped(text: str, width: int) -> list[str]:

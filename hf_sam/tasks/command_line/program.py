@@ -34,7 +34,8 @@ def run_task(name: str, argv: Sequence[str] | None = None) -> None:
             print(heading(name), flush=True)
             import_module(f"hf_sam.tasks.{name}").main(words)  # lists the options and ends
         else:
-            import_module(f"hf_sam.tasks.{name}").main(look_over(name, words))
+            given = look_over(name, words)
+            import_module(f"hf_sam.tasks.{name}").main(given)
 
     run(main)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -85,7 +86,11 @@ def _main(words: Sequence[str]) -> None:
         raise UserError(f"{words[0]!r} is no subcommand of hf-sam.{hint}")
     subcommand = SUBCOMMANDS[name]
     if subcommand.task is None:
-        import_module(f"hf_sam.{subcommand.module}").main(rest)
+        try:
+            import_module(f"hf_sam.{subcommand.module}").main(rest)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `hf-sam methods | head`; what is left goes nowhere, or Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     if subcommand.launches and not wants_help(rest):
         options, rest = split_launch_options(rest)
