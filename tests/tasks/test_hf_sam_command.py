@@ -138,7 +138,7 @@ REFUSED = [
     (["benchmark", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
     (["demo", "--seeds", "0"], "seeds=0 must be at least 1."),
     (["demo", "--output", "x"], "'output' is no argument .* Did you mean 'output_dir'"),
-    (["configs", "dinov2_smal"], "dinov2_smal is no file, .*Did you mean 'image_classification/dinov2_small'"),
+    (["configs", "dinov2_smal"], "dinov2_smal is no file, .*Did you mean 'dinov2_small'"),
     (["compare"], "Give the YAML of a comparison, such as .*"),
     (["compare", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
     (["compare", "{}/good.yaml", "--wokers", "2"], r"'wokers' is no argument .* Did you mean 'workers'\?"),

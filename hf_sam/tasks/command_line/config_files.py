@@ -48,8 +48,8 @@ def find_config(word: str, folder: str | None = None) -> Path:
         return shipped[called_so[0]]
     if called_so:
         raise UserError(f"Several configurations are called {name}: {', '.join(called_so)}.")
-    own = {known.removeprefix(f"{folder}/"): known for known in shipped if known.startswith(f"{folder}/")}
-    near = did_you_mean(name, [*own, *shipped])
+    in_folder = [known.split("/")[1] for known in shipped if folder is None or known.startswith(f"{folder}/")]
+    near = did_you_mean(name, [*in_folder, *shipped])
     if near or Path(word).suffix not in CONFIG_SUFFIXES:
         hint = near or " `hf-sam configs` lists those."
         raise UserError(f"{word} is no file, and no configuration of that name is shipped.{hint}")
