@@ -92,13 +92,18 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
             {
                 "wrong labels": f"{100 * noise:.0f} %",
                 "optimizer": arm,
-                "accuracy": f"{accuracy.mean():.1f} ± {accuracy.std():.1f}",
-                f"minus {FIRST}": "" if arm == FIRST else f"{(d := accuracy - first).mean():+.1f} ± {d.std():.1f}",
+                "accuracy": f"{accuracy.mean():.1f}{_spread(accuracy)}",
+                f"minus {FIRST}": "" if arm == FIRST else f"{(d := accuracy - first).mean():+.1f}{_spread(d)}",
                 "ECE": f"{group.test_ece.mean():.3f}",
                 "seconds": f"{group.train_runtime.mean():.0f}",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _spread(values: pd.Series) -> str:
+    """The standard deviation, where there are several values."""
+    return f" ± {values.std():.1f}" if len(values) > 1 else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.output_dir / "summary.json").write_text(summary.to_json(orient="records", indent=1), encoding="utf-8")
     (args.output_dir / "table.md").write_text(markdown(summary) + "\n", encoding="utf-8")
     print(
-        f"\nTest accuracy in %, {args.seeds} seeds, mean ± standard deviation. 450 test images: one of them is 0.2 points."
+        f"\nTest accuracy in %, mean ± standard deviation, seeds: {args.seeds}. 450 test images: one of them is 0.2 points."
         f"\n\n{markdown(summary)}\n\n"
         f"{len(runs)} runs in {time.perf_counter() - start:.0f} s. Every run took as many steps, and SAM and ASAM spent two "
         "passes on each;\nthe learning rate is the one of digits.yaml except where the table says otherwise.\n"
