@@ -221,6 +221,12 @@ def make_all(workshop: RhoWorkshop, stale_after: float) -> None:
         sys.exit(130)
 
 
+def next_command(recipe: str, words: Sequence[str], rho: float) -> str:
+    """How the user trains with what was found: by `hf-sam` or by a script, as the search itself was started."""
+    short = [config_name(word) or word for word in words]
+    return shlex.join([*command_words(recipe), *short, f"--sam_rho={rho:g}"])
+
+
 def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
     """
     Writes and prints what was found.
@@ -234,8 +240,7 @@ def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
         raise UserError(f"rho=0 failed or diverged, so no rho can be judged: {_error_in(workshop.folder(control))}")
     points = rho_report.curve(workshop)
     rho, gain, sentence = rho_report.conclusion(workshop)
-    words = [config_name(word) or word for word in search.words]
-    command = shlex.join([*command_words(search.recipe), *words, f"--sam_rho={rho:g}"])
+    command = next_command(search.recipe, search.words, rho)
     found = plain(rho_report.summary(workshop, points, budget, command))
     write_json(search.output_dir / RESULT_NAME, found)
     points.to_csv(search.output_dir / "find_rho.csv", index=False)

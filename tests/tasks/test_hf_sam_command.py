@@ -19,7 +19,7 @@ from conftest import ROOT
 from transformers import TrainingArguments
 
 from hf_sam import METHODS
-from hf_sam.tasks import TRAINING, benchmark, report, sharpness
+from hf_sam.tasks import TRAINING, benchmark, find_rho, report, sharpness
 from hf_sam.tasks.command_line import config_files, early, errors, help, launching
 from hf_sam.tasks.command_line.config_files import find_config, read_layers, resolve, shipped_configs
 from hf_sam.tasks.command_line.errors import UserError
@@ -81,6 +81,16 @@ def test_help_names_the_command_that_was_used(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(script)])
     assert help.command_words("causal_lm") == ["python", "recipes/causal_lm.py"]
     assert "python recipes/find_rho.py image_classification" in help.describe("find_rho")
+
+
+def test_a_search_for_rho_goes_on_by_the_command_that_started_it(monkeypatch):
+    words = [str(find_config("image_classification/digits")), "--label_noise", "0.4"]
+    named = "image_classification/digits --label_noise 0.4 --sam_rho=0.05"
+    assert find_rho.next_command("image_classification", words, 0.05) == f"hf-sam image-classification {named}"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes/find_rho.py")])
+    assert find_rho.next_command("image_classification", ["a.yaml"], 0) == (
+        "python recipes/image_classification.py a.yaml --sam_rho=0"
+    )
 
 
 @pytest.mark.parametrize("task", [report, sharpness, benchmark])
