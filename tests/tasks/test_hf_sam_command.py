@@ -198,7 +198,7 @@ def test_mistakes_end_in_one_line_each_before_torch_is_imported(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=environment(os.pathsep.join([str(tmp_path), str(ROOT)])),
     )
     lines = done.stderr.splitlines()
@@ -354,7 +354,7 @@ def test_completion_in_bash(words, found, capsys, tmp_path):
     script = printed(capsys, "completion", "bash")
     given = " ".join(f"'{word}'" for word in ["hf-sam", *words])
     script += f'COMP_WORDS=({given})\nCOMP_CWORD={len(words)}\n_hf_sam\nprintf "%s\\n" "${{COMPREPLY[@]}}"\n'
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=30)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.stderr == ""
     assert done.stdout.split() == found
 
