@@ -1,7 +1,7 @@
 """Report on fine-tuned checkpoints: metrics with intervals, calibration, disagreements, paired tests, robustness.
 
-    python recipes/report.py outputs/digits_adamw outputs/digits_sam --output_dir outputs/report
-    python recipes/report.py adamw=outputs/a sam=some/hub-id --dataset imdb --test_samples 1000
+    hf-sam report outputs/digits_adamw outputs/digits_sam --output_dir outputs/report
+    hf-sam report adamw=outputs/a sam=some/hub-id --dataset imdb --test_samples 1000
 
 Checkpoints are local folders, hub ids or PEFT adapters, each alone or as name=checkpoint. The data are those that the
 first checkpoint's run record names, unless `--dataset` and the other data arguments of the training recipes are given.
@@ -54,7 +54,7 @@ class ReportArguments:
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(32, "Examples per batch.")
     corruption_samples: int = option(500, "Test examples that are corrupted; 0 leaves robustness out.")
-    sharpness: bool = option(False, "Also measure sharpness; takes the options of recipes/sharpness.py.")
+    sharpness: bool = option(False, "Also measure sharpness; takes the options of `hf-sam sharpness`.")
     num_examples: int = option(256, "Training examples that sharpness is measured on.")
     bootstrap_seed: int = option(0, "Of the intervals and the corruptions.")
     disable_tqdm: bool = option(False, "No progress bars.")

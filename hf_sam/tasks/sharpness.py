@@ -1,10 +1,10 @@
 """How sharp the loss is around fine-tuned checkpoints, on data given as in the other recipes.
 
-    accelerate launch recipes/sharpness.py --checkpoints adamw=outputs/digits_adamw sam=outputs/digits_sam
+    hf-sam sharpness --checkpoints adamw=outputs/digits_adamw sam=outputs/digits_sam
 
 The data are those that the first checkpoint's run record names; `--dataset` and the other data arguments of the
 training recipes come first. Writes `sharpness.json`, `report.html`, `report.md`, figures and their numbers to
-`--output_dir`. Under `accelerate launch` processes share the examples, and the numbers stay the same.
+`--output_dir`. With `--num_processes N` processes share the examples, and the numbers stay the same.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from hf_sam.sharpness import SharpnessConfig, Subset, SubsetLoss, line_between, 
 from ..experiments.provenance import describe_environment, peak_memory
 from ..experiments.records import RECORD_NAME, plain, read_record, write_json
 from ..reporting.sharpness import FORMAT, VERSION, write_sharpness_report
-from .command_line.arguments import parse_arguments, wants_help
+from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
+from .command_line.help import wants_help
 from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import ImageDataset, ImageTransform, output_size
 from .data.language import tokenize_texts
