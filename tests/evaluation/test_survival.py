@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_alterations import bert, same, state_of
 from torch import nn
 
 from hf_sam.evaluation.merging import mergeable_state
 from hf_sam.evaluation.survival import SurvivalConfig, Treatment, survive
-
-from .test_alterations import bert, same, state_of
 
 FEW = {"bits": [4], "pruned_shares": [0.5], "noise_sizes": [0.1], "noise_draws": 2}
 
