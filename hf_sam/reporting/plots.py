@@ -267,6 +267,38 @@ def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -
 
 
 @styled
+def draw_frontier(frame: pd.DataFrame, names: Sequence[str], target: float | None) -> Drawing:
+    """
+    First-task test loss against second-task training loss, one line a start, from the smallest learning rate to the largest.
+
+    Args:
+        frame (`pd.DataFrame`): `start`, `learning_rate`, `second_train_loss`, `first_loss` and its range, `low` and `high`.
+        names (`Sequence[str]`): The starts; fixes the colours.
+        target (`float`, *optional*): Training loss at which starts are compared.
+    """
+    canvas = Canvas(figsize=(5.5, 3.6), layout="constrained")
+    axes = canvas.subplots()
+    for index, name in enumerate(names):
+        own = frame[frame.start == name]
+        axes.plot(own.second_train_loss, own.first_loss, **_look(index), linewidth=1.2)
+        bars = [own.first_loss - own.low, own.high - own.first_loss]
+        axes.errorbar(
+            own.second_train_loss,
+            own.first_loss,
+            np.maximum(bars, 0),
+            color=_look(index)["color"],
+            linewidth=0.8,
+            linestyle="none",
+        )
+    if target is not None:
+        axes.axvline(target, color="gray", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("training loss on the second task")
+    axes.set_ylabel("test loss on the first task")
+    _legend(canvas, names)
+    return canvas, frame
+
+
+@styled
 def draw_images(images: Sequence, titles: Sequence[str], columns: int = 5) -> Canvas:
     """Small images in a grid, each under its title."""
     rows = -(-len(images) // columns)

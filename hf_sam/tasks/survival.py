@@ -37,6 +37,7 @@ from . import report, sharpness
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
 from .command_line.options import DataArguments, ModelArguments, option
+from .models import adapter_base
 
 
 @dataclass
@@ -134,7 +135,7 @@ def check_data(splits: Any, columns: Sequence[Any], split: str) -> None:
 def body_of(task: sharpness.Task, path: str, args: SurvivalArguments) -> dict[str, torch.Tensor]:
     """What merging takes of a checkpoint, whatever head it has; a PEFT adapter is merged into its base first."""
     with as_user_error(OSError, ValueError, prefix=f"{path} cannot be loaded as {task.auto_class.__name__}: "):
-        base = sharpness._adapter_base(path)
+        base = adapter_base(path)
         model = task.auto_class.from_pretrained(base or path, dtype="float32", trust_remote_code=args.trust_remote_code)
         if base is not None:
             from peft import PeftModel
