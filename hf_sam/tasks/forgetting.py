@@ -90,11 +90,15 @@ class ForgettingArguments:
                 f"recipe={self.recipe} does not train.{did_you_mean(self.recipe, TRAINING, f' Allowed: {TRAINING}.')}"
             )
         for name in ("settings", "first"):
-            value = getattr(self, name)
-            with_type = json.loads(value) if isinstance(value, str) else value or {}
-            if not isinstance(with_type, dict):
-                raise ValueError(f"{name}={value!r} must be a JSON object.")
-            setattr(self, name, with_type)
+            value = getattr(self, name) or {}
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r} is no JSON: {error}.") from None
+            if not isinstance(value, dict):
+                raise ValueError(f'{name}={value!r} must be a JSON object such as {{"max_steps": 200}}.')
+            setattr(self, name, value)
         taken = [name for name in GIVEN if name in self.settings]
         if taken:
             raise ValueError(f"settings: {taken[0]} is set for each run; leave it out.")
@@ -145,8 +149,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if not words:
         print(__doc__)
         raise UserError("Give checkpoints, --recipe and --learning_rates, or a YAML with these.")
-    with as_user_error(json.JSONDecodeError, prefix="settings and first are JSON objects: "):
-        (args,) = parse_arguments([ForgettingArguments], [*files, *report.with_option_name(options)])
+    (args,) = parse_arguments([ForgettingArguments], [*files, *report.with_option_name(options)])
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     first, folder = FirstTask(args), Path(args.output_dir)

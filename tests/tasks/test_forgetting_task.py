@@ -119,7 +119,7 @@ def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(deco
         (["--recipe=image_clasification"], "does not train. Did you mean 'image_classification'"),
         (["--recipe=causal_lm", "--learning_rates", "0"], "must all be above 0"),
         (["--recipe=causal_lm", "--settings", '{"learning_rate": 1}'], "settings: learning_rate is set for each run"),
-        (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings and first are JSON objects"),
+        (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is no JSON"),
         (["--recipe=causal_lm", "--workers=0"], "workers=0 must be at least 1"),
     ],
 )
