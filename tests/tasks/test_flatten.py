@@ -46,6 +46,7 @@ def test_an_encoder_is_flattened_on_the_data_of_its_record(encoder, data, tmp_pa
     assert "a flatten phase" not in (finished / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 def test_an_adapter_is_flattened_by_its_own_factors(decoder, data, tmp_path):
     finished, flat = tmp_path / "lora", tmp_path / "flat"
     lora = ["--lora_r=2", "--lora_target_modules", "q_proj", f"--model_name_or_path={decoder}"]

@@ -89,6 +89,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(start, second, tmp_path):
         forgetting.main([*words, "--settings", json.dumps({**second, "label_column": "kind"})])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.slow
 def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(decoder, tmp_path):
     (tmp_path / "data").mkdir()
