@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,9 +130,10 @@ def test_a_mistake_is_one_line(words, message):
         forgetting.main(["a=nowhere", "--learning_rates", "1e-4", *words])
 
 
-def test_a_start_without_record_needs_its_data(vision):
+def test_a_start_without_record_needs_its_data(start, tmp_path):
+    shutil.copytree(start, tmp_path / "start", ignore=shutil.ignore_patterns(RECORD_NAME))
     with pytest.raises(UserError, match="has no run record that names its data"):
-        forgetting.main([f"a={vision}", "--recipe=image_classification", "--learning_rates", "1e-4", "--first", "{}"])
+        forgetting.main([f"a={tmp_path / 'start'}", "--recipe=image_classification", "--learning_rates", "1e-4"])
 
 
 # --- the report ----------------------------------------------------------------------------------------------------

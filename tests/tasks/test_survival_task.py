@@ -115,6 +115,7 @@ def test_a_language_model_is_measured_by_its_loss(decoder, tmp_path):
         "--use_cpu=true",
         "--save_strategy=no",
         "--activation_checkpointing=false",
+        "--bf16=false",
     ]
     causal_lm.main([*words, f"--output_dir={tmp_path / 'lm'}"])
     record = survival.main([str(tmp_path / "lm"), *FEW, f"--output_dir={tmp_path / 'out'}", "--disable_tqdm=true"])
