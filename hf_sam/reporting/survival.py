@@ -18,7 +18,7 @@ from ..experiments.records import RunRecord
 from . import plots
 from .document import Block, Figure, Section, Table, Text
 from .formatting import NOTHING, number, p_value, signed, with_interval
-from .results import Cell
+from .results import Cell, is_trial
 from .statistics import Estimate, PairedComparison, bootstrap_examples, compare_paired, holm
 from .study import Study
 
@@ -199,8 +199,8 @@ def survival_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
             blocks += _cell_blocks(study, cell, frame, index, rng)
     if not blocks:
         return [Text("Not measured; `survival: true` in the YAML of the comparison measures it.")]
-    runs = [run for run in study.records if run.status == "finished" and not run.survival]
-    missing = f" {len(runs)} finished runs have no such scores." if runs else ""
+    without = [run for run in study.records if run.status == "finished" and not run.survival and not is_trial(run)]
+    missing = f" {len(without)} finished runs have no such scores." if without else ""
     blocks += _problems({f"{run.arm}, seed {run.seed}": run.survival for run in study.records})
     what = (
         "Each run's final model, altered without further training and evaluated again. Quantization rounds weights to the nearest of "
@@ -351,7 +351,8 @@ def _band_over_seeds(frame: pd.DataFrame, arms: Sequence[str], metric: str) -> p
 
 
 def _metric_in(frame: pd.DataFrame, question: Question) -> str:
-    return next(name for name in (question.metric, "accuracy", "loss") if name in frame)
+    asked = "loss" if question.metric == "perplexity" else question.metric  # which explodes at few bits
+    return next(name for name in (asked, "accuracy", "loss") if name in frame)
 
 
 def _mean_and_spread(values: Sequence[float], metric: str) -> str:
