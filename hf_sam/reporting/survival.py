@@ -30,7 +30,6 @@ CAVEAT = (
     "Compare the scores before the changes in brackets: a checkpoint that has learnt less has less to lose. Biases and normalization "
     "layers are never altered; merging takes in the embeddings, and the head only of language models."
 )
-MAX_OPEN_ROWS = 40
 
 Kept = Predictions | LanguagePredictions
 
@@ -274,7 +273,7 @@ def _cell_blocks(study: Study, cell: Cell, frame: pd.DataFrame, index: int, rng:
         columns = ["treatment", "arm", "seeds", f"score minus {study.question.control}'s [Student]"]
         columns += ["change minus the control's [Student]", "t-test p of the score", "Holm"]
         title = f"{where}: paired over seeds; Holm over the treatments of an arm"
-        blocks.append(Table(columns, rows, title, 2, folded=len(rows) > MAX_OPEN_ROWS))
+        blocks.append(Table(columns, rows, title, 2, folded=True))
     return blocks
 
 
@@ -300,7 +299,8 @@ def paired_survival(frame: pd.DataFrame, control: str, metric: str, rng: np.rand
             )
             if score is not None and change is not None:
                 own.append({"treatment": treatment, "arm": arm, "score": score, "change": change, "p": score.t_p})
-        for entry, p_holm in zip(own, holm([entry["p"] for entry in own]), strict=True):
+        of_treatments = [entry["p"] if entry["treatment"].kind != NONE else None for entry in own]
+        for entry, p_holm in zip(own, holm(of_treatments), strict=True):
             entries.append({**entry, "p_holm": p_holm})
     return entries
 
@@ -319,7 +319,7 @@ def _headline(paired: Sequence[Mapping[str, Any]], question: Question, metric: s
     if altered["p"] is None:
         return [f"{sentence}; one seed gives no interval and says nothing about others."]
     return [
-        f"{sentence} ({seeds} seeds, paired t-test p {p_value(altered['p'])}, Holm over {len(found)} treatments {p_value(altered['p_holm'])})."
+        f"{sentence} ({seeds} seeds, paired t-test p {p_value(altered['p'])}, Holm over {len(found) - (plain is not None)} treatments {p_value(altered['p_holm'])})."
     ]
 
 
