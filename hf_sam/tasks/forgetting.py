@@ -199,7 +199,7 @@ class FirstTask:
         argv = ["--checkpoints", args.checkpoints[0], *command_line(None, args.first, Path("-"))[:-1]]
         self.task = sharpness.TASKS[sharpness.find_task(argv)]
         words = [*argv[2:], *sharpness.recorded_data(argv)]
-        if not any(word.startswith("--dataset") for word in words):
+        if not any(word.startswith(("--dataset", "--glue_task")) for word in words):
             raise UserError(
                 f"{args.checkpoints[0]} has no run record that names its data: give --first '{{\"dataset\": ...}}'."
             )
