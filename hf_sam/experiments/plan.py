@@ -84,6 +84,7 @@ class Plan:
         checkpoint_every (`int` or `None`): Steps between checkpoints, from which a killed run goes on.
         keep_models (`bool`): Whether trained weights stay on disk.
         sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py` to measure every trained model with.
+        survival (`dict` or `None`): Fields of `SurvivalConfig` to measure every trained model with; `true` takes its defaults.
         launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; none: this Python.
         reference_passes (`float` or `None`): Passes per step that `"passes"` grants; those of the dearest arm if `None`.
     """
@@ -101,6 +102,7 @@ class Plan:
     checkpoint_every: int | None = None
     keep_models: bool = False
     sharpness: dict[str, Any] | None = None
+    survival: dict[str, Any] | None = None
     launcher: list[str] = field(default_factory=list)
     reference_passes: float | None = None
 
@@ -172,6 +174,7 @@ def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
             _check(Path(task["config"]).is_file(), f"{path}: config {task['config']} of task {name} does not exist.")
     values["question"] = _read_question(values.get("question"), arms, path)
     values["tuning"] = _read_tuning(values.get("tuning"), arms, path)
+    values["survival"] = _read_survival(values.get("survival"), path)
     seeds, budgets = values.get("seeds", [0]), values.get("budgets", ["steps"])
     _check(
         isinstance(seeds, list)
@@ -259,6 +262,21 @@ def _read_tuning(values: Any, arms: Mapping[str, Any], path: Path) -> Tuning | N
                     f"(write 1.0e-5, not 1e-5, which YAML takes for text).",
                 )
     return tuning
+
+
+def _read_survival(values: Any, path: Path) -> dict[str, Any] | None:
+    if values is None or values is False:
+        return None
+    from ..evaluation.survival import SurvivalConfig  # with torch: only a study that asks for it waits
+
+    values = {} if values is True else values
+    _check(isinstance(values, dict), f"{path}: `survival` must be true, false or a mapping, not {values!r}.")
+    _check_keys(values, SurvivalConfig, f"{path}: survival.")
+    try:
+        SurvivalConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: survival.{error}") from None
+    return values
 
 
 def _check(condition: Any, message: str) -> None:

@@ -49,11 +49,14 @@ class Subcommand:
 
 SUBCOMMANDS = {
     **{name.replace("_", "-"): Subcommand("Train", f"tasks.{name}", launches=True) for name in TRAINING},
+    "flatten": Subcommand("Train", "tasks.flatten"),
     "find-rho": Subcommand("Train", "tasks.find_rho"),
     "compare": Subcommand("Compare and measure", "tasks.compare"),
     "report": Subcommand("Compare and measure", "tasks.report"),
     "sharpness": Subcommand("Compare and measure", "tasks.sharpness", launches=True),
     "benchmark": Subcommand("Compare and measure", "tasks.benchmark", launches=True),
+    "survival": Subcommand("Compare and measure", "tasks.survival"),
+    "forgetting": Subcommand("Compare and measure", "tasks.forgetting"),
     "demo": Subcommand("Compare and measure", "tasks.demo"),
     "methods": Subcommand("Look up", "tasks.command_line.methods"),
     "configs": Subcommand("Look up", "tasks.command_line.configs"),
