@@ -1,12 +1,12 @@
 """A short phase of sharpness-aware minimization on a finished checkpoint, before it is quantized, merged or fine-tuned again.
 
-    python recipes/flatten.py outputs/minilm                                  # data as its run record says
-    python recipes/flatten.py some/hub-id --dataset imdb --sam_rho 0.05       # any option of the training recipes
-    python recipes/flatten.py outputs/lora --task causal-lm --output_dir outputs/lora-flat
+    hf-sam flatten outputs/minilm                                  # data as its run record says
+    hf-sam flatten some/hub-id --dataset imdb --sam_rho 0.05       # any option of the training recipes
+    hf-sam flatten outputs/lora --task causal-lm --output_dir outputs/lora-flat
 
 The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It is trained on its
 own task with defaults that depend on its kind (`--learning_rate`, `--sam_rho` and every other option override them). Run record and model
-card say that this was a flatten phase. Whether it helped is measured by `recipes/survival.py BEFORE AFTER`.
+card say that this was a flatten phase. Whether it helped is measured by `hf-sam survival BEFORE AFTER`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,8 @@ ADAPTER = {"learning_rate": 1e-4, "sam_rho": 0.05}
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> Any:
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or wants_help(words):
-        print(__doc__)
-        if not words:
-            raise UserError("Give the checkpoint: a folder or a hub id.")
-        return None
+    if wants_help(words):
+        return None  # the text above says it; every other option is one of the training task's
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--task")

@@ -236,13 +236,13 @@ def shown_examples(rows: Dataset, columns: Sequence[Any]) -> list[str]:
 
 
 def measure_sharpness(argv: list[str], folder: Path) -> dict[str, Any]:
-    """By `recipes/sharpness.py`, whose own report is written beside; its section becomes one of this report."""
+    """By `hf-sam sharpness`, whose own report is written beside; its section becomes one of this report."""
     words = without(argv, *OWN, "split", "batch_size", "bootstrap_seed", *_fields(SurvivalConfig))
     return sharpness.main([*words, "--output_dir", str(folder / "sharpness")])
 
 
 def measure_survival(argv: list[str], folder: Path) -> Section:
-    """By `recipes/survival.py`, whose own report is written beside; its section becomes one of this report."""
+    """By `hf-sam survival`, whose own report is written beside; its section becomes one of this report."""
     from . import survival  # which imports this module
 
     words = without(argv, *OWN, "num_examples", *_fields(SharpnessConfig))

@@ -62,6 +62,8 @@ def run(main: Callable[[], object]) -> None:
         if is_first:
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `hf-sam ... | head`; what is left goes nowhere, or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
         remedy = how_to_install(error.name or "")
         if not remedy:

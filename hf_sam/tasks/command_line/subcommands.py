@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -89,11 +88,8 @@ def _main(words: Sequence[str]) -> None:
         raise UserError(f"{words[0]!r} is no subcommand of hf-sam.{hint}")
     subcommand = SUBCOMMANDS[name]
     if subcommand.task is None:
-        try:
-            import_module(f"hf_sam.{subcommand.module}").main(rest)
-            sys.stdout.flush()
-        except BrokenPipeError:  # `hf-sam methods | head`; what is left goes nowhere, or Python complains at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        import_module(f"hf_sam.{subcommand.module}").main(rest)
+        sys.stdout.flush()
         return
     if subcommand.launches and not wants_help(rest):
         options, rest = split_launch_options(rest)
