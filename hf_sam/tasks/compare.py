@@ -1,7 +1,7 @@
 """Compare arms (AdamW, SGD, any SAM method, averaged weights) on tasks, paired over seeds, and write the report.
 
-    python recipes/compare.py configs/comparison/digits.yaml --plan      # what would run
-    python recipes/compare.py configs/comparison/digits.yaml             # run what is missing, then report
+    hf-sam compare digits --plan      # what would run
+    hf-sam compare digits             # run what is missing, then report
 
 The same command again goes on where it stopped. --workers 4 makes four runs at a time on this machine, --executor ray or
 slurm hands them to a cluster (docs/clusters.md), --status says where they stand.
@@ -25,19 +25,30 @@ from hf_sam.config import SAMConfig
 
 from ..experiments.driver import cancel_all, drive
 from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
-from ..experiments.executors import KINDS, Choice, choose
+from ..experiments.executors import Choice, choose
 from ..experiments.external_runs import find_foreign_records
 from ..experiments.method_settings import explain, merge
-from ..experiments.plan import BUDGETS, Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
+from ..experiments.plan import (
+    BUDGETS,
+    Plan,
+    Run,
+    averaging_of,
+    command_line,
+    describe,
+    final_runs,
+    layers_of,
+    mean_passes,
+    read_plan,
+)
 from ..experiments.records import ENDED, RECORD_NAME, write_json
 from ..experiments.standing import describe_standing, progress, reason, standing_of
 from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report
 from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
-from . import TRAINING
 from .command_line.arguments import parse_arguments, read_layers
 from .command_line.errors import UserError, as_user_error, one_line
+from .command_line.parsers import check_recipe, parse_study
 
 PLAN_NAME = "comparison.json"
 MAX_REASONS = 5
@@ -46,9 +57,7 @@ REPORT_SHARE, REPORT_SECONDS = 0.05, 60.0  # a report on what there is: of the t
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
-    args = build_parser().parse_args(argv)
-    if not args.study:
-        raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
+    args = parse_study(argv)
     plan = plan_of(args)
     choice = choose(plan.executor, args.executor, args.workers, args.executor_options)
     workshop = open_workshop(plan)
@@ -93,9 +102,6 @@ def describe_failures(workshop: Workshop) -> str:
 def plan_of(args: argparse.Namespace) -> Plan:
     """The YAML with what the command line overrides."""
     plan = read_plan(args.study, args.output_dir)
-    for word in args.set:
-        if "=" not in word:
-            raise UserError(f"--set takes key=value pairs, not {word!r}.")
     given = dict(word.split("=", 1) for word in args.set)
     settings = merge([("settings of the study", plan.settings), ("--set", given)]).values
     return dataclasses.replace(plan, seeds=args.seeds or plan.seeds, settings=settings)
@@ -108,6 +114,8 @@ def open_workshop(plan: Plan) -> Workshop:
     Raises:
         UserError: An arm that its recipe would refuse; names task and arm.
     """
+    for arm in plan.arms.values():
+        averaging_of(arm)
     parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
 
     def passes(task: str, arm: str) -> float:
@@ -173,9 +181,7 @@ def argument_types(recipe: str) -> tuple[type, ...]:
     Raises:
         UserError: There is no such task, or it does not train.
     """
-    if recipe not in TRAINING and "." not in recipe:
-        hint = did_you_mean(recipe, TRAINING)
-        raise UserError(f"recipe {recipe!r} does not exist.{hint} There are: {', '.join(TRAINING)}.")
+    check_recipe(recipe)
     with as_user_error(ImportError, prefix=f"recipe {recipe!r} cannot be imported: "):
         task = load_task(recipe)
     if not hasattr(task, "ARGUMENTS"):
@@ -282,8 +288,6 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
     plan, records = workshop.plan, records_of(workshop)
     problems: list[str] = []
     for folder in foreign:
-        if not folder.is_dir():
-            raise UserError(f"foreign={folder} is no folder.")
         found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
         records, problems = records + found, problems + messages
     paths = {workshop.folder(run) / RECORD_NAME for run in workshop.runs}
@@ -305,29 +309,4 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
         problems=problems,
         missing=len(workshop.runs) - len(final),
         **question,
-    )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, nargs="?", help="YAML of the comparison.")
-    parser.add_argument("--output_dir", type=Path, help="Where everything goes, instead of where the YAML says.")
-    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds, instead of those of the YAML.")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings of every run to override.")
-    parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
-    parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
-    parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
-    add_executor_arguments(parser)
-    parser.add_argument("--status", action="store_true", help="Print what is done, under way and failed, and end.")
-    parser.add_argument("--cancel", action="store_true", help="End the jobs that are queued or under way, and end.")
-    parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
-    return parser
-
-
-def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Who makes the runs of a study."""
-    parser.add_argument("--workers", type=int, help="Runs at the same time on this machine; 1 when left out.")
-    parser.add_argument("--executor", choices=list(KINDS), help="Who makes the runs; this machine when left out.")
-    parser.add_argument(
-        "--executor_options", nargs="+", default=[], metavar="KEY=VALUE", help="Of the executor, see docs/clusters.md."
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers.utils import logging
 
+from . import buckets
 from .parameters import Gradients, local
 from .perturbation import Perturbation
 from .roles import GROUPS
@@ -40,30 +41,47 @@ def record_displacement(
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
-    for p, displacement in perturbation.displacement():
-        moved.append(p)
-        norms.append(torch.linalg.vector_norm(displacement))
-        direction = kept[p] if p in kept else gradient_in(displacement) if p in perturbed else None
-        if p in perturbed and direction is not None:
-            common.append(p)
-            dots.append(torch.sum(direction * local(perturbed[p])))
+    for parameters, displacements in perturbation.displacements():
+        moved += parameters
+        norms += torch._foreach_norm(displacements)
+        directions, seconds = [], []
+        for p, displacement in zip(parameters, displacements, strict=True):
+            direction = kept[p] if p in kept else gradient_in(displacement) if p in perturbed else None
+            if p in perturbed and direction is not None:
+                common.append(p)
+                directions.append(direction)
+                seconds.append(local(perturbed[p]))
+        if not directions:
+            continue
+        if space.in_buckets:
+            dtype = torch.promote_types(directions[0].dtype, torch.float32)
+            dots += buckets.dots(directions, seconds, dtype)
+            g += buckets.norms(directions, 2, dtype)
+            g_s += buckets.norms(seconds, 2, dtype)
+        else:
+            (direction,), (second,) = directions, seconds
+            dots.append(torch.sum(direction * second))
             g.append(torch.linalg.vector_norm(direction))
-            g_s.append(torch.linalg.vector_norm(local(perturbed[p]).to(direction.dtype)))
+            g_s.append(torch.linalg.vector_norm(second.to(direction.dtype)))
     if norms:
-        squares = [n**2 for n in norms]
+        squares = _stack(norms) ** 2
         total = _total(space, moved, squares)
         telemetry.record(sam_perturbation_norm=total.sqrt())
         for group in GROUPS if groups is not None else ():
-            own = [n if groups.get(p) == group else torch.zeros_like(n) for p, n in zip(moved, squares, strict=True)]
-            telemetry.record(**{f"sam_share/{group}": _total(space, moved, own) / total})
+            own = torch.tensor([groups.get(p) == group for p in moved]).to(squares.device)
+            telemetry.record(**{f"sam_share/{group}": _total(space, moved, squares * own) / total})
     if dots:
-        squares = [_total(space, common, [n**2 for n in parts]) for parts in (g, g_s)]
-        telemetry.record(sam_cosine=_total(space, common, dots) / (squares[0] * squares[1]).sqrt())
+        squares = [_total(space, common, _stack(parts) ** 2) for parts in (g, g_s)]
+        telemetry.record(sam_cosine=_total(space, common, _stack(dots)) / (squares[0] * squares[1]).sqrt())
 
 
-def _total(space: Space, parameters: list[Parameter], parts: list[Tensor]) -> Tensor:
+def _total(space: Space, parameters: list[Parameter], parts: Tensor) -> Tensor:
+    return space.layout(parameters).reductions.sum(parts)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
     device = parts[0].device  # a model split over several devices has scalars on each
-    return space.reductions(parameters).sum(torch.stack([part.to(device) for part in parts]))
+    return torch.stack([part if part.device == device else part.to(device) for part in parts])
 
 
 def log_entries(means: dict[str, float], perturbed: Iterable[Parameter]) -> dict[str, float]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn import Parameter
 
-from .buckets import buckets
+from . import buckets
 from .parameters import local
 from .vector import Scalar, Vector
 
@@ -41,8 +40,9 @@ class Perturbation:
         swaps_memory: bool = False,
         in_buckets: bool = False,
     ):
-        self._saved: list[tuple[Parameter, Tensor]] = []  # in the order in which they were moved
-        self._moved: set[Parameter] = set()
+        # Parameters, their weights, and copies of these from before, in the order in which they were moved.
+        self._saved: list[tuple[Sequence[Parameter], list[Tensor], list[Tensor]]] = []
+        self._moved: set[int] = set()  # ids of parameters
         self._generator = generator
         self._renew_copies = renew_copies
         self._swaps_memory = swaps_memory
@@ -64,22 +64,15 @@ class Perturbation:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        if self._swaps_memory:
-            for p, original in self._saved:
-                p.data = original
-        elif self._in_buckets and self._saved:
-            for weights, originals in list(buckets(*self._lists()))[::-1]:
+        for parameters, weights, originals in reversed(
+            self._saved
+        ):  # of two that share memory the first was saved whole
+            if self._swaps_memory:
+                parameters[0].data = originals[0]
+            elif len(weights) == 1:
+                weights[0].copy_(originals[0])
+            else:
                 torch._foreach_copy_(weights, originals)
-            shared = Counter(local(p).data_ptr() for p, _ in self._saved)
-            for p, original in reversed(self._saved):  # as below
-                if shared[local(p).data_ptr()] > 1:
-                    local(p).copy_(original)
-        else:
-            for p, original in reversed(self._saved):  # of two that share memory the first one was saved whole
-                local(p).copy_(original)
-
-    def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [local(p) for p, _ in self._saved], [original for _, original in self._saved]
 
     @property
     def is_applied(self) -> bool:
@@ -106,44 +99,61 @@ class Perturbation:
 
     def _add_one(self, p: Parameter, direction: Tensor, factor: Scalar, is_shared: bool) -> None:
         weight = local(p)
-        if p in self._moved:
+        if id(p) in self._moved:
             weight.copy_(self._sum(weight, direction, factor))
         elif self._swaps_memory:
-            self._save(p, p.data)  # from here on an interruption is undone
+            self._save([p], [weight], [p.data])  # from here on an interruption is undone
             fits = not is_shared and direction.dtype == weight.dtype
             out = direction if fits else torch.empty_like(weight)
             p.data = self._sum(weight, direction, factor, out=out)
         else:
             moved = self._sum(weight, direction, factor)
             keeps_all = not is_shared and direction.dtype == weight.dtype
-            self._save(p, direction.copy_(weight) if keeps_all else weight.clone())
+            self._save([p], [weight], [direction.copy_(weight) if keeps_all else weight.clone()])
             weight.copy_(moved)  # an interruption from here on is undone
 
-    def _save(self, p: Parameter, original: Tensor) -> None:
-        self._saved.append((p, original))
-        self._moved.add(p)
+    def _save(self, parameters: Sequence[Parameter], weights: list[Tensor], originals: list[Tensor]) -> None:
+        self._saved.append((parameters, weights, originals))
+        self._moved.update(map(id, parameters))
 
     def _add_in_buckets(self, eps: Vector, factor: Scalar) -> None:
         """As many operations as there are buckets, whatever the number of tensors."""
-        owner = {id(t): p for p, t in zip(eps.parameters, eps.tensors, strict=True)}
-        for directions, weights in buckets(eps.tensors, [local(p) for p in eps.parameters]):
-            moved = self._sum(_flatten_dense_tensors(weights), _flatten_dense_tensors(directions), factor)
-            parameters = [owner[id(t)] for t in directions]
-            if not self._moved.issuperset(parameters):
-                keeps_all = not eps.is_shared and directions[0].dtype == weights[0].dtype
-                originals = directions if keeps_all else torch._foreach_mul(weights, 1)
-                if keeps_all:
-                    torch._foreach_copy_(originals, weights)
-                for p, original in zip(parameters, originals, strict=True):
-                    if p not in self._moved:
-                        self._save(p, original)
-            torch._foreach_copy_(weights, _unflatten_dense_tensors(moved.to(weights[0].dtype), weights))
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, dtype=torch.float32, device=eps.tensors[0].device)
+        parameters, directions, layout = eps.parameters, eps.tensors, eps.layout
+        is_zero = (factor == 0).float()  # then directions need not be numbers
+        rounded = None if self._generator is None else partial(round_stochastically, generator=self._generator)
+        apart = layout.turns  # weights that share memory one after the other, not within one kernel
+        if self._moved:
+            apart = [2 * turn + (id(p) in self._moved) for turn, p in zip(apart, parameters, strict=True)]
+        for group in buckets.grouped(layout.weights, directions, most_bytes=buckets.BUCKET_BYTES, apart=apart):
+            owners, weights, along = (
+                buckets.taken(entries, group) for entries in (parameters, layout.weights, directions)
+            )
+            if id(owners[0]) in self._moved:
+                buckets.add_multiple_(weights, along, factor, is_zero, rounded)
+                continue
+            self._save(owners, weights, torch._foreach_mul(weights, 1))  # an interruption from here on is undone
+            buckets.add_multiple_(weights, along, factor, is_zero, rounded)
+            if not eps.is_shared and along[0].dtype == weights[0].dtype:
+                torch._foreach_copy_(along, self._saved[-1][2])  # so that only a bucket is held twice
+                self._saved[-1] = (owners, weights, along)
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
         """What was really added to each parameter after rounding, `(w + eps) - w`, one at a time."""
-        for p, original in self._saved:
-            weight = local(p).detach()
-            yield p, weight.to(torch.promote_types(p.dtype, torch.float32)) - original
+        for parameters, moved in self.displacements():
+            yield from zip(parameters, moved, strict=True)
+
+    def displacements(self) -> Iterator[tuple[Sequence[Parameter], list[Tensor]]]:
+        """The same a bucket at a time, where weights were moved in buckets."""
+        for parameters, weights, originals in self._saved:
+            if self._swaps_memory:
+                weights = [local(p) for p in parameters]
+            if len(parameters) == 1:
+                exact = torch.promote_types(weights[0].dtype, torch.float32)
+                yield parameters, [weights[0].to(exact) - originals[0]]
+            else:
+                yield parameters, list(torch._foreach_sub(*map(buckets.in_float32, (weights, originals))))
 
     def _sum(self, weight: Tensor, direction: Tensor, factor: Scalar, out: Tensor | None = None) -> Tensor:
         """`weight + factor * direction`, in float32 or better before it is rounded."""

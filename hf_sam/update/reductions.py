@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .buckets import buckets
+from . import buckets
 
 
 class Reductions:
@@ -16,9 +16,6 @@ class Reductions:
     `ShardedReductions` overrides `sum` and `max`, through which every other method goes.
     """
 
-    # Whether tensors may be added up together before `sum` sees them.
-    treats_all_alike = True
-
     def sum(self, parts: Tensor) -> Tensor:
         """Add one value per tensor, shape `(n,)`, up to a scalar."""
         return parts.sum()
@@ -27,26 +24,32 @@ class Reductions:
         """The largest of one value per tensor, shape `(n,)`."""
         return parts.max()
 
-    def norm(self, tensors: list[Tensor], order: float = 2.0) -> Tensor:
+    def norm(self, tensors: list[Tensor], order: float = 2.0, in_buckets: bool = False) -> Tensor:
         """`||v||_order` of the concatenation `v` of all tensors, for `order` in [1, inf]."""
         dtype = accumulation_dtype(tensors)
+        if in_buckets:
+            return self.together(_stack(buckets.norms(tensors, order, dtype)), order)
         if order == float("inf"):  # which an empty shard does not have
-            return self.max(
-                _stack([t.abs().amax().to(dtype) if t.numel() else t.new_zeros((), dtype=dtype) for t in tensors])
-            )
-        parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
-        return self.sum(parts**order) ** (1 / order)
+            parts = _stack([t.abs().amax().to(dtype) if t.numel() else t.new_zeros((), dtype=dtype) for t in tensors])
+        else:
+            parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
+        return self.max(parts) if order == float("inf") else self.sum(parts**order) ** (1 / order)
+
+    def together(self, norms: Tensor, order: float) -> Tensor:
+        """The norm of the whole, given that of each tensor, shape `(n,)`."""
+        return torch.linalg.vector_norm(norms, order)
 
     def dot(self, left: list[Tensor], right: list[Tensor], in_buckets: bool = False) -> Tensor:
         """The inner product of the concatenations of both lists."""
         dtype = accumulation_dtype(left)
-        if (
-            in_buckets and self.treats_all_alike
-        ):  # as many operations as there are buckets, each on a copy of at most one
-            pairs = [[torch.cat([t.flatten() for t in part]) for part in pair] for pair in buckets(left, right)]
-        else:
-            pairs = [(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]
-        return self.sum(_stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]))
+        if in_buckets:
+            return self.sum(_stack(buckets.dots(left, right, dtype)))
+        pairs = zip(left, right, strict=True)
+        return self.sum(_stack([torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)) for a, b in pairs]))
+
+    def count(self, tensors: list[Tensor]) -> int:
+        """How many numbers there are, over all processes."""
+        return sum(t.numel() for t in tensors)
 
 
 class ShardedReductions(Reductions):
@@ -58,13 +61,11 @@ class ShardedReductions(Reductions):
             part of it, so that what is replicated counts once.
     """
 
-    treats_all_alike = False
-
     def __init__(self, shares: list[Tensor]):
-        self._shares = shares
+        self._shares = torch.stack(shares)
 
     def sum(self, parts: Tensor) -> Tensor:
-        total = torch.sum(parts * torch.stack(self._shares).to(parts.dtype))
+        total = torch.sum(parts * self._shares.to(parts.dtype))
         dist.all_reduce(total)
         return total
 
@@ -73,12 +74,22 @@ class ShardedReductions(Reductions):
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest
 
+    def together(self, norms: Tensor, order: float) -> Tensor:
+        return self.max(norms) if order == float("inf") else self.sum(norms**order) ** (1 / order)
+
+    def count(self, tensors: list[Tensor]) -> int:
+        """How many numbers there are, over all processes; waits for them."""
+        counts = torch.tensor([t.numel() for t in tensors], dtype=torch.float64, device=self._shares.device)
+        return int(self.sum(counts).item())
+
 
 def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
     """float64 where any tensor is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
 def _stack(scalars: list[Tensor]) -> Tensor:
-    device = scalars[0].device  # a model split over several devices has scalars on each
-    return torch.stack([scalar.to(device) for scalar in scalars])
+    device = scalars[0].device
+    if any(scalar.device != device for scalar in scalars):  # a model split over several devices has scalars on each
+        scalars = [scalar.to(device) for scalar in scalars]
+    return torch.stack(scalars)

@@ -20,6 +20,7 @@ from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor
 from hf_sam.experiments.records import RECORD_NAME, RunRecord, write_json
 from hf_sam.experiments.standing import describe_standing, standing_of
 from hf_sam.experiments.workshop import counts
+from hf_sam.tasks.command_line.parsers import EXECUTORS
 
 
 @dataclass
@@ -266,3 +267,7 @@ def test_what_an_executor_needs_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=rf"pip install 'hf-sam\[{kind}\]'"):
             Choice(kind).make([])
+
+
+def test_the_command_line_knows_every_executor():
+    assert tuple(executors.KINDS) == EXECUTORS
