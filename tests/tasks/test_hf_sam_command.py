@@ -19,7 +19,7 @@ from conftest import ROOT
 from transformers import TrainingArguments
 
 from hf_sam import METHODS
-from hf_sam.tasks import TRAINING, benchmark, find_rho, report, sharpness
+from hf_sam.tasks import TRAINING, benchmark, find_rho, report, sharpness, survival
 from hf_sam.tasks.command_line import config_files, early, errors, help, launching
 from hf_sam.tasks.command_line.config_files import find_config, read_layers, resolve, shipped_configs
 from hf_sam.tasks.command_line.errors import UserError
@@ -93,7 +93,7 @@ def test_a_search_for_rho_goes_on_by_the_command_that_started_it(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("task", [report, sharpness, benchmark])
+@pytest.mark.parametrize("task", [report, sharpness, survival, benchmark])
 def test_the_first_look_refuses_no_argument_that_a_task_of_any_data_has(task, monkeypatch):
     class Seen(Exception): ...
 

@@ -28,11 +28,13 @@ HF_CLASSES = {  # what a recipe's own classes stand beside: package, module, cla
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "SAMConfig": ("hf_sam", "config.py"),
     "SharpnessConfig": ("hf_sam", "sharpness/profile.py"),
+    "SurvivalConfig": ("hf_sam", "evaluation/survival.py"),
 }
 SHARED = ("ModelArguments", "DataArguments", "RunArguments")
 # The classes, beside its own and those of the tasks that train, of a task that takes any of their data.
 EVALUATING = {
-    "report": ("DataArguments", "SharpnessConfig"),
+    "report": ("DataArguments", "SharpnessConfig", "SurvivalConfig"),
+    "survival": ("DataArguments", "SurvivalConfig"),
     "sharpness": ("DataArguments", "SharpnessConfig"),
     "benchmark": ("ModelArguments", "DataArguments", "TrainingArguments"),
 }
