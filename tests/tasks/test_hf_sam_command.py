@@ -144,6 +144,8 @@ REFUSED = [
     (["causal-lm", "--num_processes", "2", "--sam_roh", "1"], r"'sam_roh' is no argument .* Did you mean 'sam_rho'\?"),
     (["sharpness", "--checkpoint", "x"], r"'checkpoint' is no argument .* Did you mean 'checkpoints'\?"),
     (["report", "outputs/a", "--test_sample=4"], r"'test_sample' is no argument .* Did you mean 'test_samples'\?"),
+    (["survival", "outputs/a", "--merge_wiht", "b"], r"'merge_wiht' is no argument .* mean 'merge_with'\?"),
+    (["forgetting", "a=outputs/a", "--lerning_rates", "1"], r"'lerning_rates' is no argument .* 'learning_rates'\?"),
     (["benchmark", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["benchmark", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
     (["demo", "--seeds", "0"], "seeds=0 must be at least 1."),

@@ -133,6 +133,8 @@ def arguments_of(task: str) -> dict[str, str]:
         for name in EVALUATING[task]:
             found |= _own_fields(Path(__file__).with_name("options.py"), (name,)) if name in SHARED else _fields(name)
         return found
+    if task == "forgetting":
+        return _own_fields(TASKS / "forgetting.py")
     if task not in TRAINING:
         raise LookupError(f"{task} parses its arguments otherwise")
     source = (TASKS / f"{task}.py").read_text(encoding="utf-8")
