@@ -28,11 +28,13 @@ HF_CLASSES = {  # what a recipe's own classes stand beside: package, module, cla
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "SAMConfig": ("hf_sam", "config.py"),
     "SharpnessConfig": ("hf_sam", "sharpness/profile.py"),
+    "SurvivalConfig": ("hf_sam", "evaluation/survival.py"),
 }
 SHARED = ("ModelArguments", "DataArguments", "RunArguments")
 # The classes, beside its own and those of the tasks that train, of a task that takes any of their data.
 EVALUATING = {
-    "report": ("DataArguments", "SharpnessConfig"),
+    "report": ("DataArguments", "SharpnessConfig", "SurvivalConfig"),
+    "survival": ("DataArguments", "SurvivalConfig"),
     "sharpness": ("DataArguments", "SharpnessConfig"),
     "benchmark": ("ModelArguments", "DataArguments", "TrainingArguments"),
 }
@@ -131,6 +133,8 @@ def arguments_of(task: str) -> dict[str, str]:
         for name in EVALUATING[task]:
             found |= _own_fields(Path(__file__).with_name("options.py"), (name,)) if name in SHARED else _fields(name)
         return found
+    if task == "forgetting":
+        return _own_fields(TASKS / "forgetting.py")
     if task not in TRAINING:
         raise LookupError(f"{task} parses its arguments otherwise")
     source = (TASKS / f"{task}.py").read_text(encoding="utf-8")
