@@ -148,7 +148,8 @@ def load_image_processor(args: ModelArguments, config: PretrainedConfig, image_s
         side = image_size or getattr(config, "image_size", 224)
         processor = ViTImageProcessorPil(size={"height": side, "width": side}, do_convert_rgb=True)
     else:
-        processor = _from_hub(AutoImageProcessor, args.model_name_or_path, args, backend=IMAGE_BACKEND)
+        with as_user_error(ImportError):  # transformers 5.4 to 5.17 have no processor without torchvision
+            processor = _from_hub(AutoImageProcessor, args.model_name_or_path, args, backend=IMAGE_BACKEND)
         if image_size is not None:
             set_output_size(processor, image_size)
     return processor

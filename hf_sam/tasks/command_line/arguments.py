@@ -23,6 +23,7 @@ from .errors import UserError, as_user_error
 from .help import option_page, wants_all, wants_help
 
 COMMAND_LINE = "command line"
+RENAMED = "activation_checkpointing"  # what transformers 5.23 and newer call gradient_checkpointing
 _SAM_OPTION = re.compile(r"--(?P<key>sam[_-][\w-]+)(=(?P<value>.*))?$", re.DOTALL)
 
 
@@ -111,6 +112,9 @@ class _Parser(HfArgumentParser):
             dataclass_types, conflict_handler="resolve", **kwargs
         )  # a field of two classes is one argument
         self.actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        older = self._option_string_actions.get("--gradient_checkpointing")
+        if older is not None and RENAMED not in self.actions:
+            self.actions[RENAMED] = self._option_string_actions[f"--{RENAMED}"] = older
         for name, text in ((name, text) for kind in dataclass_types for name, text in described(kind).items()):
             if name in self.actions and not self.actions[name].help:
                 self.actions[name].help = text.replace("%", "%%")
