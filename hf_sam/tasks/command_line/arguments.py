@@ -19,11 +19,11 @@ from hf_sam.methods.users import load_parts
 from ...experiments.method_settings import Merged, explain, merge
 from .config_files import read_layers, split_command_line, unknown_key
 from .docstrings import described
+from .early import RENAMED
 from .errors import UserError, as_user_error
 from .help import option_page, wants_all, wants_help
 
 COMMAND_LINE = "command line"
-RENAMED = "activation_checkpointing"  # what transformers 5.23 and newer call gradient_checkpointing
 _SAM_OPTION = re.compile(r"--(?P<key>sam[_-][\w-]+)(=(?P<value>.*))?$", re.DOTALL)
 
 
