@@ -36,10 +36,10 @@ from hf_sam.benchmark import (
     CONTENDERS,
     STOCK,
     Contender,
-    HandLoopTrainer,
     SteppedSAMTrainer,
     SteppedTrainer,
     measure,
+    stepped_trainer,
 )
 from hf_sam.methods.users import load_parts
 
@@ -310,12 +310,7 @@ def build(
         "train_dataset": inputs.dataset,
         "data_collator": inputs.collator,
     }
-    if contender.by_hand:
-        trainer = HandLoopTrainer(rho=contender.sam.rho, **common)
-    elif contender.sam is None:
-        trainer = SteppedTrainer(**common)
-    else:
-        trainer = SteppedSAMTrainer(sam_config=contender.sam, **common)
+    trainer = stepped_trainer(contender, **common)
     if task.is_classification:
         trainer.model_accepts_loss_kwargs = False  # as in the recipes that train: their loss is a mean over examples
     trainer.remove_callback(transformers.PrinterCallback)

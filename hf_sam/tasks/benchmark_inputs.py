@@ -1,6 +1,5 @@
 """The model and the data of a benchmark: the user's own as in the other recipes, or made up in the model's shapes."""
 
-
 from __future__ import annotations
 
 import dataclasses
