@@ -96,8 +96,8 @@ def bert(tiny: bool) -> tuple[PreTrainedModel, dict[str, Tensor]]:
 
 
 def llama(tiny: bool, lora: bool) -> tuple[Any, dict[str, Tensor]]:
-    """0.45 billion parameters, embeddings tied."""
-    size = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8}
+    """0.5 billion parameters, embeddings tied."""
+    size = {"hidden_size": 1024, "num_hidden_layers": 30, "num_attention_heads": 16, "num_key_value_heads": 8}
     size |= {"intermediate_size": 4096, "vocab_size": 32000}
     if tiny:
         size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
