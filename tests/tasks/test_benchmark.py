@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -290,7 +291,7 @@ def test_a_sweep_leaves_tables_and_drawings(tmp_path):
     assert rows.timed_steps.dropna().tolist() == [8] * 6
     assert (rows.peak_memory.dropna() > 0).all()
     document = json.loads((tmp_path / "benchmark.json").read_text())
-    assert document["environment"]["packages"]["torch"] == torch.__version__
+    assert document["environment"]["packages"]["torch"] == version("torch")
     assert len(document["settings"][0]["steps"]["late"]) == 8
     page = (tmp_path / "benchmark.md").read_text()
     assert "impossible: method='bilora'" in page
