@@ -54,7 +54,8 @@ from .variants import CONTENDERS, STOCK, Contender
 
 NAMES = ("trainer", "hand-loop", "pytorch-optimizer", "sam", "asam", "gsam", "looksam", "msam", "periodic", "previous")
 WARMUP, PROFILED, SPLIT = 5, 2, 5  # steps before those that are timed; the schedules' period is 5
-BLOCK = 5
+BLOCK, SLOW = 5, 0.3  # steps of one turn, and seconds of a step from which on one turn is all
+WHEN_COMPILED = ("trainer", "hand-loop", "sam")  # each compiles for itself
 ENDING = 10.0  # seconds of `--minutes` for the end
 # What the profiler calls them: kernels and copies that are started, and waiting for the device. On the CPU: operations
 # that are dispatched, and numbers read from tensors.
@@ -270,6 +271,8 @@ def run_cell(cell: Cell, contenders: Sequence[Contender], device: str, steps: in
         model, example = MODELS[cell.model].build(device == "cpu")
     except ImportError as error:
         return [{"contender": c.name, "problem": f"{error.name} is not installed"} for c in contenders]
+    if cell.precision == COMPILED:
+        contenders = [contender for contender in contenders if contender.name in WHEN_COMPILED]
     rows: dict[str, dict[str, Any]] = {}
     size = MODELS[cell.model].at_once - 1
     others = [contender for contender in contenders if contender != STOCK]
@@ -306,6 +309,7 @@ def run_group(
         else:
             trainers[contender.name] = trainer
     first = WARMUP + PROFILED + SPLIT
+    steps = min(steps, BLOCK) if max(trainer.clock.seconds[-1] for trainer in trainers.values()) > SLOW else steps
     for trainer in trainers.values():
         trainer.clock.seconds.clear()
     for name, count in turns(list(trainers), steps, BLOCK, seed=0):
