@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,35 @@ class PassCounter:
     def _see_backward(self, loss: Tensor, **kwargs) -> None:
         self.backward += self._last
         self._backward(loss, **kwargs)
+
+
+class PassClock(PassCounter):
+    """
+    Also times the passes, from the call of the model to the end of `accelerator.backward`.
+
+    The device is waited for at both ends, so that what the host does meanwhile no longer overlaps with it: what is left of
+    a step is more than it is elsewhere, and never less.
+
+    Args:
+        trainer (`SteppedMixin`): Whose.
+
+    Attributes:
+        seconds (`float`): Of all passes so far.
+    """
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self._wait, self.seconds = trainer.clock.wait, 0.0
+
+    def _see_forward(self, *args) -> None:
+        super()._see_forward(*args)
+        self._wait()
+        self._began = time.perf_counter()
+
+    def _see_backward(self, loss: Tensor, **kwargs) -> None:
+        super()._see_backward(loss, **kwargs)
+        self._wait()
+        self.seconds += time.perf_counter() - self._began
 
 
 class ByteCounter(TorchDispatchMode):

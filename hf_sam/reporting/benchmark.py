@@ -158,7 +158,7 @@ def gains(
     """
     question = guess_question(records, control, None, None)
     ratios = dict(zip(rows.contender, rows.ratio, strict=True))
-    timed = [entry for entry in contenders if entry.sam and entry.sam.rho > 0 and not entry.by_hand]
+    timed = [entry for entry in contenders if entry.sam and entry.sam.rho > 0 and entry.loop is None]
     costs = {_costly_part(entry.sam): ratios[entry.name] for entry in timed}
     costs_of_arms = {
         run.arm: costs.get(_costly_part(SAMConfig.from_dict(run.config["sam"]))) if uses_sam(run) else 1.0

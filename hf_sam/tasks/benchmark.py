@@ -36,10 +36,10 @@ from hf_sam.benchmark import (
     CONTENDERS,
     STOCK,
     Contender,
-    HandLoopTrainer,
     SteppedSAMTrainer,
     SteppedTrainer,
     measure,
+    stepped_trainer,
 )
 from hf_sam.methods.users import load_parts
 
@@ -47,7 +47,7 @@ from ..experiments.provenance import describe_environment
 from ..experiments.records import find_records, plain, write_json
 from ..reporting.benchmark import SETTING, draw_frontier, draw_ratios, draw_sweep, gains, readable, row_of
 from ..suggestions import did_you_mean
-from .benchmark_inputs import SIZES, TASKS, Inputs, Task, made_up_inputs, of_size, real_inputs
+from .benchmark_inputs import SIZES, TASKS, Inputs, MadeUpArguments, Task, made_up_inputs, of_size, real_inputs
 from .command_line.arguments import parse_arguments, read_config, split_command_line
 from .command_line.errors import UserError, as_user_error
 from .command_line.help import command_words, wants_help
@@ -108,9 +108,10 @@ class Setting:
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     argv = list(sys.argv[1:] if argv is None else argv)
-    task, words = glance(argv)
+    task, is_synthetic, words = glance(argv)
+    task_arguments = MadeUpArguments if is_synthetic else task.arguments
     model_args, data_args, task_args, bench, args = parse_arguments(
-        [ModelArguments, DataArguments, task.arguments, BenchmarkArguments, TrainingArguments], words
+        [ModelArguments, DataArguments, task_arguments, BenchmarkArguments, TrainingArguments], words
     )
     if hasattr(task_args, "trainer"):
         task_args.trainer = "plain"  # TRL's trainer adds work of its own
@@ -178,9 +179,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
 # --- what was asked for ------------------------------------------------------------------------------------------------
 
 
-def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
+def glance(argv: Sequence[str]) -> tuple[Task, bool, list[str]]:
     """
-    The task, which decides what other arguments there are, and the command line with what it leaves open.
+    The task and whether data are made up, which decide what other arguments there are, and the command line with what
+    it leaves open.
 
     Raises:
         UserError: No task, or one that is unknown.
@@ -189,6 +191,7 @@ def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model_name_or_path", "model_type"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--synthetic", nargs="?", const="true")
     given = {name: value for file in files for name, value in read_config(Path(file)).items()}
     given |= {name: value for name, value in vars(parser.parse_known_args(options)[0]).items() if value is not None}
     name = given.get("task")
@@ -197,7 +200,8 @@ def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
     if name not in TASKS:
         raise UserError(f"task={name} is unknown. Give --task: {', '.join(TASKS)}.{did_you_mean(str(name), TASKS)}")
     from_scratch = not given.get("model_name_or_path") and not given.get("model_type")
-    return TASKS[name], [*argv, *(["--model_type", TASKS[name].model_type] if from_scratch else [])]
+    is_synthetic = str(given.get("synthetic")).lower() in ("true", "t", "yes", "y", "1")
+    return TASKS[name], is_synthetic, [*argv, *(["--model_type", TASKS[name].model_type] if from_scratch else [])]
 
 
 def contender_of(text: str) -> Contender:
@@ -306,12 +310,7 @@ def build(
         "train_dataset": inputs.dataset,
         "data_collator": inputs.collator,
     }
-    if contender.by_hand:
-        trainer = HandLoopTrainer(rho=contender.sam.rho, **common)
-    elif contender.sam is None:
-        trainer = SteppedTrainer(**common)
-    else:
-        trainer = SteppedSAMTrainer(sam_config=contender.sam, **common)
+    trainer = stepped_trainer(contender, **common)
     if task.is_classification:
         trainer.model_accepts_loss_kwargs = False  # as in the recipes that train: their loss is a mean over examples
     trainer.remove_callback(transformers.PrinterCallback)

@@ -10,10 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import stand_ins
-import tomllib
 import yaml
 from conftest import ROOT
 from transformers import TrainingArguments

@@ -38,6 +38,7 @@ EVALUATING = {
     "sharpness": ("DataArguments", "SharpnessConfig"),
     "benchmark": ("ModelArguments", "DataArguments", "TrainingArguments"),
 }
+RENAMED = "activation_checkpointing"  # what transformers 5.23 and newer call gradient_checkpointing
 NUMBERS = {"int": int, "float": float}
 
 
@@ -141,6 +142,7 @@ def arguments_of(task: str) -> dict[str, str]:
     found = {**_own_fields(TASKS / f"{task}.py"), **_own_fields(Path(__file__).with_name("options.py"), SHARED)}
     found |= {f"sam_{name}": kind for name, kind in _fields("SAMConfig").items() if name not in ("start", "end", "p")}
     found |= dict.fromkeys(("sam_start", "sam_end", "sam_p"), "")
+    found[RENAMED] = "bool"  # by whatever name this version of transformers has it
     named = next((name for name in ("SFTConfig", "Seq2SeqTrainingArguments") if name in source), "TrainingArguments")
     return found | _fields(named)
 
