@@ -40,21 +40,23 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
         eps = g.map_(Tensor.sign_) * usable(largest, torch.full_like(largest, float(rho)))
     elif p == 1:
         largest = g.norm(math.inf)
-        winners = g.map(lambda t: (t.abs() == largest.to(t.device)).to(t.dtype))
-        count = winners.norm(1)
-        g.map_(Tensor.sign_)
-        g *= winners
-        eps = g * usable(largest, rho / count)
+        g.map_(lambda t: _sign_times_(t, t.abs().eq_(largest.to(t.device))))  # -1 or 1 at the largest coordinates
+        eps = g * usable(largest, rho / g.norm(1))
     else:
         q = p / (p - 1)
         largest = g.norm(math.inf)
         g /= largest
         norm = g.norm(q)
-        g.map_(lambda t: t.copy_(t.sign() * t.abs() ** (q - 1)))
+        g.map_(lambda t: _sign_times_(t, t.abs().pow_(q - 1)))
         eps = g * usable(largest, rho / norm ** (q - 1))
     if scale is not None:
         eps *= scale
     return eps
+
+
+def _sign_times_(t: Tensor, size: Tensor) -> None:
+    """`sign(t) size`, in place."""
+    t.sign_().mul_(size)
 
 
 def usable(norm: Tensor, scale: Tensor) -> Tensor:

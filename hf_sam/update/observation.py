@@ -39,16 +39,17 @@ def record_displacement(
         groups (`Mapping[Parameter, str]`, *optional*): Record which share of the squared norm each group of modules has.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
+    local_parts = {p: local(gradient) for p, gradient in perturbed.items()}
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
-    for p, displacement in perturbation.displacement():
+    for p, displacement, along, g_there in perturbation.displacement(kept, local_parts):
         moved.append(p)
         norms.append(torch.linalg.vector_norm(displacement))
-        direction = kept[p] if p in kept else gradient_in(displacement) if p in perturbed else None
-        if p in perturbed and direction is not None:
+        direction = along if along is not None else gradient_in(displacement) if g_there is not None else None
+        if g_there is not None and direction is not None:
             common.append(p)
-            dots.append(torch.sum(direction * local(perturbed[p])))
+            dots.append(torch.sum(direction * g_there))
             g.append(torch.linalg.vector_norm(direction))
-            g_s.append(torch.linalg.vector_norm(local(perturbed[p]).to(direction.dtype)))
+            g_s.append(torch.linalg.vector_norm(g_there.to(direction.dtype)))
     if norms:
         squares = [n**2 for n in norms]
         total = _total(space, moved, squares)

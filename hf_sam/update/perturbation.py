@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn import Parameter
 
-from .buckets import buckets
+from .buckets import PIECE_SHARE, buckets, piece_size, pieces
 from .parameters import local
 from .vector import Scalar, Vector
 
@@ -47,6 +47,7 @@ class Perturbation:
         self._renew_copies = renew_copies
         self._swaps_memory = swaps_memory
         self._in_buckets = in_buckets
+        self._piece = 0  # how many numbers may be copied at a time
 
     def __enter__(self) -> Perturbation:
         return self
@@ -96,6 +97,7 @@ class Perturbation:
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
             return
+        self._piece = piece_size(eps.tensors)
         if self._in_buckets and not self._swaps_memory:
             self._add_in_buckets(eps, factor)
         else:
@@ -137,13 +139,22 @@ class Perturbation:
                 for p, original in zip(parameters, originals, strict=True):
                     if p not in self._moved:
                         self._save(p, original)
-            torch._foreach_copy_(weights, _unflatten_dense_tensors(moved.to(weights[0].dtype), weights))
+            torch._foreach_copy_(weights, _unflatten_dense_tensors(moved, weights))
+            del moved  # before the next one is computed
 
-    def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
-        """What was really added to each parameter after rounding, `(w + eps) - w`, one at a time."""
+    def displacement(self, *others: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor, ...]]:
+        """What was really added to parameters after rounding, `(w + eps) - w`, with what `others` hold of the same weights.
+
+        One part of one parameter at a time: all else that a step holds is held beside it. None where one of `others` has
+        nothing of a parameter.
+        """
+        size = piece_size((original for _, original in self._saved), 4 * PIECE_SHARE)  # nothing else has been given up
         for p, original in self._saved:
-            weight = local(p).detach()
-            yield p, weight.to(torch.promote_types(p.dtype, torch.float32)) - original
+            held = [other.get(p) for other in others]
+            for weight, saved, *parts in pieces(size, local(p), original, *(t for t in held if t is not None)):
+                rest = iter(parts)
+                displacement = weight.to(torch.promote_types(p.dtype, torch.float32)) - saved
+                yield p, displacement, *(None if t is None else next(rest) for t in held)
 
     def _sum(self, weight: Tensor, direction: Tensor, factor: Scalar, out: Tensor | None = None) -> Tensor:
         """`weight + factor * direction`, in float32 or better before it is rounded."""
@@ -154,10 +165,20 @@ class Perturbation:
             if not isinstance(factor, Tensor):
                 return torch.add(weight, direction, alpha=factor, out=out)
             return torch.addcmul(weight, direction, factor.to(exact), out=out)
-        moved = torch.nan_to_num_(direction.to(exact) * factor, nan=0.0, posinf=0.0, neginf=0.0).add_(weight)
-        if self._generator is not None and weight.dtype != exact:
-            moved = round_stochastically(moved, weight.dtype, self._generator)
-        return moved if out is None else out.copy_(moved)
+        if weight.dtype == exact and out is None:
+            return self._exact_sum(weight, direction, factor)
+        out = torch.empty_like(weight) if out is None else out
+        for part, along, target in pieces(self._piece, weight, direction, out):  # float32 copies take twice the memory
+            moved = self._exact_sum(part, along, factor)
+            if self._generator is not None and weight.dtype != exact:
+                moved = round_stochastically(moved, weight.dtype, self._generator)
+            target.copy_(moved)
+        return out
+
+    @staticmethod
+    def _exact_sum(weight: Tensor, direction: Tensor, factor: Scalar) -> Tensor:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return torch.nan_to_num_(direction.to(exact) * factor, nan=0.0, posinf=0.0, neginf=0.0).add_(weight)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

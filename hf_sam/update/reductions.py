@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .buckets import buckets
+from .buckets import buckets, piece_size, pieces
 
 
 class Reductions:
@@ -31,22 +33,22 @@ class Reductions:
         """`||v||_order` of the concatenation `v` of all tensors, for `order` in [1, inf]."""
         dtype = accumulation_dtype(tensors)
         if order == float("inf"):  # which an empty shard does not have
-            return self.max(
-                _stack([t.abs().amax().to(dtype) if t.numel() else t.new_zeros((), dtype=dtype) for t in tensors])
-            )
-        parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
-        return self.sum(parts**order) ** (1 / order)
+            largest = [torch.linalg.vector_norm(t, order) if t.numel() else t.new_zeros(()) for t in tensors]
+            return self.max(_stack([value.to(dtype) for value in largest]))
+        if any(t.dtype != dtype and t.device.type == "cpu" for t in tensors):  # there norms are taken of a wider copy
+            size = piece_size(tensors)
+            parts = _stack([_sum_of_powers(pieces(size, t), order, dtype) for t in tensors])
+        else:
+            parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype)) ** order
+        return self.sum(parts) ** (1 / order)
 
     def dot(self, left: list[Tensor], right: list[Tensor], in_buckets: bool = False) -> Tensor:
         """The inner product of the concatenations of both lists."""
         dtype = accumulation_dtype(left)
-        if (
-            in_buckets and self.treats_all_alike
-        ):  # as many operations as there are buckets, each on a copy of at most one
-            pairs = [[torch.cat([t.flatten() for t in part]) for part in pair] for pair in buckets(left, right)]
-        else:
-            pairs = [(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]
-        return self.sum(_stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]))
+        # As many operations as there are buckets, each on a copy of at most one.
+        groups = buckets(left, right) if in_buckets and self.treats_all_alike else zip(left, right, strict=True)
+        size = piece_size(left)
+        return self.sum(_stack([_dot(_flat(a), _flat(b), dtype, size) for a, b in groups]))
 
 
 class ShardedReductions(Reductions):
@@ -82,3 +84,22 @@ def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
 def _stack(scalars: list[Tensor]) -> Tensor:
     device = scalars[0].device  # a model split over several devices has scalars on each
     return torch.stack([scalar.to(device) for scalar in scalars])
+
+
+def _flat(tensors: Tensor | list[Tensor]) -> Tensor:
+    if isinstance(tensors, Tensor):
+        return tensors.flatten()
+    return torch.cat([t.flatten() for t in tensors]) if len(tensors) > 1 else tensors[0].flatten()
+
+
+def _dot(left: Tensor, right: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    """The inner product of two flat tensors, in `dtype`, without a copy of either as a whole."""
+    if left.dtype == right.dtype == dtype:
+        return torch.dot(left, right)
+    products = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in pieces(size, left, right)]
+    return torch.stack(products).sum() if len(products) > 1 else products[0]
+
+
+def _sum_of_powers(parts: Iterable[tuple[Tensor]], order: float, dtype: torch.dtype) -> Tensor:
+    powers = [torch.linalg.vector_norm(part, order, dtype=dtype) ** order for (part,) in parts]
+    return torch.stack(powers).sum() if len(powers) > 1 else powers[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .buckets import buckets
+from .buckets import buckets, piece_size, pieces
 from .reductions import Reductions
 
 Scalar = float | Tensor
@@ -375,5 +375,8 @@ def _add_multiple(mine: list[Tensor], theirs: list[Tensor], factor: Scalar | Non
         torch._foreach_add_(mine, theirs, alpha=1 if factor is None else factor)
         return
     # Not addcmul in 16 bits, which would round the factor to them. A product needs memory: a part at a time.
+    size = piece_size(mine)
     for left, right in buckets(mine, theirs) if in_buckets else (([a], [b]) for a, b in zip(mine, theirs, strict=True)):
-        torch._foreach_add_(left, torch._foreach_mul(right, factor.to(left[0].device)))
+        parts = ([([a], [b]) for a, b in pieces(size, left[0], right[0])]) if len(left) == 1 else [(left, right)]
+        for a, b in parts:
+            torch._foreach_add_(a, torch._foreach_mul(b, factor.to(a[0].device)))
