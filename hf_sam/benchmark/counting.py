@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from accelerate.utils import find_batch_size
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.autograd.profiler import profile, record_function
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 

@@ -97,7 +97,7 @@ class Perturbation:
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
             return
-        self._piece = piece_size(eps.tensors)
+        self._piece = piece_size(eps.tensors, PIECE_SHARE if self._generator is None else 4 * PIECE_SHARE)
         if self._in_buckets and not self._swaps_memory:
             self._add_in_buckets(eps, factor)
         else:
