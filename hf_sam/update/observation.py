@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers.utils import logging
 
 from .parameters import Gradients, local
 from .perturbation import Perturbation
 from .roles import GROUPS
 from .telemetry import Telemetry
 from .vector import Space, Vector
-
-logger = logging.get_logger(__name__)
 
 
 def record_displacement(
@@ -26,7 +23,8 @@ def record_displacement(
     perturbed: Gradients,
     clean: Vector | None,
     gradient_in: Callable[[Tensor], Tensor | None],
-    groups: Mapping[Parameter, str] | None = None,
+    groups: Mapping[Parameter, str],
+    shares_of: Sequence[str] = GROUPS,
 ) -> None:
     """Record the realised `||(w + eps) - w||`, and `cos(g, g_s)` over the perturbed parameters.
 
@@ -36,7 +34,8 @@ def record_displacement(
         clean (`Vector`, *optional*): `g`, where it was kept.
         gradient_in (`Callable`): Elsewhere `g` up to a factor, read off the displacement; where that is None there is no
             cosine.
-        groups (`Mapping[Parameter, str]`, *optional*): Record which share of the squared norm each group of modules has.
+        groups (`Mapping[Parameter, str]`): The group of modules that each parameter belongs to.
+        shares_of (`Sequence[str]`): Record which share of the squared norm these groups have.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     local_parts = {p: local(gradient) for p, gradient in perturbed.items()}
@@ -54,7 +53,7 @@ def record_displacement(
         squares = [n**2 for n in norms]
         total = _total(space, moved, squares)
         telemetry.record(sam_perturbation_norm=total.sqrt())
-        for group in GROUPS if groups is not None else ():
+        for group in shares_of:
             own = [n if groups.get(p) == group else torch.zeros_like(n) for p, n in zip(moved, squares, strict=True)]
             telemetry.record(**{f"sam_share/{group}": _total(space, moved, own) / total})
     if dots:
@@ -67,23 +66,12 @@ def _total(space: Space, parameters: list[Parameter], parts: list[Tensor]) -> Te
     return space.reductions(parameters).sum(torch.stack([part.to(device) for part in parts]))
 
 
-def log_entries(means: dict[str, float], perturbed: Iterable[Parameter]) -> dict[str, float]:
-    """The means that are logged: without the intended size, and without a cosine that is undefined.
-
-    Warns, once, where rounding the weights has changed the size of the perturbation by more than a tenth.
-    """
-    intended, realised = means.get("_intended_norm", 0.0), means.get("sam_perturbation_norm", 0.0)
-    if intended > 0 and abs(realised / intended - 1) > 0.1:
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in perturbed}
-        is_lost = realised < intended
-        logger.warning_once(  # without numbers, which would make a new message of it each time
-            f"Rounding to weights stored in {' and '.join(sorted(dtypes))} {'loses' if is_lost else 'adds'} more than a tenth "
-            f"of the perturbation's norm; sam_perturbation_norm is what was realised. Keep the weights in float32 (bf16=True "
-            f"trains float32 weights under autocast), {'set stochastic_rounding=True, ' if is_lost else ''}or choose a larger "
-            "rho."
-        )
+def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, float]:
+    """The means that are logged: without the intended size, and without a cosine that is undefined."""
     return {
         name: value
         for name, value in means.items()
-        if not name.startswith("_") and not (name == "sam_cosine" and math.isnan(value))
+        if not name.startswith("_")
+        and not (name == "sam_cosine" and math.isnan(value))
+        and (log_shares or not name.startswith("sam_share/"))
     }

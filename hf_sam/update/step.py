@@ -21,7 +21,7 @@ from .observation import record_displacement
 from .parameters import Gradients, TrainedParameters, local, put_gradients, take_gradients
 from .perturbation import Perturbation
 from .replay import PassState
-from .roles import groups_of
+from .roles import GROUPS, groups_of
 from .runner import Passes, PassRunner
 from .schedule import Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
@@ -503,8 +503,16 @@ class SharpnessAwareUpdate:
         """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
         g = self._observed if clean is None else clean
         self._observed = None
-        groups = self._groups if self.config.log_shares else None
-        record_displacement(self.telemetry, self.space, weights, perturbed, g, self.parts.ascent.gradient_in, groups)
+        shares_of = GROUPS if self.config.log_shares else ("embeddings", "head")  # the two that a diagnosis looks at
+        gradient_in = self.parts.ascent.gradient_in
+        record_displacement(self.telemetry, self.space, weights, perturbed, g, gradient_in, self._groups, shares_of)
+
+    def group_sizes(self) -> dict[str, float]:
+        """The share of the perturbed weights that each group of modules has."""
+        sizes = dict.fromkeys(GROUPS, 0)
+        for p in self.parameters.selected:
+            sizes[self._groups[p]] += p.numel()
+        return {group: size / max(1, sum(sizes.values())) for group, size in sizes.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method carries from step to step, by name, for a checkpoint."""
