@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-gpu docs lint format clean
+.PHONY: demo test test-slow test-wheel test-gpu docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
@@ -15,6 +15,11 @@ test: $(VENV)/.installed lint
 # DeepSpeed compiles on first use, and looks for ninja on the path.
 test-slow: $(VENV)/.deepspeed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow -rs --durations 15
+
+# Builds a wheel, installs it into an empty environment and runs the demo and a fine-tuning there: minutes, most of them
+# pip's.
+test-wheel: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow -rs tests/test_wheel.py
 
 # On a machine with CUDA; it fails where there is none, and names what it skips where there is one GPU or no DeepSpeed.
 test-gpu: $(VENV)/.installed

@@ -79,6 +79,11 @@ class Parts(NamedTuple):
         return combines(self.descent)
 
     @property
+    def carries_on(self) -> bool:
+        """Whether anything is kept from step to step."""
+        return bool(self.ascent.memory or self.ascent.scalars or self.descent.memory)
+
+    @property
     def copies(self) -> int:
         """Copies of the perturbed weights that the method holds beyond stock training, in a step that logs."""
         return copies_of(*self)

@@ -61,6 +61,7 @@ class SAMCard:
         architecture (`str`, *optional*): The class of the model.
         curve (`list[dict]`, *optional*): Log entries of the training, each with a `"step"`.
         procedure (`dict`, *optional*): Settings of the training in words.
+        phase (`str`, *optional*): What kind of training it was, such as `"flatten"`, where it was no ordinary fine-tuning.
     """
 
     config: SAMConfig
@@ -79,6 +80,7 @@ class SAMCard:
     architecture: str | None = None
     curve: Sequence[dict[str, Any]] = ()
     procedure: dict[str, Any] = field(default_factory=dict)
+    phase: str | None = None
 
     @classmethod
     def from_trainer(
@@ -107,6 +109,7 @@ class SAMCard:
             architecture=type(_without_adapter(model)).__name__,
             curve=[entry for entry in history if "loss" in entry or "eval_loss" in entry],
             procedure=_procedure(args, trainer),
+            phase=getattr(trainer, "run_phase", None),
         )
 
     @property
@@ -150,6 +153,11 @@ class SAMCard:
         on = f" on {', '.join(self.datasets)}" if self.datasets else ""
         if self.base is None:
             return f"A {self.architecture or 'model'} trained from scratch{on}."
+        if self.phase is not None:
+            return (
+                f"The finished {kind} {self.base.link} after a {self.phase} phase{on}: a short further training with sharpness-aware "
+                f"minimization, meant to make it survive quantization, merging or further fine-tuning better."
+            )
         return f"A {kind} fine-tuned from {self.base.link}{on}."
 
     def _curve(self) -> str:

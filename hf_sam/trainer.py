@@ -143,7 +143,7 @@ class SAMTrainerMixin:
         computed_in = autocast or min(stored_in or {torch.float32}, key=lambda dtype: dtype.itemsize)
         first_loss = next((entry["loss"] for entry in self.state.log_history if "loss" in entry), None)
         self._sam_diagnosis = Diagnosis(
-            self.sam_config, max_steps, computed_in, stored_in, self._sam.group_sizes(), first_loss
+            self.sam_config, max_steps, computed_in, stored_in, self._sam.ascent_step.group_sizes(), first_loss
         )
         if self._sam_checkpoint is not None:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)

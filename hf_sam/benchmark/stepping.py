@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from ..trainer import SAMTrainerMixin
-from ..update.replay import RandomStates
+from ..update.random_states import RandomStates
 from .reference_loop import TwoPassLoop
 
 

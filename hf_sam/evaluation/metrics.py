@@ -17,6 +17,9 @@ class Metric:
     digits: int = 3
 
 
+# Means over examples, the one to prefer first: what can be paired example by example.
+METRICS_KEPT = ("accuracy", "subset_accuracy", "nll", "brier", "mse", "nll_per_token")
+
 METRICS = {
     "accuracy": Metric("accuracy", scale=100, unit="%", digits=1),
     "f1_macro": Metric("macro F1", scale=100, unit="%", digits=1),

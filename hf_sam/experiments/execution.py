@@ -129,8 +129,10 @@ def execute(folder: Path) -> None:
             callbacks.append(PauseAt(job["pause_at"]))
         trainer = load_task(job["recipe"]).main(job["argv"], callbacks)
         if job["sharpness"] is not None:
-            _measure_sharpness(folder, job)
+            _measure(folder, "sharpness", job["sharpness"])
         if trainer.is_world_process_zero():
+            if job.get("survival") is not None:
+                _measure(folder, "survival", job["survival"])
             _clear(folder, job)
     except LengthFound as found:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -143,12 +145,13 @@ def execute(folder: Path) -> None:
             mark_failed(folder, job["names"], error)
 
 
-def _measure_sharpness(folder: Path, job: dict[str, Any]) -> None:
-    """Of the trained model, into the run's record; by all processes of the run together."""
-    PartialState().wait_for_everyone()  # the first one has written the model
+def _measure(folder: Path, task: str, settings: dict[str, Any]) -> None:
+    """Sharpness (by all processes of the run) or survival (by the first) of the trained model, into the run's record."""
     try:
-        words = command_line(None, job["sharpness"], folder / "sharpness")
-        load_task("sharpness").main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
+        if task == "sharpness":
+            PartialState().wait_for_everyone()  # the first one has written the model
+        words = command_line(None, settings, folder / task)
+        load_task(task).main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
     except Exception:  # the run itself is finished and stays so; the report says that this was not measured
         traceback.print_exc()
 

@@ -7,20 +7,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..baselines.averaging import KINDS, WeightAveraging
-from ..baselines.entropy_sgd import EntropySGD
-from ..config import SAMConfig
 from ..suggestions import did_you_mean
-from ..update.schedule import Schedule
-from .method_settings import merge
+
+if TYPE_CHECKING:  # a plan is read, and refused, before torch is imported
+    from ..baselines.averaging import WeightAveraging
+    from ..baselines.entropy_sgd import EntropySGD
+    from ..config import SAMConfig
 
 TUNING = "tuning"  # begins the budget of a trial, which is counted in the set-up and compared nowhere
 BUDGETS = {"steps": "equal steps", "passes": "equal passes"}  # a pass: one gradient of the whole effective batch
 AVERAGE_KEYS = ("average", "average_start", "average_decay")  # of an arm; everything else is the recipe's
+AVERAGES = ("swa", "ema", "entropy-sgd")
 SEED_KEYS = ("seed", "subset_seed", "noise_seed")  # what differs between seeds, and is the same for every arm
 
 
@@ -83,6 +84,7 @@ class Plan:
         checkpoint_every (`int` or `None`): Steps between checkpoints, from which a killed run goes on.
         keep_models (`bool`): Whether trained weights stay on disk.
         sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py` to measure every trained model with.
+        survival (`dict` or `None`): Fields of `SurvivalConfig` to measure every trained model with; `true` takes its defaults.
         launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; none: this Python.
         reference_passes (`float` or `None`): Passes per step that `"passes"` grants; those of the dearest arm if `None`.
     """
@@ -100,6 +102,7 @@ class Plan:
     checkpoint_every: int | None = None
     keep_models: bool = False
     sharpness: dict[str, Any] | None = None
+    survival: dict[str, Any] | None = None
     launcher: list[str] = field(default_factory=list)
     reference_passes: float | None = None
 
@@ -171,6 +174,7 @@ def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
             _check(Path(task["config"]).is_file(), f"{path}: config {task['config']} of task {name} does not exist.")
     values["question"] = _read_question(values.get("question"), arms, path)
     values["tuning"] = _read_tuning(values.get("tuning"), arms, path)
+    values["survival"] = _read_survival(values.get("survival"), path)
     seeds, budgets = values.get("seeds", [0]), values.get("budgets", ["steps"])
     _check(
         isinstance(seeds, list)
@@ -195,7 +199,7 @@ def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
             other = folders.setdefault(slug(name), name)
             _check(other == name, f"{path}: {key} {other!r} and {name!r} would share a folder; rename one.")
     for arm in arms:
-        averaging_of(arms[arm])  # raises where it cannot be
+        _averaging_values(arms[arm])  # raises where it cannot be
     return Plan(**values)
 
 
@@ -260,6 +264,21 @@ def _read_tuning(values: Any, arms: Mapping[str, Any], path: Path) -> Tuning | N
     return tuning
 
 
+def _read_survival(values: Any, path: Path) -> dict[str, Any] | None:
+    if values is None or values is False:
+        return None
+    from ..evaluation.survival import SurvivalConfig  # with torch: only a study that asks for it waits
+
+    values = {} if values is True else values
+    _check(isinstance(values, dict), f"{path}: `survival` must be true, false or a mapping, not {values!r}.")
+    _check_keys(values, SurvivalConfig, f"{path}: survival.")
+    try:
+        SurvivalConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: survival.{error}") from None
+    return values
+
+
 def _check(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -280,16 +299,29 @@ def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | EntropySGD | None:
     Raises:
         ValueError: Its settings cannot be.
     """
-    values = {key.removeprefix("average_"): arm[key] for key in AVERAGE_KEYS if key in arm}
+    values = _averaging_values(arm)
     if not values:
         return None
-    _check("average" in values, f"{', '.join(key for key in arm if key in AVERAGE_KEYS)} is used only with average.")
+    from ..baselines.averaging import WeightAveraging
+    from ..baselines.entropy_sgd import EntropySGD
+
     kind = values.pop("average")
-    if kind == "entropy-sgd":
-        _check(not values, f"average={kind} takes no {', '.join(f'average_{key}' for key in values)}.")
-        return EntropySGD()
-    _check(kind in KINDS, f"average={kind!r} is unknown. Allowed: {', '.join(KINDS)}, entropy-sgd.")
-    return WeightAveraging(kind, **values)
+    return EntropySGD() if kind == "entropy-sgd" else WeightAveraging(kind, **values)
+
+
+def _averaging_values(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """What `WeightAveraging` takes, from the arm's keys; as far as can be told without it, they can be."""
+    values = {key.removeprefix("average_"): arm[key] for key in AVERAGE_KEYS if key in arm}
+    if not values:
+        return {}
+    _check("average" in values, f"{', '.join(key for key in arm if key in AVERAGE_KEYS)} is used only with average.")
+    kind = values["average"]
+    _check(kind in AVERAGES, f"average={kind!r} is unknown. Allowed: {', '.join(AVERAGES)}.")
+    _check(
+        kind != "entropy-sgd" or len(values) == 1,
+        f"average={kind} takes no {', '.join(f'average_{key}' for key in values if key != 'average')}.",
+    )
+    return values
 
 
 def slug(name: str) -> str:
@@ -302,6 +334,8 @@ def slug(name: str) -> str:
 
 def mean_passes(config: SAMConfig, steps: int, warmup_steps: int = 0) -> float:
     """Gradient evaluations per optimizer step that a run of `steps` steps under `config` spends, on average."""
+    from ..update.schedule import Schedule
+
     if config.rho == 0:
         return 1.0
     return sum(map(Schedule.resolve(config, steps, warmup_steps).passes, range(steps))) / steps
@@ -352,6 +386,8 @@ def settings_of(plan: Plan, run: Run, tuned: Mapping[str, Any], length: Mapping[
         tuned (`Mapping`): What tuning has found, or what a trial tries.
         length (`Mapping`): `max_steps` or `num_train_epochs` of the base recipe under this arm.
     """
+    from .method_settings import merge
+
     settings = {
         **merge([*layers_of(plan, run.task, run.condition, run.arm), ("tuning", tuned)]).values,
         **stretched(length, run.stretch),

@@ -78,6 +78,8 @@ class RunRecord:
             at step 0, `seconds` and `passes` are their sums; where they do not, see `has_whole_costs`.
         curves (`list[dict]`, *optional*): The Trainer's `log_history`, one dict per log call, each with a `"step"`.
         sharpness (`dict[str, float]`, *optional*): Measures of the trained weights, where asked for.
+        survival (`list[dict]`, *optional*):
+            Scores after quantization, pruning, noise or merging, where asked for: `"kind"`, `"level"`, `"draw"`, and metrics.
         predictions (`str`, *optional*):
             Name of a parquet file beside the record, one row per test example: `label` (`int`) and `probabilities`
             (list of `float`, one per class).
@@ -106,6 +108,7 @@ class RunRecord:
     segments: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     sharpness: dict[str, float | None] = field(default_factory=dict)
+    survival: list[dict[str, Any]] = field(default_factory=list)
     predictions: str | None = None
     error: dict[str, str] | None = None
     started: str | None = None
@@ -353,7 +356,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "peak_memory", "resumed_from"), (int, type(None))),
     **dict.fromkeys(("passes", "seconds", "samples_per_second"), (int, float, type(None))),
     **dict.fromkeys(("predictions", "started", "ended"), (str, type(None))),
-    **dict.fromkeys(("curves", "segments"), list),
+    **dict.fromkeys(("curves", "segments", "survival"), list),
     "error": (dict, type(None)),
 }
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.metrics import metric_of
 from .records import RunRecord
+
+if TYPE_CHECKING:  # only a study that tunes needs optuna
+    from optuna.distributions import BaseDistribution
 
 
 def next_settings(space: Mapping[str, Any], seed: int, metric: str, done: Sequence[RunRecord]) -> dict[str, Any]:
@@ -26,6 +25,9 @@ def next_settings(space: Mapping[str, Any], seed: int, metric: str, done: Sequen
         metric (`str`): What is optimised, in the direction that `METRICS` gives.
         done (`Sequence[RunRecord]`): The trials that ended, in order; failed and diverged ones count as such.
     """
+    import optuna
+    from optuna.trial import TrialState
+
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -52,6 +54,8 @@ def best_trial(metric: str, done: Sequence[RunRecord]) -> int | None:
 
 
 def _distribution(entry: Any) -> BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     if isinstance(entry, list):
         return CategoricalDistribution(entry)
     kind = IntDistribution if entry.get("int") else FloatDistribution

@@ -120,6 +120,7 @@ class Workshop:
             "average": {key: value for key, value in self.plan.arms[run.arm].items() if key in AVERAGE_KEYS},
             "is_trial": run.trial is not None,
             "sharpness": self.plan.sharpness if run.trial is None else None,
+            "survival": self.plan.survival if run.trial is None else None,
             "keep_model": self.plan.keep_models and run.trial is None,
         }
 

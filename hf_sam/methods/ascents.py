@@ -192,10 +192,12 @@ class Noise(Ascent):
     needs: ClassVar = Needs.NOISE
 
     def eps(self, g: None, step: Step) -> Vector:
-        def draw(w: Tensor) -> Tensor:
-            return torch.randn(w.shape, generator=step.generator, device=w.device, dtype=w.dtype)
+        def draw(weights: list[Tensor]) -> list[Tensor]:
+            sizes, device, dtype = [w.numel() for w in weights], weights[0].device, weights[0].dtype
+            numbers = torch.randn(sum(sizes), generator=step.generator, device=device, dtype=dtype)
+            return [z.view(w.shape) for z, w in zip(numbers.split(sizes), weights, strict=True)]
 
-        return steepest(step.weights.map(draw), step.rho)
+        return steepest(step.weights.map_lists(draw), step.rho)
 
 
 @dataclass(frozen=True)

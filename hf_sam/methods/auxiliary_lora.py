@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 class AuxiliaryLora:
@@ -28,6 +29,7 @@ class AuxiliaryLora:
     def __init__(self, model: nn.Module, seed: int):
         self._layers = linear_lora_layers(model, "method='bilora' climbs with a second LoRA pair beside the first")
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._scales: dict[tuple[float, ...], Tensor] = {}
         self._is_active = False
         generator = torch.Generator().manual_seed(seed)
         for name, layer in self._layers.items():
@@ -50,22 +52,37 @@ class AuxiliaryLora:
     @torch.no_grad()
     def climb(self, rho: float, lr: float, loss_scale: Tensor | float) -> Tensor:
         """`theta2 <- clip_rho(theta2 + lr grad)`; the gradients are consumed. Returns the norm of the perturbation."""
-        for factor in self._factors():
-            if factor.grad is not None:
-                factor.add_(torch.nan_to_num(factor.grad * (lr / loss_scale), nan=0.0, posinf=0.0, neginf=0.0))
-                factor.grad = None
+        factors = [factor for factor in self._factors() if factor.grad is not None]
+        changes = torch._foreach_mul([factor.grad for factor in factors], lr / loss_scale)
+        for factor in factors:
+            factor.grad = None
+        if changes:
+            finite = torch.nan_to_num(_flatten_dense_tensors(changes), nan=0.0, posinf=0.0, neginf=0.0)
+            torch._foreach_add_(factors, _unflatten_dense_tensors(finite, changes))
         norm = self.norm()
         shrink = torch.clamp(rho / norm, max=1.0).nan_to_num(nan=1.0)
-        for _, b in self._pairs.values():
-            b.mul_(shrink)
+        seconds = [b for _, b in self._pairs.values()]
+        torch._foreach_mul_(seconds, shrink.to(seconds[0]))
         return norm * shrink
 
+    @torch.no_grad()
     def norm(self) -> Tensor:
-        """`||s B2 A2||_F` over all layers, from the r x r matrices alone: `||B A||^2 = <B^T B, A A^T>`."""
-        squares = []
+        """`||s B2 A2||_F` over all layers, from the r x r matrices alone: `||B A||^2 = <B^T B, A A^T>`.
+
+        Layers of one shape are worked on together, so that the number of operations does not grow with the depth.
+        """
+        groups: dict[tuple, list[str]] = {}
         for name, (a, b) in self._pairs.items():
-            a, b = (factor.detach().to(torch.promote_types(factor.dtype, torch.float32)) for factor in (a, b))
-            squares.append(self._scaling(name) ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+            groups.setdefault((a.shape, b.shape), []).append(name)
+        squares = []
+        for names in groups.values():
+            pairs = [self._pairs[name] for name in names]
+            a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))  # (layers, r, in), (layers, out, r)
+            a, b = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (a, b))
+            scales = tuple(self._scaling(name) ** 2 for name in names)
+            if scales not in self._scales:  # moving numbers to the device waits for it
+                self._scales[scales] = torch.tensor(scales, dtype=a.dtype, device=a.device)
+            squares.append(self._scales[scales] @ ((b.mT @ b) * (a @ a.mT)).sum((1, 2)))
         return torch.stack(squares).sum().clamp(min=0).sqrt()
 
     def remove(self) -> None:

@@ -8,6 +8,7 @@ a step costs and where it cannot run. `docs/write_your_own.md` writes one from a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -257,7 +258,11 @@ class Method:
 
 def overrides(part: Ascent | Descent | type, name: str) -> bool:
     """Whether a class has its own `name` rather than the one of `Ascent` or `Descent`."""
-    kind = part if isinstance(part, type) else type(part)
+    return _overrides(part if isinstance(part, type) else type(part), name)
+
+
+@functools.cache
+def _overrides(kind: type, name: str) -> bool:
     base = Ascent if issubclass(kind, Ascent) else Descent
     return getattr(kind, name) is not getattr(base, name)
 

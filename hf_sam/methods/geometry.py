@@ -37,31 +37,55 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
         eps = g * usable(norm, rho / norm)
     elif p == math.inf:
         largest = g.norm(math.inf)
-        eps = g.map_(Tensor.sign_) * usable(largest, torch.full_like(largest, float(rho)))
+        eps = g.map_lists_(torch._foreach_sign_) * usable(largest, torch.full_like(largest, float(rho)))
     elif p == 1:
         largest = g.norm(math.inf)
-        g.map_(lambda t: _sign_times_(t, t.abs().eq_(largest.to(t.device))))  # -1 or 1 at the largest coordinates
+        g.map_lists_(lambda tensors: _keep_signs_of_largest_(tensors, largest))
         eps = g * usable(largest, rho / g.norm(1))
     else:
         q = p / (p - 1)
         largest = g.norm(math.inf)
         g /= largest
         norm = g.norm(q)
-        g.map_(lambda t: _sign_times_(t, t.abs().pow_(q - 1)))
+        g.map_lists_(lambda tensors: _raise_(tensors, q - 1))
         eps = g * usable(largest, rho / norm ** (q - 1))
     if scale is not None:
         eps *= scale
     return eps
 
 
-def _sign_times_(t: Tensor, size: Tensor) -> None:
-    """`sign(t) size`, in place."""
-    t.sign_().mul_(size)
+def _keep_signs_of_largest_(tensors: list[Tensor], largest: Tensor) -> None:
+    """-1 or 1 where a number's absolute value is the largest one, else 0."""
+    winners = _are_largest(tensors, largest)
+    torch._foreach_sign_(tensors)
+    torch._foreach_mul_(tensors, winners)
+
+
+def _are_largest(tensors: list[Tensor], largest: Tensor) -> list[Tensor]:
+    """1 where a number's absolute value is the largest one, else 0."""
+    sizes = torch._foreach_abs(tensors)
+    torch.ops.aten._foreach_add_.Tensor(sizes, -largest.to(sizes[0]))  # 0 for the largest, negative for others
+    torch._foreach_sign_(sizes)
+    torch._foreach_add_(sizes, 1)
+    return sizes
+
+
+def _raise_(tensors: list[Tensor], power: float) -> None:
+    """`sign(t) |t|^power`, in place."""
+    signs = torch._foreach_sign(tensors)
+    torch._foreach_abs_(tensors)
+    torch._foreach_pow_(tensors, power)
+    torch._foreach_mul_(tensors, signs)
 
 
 def usable(norm: Tensor, scale: Tensor) -> Tensor:
     """The scale, or exactly 0 where there is no direction: the norm is 0 or not finite."""
-    return torch.where(torch.isfinite(norm) & (norm > 0), scale, torch.zeros_like(scale))
+    return torch.where(is_usable(norm), scale, torch.zeros_like(scale))
+
+
+def is_usable(norm: Tensor) -> Tensor:
+    """Whether a norm is neither 0 nor infinite, and a number at all."""
+    return (norm > 0) & (norm < math.inf)
 
 
 def projection(vector: Vector, onto: Vector) -> Tensor:

@@ -56,19 +56,23 @@ class NoisyLayers:
     def __init__(self, model: nn.Module):
         self._layers = linear_lora_layers(model, "method='flat-lora' adds noise to the weights under LoRA adapters")
         self._squares = [_squared_row_norms(layer) for layer in self._layers.values()]  # of W, which is frozen
-        self._noise: list[tuple[Tensor, int]] | None = None
+        self._noise: tuple[float, list[int]] | None = None  # rho, and one seed for each layer
         self._hooks = [layer.register_forward_hook(self._hook(i)) for i, layer in enumerate(self._layers.values())]
 
     @contextlib.contextmanager
     def noisy(self, rho: float, generator: torch.Generator) -> Iterator[None]:
         """Passes inside run at `W' + N`, recomputation in the backward pass included."""
         dice = random.Random(generator.initial_seed())
-        rows = zip(self._layers.values(), self._squares, strict=True)
-        self._noise = [(_deviations(layer, squares, rho), dice.getrandbits(63)) for layer, squares in rows]
+        self._noise = rho, [dice.getrandbits(63) for _ in self._layers]
         try:
             yield
         finally:
             self._noise = None
+
+    def drawn(self, i: int) -> tuple[Tensor, int]:
+        """Inside `noisy`: the deviations of the rows of the i-th layer's noise, and its seed."""
+        rho, seeds = self._noise
+        return _deviations(list(self._layers.values())[i], self._squares[i], rho), seeds[i]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -86,7 +90,7 @@ class NoisyLayers:
         def add_noise(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self._noise is None:
                 return output
-            deviations, seed = self._noise[i]
+            deviations, seed = self.drawn(i)
             return output + _NoiseProduct.apply(inputs[0], deviations, seed, layer.in_features).to(output.dtype)
 
         return add_noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -123,7 +123,7 @@ class Centred(Geometry):
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_TENSORS
 
     def eps(self, g: Vector, step: Step) -> Vector:
-        return self.steepest(g.map_(_centre_), step)
+        return self.steepest(g.map_lists_(_centre_), step)
 
     def gradient_in(self, displacement: Tensor) -> None:
         return None
@@ -145,14 +145,14 @@ class SparseByScore(Geometry):
     quantile: float = number(0.95, 0, 1, below=True)
 
     def eps(self, g: Vector, step: Step) -> Vector:
-        return self.steepest(g.map_(self._keep_outliers_), step)
+        return self.steepest(g.map_lists_(self._keep_outliers_), step)
 
-    def _keep_outliers_(self, t: Tensor) -> None:
-        if t.dim() < 2 or t.numel() < 2:
-            return
-        score = (t.float() - t.float().mean()).abs()  # |z| up to the tensor's own deviation, which changes no order
-        rank = max(1, math.ceil(self.quantile * t.numel()))
-        t.mul_(score > score.flatten().kthvalue(rank).values)
+    def _keep_outliers_(self, tensors: list[Tensor]) -> None:
+        for stack in _stacks(tensors):
+            exact = stack.flatten(1).float()  # (tensors, numbers)
+            score = (exact - exact.mean(1, keepdim=True)).abs()  # |z| up to the tensor's own deviation: the same order
+            rank = max(1, math.ceil(self.quantile * score.shape[1]))
+            stack *= (score > score.kthvalue(rank, dim=1, keepdim=True).values).view(stack.shape)
 
     def gradient_in(self, displacement: Tensor) -> None:
         return None
@@ -208,10 +208,31 @@ class TailClasses(Geometry):
         return torch.isin(labels, torch.tensor(self.tail_classes, device=labels.device)).nonzero().flatten().cpu()
 
 
-def _centre_(t: Tensor) -> None:
-    if t.dim() > 1 and len(t):
-        for rows in t.split(max(1, len(t) // 16)):  # on a CPU a mean in 16 bits is taken of a float32 copy
-            rows.sub_(rows.mean(dim=tuple(range(1, t.dim())), keepdim=True))
+def _stacks(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """Tensors of more than one dimension, those of one shape as a stack `(tensors, ...)` that may be changed in place.
+
+    There are as many stacks as shapes, whatever the depth of the model.
+    """
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.dim() > 1 and tensor.numel() > 1:
+            groups.setdefault(tensor.shape, []).append(tensor)
+    for alike in groups.values():
+        if len(alike) == 1:
+            yield alike[0].unsqueeze(0)
+            continue
+        stack = torch.stack(alike)
+        yield stack
+        torch._foreach_copy_(alike, list(stack.unbind()))
+
+
+def _centre_(tensors: list[Tensor]) -> None:
+    for stack in _stacks(tensors):  # (tensors, outputs, ...)
+        parts = (
+            16 if stack.device.type == "cpu" and stack.dtype.itemsize == 2 else 1
+        )  # there a mean is of a float32 copy
+        for rows in stack.split(max(1, stack.shape[1] // parts), dim=1):
+            rows -= rows.mean(dim=tuple(range(2, stack.dim())), keepdim=True)
 
 
 def _class_list(name: str, value: Any) -> list[int] | None:

@@ -74,6 +74,7 @@ def make_checkpoint_document(
     seed: int = 0,
     sharpness: Mapping[str, Any] | None = None,
     image_of: Callable[[int], Any] | None = None,
+    survival: Section | None = None,
 ) -> Document:
     """
     The report of one or more checkpoints on one test split.
@@ -86,6 +87,7 @@ def make_checkpoint_document(
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
         sharpness (`dict`, *optional*): What `sharpness.json` of the same checkpoints holds.
         image_of (`Callable`, *optional*): From the number of a test example to its image, where examples are images.
+        survival (`Section`, *optional*): See `survival_section`.
     """
     rng = np.random.default_rng(seed)
     is_classifier = class_names is not None
@@ -107,6 +109,7 @@ def make_checkpoint_document(
             Section("Robustness to input corruption", _robustness(checkpoints, rng)),
         ]
     sections += [
+        survival or Section("What survives", [Text("Not measured; --survival true measures it.")]),
         sharpness_section(sharpness)
         if sharpness
         else Section("Sharpness", [Text("Not measured; --sharpness true measures it.")]),

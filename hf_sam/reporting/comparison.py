@@ -20,6 +20,8 @@ from .retained_gain import share_blocks
 from .sections import calibration_blocks, cost_blocks, curve_blocks, noise_blocks, sharpness_blocks
 from .setup import setup_blocks
 from .study import Study, make_study
+from .survival import TITLE as SURVIVAL
+from .survival import has_survival, survival_blocks
 from .validity import threats
 
 MAX_ANSWERS = 12
@@ -67,6 +69,7 @@ def make_document(study: Study, title: str, folder: Path, seed: int = 0) -> Docu
         Section("Cost", cost_blocks(study)),
         Section("Calibration", calibration_blocks(study)),
         Section("Robustness to label noise", noise_blocks(study)),
+        *([Section(SURVIVAL, survival_blocks(study, rng))] if has_survival(study.records) else []),
         Section("Sharpness", sharpness_blocks(study)),
         Section("Every run", _run_blocks(study)),
         Section("Threats to validity", threats(study)),

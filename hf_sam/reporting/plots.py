@@ -238,6 +238,67 @@ def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
 
 
 @styled
+def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -> Drawing:
+    """
+    A metric over the levels of each treatment, one panel a kind; the leftmost point is the model as trained.
+
+    Args:
+        frame (`pd.DataFrame`): `name`, `kind`, `level`, `value` and the ends of its band, `low` and `high`.
+        names (`Sequence[str]`): Checkpoints or arms; fixes the colours.
+        metric_name (`str`): What `value` is.
+    """
+    scale = metric_of(metric_name).scale
+    levels = frame.groupby("kind", sort=False)["level"].nunique()
+    kinds = [kind for kind in levels.index if levels[kind] > 1]
+    canvas, panels = _panels(kinds, str)
+    for axes, kind in zip(panels, kinds, strict=False):
+        ticks = list(dict.fromkeys(frame[frame.kind == kind].level))
+        for index, name in enumerate(names):
+            own = frame[frame.name == name]
+            points = pd.concat([own[own.kind == "none"], own[own.kind == kind]])
+            x = [0, *(1 + ticks.index(level) for level in points.level[1:])]
+            axes.plot(x, scale * points.value, **_look(index), linewidth=1.2)
+            ends = [scale * points[end].astype(float) for end in ("low", "high")]
+            axes.fill_between(x, *ends, color=_look(index)["color"], alpha=0.12, linewidth=0)
+        axes.set_xticks(range(len(ticks) + 1), ["as\ntrained", *(f"{level:g}" for level in ticks)])
+        axes.set_ylabel(_with_unit(metric_name))
+    _legend(canvas, names)
+    return canvas, frame[frame.kind.isin(["none", *kinds])].reset_index(drop=True)
+
+
+@styled
+def draw_frontier(frame: pd.DataFrame, names: Sequence[str], target: float | None) -> Drawing:
+    """
+    First-task test loss against second-task training loss, one line a start, from the smallest learning rate to the largest.
+
+    Args:
+        frame (`pd.DataFrame`): `start`, `learning_rate`, `second_train_loss`, `first_loss` and its range, `low` and `high`.
+        names (`Sequence[str]`): The starts; fixes the colours.
+        target (`float`, *optional*): Training loss at which starts are compared.
+    """
+    canvas = Canvas(figsize=(5.5, 3.6), layout="constrained")
+    axes = canvas.subplots()
+    for index, name in enumerate(names):
+        own = frame[frame.start == name]
+        axes.plot(own.second_train_loss, own.first_loss, **_look(index), linewidth=1.2)
+        bars = [own.first_loss - own.low, own.high - own.first_loss]
+        axes.errorbar(
+            own.second_train_loss,
+            own.first_loss,
+            np.maximum(bars, 0),
+            color=_look(index)["color"],
+            linewidth=0.8,
+            linestyle="none",
+        )
+    if target is not None:
+        axes.axvline(target, color="gray", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("training loss on the second task")
+    axes.set_ylabel("test loss on the first task")
+    _legend(canvas, names)
+    return canvas, frame
+
+
+@styled
 def draw_images(images: Sequence, titles: Sequence[str], columns: int = 5) -> Canvas:
     """Small images in a grid, each under its title."""
     rows = -(-len(images) // columns)

@@ -293,9 +293,6 @@ def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
     return example_scores(kept.assign(probabilities=[share] * len(kept)))
 
 
-METRICS_KEPT = ("accuracy", "subset_accuracy", "nll", "brier", "mse", "nll_per_token")
-
-
 # --- passes ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """What a step of each SAM method costs on your model and batch, beside the stock Trainer's in the same run.
 
-    accelerate launch recipes/benchmark.py --task image-classification --model_name_or_path facebook/dinov2-small \
-        --dataset digits --image_size 70 --batch_sizes 4 16 --methods sam asam subset late
-    python recipes/benchmark.py --task text-classification --synthetic true --sizes 2M 22M 135M --methods sam
+    hf-sam benchmark digits
+    hf-sam benchmark --task image-classification --dataset digits --batch_sizes 4 16 --methods sam asam subset late
+    hf-sam benchmark --task text-classification --synthetic true --sizes 2M 22M 135M --methods sam
 
 All contenders take turns in one process, a few steps each, so that a machine that slows down slows all alike. Writes
 `benchmark.json`, `benchmark.csv`, `benchmark.md` and drawings to `--output_dir`.
@@ -50,6 +50,7 @@ from ..suggestions import did_you_mean
 from .benchmark_inputs import SIZES, TASKS, Inputs, Task, made_up_inputs, of_size, real_inputs
 from .command_line.arguments import parse_arguments, read_config, split_command_line
 from .command_line.errors import UserError, as_user_error
+from .command_line.help import command_words, wants_help
 from .command_line.options import DataArguments, ModelArguments, option
 from .tables import markdown
 
@@ -191,7 +192,7 @@ def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
     given = {name: value for file in files for name, value in read_config(Path(file)).items()}
     given |= {name: value for name, value in vars(parser.parse_known_args(options)[0]).items() if value is not None}
     name = given.get("task")
-    if "--help" in options or "-h" in options:
+    if wants_help(options):
         name = name or "image-classification"
     if name not in TASKS:
         raise UserError(f"task={name} is unknown. Give --task: {', '.join(TASKS)}.{did_you_mean(str(name), TASKS)}")
@@ -362,8 +363,12 @@ def provenance(document: dict[str, Any]) -> str:
 def command(argv: Sequence[str]) -> str:
     """How to run it again."""
     processes = describe_environment()["hardware"]["processes"]
-    launcher = f"accelerate launch --num_processes {processes}" if processes > 1 else "python"
-    return f"{launcher} recipes/benchmark.py {shlex.join(argv)}"
+    words = command_words("benchmark")
+    if processes > 1 and words[0] == "python":
+        words = ["accelerate", "launch", "--num_processes", str(processes), *words[1:]]
+    elif processes > 1:
+        words += ["--num_processes", str(processes)]
+    return shlex.join([*words, *argv])
 
 
 def write_gains(

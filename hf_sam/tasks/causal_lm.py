@@ -1,9 +1,9 @@
 """Fine-tune a causal language model, whole or by LoRA, with sharpness-aware minimization.
 
-    accelerate launch recipes/causal_lm.py configs/causal_lm/smollm2_lora.yaml --sam_rho 0.05
+    hf-sam causal-lm smollm2_lora --dataset DATA --sam_rho 0.05
 
 Texts, prompts with completions and conversations go through TRL's `SFTTrainer` (packing, completion-only loss, chat
-templates); `--trainer plain` is transformers' own, for texts. `--sam_rho 0` is the baseline with the same script.
+templates); `--trainer plain` is transformers' own, for texts. `--sam_rho 0` is the baseline.
 """
 
 from __future__ import annotations

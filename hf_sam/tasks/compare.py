@@ -1,7 +1,7 @@
 """Compare arms (AdamW, SGD, any SAM method, averaged weights) on tasks, paired over seeds, and write the report.
 
-    python recipes/compare.py configs/comparison/digits.yaml --plan      # what would run
-    python recipes/compare.py configs/comparison/digits.yaml             # run what is missing, then report
+    hf-sam compare digits --plan      # what would run
+    hf-sam compare digits             # run what is missing, then report
 
 The same command again goes on where it stopped; the same command elsewhere on a shared folder helps.
 """
@@ -24,24 +24,33 @@ from hf_sam.config import SAMConfig
 from ..experiments.execution import LOG_NAME, end_with_parent, load_task
 from ..experiments.external_runs import find_foreign_records
 from ..experiments.method_settings import explain, merge
-from ..experiments.plan import BUDGETS, Plan, Run, command_line, describe, final_runs, layers_of, mean_passes, read_plan
+from ..experiments.plan import (
+    BUDGETS,
+    Plan,
+    Run,
+    averaging_of,
+    command_line,
+    describe,
+    final_runs,
+    layers_of,
+    mean_passes,
+    read_plan,
+)
 from ..experiments.records import RunRecord, write_json
 from ..experiments.worker import Workshop, counts, estimate, records_of, retry_failed, work
 from ..reporting.comparison import write_report
 from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
-from . import TRAINING
 from .command_line.arguments import parse_arguments, read_layers
 from .command_line.errors import UserError, as_user_error
+from .command_line.parsers import check_recipe, parse_study
 
 PLAN_NAME = "comparison.json"
 MAX_REASONS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
-    args = build_parser().parse_args(argv)
-    if not args.study:
-        raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
+    args = parse_study(argv)
     plan = plan_of(args)
     workshop = open_workshop(plan)
     workshop.check_unchanged()
@@ -78,9 +87,6 @@ def describe_failures(workshop: Workshop) -> str:
 def plan_of(args: argparse.Namespace) -> Plan:
     """The YAML with what the command line overrides."""
     plan = read_plan(args.study, args.output_dir)
-    for word in args.set:
-        if "=" not in word:
-            raise UserError(f"--set takes key=value pairs, not {word!r}.")
     given = dict(word.split("=", 1) for word in args.set)
     settings = merge([("settings of the study", plan.settings), ("--set", given)]).values
     return dataclasses.replace(plan, seeds=args.seeds or plan.seeds, settings=settings)
@@ -93,6 +99,8 @@ def open_workshop(plan: Plan) -> Workshop:
     Raises:
         UserError: An arm that its recipe would refuse; names task and arm.
     """
+    for arm in plan.arms.values():
+        averaging_of(arm)
     parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
 
     def passes(task: str, arm: str) -> float:
@@ -158,9 +166,7 @@ def argument_types(recipe: str) -> tuple[type, ...]:
     Raises:
         UserError: There is no such task, or it does not train.
     """
-    if recipe not in TRAINING and "." not in recipe:
-        hint = did_you_mean(recipe, TRAINING)
-        raise UserError(f"recipe {recipe!r} does not exist.{hint} There are: {', '.join(TRAINING)}.")
+    check_recipe(recipe)
     with as_user_error(ImportError, prefix=f"recipe {recipe!r} cannot be imported: "):
         task = load_task(recipe)
     if not hasattr(task, "ARGUMENTS"):
@@ -279,8 +285,6 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
     plan, records = workshop.plan, records_of(workshop)
     problems: list[str] = []
     for folder in foreign:
-        if not folder.is_dir():
-            raise UserError(f"foreign={folder} is no folder.")
         found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
         records, problems = records + found, problems + messages
     final = records_of(workshop, workshop.runs)
@@ -302,18 +306,3 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
         missing=len(workshop.runs) - len(final),
         **question,
     )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, nargs="?", help="YAML of the comparison.")
-    parser.add_argument("--output_dir", type=Path, help="Where everything goes, instead of where the YAML says.")
-    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds, instead of those of the YAML.")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings of every run to override.")
-    parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
-    parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
-    parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
-    parser.add_argument("--workers", type=int, default=1, help="Runs at the same time on this machine.")
-    parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
-    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
-    return parser

@@ -1,14 +1,13 @@
 """AdamW beside SAM and ASAM on the embedded digits, with and without wrong labels: a table after a few minutes on a CPU.
 
-    python recipes/demo.py --output_dir outputs/demo
+    hf-sam demo --output_dir outputs/demo
 
-Every run is `recipes/image_classification.py configs/image_classification/digits.yaml` with the few overrides shown
-below; runs with the same seed share initial weights, data order, subset and wrong labels.
+Every run is `hf-sam image-classification digits` with a few overrides; runs with the same seed share initial weights,
+data order, subset and wrong labels.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -16,6 +15,7 @@ import multiprocessing
 import os
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..experiments.records import find_records
 from ..reporting.comparison import write_report
 from .command_line.config_files import CONFIGS
+from .command_line.parsers import parse_demo
 from .tables import markdown
 
 CONFIG = CONFIGS / "image_classification/digits.yaml"
@@ -36,7 +37,6 @@ ARMS = {
     "ASAM, rho 1": ["--sam_method", "asam", "--sam_rho", "1"],
 }
 NOISE = [0.0, 0.4]
-SEEDS = [0, 1, 2]
 FIRST = next(iter(ARMS))
 
 
@@ -47,6 +47,7 @@ class Run:
     noise: float
     arm: str
     seed: int
+    max_steps: int | None = None
 
     @property
     def name(self) -> str:
@@ -57,7 +58,9 @@ class Run:
         noise = ["--label_noise", str(self.noise)]
         quiet = ["--disable_tqdm", "true", "--use_cpu", "true", "--overwrite_output_dir", "true"]
         names = ["--task", "digits", "--arm", self.arm]
-        return [str(CONFIG), "--output_dir", str(folder / self.name), *ARMS[self.arm], *seeds, *noise, *names, *quiet]
+        short = [] if self.max_steps is None else ["--max_steps", str(self.max_steps)]
+        words = [*ARMS[self.arm], *seeds, *noise, *names, *quiet, *short]
+        return [str(CONFIG), "--output_dir", str(folder / self.name), *words]
 
 
 def train(run: Run, folder: Path) -> dict:
@@ -89,8 +92,8 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
             {
                 "wrong labels": f"{100 * noise:.0f} %",
                 "optimizer": arm,
-                "accuracy": f"{accuracy.mean():.1f} ± {accuracy.std():.1f}",
-                f"minus {FIRST}": "" if arm == FIRST else f"{(d := accuracy - first).mean():+.1f} ± {d.std():.1f}",
+                "accuracy": f"{accuracy.mean():.1f}{_spread(accuracy)}",
+                f"minus {FIRST}": "" if arm == FIRST else f"{(d := accuracy - first).mean():+.1f}{_spread(d)}",
                 "ECE": f"{group.test_ece.mean():.3f}",
                 "seconds": f"{group.train_runtime.mean():.0f}",
             }
@@ -98,15 +101,16 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where all files go.")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="Runs at the same time.")
-    args = parser.parse_args()
+def _spread(values: pd.Series) -> str:
+    """The standard deviation, where there are several values."""
+    return f" ± {values.std():.1f}" if len(values) > 1 else ""
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_demo(argv)
     start = time.perf_counter()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    runs = [Run(noise, arm, seed) for noise in NOISE for seed in SEEDS for arm in ARMS]
+    runs = [Run(noise, arm, seed, args.max_steps) for noise in NOISE for seed in range(args.seeds) for arm in ARMS]
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(train, run, args.output_dir) for run in runs]
@@ -120,7 +124,7 @@ def main() -> None:
     (args.output_dir / "summary.json").write_text(summary.to_json(orient="records", indent=1), encoding="utf-8")
     (args.output_dir / "table.md").write_text(markdown(summary) + "\n", encoding="utf-8")
     print(
-        f"\nTest accuracy in %, {len(SEEDS)} seeds, mean ± standard deviation. 450 test images: one of them is 0.2 points."
+        f"\nTest accuracy in %, mean ± standard deviation, seeds: {args.seeds}. 450 test images: one of them is 0.2 points."
         f"\n\n{markdown(summary)}\n\n"
         f"{len(runs)} runs in {time.perf_counter() - start:.0f} s. Every run took as many steps, and SAM and ASAM spent two "
         "passes on each;\nthe learning rate is the one of digits.yaml except where the table says otherwise.\n"

@@ -1,6 +1,6 @@
 """Find a rho for your model and data at the cost of one or two ordinary runs, or learn that SAM does not help there.
 
-    python recipes/find_rho.py image_classification configs/image_classification/digits.yaml --label_noise 0.4
+    hf-sam find-rho image-classification digits --label_noise 0.4
 
 First the recipe, then its command line as ever, with the options of the search anywhere among it. The same command goes
 on after an interruption. docs/find_rho.md says how it searches, by which rule it recommends, and what it cannot see.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import shlex
 import shutil
 import sys
@@ -32,10 +31,12 @@ from ..experiments.records import RECORD_NAME, RecordError, plain, read_record, 
 from ..experiments.worker import ENDED, work
 from ..reporting import rho_search as rho_report
 from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
-from ..rho_search.phases import METRICS_KEPT, SETTINGS, Phase, RhoWorkshop, Search, pass_counter
-from ..suggestions import did_you_mean
+from ..rho_search.phases import SETTINGS, Phase, RhoWorkshop, Search, pass_counter
 from .command_line.arguments import parse_arguments
+from .command_line.config_files import config_name
 from .command_line.errors import UserError, as_user_error
+from .command_line.help import command_words
+from .command_line.parsers import parse_search
 from .compare import argument_types
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
@@ -44,8 +45,7 @@ RHO_OF_THE_PAPER = 0.05  # Foret et al. 2021
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
-    options, words = build_parser().parse_known_args(argv)
-    check_options(options)
+    options, words = parse_search(argv)
     types = argument_types(options.recipe)
     args, sam_config, data_args = parse_recipe(types, words, sam_rho=1e30)  # the method, whatever its rho
     rhos = options.rhos or grid(options, sam_config)
@@ -76,31 +76,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     keep_plan(workshop.search)
     make_all(workshop, options.stale_after)
     return report(workshop, options.budget)
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """
-    Raises:
-        UserError: A value that cannot be; names the option and what is allowed.
-    """
-    if options.recipe.startswith("-") or options.recipe.endswith((".yaml", ".yml", ".json")):
-        raise UserError("Give the recipe first, such as image_classification, then its command line.")
-    if not math.isfinite(options.budget) or options.budget <= 0:
-        raise UserError(f"budget={options.budget:g} must be above 0: ordinary runs that the search may cost.")
-    for name, least in (("points", 1), ("seeds", 2), ("reduction", 2)):
-        if getattr(options, name) < least:
-            raise UserError(f"{name}={getattr(options, name)} must be at least {least}.")
-    if options.rhos:
-        options.rhos = sorted(set(options.rhos) - {0.0})  # 0 takes part anyway
-        if not options.rhos or not all(0 < rho < math.inf for rho in options.rhos):
-            raise UserError("rhos must be numbers above 0; 0 takes part anyway.")
-    for name in ("low", "high"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}={value:g} must be a number above 0; 0 itself takes part anyway.")
-    if options.metric is not None and options.metric not in METRICS_KEPT:
-        hint = did_you_mean(options.metric, METRICS_KEPT)
-        raise UserError(f"metric={options.metric} is no mean over examples.{hint} Allowed: {', '.join(METRICS_KEPT)}.")
 
 
 def parse_recipe(
@@ -246,6 +221,12 @@ def make_all(workshop: RhoWorkshop, stale_after: float) -> None:
         sys.exit(130)
 
 
+def next_command(recipe: str, words: Sequence[str], rho: float) -> str:
+    """How the user trains with what was found: by `hf-sam` or by a script, as the search itself was started."""
+    short = [config_name(word) or word for word in words]
+    return shlex.join([*command_words(recipe), *short, f"--sam_rho={rho:g}"])
+
+
 def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
     """
     Writes and prints what was found.
@@ -259,7 +240,7 @@ def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
         raise UserError(f"rho=0 failed or diverged, so no rho can be judged: {_error_in(workshop.folder(control))}")
     points = rho_report.curve(workshop)
     rho, gain, sentence = rho_report.conclusion(workshop)
-    command = shlex.join(["python", f"recipes/{search.recipe}.py", *search.words, f"--sam_rho={rho:g}"])
+    command = next_command(search.recipe, search.words, rho)
     found = plain(rho_report.summary(workshop, points, budget, command))
     write_json(search.output_dir / RESULT_NAME, found)
     points.to_csv(search.output_dir / "find_rho.csv", index=False)
@@ -269,23 +250,3 @@ def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
     print(f"Spent: {found['passes']['spent']:g} of {found['passes']['allowed']:g} gradient passes.")
     print(f"Written: {search.output_dir}/find_rho.json, find_rho.csv, find_rho.png\n\nGo on with\n\n    {command}")
     return found
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("recipe", help="image_classification, text_classification or causal_lm; then its command line.")
-    parser.add_argument("--budget", type=float, default=2.0, help="What it may cost, in ordinary runs without SAM.")
-    parser.add_argument("--rhos", type=float, nargs="+", help="The values to try, instead of a geometric grid.")
-    parser.add_argument("--low", type=float, help="Least value of the grid; a tenth of its paper's rho.")
-    parser.add_argument("--high", type=float, help="Largest value of the grid; four times its paper's rho.")
-    parser.add_argument("--points", type=int, default=4, help="Values of the grid above 0.")
-    parser.add_argument("--reduction", type=int, default=2, help="One in so many goes on to the next rung.")
-    parser.add_argument("--seeds", type=int, default=3, help="Of the confirmation, at least; more where they are paid.")
-    parser.add_argument("--annealed", action="store_true", help="Short runs with a whole schedule, instead of paused.")
-    parser.add_argument("--metric", help=f"What is compared: {', '.join(METRICS_KEPT)}; found when left out.")
-    parser.add_argument("--plan", action="store_true", help="Print what would run and what it costs, and end.")
-    parser.add_argument("--launcher", default="", help="Command that starts each run, such as 'accelerate launch'.")
-    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
-    return parser

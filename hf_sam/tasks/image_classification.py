@@ -1,8 +1,8 @@
 """Fine-tune an image classifier, or train one from scratch, with sharpness-aware minimization.
 
-    accelerate launch recipes/image_classification.py configs/image_classification/digits_sam.yaml --sam_rho 0.1
+    hf-sam image-classification digits_sam --sam_rho 0.1
 
-`--sam_rho 0` is the baseline with the same script and configuration.
+`--sam_rho 0` is the baseline with the same configuration.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **val
     if labels is not None:
         values |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if args.model_type is None:
-        config = _from_hub(AutoConfig, args.model_name_or_path, args)
+        config = _from_hub(AutoConfig, adapter_base(args.model_name_or_path) or args.model_name_or_path, args)
     elif args.model_type in CONFIG_MAPPING:
         config = CONFIG_MAPPING[args.model_type]()
     else:
@@ -53,11 +53,17 @@ def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **val
 
 def load_model(auto_class: type, args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
     """
-    The model, its adapters included where LoRA is asked for. A head of another size than the checkpoint's is new.
+    The model, its adapters included where LoRA is asked for. A head of another size than the checkpoint's is new. Where the checkpoint is
+    a PEFT adapter, its factors are trained on.
 
     Raises:
         UserError: The checkpoint cannot be read, has no such model class, or LoRA finds no such module.
     """
+    base = adapter_base(args.model_name_or_path)
+    if base is not None and args.lora_r:
+        raise UserError(
+            f"{args.model_name_or_path} is an adapter already: leave lora_r out to train it, or merge it first."
+        )
     kwargs = {"trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
@@ -69,14 +75,27 @@ def load_model(auto_class: type, args: ModelArguments, config: PretrainedConfig)
         else:
             model = _from_hub(
                 auto_class,
-                args.model_name_or_path,
+                base or args.model_name_or_path,
                 args,
                 config=config,
                 ignore_mismatched_sizes=True,
                 dtype="float32",
                 **kwargs,
             )
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
     return add_lora(model, args) if args.lora_r else model
+
+
+def adapter_base(path: str | None) -> str | None:
+    """The base model of a PEFT adapter, `None` for anything else."""
+    if path is None or not (Path(path) / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(path).base_model_name_or_path
 
 
 def add_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Report on fine-tuned checkpoints: metrics with intervals, calibration, disagreements, paired tests, robustness.
 
-    python recipes/report.py outputs/digits_adamw outputs/digits_sam --output_dir outputs/report
-    python recipes/report.py adamw=outputs/a sam=some/hub-id --dataset imdb --test_samples 1000
+    hf-sam report outputs/digits_adamw outputs/digits_sam --output_dir outputs/report
+    hf-sam report adamw=outputs/a sam=some/hub-id --dataset imdb --test_samples 1000
 
 Checkpoints are local folders, hub ids or PEFT adapters, each alone or as name=checkpoint. The data are those that the
 first checkpoint's run record names, unless `--dataset` and the other data arguments of the training recipes are given.
@@ -10,6 +10,7 @@ Writes one self-contained `report.html`, the same as `report.md`, and its number
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,10 +31,12 @@ from hf_sam.sharpness import SharpnessConfig
 
 from ..evaluation.corruptions import IMAGE_CORRUPTIONS, LEVELS, TEXT_CORRUPTIONS
 from ..evaluation.predictions import LanguagePredictions, Predictions
+from ..evaluation.survival import SurvivalConfig
 from ..experiments.provenance import describe_data, describe_environment, describe_model
 from ..experiments.records import RECORD_NAME, RecordError, read_record
 from ..reporting.checkpoints import Evaluated, make_checkpoint_document
-from ..reporting.document import write_document
+from ..reporting.document import Section, write_document
+from ..reporting.survival import survival_section
 from . import sharpness
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError
@@ -54,7 +57,8 @@ class ReportArguments:
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(32, "Examples per batch.")
     corruption_samples: int = option(500, "Test examples that are corrupted; 0 leaves robustness out.")
-    sharpness: bool = option(False, "Also measure sharpness; takes the options of recipes/sharpness.py.")
+    sharpness: bool = option(False, "Also measure sharpness; takes the options of `hf-sam sharpness`.")
+    survival: bool = option(False, "Also evaluate after quantization, pruning and noise (`hf-sam survival`).")
     num_examples: int = option(256, "Training examples that sharpness is measured on.")
     bootstrap_seed: int = option(0, "Of the intervals and the corruptions.")
     disable_tqdm: bool = option(False, "No progress bars.")
@@ -74,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
     name = sharpness.find_task(argv)
     task = sharpness.TASKS[name]
-    args, data_args, task_args, _ = parse_arguments(
-        [ReportArguments, DataArguments, task.arguments, SharpnessConfig], [*argv, *sharpness.recorded_data(argv)]
+    args, data_args, task_args, *_ = parse_arguments(
+        [ReportArguments, DataArguments, task.arguments, SharpnessConfig, SurvivalConfig],
+        [*argv, *sharpness.recorded_data(argv)],
     )
     named = sharpness.CheckpointArguments(args.checkpoints).named
     for path in named.values() if args.task is None else ():  # before minutes are spent on the first of them
@@ -134,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         class_names=columns[-1] if len(columns) > 1 else None,
         seed=args.bootstrap_seed,
         sharpness=measure_sharpness(argv, Path(args.output_dir)) if args.sharpness else None,
+        survival=measure_survival(argv, Path(args.output_dir)) if args.survival else None,
         image_of=thumbnails(rows, columns[0], args.split) if task.recipe == "image_classification" else None,
     )
     report = write_document(document, Path(args.output_dir))
@@ -231,12 +237,34 @@ def shown_examples(rows: Dataset, columns: Sequence[Any]) -> list[str]:
 
 def measure_sharpness(argv: list[str], folder: Path) -> dict[str, Any]:
     """By `recipes/sharpness.py`, whose own report is written beside; its section becomes one of this report."""
-    own = ("--output_dir", "--split", "--batch_size", "--corruption_samples", "--sharpness", "--bootstrap_seed")
+    words = without(argv, *OWN, "split", "batch_size", "bootstrap_seed", *_fields(SurvivalConfig))
+    return sharpness.main([*words, "--output_dir", str(folder / "sharpness")])
+
+
+def measure_survival(argv: list[str], folder: Path) -> Section:
+    """By `recipes/survival.py`, whose own report is written beside; its section becomes one of this report."""
+    from . import survival  # which imports this module
+
+    words = without(argv, *OWN, "num_examples", *_fields(SharpnessConfig))
+    return survival_section(survival.main([*words, "--output_dir", str(folder / "survival")]))
+
+
+OWN = ("output_dir", "corruption_samples", "sharpness", "survival")
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(entry.name for entry in dataclasses.fields(kind))
+
+
+def without(argv: Sequence[str], *names: str) -> list[str]:
+    """The command line without these options and their values."""
     words, skip = [], False
     for word in argv:
         if skip and not word.startswith("--"):
             continue
-        skip = word in own
-        if not skip and not word.startswith(tuple(f"{name}=" for name in own)):
+        name, equals, _ = word.removeprefix("--").partition("=")
+        is_left_out = word.startswith("--") and name in names
+        skip = is_left_out and not equals
+        if not is_left_out:
             words.append(word)
-    return sharpness.main([*words, "--output_dir", str(folder / "sharpness")])
+    return words

@@ -262,13 +262,15 @@ def recorded(
         **settings: The argument objects of the recipe, to be able to run it again.
     """
     sam = trainer.sam_config
+    trainer.run_phase = run_args.phase
     check_optimizer(trainer)
     arm = f"{sam.name} ({trainer.args.optim.value})" if sam.rho > 0 else trainer.args.optim.value
     noise = f"noise {data_args.label_noise:g}" if data_args.label_noise else "clean"
     with recording(
         Path(trainer.args.output_dir) / RECORD_NAME,
         trainer,
-        recipe={name: vars(value) for name, value in {**settings, "data": data_args}.items()},
+        recipe={name: vars(value) for name, value in {**settings, "data": data_args}.items()}
+        | ({"phase": run_args.phase} if run_args.phase else {}),
         task=run_args.task or Path(str(data_args.dataset)).name,
         arm=run_args.arm or arm,
         condition=run_args.condition or noise,

@@ -1,10 +1,10 @@
 """How sharp the loss is around fine-tuned checkpoints, on data given as in the other recipes.
 
-    accelerate launch recipes/sharpness.py --checkpoints adamw=outputs/digits_adamw sam=outputs/digits_sam
+    hf-sam sharpness --checkpoints adamw=outputs/digits_adamw sam=outputs/digits_sam
 
 The data are those that the first checkpoint's run record names; `--dataset` and the other data arguments of the
 training recipes come first. Writes `sharpness.json`, `report.html`, `report.md`, figures and their numbers to
-`--output_dir`. Under `accelerate launch` processes share the examples, and the numbers stay the same.
+`--output_dir`. With `--num_processes N` processes share the examples, and the numbers stay the same.
 """
 
 from __future__ import annotations
@@ -40,14 +40,22 @@ from hf_sam.sharpness import SharpnessConfig, Subset, SubsetLoss, line_between, 
 from ..experiments.provenance import describe_environment, peak_memory
 from ..experiments.records import RECORD_NAME, plain, read_record, write_json
 from ..reporting.sharpness import FORMAT, VERSION, write_sharpness_report
-from .command_line.arguments import parse_arguments, wants_help
+from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
+from .command_line.help import wants_help
 from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import ImageDataset, ImageTransform, output_size
 from .data.language import tokenize_texts
 from .data.loading import Splits
 from .data.texts import tokenize
-from .models import check_image_size, check_max_length, load_image_processor, load_tokenizer, model_class_names
+from .models import (
+    adapter_base,
+    check_image_size,
+    check_max_length,
+    load_image_processor,
+    load_tokenizer,
+    model_class_names,
+)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -180,7 +188,7 @@ def find_task(argv: Sequence[str]) -> str:
     if known.task is None and known.checkpoints:
         path = known.checkpoints[0].split("=", 1)[-1]
         with as_user_error(OSError, ValueError, prefix=f"{path} cannot be read (is this machine offline?): "):
-            config = AutoConfig.from_pretrained(_adapter_base(path) or path)
+            config = AutoConfig.from_pretrained(adapter_base(path) or path)
         name = (config.architectures or [""])[0]
         known.task = next((task for task, row in TASKS.items() if name in model_class_names(row.auto_class)), None)
     if known.task not in TASKS:
@@ -243,7 +251,7 @@ def load_checkpoint(
         UserError: It cannot be read, has no head for the task, or one for other classes than the data's.
     """
     path = model_args.model_name_or_path
-    base = _adapter_base(path)
+    base = adapter_base(path)
     names = columns[-1] if auto_class is not AutoModelForCausalLM else None
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": model_args.trust_remote_code}
     if base is not None and names is not None:
@@ -266,15 +274,6 @@ def load_checkpoint(
     has_own = any((Path(path) / file).is_file() for file in ("tokenizer_config.json", "preprocessor_config.json"))
     source = path if base is None or has_own else base
     return model, dataclasses.replace(model_args, model_name_or_path=source)
-
-
-def _adapter_base(path: str) -> str | None:
-    """The base model of a PEFT adapter, `None` for anything else."""
-    if not (Path(path) / "adapter_config.json").is_file():
-        return None
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(path).base_model_name_or_path
 
 
 # --- data per task -----------------------------------------------------------------------------------------------------

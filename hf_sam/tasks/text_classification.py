@@ -1,8 +1,8 @@
 """Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number; texts or pairs.
 
-    accelerate launch recipes/text_classification.py configs/text_classification/glue_mrpc.yaml --sam_method asam
+    hf-sam text-classification glue_mrpc --sam_method asam
 
-`--sam_rho 0` is the baseline with the same script and configuration.
+`--sam_rho 0` is the baseline with the same configuration.
 """
 
 from __future__ import annotations

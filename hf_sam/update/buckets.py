@@ -1,38 +1,71 @@
-"""Lists of tensors in groups that are worked on together."""
+"""Lists of tensors that are worked on together: as many operations as there are buckets, whatever the number of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 
+import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 # Temporary copies are made of this much at a time, counted in float32.
 BUCKET_BYTES = 64 * 2**20
-# A bucket is at most this share of a list, so that three temporary copies of it are less than the list: in a model of a few
-# tens of millions of weights 64 MiB are most of them.
-BUCKET_SHARE = 4
+# A bucket is at most this share of a list, unless it is smaller than this: in a model of a few tens of millions of weights
+# 64 MiB are most of them.
+BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**18
 # A piece of a tensor, copied to a wider type, is of this share of a list, but no less than this many numbers.
 PIECE_SHARE, SMALLEST_PIECE = 32, 2**12
+# Where, and for which types, a kernel adds a multiple to a whole list that reads the factor, and whether to add at all,
+# from the device. (On a CPU it drops most of a tensor of 16 bits; elsewhere its factor is float32.)
+_FUSED = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
+
+
+# --- in groups -----------------------------------------------------------------------------------------------------
+
+
+def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequence[int] = ()) -> list[list[int]]:
+    """Indices of tensors of one device and type each, in groups of at most `most_bytes` of the first list.
+
+    Args:
+        most_bytes (`int`, *optional*): Counted in float32; None for groups of any size.
+        apart (`Sequence[int]`, *optional*): One number for each tensor; tensors of different ones are kept apart.
+    """
+    first = lists[0]
+    if not first:
+        return []
+    sizes = [] if most_bytes is None else [4 * t.numel() for t in first]
+    is_alike = not any(apart) and all(len({*map(_dtype, ts)}) == 1 == len({*map(_device, ts)}) for ts in lists)
+    if is_alike and (most_bytes is None or sum(sizes) <= most_bytes):
+        return [list(range(len(first)))]
+    groups: dict[tuple, list[int]] = {}
+    filled: dict[tuple, int] = {}
+    complete = []
+    for i, tensor in enumerate(first):
+        key = (tensor.device, *(tensors[i].dtype for tensors in lists), apart[i] if apart else 0)
+        if most_bytes is not None:
+            if key in groups and filled[key] + sizes[i] > most_bytes:
+                complete.append(groups.pop(key))
+                filled[key] = 0
+            filled[key] = filled.get(key, 0) + sizes[i]
+        groups.setdefault(key, []).append(i)
+    return [*complete, *groups.values()]
 
 
 def buckets(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same groups of every list: of one device and type each, and at most `BUCKET_BYTES` and a quarter of the first one."""
-    most = min(BUCKET_BYTES, max(4 * sum(t.numel() for t in lists[0]) // BUCKET_SHARE, 4 * SMALLEST_PIECE))
-    groups: dict[tuple, list[int]] = {}
-    sizes: dict[tuple, int] = {}
+    """The same groups of every list: of one device and type each, and at most `bucket_bytes` of the first one."""
+    for group in grouped(*lists, most_bytes=bucket_bytes(lists[0])):
+        yield tuple(taken(tensors, group) for tensors in lists)
 
-    def group(indices: list[int]) -> tuple[list[Tensor], ...]:
-        return tuple([tensors[i] for i in indices] for tensors in lists)
 
-    for i, tensor in enumerate(lists[0]):
-        key = (tensor.device, *(tensors[i].dtype for tensors in lists))
-        size = 4 * tensor.numel()
-        if key in groups and sizes[key] + size > most:
-            yield group(groups.pop(key))
-            sizes[key] = 0
-        groups.setdefault(key, []).append(i)
-        sizes[key] = sizes.get(key, 0) + size
-    yield from map(group, groups.values())
+def bucket_bytes(tensors: Iterable[Tensor]) -> int:
+    """How much of these tensors a bucket may hold, counted in float32, for a few copies of it to be less than the whole."""
+    return min(BUCKET_BYTES, max(4 * sum(t.numel() for t in tensors) // BUCKET_SHARE, SMALLEST_BUCKET))
 
 
 def piece_size(tensors: Iterable[Tensor], share: int = PIECE_SHARE) -> int:
@@ -49,3 +82,242 @@ def pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return
     rows = max(1, size * len(tensors[0]) // numel)
     yield from zip(*(t.split(rows) for t in tensors), strict=True)
+
+
+def taken(entries: Sequence, group: list[int]) -> list:
+    """The entries at the indices of one group, which are sorted."""
+    return list(entries) if len(group) == len(entries) else [entries[i] for i in group]
+
+
+def for_each(
+    function: Callable[..., Sequence[Tensor]], *lists: Sequence[Tensor], most_bytes: int | None = None
+) -> list[Tensor]:
+    """The tensors that `function` makes of each group of the lists, in the order of the lists."""
+    groups = grouped(*lists, most_bytes=most_bytes)
+    if len(groups) == 1:
+        return list(function(*map(list, lists)))
+    made: list[Tensor] = [None] * len(lists[0])
+    for group in groups:
+        for i, tensor in zip(group, function(*(taken(tensors, group) for tensors in lists)), strict=True):
+            made[i] = tensor
+    return made
+
+
+def flattened(tensors: list[Tensor]) -> Tensor:
+    """One bucket as one vector, copied unless it is a single tensor."""
+    return tensors[0].reshape(-1) if len(tensors) == 1 else _flatten_dense_tensors(tensors)
+
+
+def in_float32(tensors: list[Tensor]) -> list[Tensor]:
+    """One bucket in float32 or better, to be read only: copied where it is in 16 bits."""
+    exact = torch.promote_types(tensors[0].dtype, torch.float32)
+    if tensors[0].dtype == exact:
+        return tensors
+    return list(_unflatten_dense_tensors(flattened(tensors).to(exact), tensors))
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Every number in memory of its own."""
+    return for_each(lambda group: torch._foreach_mul(group, 1), tensors)
+
+
+def multiplied(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """`factor` times every tensor, in new memory, rounded once."""
+
+    def one_group(group: list[Tensor]) -> Sequence[Tensor]:
+        if isinstance(factor, Tensor) and group[0].dtype.itemsize == 2:
+            return multiply_(torch._foreach_mul(group, 1), factor)
+        return torch._foreach_mul(group, _for(group[0], factor))
+
+    return for_each(one_group, tensors)
+
+
+def multiply_(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """The same in place."""
+    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+        if isinstance(factor, Tensor) and group[0].dtype.itemsize == 2:
+            # The kernel of gradient scalers: the factor stays in float32, which a product in 16 bits would round.
+            unused = torch.zeros((), device=group[0].device)
+            scale = factor.to(group[0].device, torch.float32)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, unused, scale)
+        else:
+            torch._foreach_mul_(group, _for(group[0], factor))
+    return tensors
+
+
+def add_number_(tensors: list[Tensor], number: float | Tensor) -> None:
+    """Add a number to every entry, in place."""
+    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+        if isinstance(number, Tensor):  # which `torch._foreach_add_` would read on the host
+            torch.ops.aten._foreach_add_.Tensor(group, _for(group[0], number))
+        else:
+            torch._foreach_add_(group, number)
+
+
+def add_(mine: list[Tensor], theirs: list[Tensor], factor: float | Tensor | None) -> None:
+    """`mine += factor * theirs`, in place."""
+    for left, right in buckets(mine, theirs):
+        if isinstance(factor, Tensor):
+            add_multiple_(left, right, factor)
+        else:
+            torch._foreach_add_(left, right, alpha=1 if factor is None else factor)
+
+
+def divide_(tensors: list[Tensor], divisor: float | Tensor) -> None:
+    """Divide in place."""
+    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+        if isinstance(divisor, Tensor) and group[0].dtype.itemsize == 2:
+            multiply_(group, 1 / divisor.float())
+        else:
+            torch._foreach_div_(group, _for(group[0], divisor))
+
+
+def add_multiple_(
+    mine: list[Tensor],
+    theirs: list[Tensor],
+    factor: float | Tensor,
+    unless: Tensor | None = None,
+    rounded: Callable[[Tensor, torch.dtype], Tensor] | None = None,
+) -> None:
+    """`mine += factor * theirs` for one bucket, computed in float32 or better, without waiting for the factor.
+
+    Args:
+        unless (`Tensor`, *optional*): Where this 0-dim flag is 1 nothing happens, whatever `theirs` holds; else it is 0.
+        rounded (`Callable`, *optional*): How sums are rounded to the type of `mine`, where not to the nearest.
+    """
+    weight = mine[0]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    if not isinstance(factor, Tensor):
+        factor = torch.full((), factor, dtype=exact, device=weight.device)
+    factor = factor.to(weight.device, exact)
+    rounds = rounded is not None and weight.dtype != exact
+    if not rounds and _lie_alike(mine, theirs):
+        # The optimizers' own kernel, uphill: one launch for the list, which reads the factor and the flag by itself.
+        torch._fused_sgd_(
+            mine,
+            theirs,
+            [],
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=factor,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            grad_scale=None,
+            found_inf=None if unless is None else unless.to(weight.device, torch.float32),
+        )
+        return
+    if len(mine) == 1 and weight.numel() > 4 * SMALLEST_PIECE:  # copies in float32 take twice the memory
+        parts = list(pieces(max(SMALLEST_PIECE, weight.numel() // (64 if rounds else 16)), weight, theirs[0]))
+    else:
+        parts = []
+    if len(parts) > 1:
+        for part, along in parts:
+            add_multiple_([part], [along], factor, unless, rounded)
+        return
+    change = flattened(theirs).to(exact) * factor
+    if unless is not None:
+        change = torch.where(unless.to(weight.device).bool(), torch.zeros_like(change), change)
+    total = change.add_(flattened(mine))
+    total = rounded(total, weight.dtype) if rounds else total.to(weight.dtype)
+    torch._foreach_copy_(mine, _unflatten_dense_tensors(total, mine))
+
+
+def _for(tensor: Tensor, factor: float | Tensor) -> float | Tensor:
+    return factor.to(tensor.device, tensor.dtype) if isinstance(factor, Tensor) else factor
+
+
+def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether both lists of one bucket have the same numbers at the same places, without gaps, where a kernel takes that."""
+    if mine[0].dtype != theirs[0].dtype or mine[0].dtype not in _FUSED.get(mine[0].device.type, ()):
+        return False
+    if all(map(Tensor.is_contiguous, mine)) and all(map(Tensor.is_contiguous, theirs)):
+        return True
+    return all(a.stride() == b.stride() and is_dense(a) for a, b in zip(mine, theirs, strict=True))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers fill a stretch of memory, each place once."""
+    if tensor.is_contiguous():
+        return True
+    steps = [(size - 1, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return all(stride > 0 for _, stride in steps) and sum(n * s for n, s in steps) + 1 == tensor.numel()
+
+
+# --- functions of lists --------------------------------------------------------------------------------------------
+
+
+def in_pairs_(
+    function: Callable[[list[Tensor], list[Tensor]], object], mine: list[Tensor], theirs: list[Tensor]
+) -> None:
+    """Call a function of two lists that changes the first, for each type and device."""
+    for group in grouped(mine, theirs):
+        function(taken(mine, group), taken(theirs, group))
+
+
+def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
+    """What a function makes of the lists of each type and device, number by number."""
+    return for_each(function, tensors)
+
+
+def map_lists(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
+    """What a function makes of lists of at most one bucket."""
+    return for_each(function, tensors, most_bytes=BUCKET_BYTES)
+
+
+def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]) -> None:
+    """The same in place."""
+    for (bucket,) in buckets(tensors):
+        function(bucket)
+
+
+# --- one number for each tensor ------------------------------------------------------------------------------------
+
+
+def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
+    """`||t||_order` of each tensor, 0-dim; of a tensor without numbers it is 0."""
+
+    def one_group(group: list[Tensor]) -> list[Tensor]:
+        if order in (1, 2) and group[0].device.type == "cpu" and group[0].dtype != dtype:
+            return [_norm(t, order, dtype) for t in group]  # there it is taken of a wider copy
+        if order in (1, 2, float("inf")):
+            return torch._foreach_norm(group, order, dtype=dtype)
+        powers = torch._foreach_abs(in_float32(group))  # for other orders there is no kernel for lists
+        torch._foreach_pow_(powers, order)
+        return torch._foreach_pow(torch._foreach_norm(powers, 1, dtype=dtype), 1 / order)
+
+    filled = [t for t in tensors if t.numel()]
+    most_bytes = None if order in (1, 2, float("inf")) else BUCKET_BYTES
+    found = for_each(one_group, filled, most_bytes=most_bytes) if filled else []
+    if len(filled) == len(tensors):
+        return found
+    of_filled = iter(found)
+    return [next(of_filled) if t.numel() else t.new_zeros((), dtype=dtype) for t in tensors]
+
+
+def _norm(tensor: Tensor, order: float, dtype: torch.dtype) -> Tensor:
+    size = max(4 * SMALLEST_PIECE, tensor.numel() // PIECE_SHARE)
+    parts = [torch.linalg.vector_norm(part, order, dtype=dtype) for (part,) in pieces(size, tensor)]
+    return torch.linalg.vector_norm(torch.stack(parts), order) if len(parts) > 1 else parts[0]
+
+
+def dots(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The inner product of each pair, 0-dim, computed in float32 or better.
+
+    There is no sum of single tensors for lists, but a norm: of products x, `sum x = 2 sum max(x, 0) - sum |x|`.
+    """
+
+    def one_group(a: list[Tensor], b: list[Tensor]) -> Sequence[Tensor]:
+        products = torch._foreach_mul(in_float32(a), in_float32(b))
+        sizes = norms(products, 1, dtype)
+        torch._foreach_clamp_min_(products, 0.0)
+        positive = norms(products, 1, dtype)
+        torch._foreach_mul_(positive, 2.0)
+        torch._foreach_sub_(positive, sizes)
+        return positive
+
+    return for_each(one_group, left, right, most_bytes=BUCKET_BYTES)

@@ -6,6 +6,7 @@ import collections
 import functools
 import random
 from collections.abc import Iterable, Iterator
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ _LIBRARIES = frozenset(
     ]
 )
 _DEEPEST = 4
+# Nothing is inside of these.
+_ATOMS = frozenset([str, int, float, bool, type(None), bytes])
 
 
 class Contents:
@@ -51,10 +54,13 @@ class Contents:
 
     def __init__(self, value: Any, is_deep: bool, depth: int = 0):
         self.value, self.is_deep = value, is_deep
+        self._is_generator = is_generator(value)
+        self._is_data = not self._is_generator and isinstance(value, Tensor | np.ndarray)
         self._copy: Any = None
-        self._entries: list[tuple[Any, Any]] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
         self._inner: list[Contents] = []
-        if is_generator(value):
+        if self._is_generator:
             self._copy = _state_of(value)
         elif isinstance(value, Tensor):
             self._version = value._version
@@ -62,43 +68,46 @@ class Contents:
         elif isinstance(value, np.ndarray):
             self._copy = value.copy() if is_deep else None
         else:
-            self._entries = list(_pairs(value))
+            self._keys, self._values = _keys_and_values(value)
             if depth < _DEEPEST:
-                inner = (v for _, v in self._entries if is_looked_into(v) or _is_plain_tensor(v))
+                inner = (
+                    v for v in self._values if type(v) not in _ATOMS and (is_looked_into(v) or _is_plain_tensor(v))
+                )
                 self._inner = [Contents(v, is_deep, depth + 1) for v in inner]
 
     def has_changed(self) -> bool:
         """Whether anything inside is no longer what it was, as far as it can be told; never for generators."""
         value = self.value
-        if is_generator(value):
+        if not self._is_generator and not self._is_data:
+            return not self._has_the_same_entries() or any(inner.has_changed() for inner in self._inner)
+        if self._is_generator:
             return False
         if isinstance(value, Tensor):
             return value._version != self._version or (self._copy is not None and not torch.equal(value, self._copy))
-        if isinstance(value, np.ndarray):
-            return self._copy is not None and not np.array_equal(value, self._copy)
-        return not self._has_the_same_entries() or any(inner.has_changed() for inner in self._inner)
+        return self._copy is not None and not np.array_equal(value, self._copy)
 
     def restore(self) -> None:
         """Put everything back, in place: whoever holds the value sees it."""
         value = self.value
-        if is_generator(value):
+        if self._is_generator:
             _set_state(value, self._copy)
-        elif isinstance(value, Tensor):
-            if self._copy is not None:
-                value.detach().copy_(self._copy)
-        elif isinstance(value, np.ndarray):
-            if self._copy is not None:
-                value[...] = self._copy
-        else:
+        elif not self._is_data:
             if not self._has_the_same_entries():
-                _refill(value, self._entries)
+                _refill(value, self._keys, self._values)
             for inner in self._inner:
                 inner.restore()
+        elif self._copy is not None:
+            if isinstance(value, Tensor):
+                value.detach().copy_(self._copy)
+            else:
+                value[...] = self._copy
 
     def _has_the_same_entries(self) -> bool:
-        now = list(_pairs(self.value))
-        return len(now) == len(self._entries) and all(
-            (a is c or a == c) and b is d for (a, b), (c, d) in zip(now, self._entries, strict=True)
+        keys, values = _keys_and_values(self.value)
+        return (
+            len(values) == len(self._values)
+            and all(map(is_, values, self._values))
+            and (all(map(is_, keys, self._keys)) or keys == self._keys)
         )
 
 
@@ -124,9 +133,9 @@ def entries(value: Any, depth: int = 0) -> int:
         return value.size
     if is_generator(value):
         return 1
-    pairs = list(_pairs(value))
-    inner = [v for _, v in pairs if is_looked_into(v)] if depth < _DEEPEST and len(pairs) <= 10_000 else []
-    return len(pairs) + sum(entries(v, depth + 1) for v in inner)
+    values = _keys_and_values(value)[1]
+    inner = [v for v in values if is_looked_into(v)] if depth < _DEEPEST and len(values) <= 10_000 else []
+    return len(values) + sum(entries(v, depth + 1) for v in inner)
 
 
 def modules_in(values: Iterable[Any], depth: int = 0) -> Iterator[nn.Module]:
@@ -165,24 +174,23 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _pairs(value: Any) -> Iterator[tuple[Any, Any]]:
+def _keys_and_values(value: Any) -> tuple[list[Any], list[Any]]:
     if isinstance(value, dict):
-        yield from value.items()
-    elif isinstance(value, _CONTAINERS):
-        yield from ((None, entry) for entry in value)
-    else:
-        yield from vars(value).items()
+        return list(value), list(value.values())
+    if isinstance(value, _CONTAINERS):
+        return [], list(value)
+    return list(vars(value)), list(vars(value).values())
 
 
-def _refill(value: Any, pairs: list[tuple[Any, Any]]) -> None:
+def _refill(value: Any, keys: list[Any], values: list[Any]) -> None:
     container = value if isinstance(value, _CONTAINERS) else vars(value)
     container.clear()
     if isinstance(container, dict):
-        dict.update(container, pairs)  # a Counter's own would count
+        dict.update(container, zip(keys, values, strict=True))  # a Counter's own would count
     elif isinstance(container, set):
-        container.update(entry for _, entry in pairs)
+        container.update(values)
     else:
-        container.extend(entry for _, entry in pairs)
+        container.extend(values)
 
 
 def _is_plain_tensor(value: Any) -> bool:

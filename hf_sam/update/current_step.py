@@ -65,7 +65,8 @@ class CurrentStep:
     @property
     def weights(self) -> Vector:
         """`w` over the perturbed parameters, where they are now."""
-        return Vector(self._selected, [local(p) for p in self._selected], self._space, is_shared=True)
+        weights = list(self._space.layout(self._selected).weights)
+        return Vector(self._selected, weights, self._space, is_shared=True)
 
     @cached_property
     def generator(self) -> torch.Generator:

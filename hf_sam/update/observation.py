@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import buckets
 from .parameters import Gradients, local
 from .perturbation import Perturbation
 from .roles import GROUPS
@@ -38,32 +39,52 @@ def record_displacement(
         shares_of (`Sequence[str]`): Record which share of the squared norm these groups have.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
-    local_parts = {p: local(gradient) for p, gradient in perturbed.items()}
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
-    for p, displacement, along, g_there in perturbation.displacement(kept, local_parts):
-        moved.append(p)
-        norms.append(torch.linalg.vector_norm(displacement))
-        direction = along if along is not None else gradient_in(displacement) if g_there is not None else None
-        if g_there is not None and direction is not None:
-            common.append(p)
-            dots.append(torch.sum(direction * g_there))
-            g.append(torch.linalg.vector_norm(direction))
-            g_s.append(torch.linalg.vector_norm(g_there.to(direction.dtype)))
+    for parameters, displacements, rows in perturbation.displacements():
+        moved += parameters
+        norms += torch._foreach_norm(displacements)
+        directions, seconds = [], []
+        for p, displacement in zip(parameters, displacements, strict=True):
+            direction = _cut(kept[p], rows) if p in kept else gradient_in(displacement) if p in perturbed else None
+            if p in perturbed and direction is not None:
+                common.append(p)
+                directions.append(direction)
+                seconds.append(_cut(local(perturbed[p]), rows))
+        if not directions:
+            continue
+        if space.in_buckets:
+            dtype = torch.promote_types(directions[0].dtype, torch.float32)
+            dots += buckets.dots(directions, seconds, dtype)
+            g += buckets.norms(directions, 2, dtype)
+            g_s += buckets.norms(seconds, 2, dtype)
+        else:
+            for direction, second in zip(directions, seconds, strict=True):
+                dots.append(torch.sum(direction * second))
+                g.append(torch.linalg.vector_norm(direction))
+                g_s.append(torch.linalg.vector_norm(second.to(direction.dtype)))
     if norms:
-        squares = [n**2 for n in norms]
+        squares = _stack(norms) ** 2
         total = _total(space, moved, squares)
         telemetry.record(sam_perturbation_norm=total.sqrt())
         for group in shares_of:
-            own = [n if groups.get(p) == group else torch.zeros_like(n) for p, n in zip(moved, squares, strict=True)]
-            telemetry.record(**{f"sam_share/{group}": _total(space, moved, own) / total})
+            own = torch.tensor([groups.get(p) == group for p in moved]).to(squares.device)
+            telemetry.record(**{f"sam_share/{group}": _total(space, moved, squares * own) / total})
     if dots:
-        squares = [_total(space, common, [n**2 for n in parts]) for parts in (g, g_s)]
-        telemetry.record(sam_cosine=_total(space, common, dots) / (squares[0] * squares[1]).sqrt())
+        squares = [_total(space, common, _stack(parts) ** 2) for parts in (g, g_s)]
+        telemetry.record(sam_cosine=_total(space, common, _stack(dots)) / (squares[0] * squares[1]).sqrt())
 
 
-def _total(space: Space, parameters: list[Parameter], parts: list[Tensor]) -> Tensor:
+def _cut(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor if rows == slice(None) else tensor[rows]
+
+
+def _total(space: Space, parameters: list[Parameter], parts: Tensor) -> Tensor:
+    return space.layout(parameters).reductions.sum(parts)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
     device = parts[0].device  # a model split over several devices has scalars on each
-    return space.reductions(parameters).sum(torch.stack([part.to(device) for part in parts]))
+    return torch.stack([part if part.device == device else part.to(device) for part in parts])
 
 
 def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, float]:

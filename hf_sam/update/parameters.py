@@ -81,6 +81,8 @@ class TrainedParameters:
             refuse_unmatched(self._perturb, self.names.values(), candidates)
         chosen = select(self._model, self._perturb, candidates)
         self.selected = list(chosen.values())
+        if len(self.selected) == len(self.trainable):
+            self.selected = self.trainable
         self._all = list(self.names)
         self._seen = self._state()
         return True
@@ -158,17 +160,31 @@ def _head_of(model: nn.Module) -> set[str]:
 # --- gradients -----------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a parameter or gradient, sharing its memory: the whole of it unless it is sharded."""
+    kind = type(tensor)
+    if kind is Tensor or (kind is Parameter and "ds_tensor" not in vars(tensor)):
+        return tensor.detach()
     if isinstance(tensor, DTensor):
-        return tensor.to_local()
+        with torch.no_grad():
+            return tensor.to_local()
     return getattr(tensor, "ds_tensor", tensor).detach()  # under DeepSpeed's ZeRO-3 one flat part
+
+
+def parts_of_gradients(gradients: Gradients, parameters: Sequence[Parameter]) -> list[Tensor]:
+    """This process's part of each parameter's gradient, sharing its memory; `parameters` in the order of `gradients`."""
+    found = gradients.values() if len(parameters) == len(gradients) else [gradients[p] for p in parameters]
+    return [g if type(g) is Tensor and not g.requires_grad else local(g) for g in found]
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether `local` of it is all of it."""
+    return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_tensor")
 
 
 def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
     """The gradient, divided among processes as its parameter is."""
-    if isinstance(gradient, DTensor) and gradient.placements != p.placements:
+    if type(gradient) is not Tensor and isinstance(gradient, DTensor) and gradient.placements != p.placements:
         return gradient.redistribute(placements=p.placements)
     return gradient
 
@@ -181,11 +197,11 @@ def take_gradients(parameters: Iterable[Parameter], *, are_views: bool = False) 
     """
     taken = {}
     for p in parameters:
-        if p.grad is not None:
-            is_view = not isinstance(p.grad, DTensor) and (
-                are_views or p.grad.untyped_storage().nbytes() > p.grad.nbytes
-            )
-            taken[p] = p.grad.clone() if is_view else laid_out_as(p, p.grad)
+        gradient = p.grad
+        if gradient is not None:
+            is_plain = type(gradient) is Tensor or not isinstance(gradient, DTensor)
+            is_view = is_plain and (are_views or gradient.untyped_storage().nbytes() > gradient.nbytes)
+            taken[p] = gradient.clone() if is_view else laid_out_as(p, gradient)
             p.grad = None
     return taken
 
@@ -199,6 +215,9 @@ def put_gradients(gradients: Gradients) -> None:
 @contextlib.contextmanager
 def gradients_only_for(chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
     """Backward passes inside compute no gradients of the other trainable parameters."""
+    if chosen is trainable:
+        yield
+        return
     wanted = set(chosen)
     others = [p for p in trainable if p not in wanted]
     for p in others:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn import Parameter
 
-from .buckets import PIECE_SHARE, buckets, piece_size, pieces
+from . import buckets
 from .parameters import local
 from .vector import Scalar, Vector
 
@@ -41,8 +40,9 @@ class Perturbation:
         swaps_memory: bool = False,
         in_buckets: bool = False,
     ):
-        self._saved: list[tuple[Parameter, Tensor]] = []  # in the order in which they were moved
-        self._moved: set[Parameter] = set()
+        # Parameters, their weights, and copies of these from before, in the order in which they were moved.
+        self._saved: list[tuple[Sequence[Parameter], list[Tensor], list[Tensor]]] = []
+        self._moved: set[int] = set()  # ids of parameters
         self._generator = generator
         self._renew_copies = renew_copies
         self._swaps_memory = swaps_memory
@@ -65,22 +65,15 @@ class Perturbation:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        if self._swaps_memory:
-            for p, original in self._saved:
-                p.data = original
-        elif self._in_buckets and self._saved:
-            for weights, originals in list(buckets(*self._lists()))[::-1]:
+        for parameters, weights, originals in reversed(
+            self._saved
+        ):  # of two that share memory the first was saved whole
+            if self._swaps_memory:
+                parameters[0].data = originals[0]
+            elif len(weights) == 1:
+                weights[0].copy_(originals[0])
+            else:
                 torch._foreach_copy_(weights, originals)
-            shared = Counter(local(p).data_ptr() for p, _ in self._saved)
-            for p, original in reversed(self._saved):  # as below
-                if shared[local(p).data_ptr()] > 1:
-                    local(p).copy_(original)
-        else:
-            for p, original in reversed(self._saved):  # of two that share memory the first one was saved whole
-                local(p).copy_(original)
-
-    def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [local(p) for p, _ in self._saved], [original for _, original in self._saved]
 
     @property
     def is_applied(self) -> bool:
@@ -97,7 +90,7 @@ class Perturbation:
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
             return
-        self._piece = piece_size(eps.tensors, PIECE_SHARE if self._generator is None else 4 * PIECE_SHARE)
+        self._piece = buckets.piece_size(eps.tensors, buckets.PIECE_SHARE * (1 if self._generator is None else 4))
         if self._in_buckets and not self._swaps_memory:
             self._add_in_buckets(eps, factor)
         else:
@@ -108,53 +101,69 @@ class Perturbation:
 
     def _add_one(self, p: Parameter, direction: Tensor, factor: Scalar, is_shared: bool) -> None:
         weight = local(p)
-        if p in self._moved:
+        if id(p) in self._moved:
             weight.copy_(self._sum(weight, direction, factor))
         elif self._swaps_memory:
-            self._save(p, p.data)  # from here on an interruption is undone
+            self._save([p], [weight], [p.data])  # from here on an interruption is undone
             fits = not is_shared and direction.dtype == weight.dtype
             out = direction if fits else torch.empty_like(weight)
             p.data = self._sum(weight, direction, factor, out=out)
         else:
             moved = self._sum(weight, direction, factor)
             keeps_all = not is_shared and direction.dtype == weight.dtype
-            self._save(p, direction.copy_(weight) if keeps_all else weight.clone())
+            self._save([p], [weight], [direction.copy_(weight) if keeps_all else weight.clone()])
             weight.copy_(moved)  # an interruption from here on is undone
 
-    def _save(self, p: Parameter, original: Tensor) -> None:
-        self._saved.append((p, original))
-        self._moved.add(p)
+    def _save(self, parameters: Sequence[Parameter], weights: list[Tensor], originals: list[Tensor]) -> None:
+        self._saved.append((parameters, weights, originals))
+        self._moved.update(map(id, parameters))
 
     def _add_in_buckets(self, eps: Vector, factor: Scalar) -> None:
         """As many operations as there are buckets, whatever the number of tensors."""
-        owner = {id(t): p for p, t in zip(eps.parameters, eps.tensors, strict=True)}
-        for directions, weights in buckets(eps.tensors, [local(p) for p in eps.parameters]):
-            moved = self._sum(_flatten_dense_tensors(weights), _flatten_dense_tensors(directions), factor)
-            parameters = [owner[id(t)] for t in directions]
-            if not self._moved.issuperset(parameters):
-                keeps_all = not eps.is_shared and directions[0].dtype == weights[0].dtype
-                originals = directions if keeps_all else torch._foreach_mul(weights, 1)
-                if keeps_all:
-                    torch._foreach_copy_(originals, weights)
-                for p, original in zip(parameters, originals, strict=True):
-                    if p not in self._moved:
-                        self._save(p, original)
-            torch._foreach_copy_(weights, _unflatten_dense_tensors(moved, weights))
-            del moved  # before the next one is computed
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, dtype=torch.float32, device=eps.tensors[0].device)
+        parameters, directions, layout = eps.parameters, eps.tensors, eps.layout
+        is_zero = (factor == 0).float()  # then directions need not be numbers
+        rounded = None if self._generator is None else partial(round_stochastically, generator=self._generator)
+        apart = layout.turns  # weights that share memory one after the other, not within one kernel
+        if self._moved:
+            apart = [2 * turn + (id(p) in self._moved) for turn, p in zip(apart, parameters, strict=True)]
+        for group in buckets.grouped(
+            layout.weights, directions, most_bytes=buckets.bucket_bytes(directions), apart=apart
+        ):
+            owners, weights, along = (
+                buckets.taken(entries, group) for entries in (parameters, layout.weights, directions)
+            )
+            if id(owners[0]) in self._moved:
+                buckets.add_multiple_(weights, along, factor, is_zero, rounded)
+                continue
+            self._save(owners, weights, torch._foreach_mul(weights, 1))  # an interruption from here on is undone
+            buckets.add_multiple_(weights, along, factor, is_zero, rounded)
+            if not eps.is_shared and along[0].dtype == weights[0].dtype:
+                torch._foreach_copy_(along, self._saved[-1][2])  # so that only a bucket is held twice
+                self._saved[-1] = (owners, weights, along)
 
-    def displacement(self, *others: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor, ...]]:
-        """What was really added to parameters after rounding, `(w + eps) - w`, with what `others` hold of the same weights.
+    def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """What was really added to parameters after rounding, `(w + eps) - w`, one part of one of them at a time."""
+        for parameters, moved, _ in self.displacements():
+            yield from zip(parameters, moved, strict=True)
 
-        One part of one parameter at a time: all else that a step holds is held beside it. None where one of `others` has
-        nothing of a parameter.
-        """
-        size = piece_size((original for _, original in self._saved), 4 * PIECE_SHARE)  # nothing else has been given up
-        for p, original in self._saved:
-            held = [other.get(p) for other in others]
-            for weight, saved, *parts in pieces(size, local(p), original, *(t for t in held if t is not None)):
-                rest = iter(parts)
-                displacement = weight.to(torch.promote_types(p.dtype, torch.float32)) - saved
-                yield p, displacement, *(None if t is None else next(rest) for t in held)
+    def displacements(self) -> Iterator[tuple[Sequence[Parameter], list[Tensor], slice]]:
+        """The same of several parameters at a time, or of some rows of a large one; all else is held beside it."""
+        size = buckets.piece_size((t for _, _, originals in self._saved for t in originals), 4 * buckets.PIECE_SHARE)
+        for parameters, weights, originals in self._saved:
+            if self._swaps_memory:
+                weights = [local(p) for p in parameters]
+            for group in buckets.grouped(weights, originals, most_bytes=4 * size):
+                owners, moved, saved = (buckets.taken(entries, group) for entries in (parameters, weights, originals))
+                if len(owners) > 1:
+                    yield owners, list(torch._foreach_sub(*map(buckets.in_float32, (moved, saved)))), slice(None)
+                    continue
+                exact, row = torch.promote_types(moved[0].dtype, torch.float32), 0
+                for now, before in buckets.pieces(size, moved[0], saved[0]):
+                    rows = slice(row, row + len(now)) if now.dim() and now.shape != moved[0].shape else slice(None)
+                    row = rows.stop or 0
+                    yield owners, [now.to(exact) - before], rows
 
     def _sum(self, weight: Tensor, direction: Tensor, factor: Scalar, out: Tensor | None = None) -> Tensor:
         """`weight + factor * direction`, in float32 or better before it is rounded."""
@@ -168,7 +177,9 @@ class Perturbation:
         if weight.dtype == exact and out is None:
             return self._exact_sum(weight, direction, factor)
         out = torch.empty_like(weight) if out is None else out
-        for part, along, target in pieces(self._piece, weight, direction, out):  # float32 copies take twice the memory
+        for part, along, target in buckets.pieces(
+            self._piece, weight, direction, out
+        ):  # float32 takes twice the memory
             moved = self._exact_sum(part, along, factor)
             if self._generator is not None and weight.dtype != exact:
                 moved = round_stochastically(moved, weight.dtype, self._generator)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .buckets import buckets, piece_size, pieces
+from . import buckets
 
 
 class Reductions:
@@ -18,9 +18,6 @@ class Reductions:
     `ShardedReductions` overrides `sum` and `max`, through which every other method goes.
     """
 
-    # Whether tensors may be added up together before `sum` sees them.
-    treats_all_alike = True
-
     def sum(self, parts: Tensor) -> Tensor:
         """Add one value per tensor, shape `(n,)`, up to a scalar."""
         return parts.sum()
@@ -29,26 +26,41 @@ class Reductions:
         """The largest of one value per tensor, shape `(n,)`."""
         return parts.max()
 
-    def norm(self, tensors: list[Tensor], order: float = 2.0) -> Tensor:
+    def norm(self, tensors: list[Tensor], order: float = 2.0, in_buckets: bool = False) -> Tensor:
         """`||v||_order` of the concatenation `v` of all tensors, for `order` in [1, inf]."""
         dtype = accumulation_dtype(tensors)
+        if in_buckets:
+            return self.together(_stack(buckets.norms(tensors, order, dtype)), order)
         if order == float("inf"):  # which an empty shard does not have
-            largest = [torch.linalg.vector_norm(t, order) if t.numel() else t.new_zeros(()) for t in tensors]
-            return self.max(_stack([value.to(dtype) for value in largest]))
-        if any(t.dtype != dtype and t.device.type == "cpu" for t in tensors):  # there norms are taken of a wider copy
-            size = piece_size(tensors)
-            parts = _stack([_sum_of_powers(pieces(size, t), order, dtype) for t in tensors])
+            parts = _stack(
+                [
+                    torch.linalg.vector_norm(t, order).to(dtype) if t.numel() else t.new_zeros((), dtype=dtype)
+                    for t in tensors
+                ]
+            )
+        elif any(t.dtype != dtype and t.device.type == "cpu" for t in tensors):  # there norms are taken of a wider copy
+            size = buckets.piece_size(tensors)
+            parts = _stack([_norm_of_pieces(buckets.pieces(size, t), order, dtype) for t in tensors])
         else:
-            parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype)) ** order
-        return self.sum(parts) ** (1 / order)
+            parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
+        return self.max(parts) if order == float("inf") else self.sum(parts**order) ** (1 / order)
+
+    def together(self, norms: Tensor, order: float) -> Tensor:
+        """The norm of the whole, given that of each tensor, shape `(n,)`."""
+        return torch.linalg.vector_norm(norms, order)
 
     def dot(self, left: list[Tensor], right: list[Tensor], in_buckets: bool = False) -> Tensor:
         """The inner product of the concatenations of both lists."""
         dtype = accumulation_dtype(left)
-        # As many operations as there are buckets, each on a copy of at most one.
-        groups = buckets(left, right) if in_buckets and self.treats_all_alike else zip(left, right, strict=True)
-        size = piece_size(left)
-        return self.sum(_stack([_dot(_flat(a), _flat(b), dtype, size) for a, b in groups]))
+        if in_buckets:
+            return self.sum(_stack(buckets.dots(left, right, dtype)))
+        size = buckets.piece_size(left)
+        pairs = zip(left, right, strict=True)
+        return self.sum(_stack([_dot(a.flatten(), b.flatten(), dtype, size) for a, b in pairs]))
+
+    def count(self, tensors: list[Tensor]) -> int:
+        """How many numbers there are, over all processes."""
+        return sum(t.numel() for t in tensors)
 
 
 class ShardedReductions(Reductions):
@@ -60,13 +72,11 @@ class ShardedReductions(Reductions):
             part of it, so that what is replicated counts once.
     """
 
-    treats_all_alike = False
-
     def __init__(self, shares: list[Tensor]):
-        self._shares = shares
+        self._shares = torch.stack(shares)
 
     def sum(self, parts: Tensor) -> Tensor:
-        total = torch.sum(parts * torch.stack(self._shares).to(parts.dtype))
+        total = torch.sum(parts * self._shares.to(parts.dtype))
         dist.all_reduce(total)
         return total
 
@@ -75,31 +85,35 @@ class ShardedReductions(Reductions):
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest
 
+    def together(self, norms: Tensor, order: float) -> Tensor:
+        return self.max(norms) if order == float("inf") else self.sum(norms**order) ** (1 / order)
+
+    def count(self, tensors: list[Tensor]) -> int:
+        """How many numbers there are, over all processes; waits for them."""
+        counts = torch.tensor([t.numel() for t in tensors], dtype=torch.float64, device=self._shares.device)
+        return int(self.sum(counts).item())
+
 
 def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
     """float64 where any tensor is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
 def _stack(scalars: list[Tensor]) -> Tensor:
-    device = scalars[0].device  # a model split over several devices has scalars on each
-    return torch.stack([scalar.to(device) for scalar in scalars])
-
-
-def _flat(tensors: Tensor | list[Tensor]) -> Tensor:
-    if isinstance(tensors, Tensor):
-        return tensors.flatten()
-    return torch.cat([t.flatten() for t in tensors]) if len(tensors) > 1 else tensors[0].flatten()
+    device = scalars[0].device
+    if any(scalar.device != device for scalar in scalars):  # a model split over several devices has scalars on each
+        scalars = [scalar.to(device) for scalar in scalars]
+    return torch.stack(scalars)
 
 
 def _dot(left: Tensor, right: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     """The inner product of two flat tensors, in `dtype`, without a copy of either as a whole."""
     if left.dtype == right.dtype == dtype:
         return torch.dot(left, right)
-    products = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in pieces(size, left, right)]
+    products = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in buckets.pieces(size, left, right)]
     return torch.stack(products).sum() if len(products) > 1 else products[0]
 
 
-def _sum_of_powers(parts: Iterable[tuple[Tensor]], order: float, dtype: torch.dtype) -> Tensor:
-    powers = [torch.linalg.vector_norm(part, order, dtype=dtype) ** order for (part,) in parts]
-    return torch.stack(powers).sum() if len(powers) > 1 else powers[0]
+def _norm_of_pieces(parts: Iterable[tuple[Tensor]], order: float, dtype: torch.dtype) -> Tensor:
+    norms = [torch.linalg.vector_norm(part, order, dtype=dtype) for (part,) in parts]
+    return torch.linalg.vector_norm(torch.stack(norms), order) if len(norms) > 1 else norms[0]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .contents import Contents, entries, is_looked_into, modules_in
+from .random_states import RandomStates
 
 # What `nn.Module` itself keeps in `__dict__`; its tensors are looked at through `_buffers` and `_parameters`.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
@@ -23,28 +22,6 @@ _MOST_ENTRIES = 10_000
 _PLAIN = (Tensor, nn.Parameter)
 # Optimizer steps in which passes are watched by value, when a run begins and whenever modules have changed.
 _WATCHED_STEPS = 2
-
-
-class RandomStates:
-    """The state of every global generator that a forward pass may draw from: torch's on each device, numpy's, python's."""
-
-    def __init__(self, devices: Iterable[torch.device]):
-        self._torch = torch.get_rng_state()
-        self._accelerators = [
-            (device, torch.get_device_module(device).get_rng_state(device))
-            for device in devices
-            if device.type != "cpu"
-        ]
-        self._numpy = np.random.get_state()  # SpecAugment masks of speech models are drawn from numpy
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        """Set every generator to the state captured."""
-        torch.set_rng_state(self._torch)
-        for device, state in self._accelerators:
-            torch.get_device_module(device).set_rng_state(state, device)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
 
 
 @dataclass

@@ -15,7 +15,8 @@ from ..config import Parts, SAMConfig
 from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, Step, overrides
 from .batches import ChangedInputs, MicroBatch
 from .parameters import Gradients, TrainedParameters
-from .replay import PassState, RandomStates, Snapshot
+from .random_states import RandomStates
+from .replay import PassState, Snapshot
 from .telemetry import Cost, Telemetry
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class PassRunner:
         cost: Cost,
     ):
         self.parts, self.state, self.changed_inputs = parts, state, ChangedInputs()
+        self._needs = parts.needs
         self.index, self.is_repeating = 0, False
         self.adding_up: str | None = None
         self.adding_up_is_settled = False
@@ -93,13 +95,13 @@ class PassRunner:
     @property
     def descends_on_part(self) -> bool:
         """Whether the descent pass leaves examples out."""
-        chooses = bool(self.parts.needs & Needs.SUBSET)
+        chooses = bool(self._needs & Needs.SUBSET)
         return chooses and self.parts.descent.examples(torch.zeros(2), torch.zeros(2)) is not None
 
     @property
     def takes_parts(self) -> bool:
         """Whether passes may see parts of a batch."""
-        chooses = bool(self.parts.needs & (Needs.SUBSET | Needs.UNEVEN_PASSES))
+        chooses = bool(self._needs & (Needs.SUBSET | Needs.UNEVEN_PASSES))
         return not self.sees_all or self._config.m is not None or chooses
 
     def ascend(
@@ -161,7 +163,7 @@ class PassRunner:
             with self._cost.full_pass(batch.fraction):
                 last = batch is window[-1]
                 losses.append(self._passes.run(model, batch, synced=synced and last, is_ascent=is_ascent))
-        return torch.stack(losses).sum()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def add_hessian_products(self, window: list[MicroBatch], vector: Gradients, product: Gradients) -> None:
         """Add `H vector` of the window's loss at the present weights to `product`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from ..config import SAMConfig
 
 # A learning rate given as a function of the step is looked at this often to find its peak.
 _LOOKS = 1000
+
+
+class Kind(Enum):
+    """What an optimizer step does."""
+
+    PLAIN = "the stock step"
+    BETWEEN = "one pass at w, whose gradient the descent changes"
+    ONE_PASS = "one pass, at w + eps"
+    TWO_PASSES = "a pass at w, then one at w + eps"
 
 
 @dataclass(frozen=True)

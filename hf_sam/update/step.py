@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +12,17 @@ from torch.nn import Parameter
 from transformers.utils import logging
 
 from ..config import Parts, SAMConfig
-from ..methods.base import Needs, copies_for_cosine, overrides
+from ..methods.base import Needs, overrides
+from .ascent_step import AscentStep
 from .batches import MicroBatch
 from .current_step import CurrentStep
 from .memory import Memory
-from .observation import record_displacement
-from .parameters import Gradients, TrainedParameters, local, put_gradients, take_gradients
+from .optimizer_gradient import OptimizerGradient
+from .parameters import Gradients, TrainedParameters, put_gradients, take_gradients
 from .perturbation import Perturbation
 from .replay import PassState
-from .roles import GROUPS, groups_of
 from .runner import Passes, PassRunner
-from .schedule import Schedule, lr_fraction, peak_lr
+from .schedule import Kind, Schedule, lr_fraction, peak_lr
 from .telemetry import Cost, Telemetry
 from .vector import Space, Vector
 
@@ -34,15 +33,6 @@ logger = logging.get_logger(__name__)
 
 # Whether to work on whole lists, as on an accelerator; None asks the device. Tests set it.
 IN_BUCKETS: bool | None = None
-
-
-class Kind(Enum):
-    """What an optimizer step does."""
-
-    PLAIN = "the stock step"
-    BETWEEN = "one pass at w, whose gradient the descent changes"
-    ONE_PASS = "one pass, at w + eps"
-    TWO_PASSES = "a pass at w, then one at w + eps"
 
 
 class SharpnessAwareUpdate:
@@ -101,16 +91,18 @@ class SharpnessAwareUpdate:
         roots = [model, *(others or {}).values()]
         state = PassState(roots, owner, ignored, not engine.parameters_move, looked_into)
         self.runner = PassRunner(passes, config, self.parts, engine, self.parameters, state, self.telemetry, self.cost)
+        self.outgoing = OptimizerGradient(
+            descent, engine, self.parameters, self.space, self.runner, self.scope, self.device
+        )
+        self.ascent_step = AscentStep(
+            self.parts, config, engine, self.parameters, self.space, optimizer, self.telemetry, model
+        )
         self.index, self.kind = 0, Kind.PLAIN
-        self._model, self._optimizer, self._seed = model, optimizer, seed
+        self._optimizer, self._seed = optimizer, seed
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
-        self._begins, self._micro = True, 0
-        self._is_unsettled, self._looks_again = False, False
-        self._has_overflowed: Tensor | None = None  # an ascent pass of this step, under fp16
-        self._observed: Vector | None = None
-        self._has_checked_shapes = False
+        self._begins, self._micro, self._is_unsettled, self._looks_again = True, 0, False, False
 
     # --- Algorithm 1 -----------------------------------------------------------------------------------------------
 
@@ -173,12 +165,18 @@ class SharpnessAwareUpdate:
         accumulated, self._accumulated = self._accumulated, {}
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
-        clean = self._vector(gradients).clone() if self.needs & Needs.CLEAN_GRADIENT else None
+        g = self.outgoing.vector(gradients, self.parameters.selected)
+        clean = self._copy(g, gradients) if self.needs & Needs.CLEAN_GRADIENT else None
         can_repeat = self._can_repeat(window)
-        with self.runner.leaving_no_trace(), self._perturbation() as weights, self.parts.ascent.applied(self._step()):
-            eps = self._eps(self._vector(gradients, self.parameters.selected)) if can_repeat else None
+        with (
+            self.runner.leaving_no_trace(),
+            self.ascent_step.weights(self._step()) as weights,
+            self.parts.ascent.applied(self._step()),
+        ):
+            eps = self._eps(g) if can_repeat else None
+            del g
             if eps is None and self._is_complete:  # this step goes along g
-                self._hand_over(self._vector(gradients), gradients, accumulated, is_last)
+                self.outgoing.hand_over(self.outgoing.vector(gradients), gradients, accumulated, is_last)
                 return clean_loss
             gradients.clear()  # of an eps that is made of something else: g is not needed any more
             if eps is not None:
@@ -190,17 +188,29 @@ class SharpnessAwareUpdate:
             # g_s = grad L(w + eps), in p.grad; left to each rank where the ranks' mean is taken of what is made of it
             synced = is_last and (self.scope == "global" or not (self.parts.combines or self.parts.ascent.may_skip))
             perturbed_loss = self.runner.descend(model, window, synced=synced)
-            if self._is_measured:
+            if self.ascent_step.is_measured:
                 # Where other micro-batches' gradients have been added to g_s there is no cosine.
                 is_alone = self.parts.combines or not accumulated
-                self._observe(weights, clean, self.engine.gradients(self.parameters.selected) if is_alone else {})
+                perturbed = self.engine.gradients(self.parameters.selected) if is_alone else {}
+                self.ascent_step.observe(weights, clean, perturbed)
         if self.parts.combines:  # w again
             with self.runner.leaving_no_trace():
-                self._combine(clean, accumulated, window, is_last)
+                step = self._step(window=window if self.needs & Needs.HVP else None)
+                self.outgoing.combine(clean, accumulated, step, is_last)
         elif self.parts.ascent.may_skip:
-            self._average(is_last)
+            self.outgoing.average(is_last)
         self.telemetry.add(perturbed_loss=perturbed_loss)
         return clean_loss if self.runner.sees_all else perturbed_loss
+
+    def _copy(self, g: Vector, gradients: Gradients) -> Vector:
+        """A copy of the whole gradient; where that is `g` its norm is taken once for both."""
+        if self.parameters.selected is not self.parameters.trainable:
+            return self.outgoing.vector(gradients).clone()
+        g.norm()
+        return g.clone()
+
+    def _eps(self, g: Vector, is_first: bool = True) -> Vector | None:
+        return self.ascent_step.eps(g, self._step(self.rho / self.parts.ascent.ascent_steps), self.rho, is_first)
 
     def _step_on_part(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """The examples that the method names at `w + eps`, eps from their own gradient; the others at `w`."""
@@ -218,7 +228,7 @@ class SharpnessAwareUpdate:
             part = (batch.part(chosen) if len(others) else batch).times(ascent.tail_weight)
             losses.append(self._two_pass_step(model, part, is_last))
         else:
-            self._average(is_last)
+            self.outgoing.average(is_last)
         return torch.stack(losses).sum()
 
     def _can_repeat(self, window: list[MicroBatch]) -> bool:
@@ -239,7 +249,7 @@ class SharpnessAwareUpdate:
         """The inner ascent steps after the first one."""
         for _ in range(1, self.parts.ascent.ascent_steps):
             self.runner.run_all(model, window, synced=is_last and self.scope == "global", is_ascent=True)
-            g = self._vector(self.engine.take_gradients(self.parameters.trainable), self.parameters.selected)
+            g = self.outgoing.vector(self.engine.take_gradients(self.parameters.trainable), self.parameters.selected)
             eps = self._eps(g, is_first=False)
             if eps is not None:
                 weights.add(eps)
@@ -249,14 +259,14 @@ class SharpnessAwareUpdate:
         if callable(getattr(self._optimizer, "train", None)):
             self._optimizer.train()  # schedule-free optimizers move the weights here: before eps, not within
         step = self._step()
-        with self._perturbation() as weights, self.parts.ascent.applied(step):
-            eps = self._checked(self.parts.ascent.eps(None, step))
+        with self.ascent_step.weights(self._step()) as weights, self.parts.ascent.applied(step):
+            eps = self.ascent_step.checked(self.parts.ascent.eps(None, step))
             if eps is not None:
                 self.telemetry.record(sam_rho=self.parts.ascent.radius(step))
                 weights.add(eps)
             loss = self.runner.run_all(model, [batch], synced=True)
-            if self._is_measured and eps is not None:
-                self._observe(weights, None, {})
+            if self.ascent_step.is_measured and eps is not None:
+                self.ascent_step.observe(weights, None, {})
         self.telemetry.add(perturbed_loss=loss)
         return loss
 
@@ -264,9 +274,7 @@ class SharpnessAwareUpdate:
         """A plain pass, whose gradient the descent leads along what it has kept."""
         loss = self.runner.run_all(model, [batch], synced=self.scope == "global")
         if is_last:
-            gradients = self.engine.take_gradients(self.parameters.trainable)
-            g = self.parts.descent.between(self._vector(gradients), self._step())
-            self._hand_over(self._returned(g, "between"), gradients, {}, is_last)
+            self.outgoing.between(self._step(), is_last)
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
@@ -279,9 +287,9 @@ class SharpnessAwareUpdate:
         self.settle()
         if self.parameters.refresh():
             self.runner.parameters_changed()
-            self.space.position.update({p: i for i, p in enumerate(self.parameters.names)})
+            self.space.changed(list(self.parameters.names))
         self.index = self.runner.index = index
-        self._is_measured = measured
+        self.ascent_step.is_measured = measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
         looks = self.kind is Kind.TWO_PASSES
@@ -320,14 +328,15 @@ class SharpnessAwareUpdate:
             return
         self._is_unsettled = False
         was_skipped = self.runner.was_skipped()
-        if self._has_overflowed is not None:  # the optimizer may have stepped all the same, along a finite g_s
-            was_skipped |= bool(self._has_overflowed)
-            self._has_overflowed = None
+        overflow, self.ascent_step.has_overflowed = self.ascent_step.has_overflowed, None
+        if overflow is not None:  # the optimizer may have stepped all the same, along a finite g_s
+            was_skipped |= bool(overflow)
         self.memory.settle(was_skipped)
         # What a skipped step would have found out is looked for in the next one, not an interval later.
         self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
 
-    def _step(self, rho: float | None = None) -> CurrentStep:
+    def _step(self, rho: float | None = None, window: list[MicroBatch] | None = None) -> CurrentStep:
+        """What the method may ask; about the curvature where the micro-batches of the `window` are given."""
         rank = self.engine.rank if self.scope != "global" else 0
         return CurrentStep(
             index=self.index,
@@ -343,144 +352,15 @@ class SharpnessAwareUpdate:
             telemetry=self.telemetry,
             attached=self.attached,
             loss_scale=self.engine.loss_scale(self.device),
+            hessian_product=None if window is None else partial(self.outgoing.hessian_product, window),
         )
-
-    # --- gradients and weights ---------------------------------------------------------------------------------------
-
-    def _vector(self, gradients: Gradients, over: Sequence[Parameter] | None = None) -> Vector:
-        """Gradients, unscaled, as a Vector that shares their memory."""
-        parameters = [p for p in (self.parameters.trainable if over is None else over) if p in gradients]
-        scale = self.engine.loss_scale(self.device)
-        factor = 1 / scale if isinstance(scale, Tensor) else None
-        return Vector(parameters, [local(gradients[p]) for p in parameters], self.space, factor=factor)
-
-    def _perturbation(self) -> Perturbation:
-        """A context in which weights can be moved, and after which they are bitwise what they were."""
-        generator = self._step().generator if self.config.stochastic_rounding else None
-        swaps_memory = self.device.type == "cpu" and not self.engine.parameters_are_views and not self.space.in_buckets
-        return Perturbation(generator, self.engine.renew_copies, swaps_memory, self.space.in_buckets)
-
-    def _eps(self, g: Vector, is_first: bool = True) -> Vector | None:
-        """The perturbation that the method makes of `g`, which it consumes."""
-        if not len(g):  # nothing that is perturbed took part in this pass
-            return None
-        ascent = self.parts.ascent
-        step = self._step(self.rho / ascent.ascent_steps)
-        norm = g.norm()
-        if self.engine.may_skip_steps and self.memory.names:
-            overflows = ~torch.isfinite(norm)
-            self._has_overflowed = overflows if self._has_overflowed is None else self._has_overflowed | overflows
-        if is_first and self._is_measured and self._wants_copy:
-            self._observed = g.clone()
-        if getattr(ascent, "weight_decay_in_ascent", False):
-            self._add_weight_decay(g)
-        eps = self._checked(ascent.eps(g if ascent.needs & Needs.GRADIENT else None, step), norm)
-        if eps is not None and is_first:
-            self.telemetry.record(sam_rho=self.rho, sam_ascent_grad_norm=norm)
-            if self._is_measured and ascent.ascent_steps == 1:
-                self.telemetry.record(_intended_norm=eps.norm())
-        return eps
-
-    def _checked(self, eps: Vector | None, norm: Tensor | None = None) -> Vector | None:
-        """`eps` over perturbed parameters only, and 0 where it or the gradient is not finite.
-
-        Raises:
-            ValueError: It is no Vector, or has not the shape of the weights.
-        """
-        if eps is None:
-            return None
-        name = f"{type(self.parts.ascent).__name__}.eps"
-        if not isinstance(eps, Vector):
-            raise ValueError(
-                f"{name} must return a Vector over the perturbed parameters, or None, not {type(eps).__name__}."
-            )
-        eps = eps.over(self.parameters.selected)
-        if not self._has_checked_shapes:
-            self._has_checked_shapes = True
-            for p, part in zip(eps.parameters, eps.tensors, strict=True):
-                if part.shape != local(p).shape:
-                    raise ValueError(
-                        f"{name} must have the shape of the weights: for {self.parameters.names[p]} it is "
-                        f"{list(part.shape)} instead of {list(local(p).shape)}."
-                    )
-        if not len(eps):
-            return None
-        size = eps.norm()
-        is_usable = torch.isfinite(size) & (size > 0)
-        if norm is not None:
-            is_usable &= torch.isfinite(norm)
-        return eps.where(is_usable)
-
-    def _add_weight_decay(self, g: Vector) -> None:
-        decay = {p: group.get("weight_decay", 0.0) for group in self._optimizer.param_groups for p in group["params"]}
-        for factor in dict.fromkeys(decay.get(p, 0.0) for p in g.parameters):
-            if factor:
-                g += self._step().weights.over([p for p in g.parameters if decay.get(p) == factor]) * factor
-
-    def _combine(self, clean: Vector | None, accumulated: Gradients, window: list[MicroBatch], is_last: bool) -> None:
-        """From `g` and `g_s` to what the optimizer steps along, added to what earlier micro-batches `accumulated`.
-
-        Where `g` and `g_s` are this rank's own, so is the combination, and the ranks' mean is taken at the end.
-        """
-        step = self._step()
-        if self.needs & Needs.HVP:
-            step._hessian_product = partial(self._hessian_product, window)
-        perturbed = take_gradients(self.parameters.trainable)
-        g_s = self._vector(perturbed)
-        if clean is not None:  # a parameter may take part in one of the passes only
-            clean, g_s = clean.widened(g_s), g_s.widened(clean)
-        gradient = self._returned(self.parts.descent.gradient(clean, g_s, step), "gradient")
-        self._hand_over(gradient, perturbed, accumulated, is_last)
-
-    def _returned(self, gradient: Any, method: str) -> Vector:
-        """What the descent has returned; an error that names it where that is no Vector."""
-        if not isinstance(gradient, Vector):
-            raise ValueError(
-                f"{type(self.parts.descent).__name__}.{method} must return a Vector over the trainable parameters, not "
-                f"{type(gradient).__name__}."
-            )
-        return gradient
-
-    def _hand_over(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
-        """Put `gradient` into `p.grad`, scaled and laid out as the gradients `like`."""
-        scale = self.engine.loss_scale(self.device)
-        if isinstance(scale, Tensor):
-            gradient *= scale
-        for p, part in zip(gradient.parameters, gradient.materialise(), strict=True):
-            whole = like[p] if p in like else torch.zeros_like(p)
-            if local(whole).data_ptr() != part.data_ptr():
-                if type(whole) is Tensor:
-                    whole = part
-                else:
-                    local(whole).copy_(part)
-            p.grad = accumulated[p].add_(whole) if p in accumulated else whole
-        put_gradients({p: rest for p, rest in accumulated.items() if p.grad is None})
-        self._average(is_last)
-
-    def _average(self, is_last: bool) -> None:
-        if is_last and self.scope != "global":
-            self.engine.average_gradients(self.parameters.in_model)
-
-    def _hessian_product(self, window: list[MicroBatch], vector: Vector) -> Vector:
-        """`H v` at `w`, of the loss of the window as the clean pass saw it."""
-        product = {p: torch.zeros_like(p) for p in self.parameters.trainable}
-        direction = dict(zip(vector.parameters, vector.numbers(), strict=True))
-        self.runner.add_hessian_products(window, direction, product)
-        if self.scope == "global":  # g and g_s are the ranks' means: so has the product to be
-            put_gradients(product)
-            self.engine.average_gradients(self.parameters.trainable)
-            product = take_gradients(self.parameters.trainable)
-        parameters = [p for p in self.parameters.trainable if p in product]
-        return Vector(
-            parameters, [local(product[p]) for p in parameters], self.space
-        )  # of a loss that nobody has scaled
 
     # --- what stays of a step ----------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         """The gradient that the optimizer is about to step along is known."""
         if self.needs & Needs.STEP_GRADIENT:
-            gradient = self._vector(self.engine.gradients(self.parameters.selected)).share()
+            gradient = self.outgoing.vector(self.engine.gradients(self.parameters.selected)).share()
             self.parts.ascent.after(gradient, self._step())
         losses = self.telemetry.close_step()
         if "perturbed_loss" not in losses:
@@ -488,31 +368,6 @@ class SharpnessAwareUpdate:
         self.telemetry.record(sam_perturbed_loss=losses["perturbed_loss"])
         if "clean_loss" in losses and self.runner.sees_all and not self.runner.descends_on_part:
             self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
-
-    @property
-    def _wants_copy(self) -> bool:
-        """Whether `g` has to be copied for the cosine: neither the descent keeps it nor does eps show it."""
-        return not (self.needs & Needs.CLEAN_GRADIENT) and copies_for_cosine(self.parts.ascent)
-
-    @cached_property
-    def _groups(self) -> dict[Parameter, str]:
-        by_name = groups_of(self._model)
-        return {p: by_name.get(name, "other") for p, name in self.parameters.names.items()}
-
-    def _observe(self, weights: Perturbation, clean: Vector | None, perturbed: Gradients) -> None:
-        """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
-        g = self._observed if clean is None else clean
-        self._observed = None
-        shares_of = GROUPS if self.config.log_shares else ("embeddings", "head")  # the two that a diagnosis looks at
-        gradient_in = self.parts.ascent.gradient_in
-        record_displacement(self.telemetry, self.space, weights, perturbed, g, gradient_in, self._groups, shares_of)
-
-    def group_sizes(self) -> dict[str, float]:
-        """The share of the perturbed weights that each group of modules has."""
-        sizes = dict.fromkeys(GROUPS, 0)
-        for p in self.parameters.selected:
-            sizes[self._groups[p]] += p.numel()
-        return {group: size / max(1, sum(sizes.values())) for group, size in sizes.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method carries from step to step, by name, for a checkpoint."""

@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .buckets import buckets, piece_size, pieces
-from .reductions import Reductions
+from .space import Layout, Space
 
 Scalar = float | Tensor
-
-
-class Space:
-    """Where Vectors live: how norms are taken over all processes, and how tensors are best worked on.
-
-    Args:
-        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Reductions over parts of these parameters.
-        order (`Sequence[Parameter]`, *optional*): In which sums of Vectors over different parameters are sorted.
-        in_buckets (`bool`, *optional*, defaults to `False`): Work on whole lists, so that the number of operations does
-            not grow with the number of tensors, as an accelerator wants it; otherwise tensor by tensor where that
-            keeps them in the CPU's cache.
-    """
-
-    def __init__(
-        self,
-        reductions: Callable[[Sequence[Parameter]], Reductions] = lambda parameters: Reductions(),
-        order: Sequence[Parameter] = (),
-        in_buckets: bool = False,
-    ):
-        self.reductions = reductions
-        self.position = {p: i for i, p in enumerate(order)}
-        self.in_buckets = in_buckets
-        self.sizes: dict[tuple[Parameter, ...], int] = {}
 
 
 class _Data:
     """Tensors that several Vectors may scale: one for each parameter, and norms as far as they are known."""
 
-    __slots__ = ("norms", "parameters", "shared", "space", "tensors")
+    __slots__ = ("_layout", "norms", "parameters", "shared", "space", "tensors")
 
     def __init__(self, parameters: Sequence[Parameter], tensors: list[Tensor], space: Space, is_shared: bool):
         self.parameters, self.tensors, self.space = tuple(parameters), tensors, space
         self.shared = [is_shared]  # one cell for a whole and its parts
         self.norms: dict[float, Tensor] = {}
+        self._layout: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """What is known of its parameters."""
+        if self._layout is None:
+            self._layout = self.space.layout(self.parameters)
+        return self._layout
 
     def is_over(self, other: _Data) -> bool:
         """Whether both have the same parameters in the same order."""
-        mine, theirs = self.parameters, other.parameters
-        return mine is theirs or (len(mine) == len(theirs) and all(map(is_, mine, theirs)))
+        return self.is_list(other.parameters)
+
+    def is_list(self, parameters: Sequence[Parameter]) -> bool:
+        """Whether these are its parameters, in this order."""
+        mine = self.parameters
+        return mine is parameters or (len(mine) == len(parameters) and all(map(is_, mine, parameters)))
 
 
 class Vector:
@@ -92,6 +81,11 @@ class Vector:
         vector._data, vector._factor = data, factor
         return vector
 
+    @property
+    def _lists(self) -> ModuleType:
+        """The functions that work on its tensors."""
+        return self._data.space.lists
+
     def _new(self, tensors: Iterable[Tensor]) -> Vector:
         return Vector(self._data.parameters, list(tensors), self._data.space)
 
@@ -106,6 +100,11 @@ class Vector:
     def tensors(self) -> list[Tensor]:
         """The parts themselves, not yet multiplied by `factor`; not to be changed."""
         return self._data.tensors
+
+    @property
+    def layout(self) -> Layout:
+        """What is known of the parameters."""
+        return self._data.layout
 
     @property
     def factor(self) -> Scalar | None:
@@ -132,6 +131,10 @@ class Vector:
 
     def over(self, other: Vector | Iterable[Parameter]) -> Vector:
         """The part over the parameters of `other`, sharing memory."""
+        if not isinstance(other, Vector):
+            other = list(other)
+        if self._data.is_list(other.parameters if isinstance(other, Vector) else other):
+            return self
         wanted = set(other.parameters if isinstance(other, Vector) else other)
         if wanted.issuperset(self._data.parameters):
             return self
@@ -147,7 +150,7 @@ class Vector:
 
     def where(self, condition: Tensor) -> Vector:
         """Itself where a 0-dim condition holds, else with a factor of exactly 0; no device is waited for."""
-        if condition.device.type == "cpu":
+        if condition.device.type == "cpu" and not self._data.space.in_buckets:
             return self if condition else Vector._of(self._data, 0.0)
         factor = torch.ones_like(condition, dtype=torch.float32) if self._factor is None else self._factor
         return Vector._of(self._data, torch.where(condition, factor, 0.0))
@@ -159,13 +162,11 @@ class Vector:
         return f"Vector of {sum(t.numel() for t in self._data.tensors):,} numbers in {len(self)} tensors"
 
     def size(self) -> int:
-        """How many numbers it has, over all processes; waits for them, once."""
-        data = self._data
-        if data.parameters in data.space.sizes:
-            return data.space.sizes[data.parameters]
-        counts = torch.tensor([t.numel() for t in data.tensors], dtype=torch.float64, device=data.tensors[0].device)
-        data.space.sizes[data.parameters] = int(data.space.reductions(data.parameters).sum(counts).item())
-        return data.space.sizes[data.parameters]
+        """How many numbers it has, over all processes; the first time waits for these."""
+        layout = self._data.layout
+        if layout.size is None:
+            layout.size = layout.reductions.count(self._data.tensors)
+        return layout.size
 
     # --- reductions ------------------------------------------------------------------------------------------------
 
@@ -173,35 +174,42 @@ class Vector:
         """`||v||_p`, 0-dim, for p in [1, inf]."""
         data = self._data
         if p not in data.norms:
-            data.norms[p] = data.space.reductions(data.parameters).norm(data.tensors, p)
+            data.norms[p] = data.layout.reductions.norm(data.tensors, p, data.space.in_buckets)
         return data.norms[p] if self._factor is None else data.norms[p] * abs(self._factor)
 
     def dot(self, other: Vector) -> Tensor:
         """`<v, u>`, 0-dim."""
         mine, theirs = self._data, other._data
-        parameters, left, right = mine.parameters, mine.tensors, theirs.tensors
-        if not mine.is_over(theirs):
-            there = dict(zip(theirs.parameters, right, strict=True))
-            common = [(p, t, there[p]) for p, t in zip(parameters, left, strict=True) if p in there]
-            if not common:
-                return left[0].new_zeros((), dtype=torch.promote_types(left[0].dtype, torch.float32))
-            parameters, left, right = ([entry[i] for entry in common] for i in range(3))
-        product = mine.space.reductions(parameters).dot(left, right, mine.space.in_buckets)
+        if mine is theirs and mine.space.in_buckets:
+            product = Vector._of(mine, None).norm() ** 2  # which may be known
+        else:
+            product = self._dot_unscaled(mine, theirs)
         for factor in (self._factor, other._factor):
             if factor is not None:
                 product = product * factor
         return product
 
+    @staticmethod
+    def _dot_unscaled(mine: _Data, theirs: _Data) -> Tensor:
+        left, right, in_buckets = mine.tensors, theirs.tensors, mine.space.in_buckets
+        if mine.is_over(theirs):
+            return mine.layout.reductions.dot(left, right, in_buckets)
+        there = dict(zip(theirs.parameters, right, strict=True))
+        common = [(p, t, there[p]) for p, t in zip(mine.parameters, left, strict=True) if p in there]
+        if not common:
+            return left[0].new_zeros((), dtype=torch.promote_types(left[0].dtype, torch.float32))
+        parameters, left, right = ([entry[i] for entry in common] for i in range(3))
+        return mine.space.layout(parameters).reductions.dot(left, right, in_buckets)
+
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
     def clone(self) -> Vector:
         """The same numbers in memory of their own."""
-        tensors, factor = self._data.tensors, self._factor
-        if factor is not None:
-            return self._new(_multiplied(tensors, factor))
-        copies = self._new(torch._foreach_mul(tensors, 1) if self._data.space.in_buckets else map(torch.clone, tensors))
-        copies._data.norms.update(self._data.norms)
-        return copies
+        if self._factor is not None:
+            return self._new(self._multiplied())
+        copy = self._new(self._lists.copies(self._data.tensors))
+        copy._data.norms.update(self._data.norms)
+        return copy
 
     def __mul__(self, other: Scalar | Vector) -> Vector:
         if isinstance(other, Vector):
@@ -240,24 +248,22 @@ class Vector:
             self._factor = other if self._factor is None else self._factor * other
             return self
         other = self._apart(other)
-        mine, theirs = self._owned(), self._aligned(other)
-        torch._foreach_mul_(mine, theirs)
+        self._lists.in_pairs_(torch._foreach_mul_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(other._factor)
 
     def __itruediv__(self, other: Scalar | Vector) -> Vector:
         if not isinstance(other, Vector):
             tensors = self._owned()
-            for group, divisor in _by_device(tensors, other):
-                torch._foreach_div_(group, divisor)
+            self._lists.divide_(tensors, other)
             return self
         other = self._apart(other)
-        torch._foreach_div_(self._owned(), self._aligned(other))
+        self._lists.in_pairs_(torch._foreach_div_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(1 / other._factor)
 
     def __iadd__(self, other: Scalar | Vector) -> Vector:
         if not isinstance(other, Vector):
-            for group, term in _by_device(self._owned(), other):
-                torch._foreach_add_(group, term)
+            tensors = self._owned()
+            self._lists.add_number_(tensors, other)
             return self
         other = self._apart(other)
         self._widen(other)
@@ -265,7 +271,7 @@ class Vector:
         if not self._data.is_over(other._data):
             position = {p: i for i, p in enumerate(self._data.parameters)}
             mine = [mine[position[p]] for p in other._data.parameters]
-        _add_multiple(mine, theirs, other._factor, self._data.space.in_buckets)
+        self._lists.add_(mine, theirs, other._factor)
         return self
 
     def __isub__(self, other: Scalar | Vector) -> Vector:
@@ -283,31 +289,42 @@ class Vector:
             function(tensor)
         return self
 
+    def map_lists(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
+        """As `map`, of a function of a list of tensors of one device and type: one call for each bucket on an accelerator."""
+        return self._new(self._lists.map_lists(function, self._multiplied_out()))
+
+    def map_lists_(self, function: Callable[[list[Tensor]], object]) -> Vector:
+        """The same in place."""
+        self._lists.map_lists_(function, self._owned())
+        return self
+
     def abs(self) -> Vector:
         """The absolute value of every number."""
-        return self._new(torch._foreach_abs(self._multiplied_out()))
+        return self._new(self._lists.each(torch._foreach_abs, self._multiplied_out()))
 
     def sqrt(self) -> Vector:
         """The square root of every number."""
-        return self._new(torch._foreach_sqrt(self._multiplied_out()))
+        return self._new(self._lists.each(torch._foreach_sqrt, self._multiplied_out()))
 
     def sign(self) -> Vector:
         """-1, 0 or 1 for every number."""
-        return self._new(torch._foreach_sign(self._multiplied_out()))
+        return self._new(self._lists.each(torch._foreach_sign, self._multiplied_out()))
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
     def _multiplied_out(self) -> list[Tensor]:
         """The numbers themselves, to be read only."""
-        return self._data.tensors if self._factor is None else list(_multiplied(self._data.tensors, self._factor))
+        return self._data.tensors if self._factor is None else self._multiplied()
+
+    def _multiplied(self) -> list[Tensor]:
+        return self._lists.multiplied(self._data.tensors, self._factor)
 
     def _owned(self) -> list[Tensor]:
         """The numbers themselves, in memory that may be overwritten."""
         if self.is_shared:
             self._data, self._factor = self.clone()._data, None
         elif self._factor is not None:
-            for group, factor in _by_device(self._data.tensors, self._factor):
-                torch._foreach_mul_(group, factor)
+            self._lists.multiply_(self._data.tensors, self._factor)
             self._factor = None
         self._data.norms.clear()
         return self._data.tensors
@@ -351,32 +368,3 @@ class Vector:
         position = self._data.space.position
         pairs.sort(key=lambda pair: position.get(pair[0], math.inf))
         self._data = _Data([p for p, _ in pairs], [t for _, t in pairs], self._data.space, is_shared=False)
-
-
-def _by_device(tensors: list[Tensor], scalar: Scalar) -> Iterator[tuple[list[Tensor], Scalar]]:
-    """The tensors of each device, with the scalar there."""
-    if not isinstance(scalar, Tensor) or all(t.device == scalar.device for t in tensors):
-        yield tensors, scalar
-        return
-    for device in dict.fromkeys(t.device for t in tensors):
-        yield [t for t in tensors if t.device == device], scalar.to(device)
-
-
-def _multiplied(tensors: list[Tensor], factor: Scalar) -> Iterator[Tensor]:
-    if not isinstance(factor, Tensor) or all(t.device == factor.device for t in tensors):
-        yield from torch._foreach_mul(tensors, factor)
-    else:
-        yield from (t * factor.to(t.device) for t in tensors)
-
-
-def _add_multiple(mine: list[Tensor], theirs: list[Tensor], factor: Scalar | None, in_buckets: bool) -> None:
-    """`mine += factor * theirs`, in place."""
-    if not isinstance(factor, Tensor):
-        torch._foreach_add_(mine, theirs, alpha=1 if factor is None else factor)
-        return
-    # Not addcmul in 16 bits, which would round the factor to them. A product needs memory: a part at a time.
-    size = piece_size(mine)
-    for left, right in buckets(mine, theirs) if in_buckets else (([a], [b]) for a, b in zip(mine, theirs, strict=True)):
-        parts = ([([a], [b]) for a, b in pieces(size, left[0], right[0])]) if len(left) == 1 else [(left, right)]
-        for a, b in parts:
-            torch._foreach_add_(a, torch._foreach_mul(b, factor.to(a[0].device)))

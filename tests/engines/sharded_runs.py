@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_sam import SAMConfig, SAMTrainer
+from hf_sam.update import buckets, step
 
 Result = dict[str, Any]
 RHO = {"rho": 0.1}
@@ -45,6 +46,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "weight decay": {"weight_decay_in_ascent": True, **RHO},
 }
 IN_EVERY_SUITE = ("sam", "p=inf", "asam", "gsam")
+IN_WHOLE_LISTS = ("sam", "p=1", "p=3", "asam", "gsam", "looksam", "two ascent steps")
 # Arguments of the Trainer for Accelerate's FSDP2 plugin.
 PLUGIN: dict[str, Any] = {
     "fsdp": True,
@@ -336,6 +338,19 @@ def two_processes() -> dict[str, Callable[[Path], Result]]:
     for name, sam in (("None", None), ("global", {**RHO, "scope": "global"})):
         table[f"communication {name}"] = functools.partial(communication, sam)
     table["plugin failing"] = functools.partial(failing, None)  # the last one: no run comes after it
+    return table
+
+
+def on_whole_lists() -> dict[str, Callable[[Path], Result]]:
+    """The path that an accelerator takes, in buckets of a few tensors."""
+    step.IN_BUCKETS, buckets.BUCKET_BYTES = True, 4096
+    table: dict[str, Callable[[Path], Result]] = {}
+    for choice in IN_WHOLE_LISTS:
+        table[f"fsdp {choice}"] = functools.partial(chosen, "fsdp", choice, 2)
+    table["tp gsam"] = functools.partial(chosen, "tp", "gsam", 1)
+    for sam in (False, True):
+        table[f"vanishing {sam}"] = functools.partial(vanishing, "fsdp", sam)
+    table["interrupted"] = functools.partial(interrupted, "fsdp")
     return table
 
 

@@ -158,7 +158,7 @@ def test_msam_looks_along_a_momentum_of_eight_bits(tmp_path, key):
     optimizer = trainer.optimizer.optimizer
     v = torch.cat([optimizer.state[p][key].dequantize().flatten() for p in trainer.model.parameters()])
     update = trainer._sam
-    with update._perturbation() as weights:
+    with update.ascent_step.weights(update._step()) as weights:
         weights.add(update.parts.ascent.eps(None, update._step()))
         moved = tiny.flat(trainer.model) - trainer.trajectory[-1]
     torch.testing.assert_close(moved, -0.5 * v / v.norm(), rtol=0, atol=1e-6)

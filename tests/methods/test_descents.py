@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_sam.losses_of_parts import per_example_losses
 from hf_sam.methods import Functional, HardestHit, Reused, SurrogateGap, Weighted
 from hf_sam.methods.descents import orthogonal_part
-from hf_sam.passes import per_example_losses
 from hf_sam.update.vector import Vector
 
 PARAMETERS = [nn.Parameter(torch.zeros(())) for _ in range(2)]

@@ -193,7 +193,8 @@ def test_flat_loras_deviations_are_those_of_the_merged_rows():
     model = adapted()
     layers = NoisyLayers(model)
     with layers.noisy(0.3, torch.Generator().manual_seed(1)):
-        for layer, (deviations, _) in zip(layers._layers.values(), layers._noise, strict=True):
+        for i, layer in enumerate(layers._layers.values()):
+            deviations, _ = layers.drawn(i)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             merged = layer.get_base_layer().weight + layer.scaling["default"] * b @ a
             expected = 0.3 * merged.norm(dim=1) / layer.in_features**0.5
@@ -207,10 +208,7 @@ def test_flat_loras_pass_is_that_of_noisy_weights():
     with layers.noisy(0.3, torch.Generator().manual_seed(1)):
         loss = model(**batch).loss
         loss.backward()
-        drawn = [
-            noise(d, seed, layer.in_features)
-            for layer, (d, seed) in zip(layers._layers.values(), layers._noise, strict=True)
-        ]
+        drawn = [noise(*layers.drawn(i), layer.in_features) for i, layer in enumerate(layers._layers.values())]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     layers.remove()

@@ -284,7 +284,7 @@ def test_a_sweep_leaves_tables_and_drawings(tmp_path):
     assert len(document["settings"][0]["steps"]["late"]) == 8
     page = (tmp_path / "benchmark.md").read_text()
     assert "impossible: method='bilora'" in page
-    assert "Command: `python recipes/benchmark.py --task=text-classification" in page
+    assert "Command: `hf-sam benchmark --task=text-classification" in page
     assert len(pd.read_csv(tmp_path / "benchmark.csv")) == 8
 
 

@@ -79,8 +79,8 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
             "argument --learning_rate: invalid float value: 'fast'",
         ),
         (["causal_lm.py", "--packin=true"], "'packin' is no argument of this recipe. Did you mean 'packing'?"),
-        (["causal_lm.py", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
-        (["compare.py", "nowhere.yaml", "--plan"], "nowhere.yaml cannot be read: there is no such file."),
+        (["causal_lm.py", "no/where.yaml"], "Configuration file no/where.yaml cannot be read."),
+        (["compare.py", "no/where.yaml", "--plan"], "Configuration file no/where.yaml cannot be read."),
     ],
 )
 def test_mistake_prints_one_line_and_fails_before_torch_is_imported(words, message, tmp_path):

@@ -17,6 +17,7 @@ from hf_sam.experiments.execution import execute
 from hf_sam.experiments.records import find_records, write_json
 from hf_sam.tasks import compare
 from hf_sam.tasks.command_line.errors import UserError
+from hf_sam.tasks.command_line.parsers import parse_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +116,7 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
     assert "asam: method asam (arm asam), rho 0.5 (default of asam)" in printed
     assert "left out: sam_rho=0.01 of settings of the study, which was for sam" in printed
     assert "msam: method msam (arm msam), rho 0.2 (arm msam)" in printed
-    workshop = compare.open_workshop(compare.plan_of(compare.build_parser().parse_args([path])))
+    workshop = compare.open_workshop(compare.plan_of(parse_study([path])))
     made = {run.arm: " ".join(workshop.job(run)["argv"]) for run in workshop.runs}
     assert "--sam_rho" not in made["asam"]
     assert "--sam_rho=0.2" in made["msam"]
@@ -168,9 +169,7 @@ def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tm
 def test_a_run_that_another_process_still_makes_is_not_marked_as_failed(study, tmp_path, monkeypatch):
     """As when a worker was suspended for so long that its run was taken over, and its process has not ended yet."""
     monkeypatch.setattr("hf_sam.tasks.running.LOCK_SECONDS", 0.0)
-    workshop = compare.open_workshop(
-        compare.plan_of(compare.build_parser().parse_args([study(), "--output_dir", str(tmp_path / "out")]))
-    )
+    workshop = compare.open_workshop(compare.plan_of(parse_study([study(), "--output_dir", str(tmp_path / "out")])))
     run = workshop.runs[0]
     write_json(workshop.folder(run) / "run.json", workshop.job(run))
     with FileLock(workshop.folder(run) / "_run.lock"), pytest.raises(SystemExit):
@@ -256,7 +255,7 @@ def test_settings_of_every_run_can_be_overridden(study, tmp_path, capsys):
         compare.main([path, "--plan", "--set", "max_steps"])
     with pytest.raises(UserError, match=r"'max_step' is no argument of this recipe. Did you mean 'max_steps'"):
         compare.main([path, "--plan", "--set", "max_step=3"])
-    arguments = compare.build_parser().parse_args([path, "--set", "max_steps=3", "label_column=a=b"])
+    arguments = parse_study([path, "--set", "max_steps=3", "label_column=a=b"])
     assert (
         compare.plan_of(arguments).settings | {"max_steps": "3", "label_column": "a=b"}
         == compare.plan_of(arguments).settings

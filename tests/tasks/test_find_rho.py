@@ -160,6 +160,7 @@ def test_a_search_that_is_killed_goes_on_and_counts_its_passes(tmp_path):
     ]
     assert found["recommended_rho"] in (0, 0.01, 0.1)
     assert found["sentence"] in printed
+    assert found["command"].startswith("python recipes/image_classification.py ")
     assert found["command"].endswith(f"--sam_rho={found['recommended_rho']:g}")
     assert found["command"] in printed
     assert {row["stage"] for row in csv.DictReader((folder / "find_rho.csv").read_text().splitlines())} == {

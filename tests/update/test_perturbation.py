@@ -89,7 +89,7 @@ def test_a_second_move_of_the_same_weights_needs_no_memory_and_adds_up(perturbed
             moved.add(ones(weights, 0.25))
         for p, original in zip(weights, before, strict=True):
             torch.testing.assert_close(p.detach(), original + 0.75)
-        assert len(moved._saved) == len(weights)
+        assert sum(len(originals) for _, _, originals in moved._saved) == len(weights)
     assert_restored(weights, before)
 
 
@@ -228,7 +228,8 @@ def test_no_memory_beyond_the_weights_and_the_directions(perturbed):
     memories = {t.data_ptr() for t in [*weights, *eps.tensors]}
     with perturbed() as moved:
         moved.add(eps)
-        assert {t.data_ptr() for pair in moved._saved for t in pair} == memories
+        originals = [t for _, _, originals in moved._saved for t in originals]
+        assert {t.data_ptr() for t in [*weights, *originals]} == memories
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sam.update.replay import PassState, RandomStates
+from hf_sam.update.random_states import RandomStates
+from hf_sam.update.replay import PassState
 from hf_sam.update.runner import PassRunner
 
 CPU = torch.device("cpu")

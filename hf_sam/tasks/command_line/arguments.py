@@ -20,6 +20,7 @@ from ...experiments.method_settings import Merged, explain, merge
 from .config_files import read_layers, split_command_line, unknown_key
 from .docstrings import described
 from .errors import UserError, as_user_error
+from .help import option_page, wants_all, wants_help
 
 COMMAND_LINE = "command line"
 _SAM_OPTION = re.compile(r"--(?P<key>sam[_-][\w-]+)(=(?P<value>.*))?$", re.DOTALL)
@@ -41,6 +42,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
+    if wants_help(argv):
+        print(parser.format_help() if wants_all(argv) else option_page(dataclass_types, parser.actions))
+        sys.exit(0)
     files, options = split_command_line(argv)
     layers = [layer for file in files for layer in read_layers(Path(file))]
     for name, values in layers:
@@ -62,11 +66,6 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         if isinstance(arguments, _SAMArguments):
             arguments.merged = merged
     return parsed
-
-
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether all that is asked for is the list of options."""
-    return not {"-h", "--help"}.isdisjoint(argv)
 
 
 def read_config(path: Path) -> dict[str, Any]:

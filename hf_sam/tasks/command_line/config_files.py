@@ -12,9 +12,65 @@ import yaml
 from ...suggestions import did_you_mean
 from .errors import UserError, one_line
 
-# Beside the package in a clone, inside it where a wheel was installed.
-CONFIGS = next(folder for up in (3, 2) if (folder := Path(__file__).parents[up] / "configs").is_dir() or up == 2)
+PACKAGE = Path(__file__).parents[2]
+# Inside the package where a wheel was installed, beside it in a clone.
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configuration files that come with the package by name, such as `image_classification/digits`."""
+    files = sorted(CONFIGS.glob("*/*.yaml"))
+    return {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in files}
+
+
+def find_config(word: str, folder: str | None = None) -> Path:
+    """
+    The configuration file that a word names: one on disk, else one of the shipped.
+
+    Args:
+        word (`str`): A path, or a shipped name with or without `configs/` before it and `.yaml` behind it.
+        folder (`str`, *optional*): Of the shipped ones, where a name needs no folder; without it, none needs one that is
+            the only one called so.
+
+    Raises:
+        UserError: There is neither; suggests the nearest name.
+    """
+    if Path(word).is_file():
+        return Path(word)
+    shipped = shipped_configs()
+    name = word.removeprefix("configs/").removesuffix(".yaml")
+    found = shipped.get(name) or shipped.get(f"{folder}/{name}")
+    if found is not None:
+        return found
+    called_so = [known for known in shipped if folder is None and known.endswith(f"/{name}")]
+    if len(called_so) == 1:
+        return shipped[called_so[0]]
+    if called_so:
+        raise UserError(f"Several configurations are called {name}: {', '.join(called_so)}.")
+    in_folder = [known.split("/")[1] for known in shipped if folder is None or known.startswith(f"{folder}/")]
+    near = did_you_mean(name, [*in_folder, *shipped])
+    if near or Path(word).suffix not in CONFIG_SUFFIXES:
+        hint = near or " `hf-sam configs` lists those."
+        raise UserError(f"{word} is no file, and no configuration of that name is shipped.{hint}")
+    raise UserError(_unreadable(Path(word)))
+
+
+def config_name(path: str) -> str | None:
+    """The name of a shipped configuration file by its whole path; `None` for any other word."""
+    is_shipped = path.endswith(".yaml") and CONFIGS in Path(path).parents
+    return Path(path).relative_to(CONFIGS).with_suffix("").as_posix() if is_shipped else None
+
+
+def resolve(argv: Sequence[str], folder: str | None) -> list[str]:
+    """
+    The command line with every shipped name that leads it replaced by its path.
+
+    Raises:
+        UserError: See `find_config`.
+    """
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return [*(str(find_config(word, folder)) for word in argv[:count]), *argv[count:]]
 
 
 def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -31,9 +87,7 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
         text = path.read_text(encoding="utf-8")
         words, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
     except OSError:
-        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES)
-        there = f" {path.parent} has: {', '.join(others)}." if others else ""
-        raise UserError(f"Configuration file {path} cannot be read.{there}") from None
+        raise UserError(_unreadable(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {one_line(error)}") from None
     if not isinstance(typed, dict):
@@ -42,8 +96,17 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
     values = {key: None if typed[key] is None else value for key, value in values.items()}
     below = []
     if "base" in values:
-        below = read_layers(path.parent / str(values.pop("base")), (*above, path.resolve()))
+        base = str(values.pop("base"))
+        beside = path.parent / base
+        known = shipped_configs().get(base.removesuffix(".yaml"))
+        below = read_layers(known if known and not beside.is_file() else beside, (*above, path.resolve()))
     return [*below, (path.name, values)]
+
+
+def _unreadable(path: Path) -> str:
+    others = sorted(p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES)
+    there = f" {path.parent} has: {', '.join(others)}." if others else ""
+    return f"Configuration file {path} cannot be read.{there}"
 
 
 def unknown_key(word: str, known: Iterable[str]) -> str:

@@ -12,16 +12,29 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from ...experiments.plan import layers_of, read_plan
+from ...suggestions import did_you_mean
 from .. import TRAINING
 from .config_files import read_layers, split_command_line, unknown_key
-from .errors import UserError
+from .errors import UserError, as_user_error
+from .parsers import check_recipe, parse_demo, parse_search, parse_study
 
 TASKS = Path(__file__).parents[1]
 HF_CLASSES = {  # what a recipe's own classes stand beside: package, module, class
     "TrainingArguments": ("transformers", "training_args.py"),
+    "Seq2SeqTrainingArguments": ("transformers", "training_args_seq2seq.py"),
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "SAMConfig": ("hf_sam", "config.py"),
+    "SharpnessConfig": ("hf_sam", "sharpness/profile.py"),
+}
+SHARED = ("ModelArguments", "DataArguments", "RunArguments")
+# The classes, beside its own and those of the tasks that train, of a task that takes any of their data.
+EVALUATING = {
+    "report": ("DataArguments", "SharpnessConfig"),
+    "sharpness": ("DataArguments", "SharpnessConfig"),
+    "benchmark": ("ModelArguments", "DataArguments", "TrainingArguments"),
 }
 NUMBERS = {"int": int, "float": float}
 
@@ -29,19 +42,51 @@ NUMBERS = {"int": int, "float": float}
 def check(task: str, argv: Sequence[str]) -> None:
     """
     Args:
-        task (`str`): One that parses its arguments into dataclasses; of any other only files are looked at.
+        task (`str`): A module of `hf_sam.tasks`.
         argv (`Sequence[str]`): Its command line.
 
     Raises:
-        UserError: A configuration file that cannot be read, a key that is no argument, a word where a number belongs.
+        UserError: A configuration file that cannot be read, a key that is no argument, a word where a number belongs, a
+            method that there is not.
     """
+    if task == "compare":
+        check_study(argv)
+    elif task == "find_rho":
+        options, words = parse_search(argv)
+        check(options.recipe, words)
+    elif task == "demo":
+        parse_demo(argv)
+    else:
+        check_words(task, argv)
+
+
+def check_study(argv: Sequence[str]) -> None:
+    """The plan of a comparison, and what it gives each recipe; raises like `check`."""
+    args = parse_study(argv)
+    with as_user_error(ValueError):
+        plan = read_plan(args.study, args.output_dir)
+    for name, task in plan.tasks.items():
+        check_recipe(task["recipe"])
+        try:
+            known = arguments_of(task["recipe"])
+        except LookupError:
+            continue
+        layers = read_layers(Path(task["config"])) if task.get("config") else []
+        for condition in plan.conditions:
+            for arm in plan.arms:
+                layers += [(where, keys) for where, keys in layers_of(plan, name, condition, arm)]
+        layers.append(("--set", dict(word.split("=", 1) for word in args.set)))
+        _check_values([(f"{where}: ", key, value) for where, keys in layers for key, value in keys.items()], known)
+
+
+def check_words(task: str, argv: Sequence[str]) -> None:
+    """The command line of a task that parses it into dataclasses; raises like `check`."""
     files, options = split_command_line(argv)
     try:
         known = arguments_of(task)
-    except LookupError:  # not a task that trains, or a class that is not where it used to be
+    except LookupError:  # a module of the user's own, or a class that is not where it used to be
         for file in files:
-            if not Path(file).is_file():
-                raise UserError(f"{file} cannot be read: there is no such file.") from None
+            read_layers(Path(file))
         return
     given = [
         (f"{name}: ", key, value)
@@ -55,11 +100,21 @@ def check(task: str, argv: Sequence[str]) -> None:
             key = key.replace("-", "_")
             if known.get(key.removeprefix("no_")) != "bool":  # the parser adds `--no_...` for switches that are on
                 given.append(("", key, value if equals else following))
+    _check_values(given, known)
+
+
+def _check_values(given: list[tuple[str, str, Any]], known: dict[str, str]) -> None:
+    """Names and values, each with the words that begin a complaint about it."""
     for where, key, value in given:
         if key not in known:
             raise UserError(f"{where}{unknown_key(key, known)}")
-        if known[key] in NUMBERS and isinstance(value, str) and not (value.startswith("--") or _is_number(value)):
+        if not isinstance(value, str) or value.startswith("--"):
+            continue
+        if known[key] in NUMBERS and not _is_number(value):
             raise UserError(f"{where}argument --{key}: invalid {known[key]} value: {value!r}")
+        if key == "sam_method" and value not in method_names():
+            hint = did_you_mean(value, method_names())
+            raise UserError(f"{where}sam_method={value!r} is unknown.{hint} Allowed: {', '.join(method_names())}.")
 
 
 def arguments_of(task: str) -> dict[str, str]:
@@ -67,21 +122,38 @@ def arguments_of(task: str) -> dict[str, str]:
     The arguments of a task, each with its type where that is a plain number.
 
     Raises:
-        LookupError: The task does not train, or a class cannot be found.
+        LookupError: The task parses its arguments otherwise, or a class cannot be found.
     """
+    if task in EVALUATING:
+        found: dict[str, str] = {}
+        for name in (task, *TRAINING):
+            found |= _own_fields(TASKS / f"{name}.py")
+        for name in EVALUATING[task]:
+            found |= _own_fields(Path(__file__).with_name("options.py"), (name,)) if name in SHARED else _fields(name)
+        return found
     if task not in TRAINING:
-        raise LookupError(f"{task} does not train")
+        raise LookupError(f"{task} parses its arguments otherwise")
     source = (TASKS / f"{task}.py").read_text(encoding="utf-8")
-    found = {**_own_fields(TASKS / f"{task}.py"), **_own_fields(Path(__file__).with_name("options.py"))}
+    found = {**_own_fields(TASKS / f"{task}.py"), **_own_fields(Path(__file__).with_name("options.py"), SHARED)}
     found |= {f"sam_{name}": kind for name, kind in _fields("SAMConfig").items() if name not in ("start", "end", "p")}
     found |= dict.fromkeys(("sam_start", "sam_end", "sam_p"), "")
-    return found | _fields("SFTConfig" if "SFTConfig" in source else "TrainingArguments")
+    named = next((name for name in ("SFTConfig", "Seq2SeqTrainingArguments") if name in source), "TrainingArguments")
+    return found | _fields(named)
 
 
-def _own_fields(path: Path) -> dict[str, str]:
-    """The fields of all dataclasses of a file."""
+@cache
+def method_names() -> tuple[str, ...]:
+    """The names in the table of methods."""
+    tree = ast.parse((TASKS.parent / "methods/table.py").read_text(encoding="utf-8"))
+    rows = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Method"]
+    return tuple(row.args[0].value for row in rows)
+
+
+def _own_fields(path: Path, names: Sequence[str] | None = None) -> dict[str, str]:
+    """The fields of the dataclasses of a file that hold arguments, or of those that are named."""
     classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-    return {name: kind for node in classes if node.decorator_list for name, kind in _annotated(node)}
+    wanted = [node for node in classes if (node.name in names if names else node.name.endswith("Arguments"))]
+    return {name: kind for node in wanted if node.decorator_list for name, kind in _annotated(node)}
 
 
 @cache

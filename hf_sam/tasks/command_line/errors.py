@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What is imported by another name than it is installed by.
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+USUAL_EXTRA = "recipes"  # has all that any subcommand needs
 
 
 class UserError(Exception):
@@ -41,8 +46,8 @@ def one_line(error: BaseException) -> str:
 def run(main: Callable[[], object]) -> None:
     """
     Run a recipe's `main` as a program: a `UserError`, or a `ValueError` that hf_sam raises about its configuration, is
-    printed by the first process as one line, and the exit code is 2; Ctrl-C too, with 130. A run that is finished already
-    is no mistake. Anything else is a bug and keeps its traceback.
+    printed by the first process as one line, and the exit code is 2; so is a package of an extra that is not installed;
+    Ctrl-C too, with 130. A run that is finished already is no mistake. Anything else is a bug and keeps its traceback.
     """
     is_first = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
@@ -57,11 +62,40 @@ def run(main: Callable[[], object]) -> None:
         if is_first:
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        remedy = how_to_install(error.name or "")
+        if not remedy:
+            raise
+        if is_first:
+            print(f"error: {error.name.split('.')[0]} is not installed: {remedy}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         if type(error).__name__ != "RunFinishedError":  # by name: what defines it takes seconds to import
             raise
         if is_first:
             print(one_line(error))
+
+
+def how_to_install(module: str) -> str:
+    """The command that installs what an import lacks, from the package's own metadata; empty where that has nothing of it."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    name = module.split(".")[0]
+    name = DISTRIBUTIONS.get(name, name).replace("_", "-").lower()
+    try:
+        requirements = requires("hf-sam") or []
+    except PackageNotFoundError:  # run from a folder, never installed
+        return ""
+    extras = [
+        extra[1] if (extra := re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)) else None
+        for requirement in requirements
+        if re.match(r"[\w.-]+", requirement)[0].replace("_", "-").lower() == name
+    ]
+    if not extras:
+        return ""
+    if None in extras:
+        return f"pip install {name}"
+    return f"pip install 'hf-sam[{USUAL_EXTRA if USUAL_EXTRA in extras else extras[0]}]'"
 
 
 def _raised_by_hf_sam(error: BaseException) -> bool:

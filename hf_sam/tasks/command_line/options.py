@@ -123,6 +123,7 @@ class RunArguments:
     arm: str | None = option(None, "What the run record calls the treatment; method and optimizer when left out.")
     condition: str | None = option(None, "What the run record calls the state of the data, such as clean.")
     budget: str = option("steps", "What the run record says is equal between arms: steps or passes.")
+    phase: str | None = option(None, "What record and card call this training, where it is no ordinary one: flatten.")
     score_split: str = option("test", "Split that the record is about: test, or validation while settings are chosen.")
     evaluate_train: bool = option(False, "Evaluate on the training split too, unaugmented, for the train-test gap.")
     hub_metrics: list[str] | None = option(None, "More metrics of the hub by name, such as accuracy; needs network.")

@@ -6,8 +6,15 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .. import TRAINING
 from . import early
+from .config_files import resolve
 from .errors import run
+from .help import heading, wants_help
+from .parsers import PARSERS
+
+# Folder of the shipped configurations whose names a task takes without it.
+CONFIG_FOLDERS = {**{name: name for name in TRAINING}, "benchmark": "benchmark"}
 
 
 def run_task(name: str, argv: Sequence[str] | None = None) -> None:
@@ -21,8 +28,25 @@ def run_task(name: str, argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def main() -> None:
-        if {"-h", "--help"}.isdisjoint(words):
-            early.check(name, words)
-        import_module(f"hf_sam.tasks.{name}").main(words)
+        if wants_help(words) and name in PARSERS:
+            PARSERS[name]().print_help()
+        elif wants_help(words):
+            print(heading(name), flush=True)
+            import_module(f"hf_sam.tasks.{name}").main(words)  # lists the options and ends
+        else:
+            given = look_over(name, words)
+            import_module(f"hf_sam.tasks.{name}").main(given)
 
     run(main)
+
+
+def look_over(name: str, words: Sequence[str]) -> list[str]:
+    """
+    The command line with shipped configurations found.
+
+    Raises:
+        UserError: What can be told to be wrong with it without importing torch.
+    """
+    words = resolve(words, CONFIG_FOLDERS[name]) if name in CONFIG_FOLDERS else list(words)
+    early.check(name, words)
+    return words

@@ -1,0 +1,234 @@
+"""What is left of a checkpoint after what people do to checkpoints: quantization, pruning, noise, merging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from .libraries import LIBRARIES, loaded_by_library
+from .merging import State, check_same_shapes, interpolate, mergeable_state, task_arithmetic
+from .noise import noisy
+from .pruning import pruned
+from .quantization import dynamic_int8, quantized
+from .weights import replaced, weight_matrices
+
+NONE = "none"
+FAMILIES = ("quantize", "dynamic_int8", "prune", "noise")
+T = TypeVar("T")
+
+
+@dataclass
+class SurvivalConfig:
+    """
+    What is done to a checkpoint before it is evaluated again.
+
+    Args:
+        treatments (`list[str]`, *optional*):
+            Any of `"quantize"`, `"dynamic_int8"`, `"prune"`, `"noise"`; all of them by default.
+        bits (`list[int]`, *optional*, defaults to `[8, 4, 3, 2]`):
+            Of weights rounded to the nearest level.
+        group_sizes (`list[int]`, *optional*, defaults to `[0, 64]`):
+            Inputs that share a scale; 0 is one scale per output channel.
+        pruned_shares (`list[float]`, *optional*):
+            Share of each weight matrix that is set to zero, smallest magnitudes first.
+        noise_sizes (`list[float]`, *optional*):
+            Standard deviations of Gaussian noise, relative to that of each weight matrix.
+        noise_draws (`int`, *optional*, defaults to 3):
+            Draws at each size.
+        libraries (`list[str]`, *optional*):
+            Any of `"torchao-int8"`, `"torchao-int4"`, `"bitsandbytes-nf4"`, through transformers' quantization configurations.
+        merge_with (`list[str]`, *optional*):
+            Checkpoints fine-tuned from the same start, to merge each evaluated one with.
+        merge_start (`str`, *optional*):
+            That start, for task arithmetic.
+        merge_points (`list[float]`, *optional*, defaults to `[0.25, 0.5, 0.75]`):
+            Where on the line to the other checkpoint; 0.5 is the average.
+        merge_scales (`list[float]`, *optional*, defaults to `[0.3, 0.7, 1.0]`):
+            Factors of the summed task vectors.
+        alter_embeddings, alter_head (`bool`, *optional*, default to `False`):
+            Quantize, prune and disturb these too.
+        weight_noise_seed (`int`, *optional*, defaults to 0):
+            Of the noise.
+        max_examples (`int`, *optional*, defaults to 1000):
+            Each evaluation is on at most so many test examples, drawn once; 0 is all of them.
+
+    Raises:
+        ValueError: An unknown treatment, or a number out of range.
+    """
+
+    treatments: list[str] = field(default_factory=lambda: list(FAMILIES))
+    bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2])
+    group_sizes: list[int] = field(default_factory=lambda: [0, 64])
+    pruned_shares: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7])
+    noise_sizes: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.5])
+    noise_draws: int = 3
+    libraries: list[str] = field(default_factory=list)
+    merge_with: list[str] = field(default_factory=list)
+    merge_start: str | None = None
+    merge_points: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    merge_scales: list[float] = field(default_factory=lambda: [0.3, 0.7, 1.0])
+    alter_embeddings: bool = False
+    alter_head: bool = False
+    weight_noise_seed: int = 0
+    max_examples: int = 1000
+
+    def __post_init__(self):
+        for name, allowed in (("treatments", FAMILIES), ("libraries", tuple(LIBRARIES))):
+            unknown = [value for value in getattr(self, name) if value not in allowed]
+            if unknown:
+                raise ValueError(f"{name}: {unknown[0]!r} is unknown. Allowed: {', '.join(allowed)}.")
+        for name, accepts, words in (
+            ("bits", lambda value: 1 <= value <= 16, "from 1 to 16"),
+            ("group_sizes", lambda value: value >= 0, "at least 0 (0: one scale per output channel)"),
+            ("pruned_shares", lambda value: 0 < value < 1, "in (0, 1)"),
+            ("noise_sizes", lambda value: value > 0, "above 0"),
+            ("merge_points", lambda value: 0 <= value <= 1, "in [0, 1]"),
+        ):
+            wrong = [value for value in getattr(self, name) if not accepts(value)]
+            if wrong:
+                raise ValueError(f"{name}: {wrong[0]} must be {words}.")
+        if self.noise_draws < 1:
+            raise ValueError(f"noise_draws={self.noise_draws} must be at least 1.")
+        if self.max_examples < 0:
+            raise ValueError(f"max_examples={self.max_examples} must be at least 0 (0: all).")
+        if self.merge_start is not None and not self.merge_with:
+            raise ValueError("merge_start is used only with merge_with.")
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """
+    One thing that is done to a checkpoint.
+
+    Args:
+        kind (`str`): Treatments of one kind make one curve, such as `"bits per channel"`.
+        level (`float`, *optional*): How much of it; `None` where there are no degrees.
+        draw (`int`, *optional*, defaults to 0): Which draw, where it is random.
+    """
+
+    kind: str
+    level: float | None = None
+    draw: int = 0
+
+    @property
+    def label(self) -> str:
+        """In words, without the draw."""
+        if self.level is None:
+            return {NONE: "as trained", "dynamic int8": "dynamic int8"}.get(self.kind, self.kind)
+        if self.kind.startswith("bits"):
+            return f"{self.level:g} {self.kind}"
+        if self.kind == "pruned":
+            return f"{100 * self.level:g} % pruned"
+        if self.kind == "noise":
+            return f"noise of {self.level:g} sd"
+        if self.kind.startswith("merged with") and self.level == 0.5:
+            return f"{self.kind}, average"
+        return f"{self.kind}, {self.level:g}"
+
+
+@dataclass(frozen=True)
+class Survived(Generic[T]):
+    """What `evaluate` returned under a treatment, or why the treatment could not be had."""
+
+    treatment: Treatment
+    result: T | None
+    problem: str | None = None
+
+
+def survive(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], T],
+    config: SurvivalConfig,
+    others: Mapping[str, State] | None = None,
+    start: State | None = None,
+) -> Iterator[Survived[T]]:
+    """
+    Evaluate the model as it is, then under each treatment; between them it is what it was, bit for bit.
+
+    Args:
+        model (`nn.Module`): In evaluation mode; adapters merged.
+        evaluate (`Callable[[nn.Module], T]`): What is asked of the altered model.
+        config (`SurvivalConfig`): What is done.
+        others (`Mapping[str, State]`, *optional*): By name, what `mergeable_state` gives for checkpoints to merge with.
+        start (`State`, *optional*): The same of what all were fine-tuned from.
+
+    Yields:
+        `Survived`: As trained first. A quantization that this machine or model cannot have is a `problem`, not an error.
+
+    Raises:
+        ValueError: A checkpoint to merge with has another architecture.
+    """
+    own = mergeable_state(model) if others else {}
+    for name, other in (others or {}).items():
+        check_same_shapes(own, other, name)
+    if start is not None:
+        check_same_shapes(own, start, "merge_start")
+    yield Survived(Treatment(NONE), evaluate(model))
+    for treatment, altered in _treatments(model, config, others or {}, start):
+        try:
+            with altered() as other_model:
+                result = evaluate(other_model)
+        except Exception as error:  # a library's kernel, or a layer that torch cannot quantize
+            if not _is_optional(treatment):
+                raise
+            yield Survived(treatment, None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+        else:
+            yield Survived(treatment, result)
+
+
+def _is_optional(treatment: Treatment) -> bool:
+    return treatment.kind in LIBRARIES or treatment.kind == "dynamic int8"
+
+
+def _treatments(
+    model: nn.Module, config: SurvivalConfig, others: Mapping[str, State], start: State | None
+) -> Iterator[tuple[Treatment, Callable[[], AbstractContextManager[nn.Module]]]]:
+    """Each treatment with what opens the altered model."""
+    matrices = weight_matrices(model, config.alter_embeddings, config.alter_head)
+
+    def inside(values: Callable[[], Any]) -> Callable[[], AbstractContextManager[nn.Module]]:
+        return lambda: replaced(model, values())
+
+    if "quantize" in config.treatments:
+        for size in config.group_sizes:
+            kind = f"bits per group of {size}" if size else "bits per channel"
+            for bits in config.bits:
+                yield (
+                    Treatment(kind, bits),
+                    inside(lambda bits=bits, size=size: quantized(matrices, bits, size or None)),
+                )
+    if "dynamic_int8" in config.treatments:
+        yield Treatment("dynamic int8"), lambda: _given(dynamic_int8(model, matrices))
+    for name in config.libraries:
+        yield Treatment(name), lambda name=name: loaded_by_library(model, name, matrices)
+    if "prune" in config.treatments:
+        for share in config.pruned_shares:
+            yield Treatment("pruned", share), inside(lambda share=share: pruned(matrices, share))
+    if "noise" in config.treatments:
+        for size in config.noise_sizes:
+            for draw in range(config.noise_draws):
+                seed = config.weight_noise_seed + draw
+                yield (
+                    Treatment("noise", size, draw),
+                    inside(lambda size=size, seed=seed: noisy(matrices, size, seed)),
+                )
+    for name, other in others.items():
+        for point in config.merge_points:
+            yield (
+                Treatment(f"merged with {name}", point),
+                inside(lambda other=other, point=point: interpolate(mergeable_state(model), other, point)),
+            )
+        for scale in config.merge_scales if start is not None else ():
+            yield (
+                Treatment(f"task arithmetic with {name}", scale),
+                inside(lambda other=other, scale=scale: task_arithmetic(start, [mergeable_state(model), other], scale)),
+            )
+
+
+@contextmanager
+def _given(model: nn.Module) -> Iterator[nn.Module]:
+    yield model

@@ -1,0 +1,186 @@
+"""How the losses of a batch's parts make up the batch's, and the losses of single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Trainer
+
+from .update.batches import MicroBatch, how_losses_add_up
+
+if TYPE_CHECKING:
+    from .trainer import SAMTrainerMixin
+    from .update.step import SharpnessAwareUpdate
+
+# How far the losses of a batch's parts may be from the whole's, relatively: rounding of float32, and of 16 bits.
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 3e-2
+
+
+class LossesOfParts:
+    """Finds out, once a run, how the losses of parts add up.
+
+    Args:
+        trainer (`SAMTrainerMixin`): The trainer.
+        update (`SharpnessAwareUpdate`): Of the run.
+        compute_loss (`Callable`): Returns the user's `compute_loss`, without what a pass that is going on makes of it.
+    """
+
+    def __init__(
+        self, trainer: SAMTrainerMixin, update: SharpnessAwareUpdate, compute_loss: Callable[[], Callable[..., Any]]
+    ):
+        self._trainer, self._update, self._compute_loss = trainer, update, compute_loss
+        self._unverified: tuple[MicroBatch, int] | None = None
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether what was found is to be checked against the loss of the next pass."""
+        return self._unverified is not None
+
+    def how_parts_add_up(self, batch: MicroBatch, size: int, is_certain: bool = False) -> str:
+        """How the losses of parts of `size` examples make up the batch's, found by computing them.
+
+        Where every example has one label and nobody has changed the loss, no pass is spent on it (unless `is_certain`): the
+        loss of the first pass tells whether it is the cross entropy of single examples.
+
+        Raises:
+            ValueError: They do not: examples are compared with each other, as in-batch negatives are, or the size of the
+                batch cannot be told.
+        """
+        config = self._update.config
+        fields = "m, ascent_fraction and methods that choose examples"
+        if not batch.size:
+            raise ValueError(
+                f"{fields} take parts of a batch, and how many examples this one has cannot be told: none of its entries is a "
+                "tensor or list with one entry for each. Leave m and ascent_fraction out."
+            )
+        trainer, update = self._trainer, self._update
+        default = "sum" if self._normalises_by_items(batch) else "examples"
+        chunks = batch.chunks(size)
+        if len(chunks) < 2:
+            return default
+        if not is_certain and self._has_own_loss and _has_one_label_each(batch):
+            self._unverified = (batch, size)  # most likely; the first pass shows whether it is
+            return default
+        parts = [batch.part(indices) for indices in chunks]
+        shares = {
+            "sum": [1.0] * len(parts),
+            "examples": [len(indices) / batch.size for indices in chunks],
+            "labelled": [float(part.weights["labelled"]) for part in parts],
+        }
+        # Of equally good ones the first. Where every part has its share of the labelled items a later batch has to tell.
+        default = "labelled" if default == "examples" and _has_several_labels_each(batch) else default
+        shares = {default: shares[default], **shares}
+        is_even = default == "labelled" and np.allclose(shares["labelled"], shares["examples"])
+        if is_even and self._update.runner.adding_up is not None:
+            return default
+        self._update.runner.adding_up_is_settled = not is_even
+        with update.runner.leaving_no_trace() as state:
+            trainer.model.eval()
+            try:
+                whole, *losses = [self._loss_of(part, state) for part in [batch, *parts]]
+                again = self._loss_of(batch, None)  # with other random numbers
+            finally:
+                trainer.model.train()
+        is_rounded = (
+            any(p.dtype.itemsize == 2 for p in update.parameters.trainable) or trainer.args.bf16 or trainer.args.fp16
+        )
+        tolerance = TOLERANCE_16_BITS if is_rounded else TOLERANCE
+        way = how_losses_add_up(whole, losses, shares, tolerance)
+        if way is not None:
+            return way
+        if abs(whole - again) > tolerance * abs(whole):  # random even so: nothing can be told from it
+            return default
+        asked = (
+            f"m={config.m}"
+            if config.m
+            else config.label
+            if config.ascent_fraction in (None, 1)
+            else (f"ascent_fraction={config.ascent_fraction}")
+        )
+        raise ValueError(
+            f"{asked} takes parts of a batch, and the losses of the parts do not make up that of the whole ({whole:.4g} from "
+            f"{', '.join(f'{loss:.4g}' for loss in losses[:4])}): its examples are compared with each other, as in-batch "
+            "negatives are, or the loss has terms that belong to the batch. Leave m and ascent_fraction out, and choose a method "
+            "that sees whole batches."
+        )
+
+    def verify(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> None:
+        """Whether the loss at hand is of single examples; if not, how those of parts add up is computed."""
+        (whole, size), self._unverified = self._unverified, None
+        way = self.as_cross_entropy(loss, logits, labels, batch)
+        self._update.runner.adding_up = way or self.how_parts_add_up(whole, size, is_certain=True)
+
+    @torch.no_grad()
+    def as_cross_entropy(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> str | None:
+        """How the losses of parts add up if it is the examples' or tokens' own cross entropy and nothing else; else None."""
+        if logits is None or not isinstance(labels, Tensor) or loss == 0 or logits.shape == (len(labels),) * 2:
+            return None  # nothing that is compared, or examples that may be compared with each other
+        shifted = getattr(self._trainer, "_loss_shifts_labels", False)
+        try:
+            candidates = [("examples", per_example_losses(logits, labels, shifted).mean())]
+            if not labels.is_floating_point():
+                z, y = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
+                total = F.cross_entropy(z.float().flatten(0, -2), y.flatten(), reduction="sum", ignore_index=-100)
+                candidates.append(("labelled", total / y.ne(-100).sum()))
+                if batch.num_items_in_batch is not None:
+                    candidates.insert(0, ("sum", total / batch.num_items_in_batch))
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None
+        tolerance = TOLERANCE_16_BITS / 10
+        found = (way for way, own in candidates if bool((loss.float() - own).abs() <= tolerance * own.abs()))
+        return next(found, None)
+
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether nobody has put a loss in the place of the Trainer's."""
+        return type(self._trainer).compute_loss is Trainer.compute_loss and self._trainer.compute_loss_func is None
+
+    def _loss_of(self, batch: MicroBatch, state: Any) -> float:
+        trainer = self._trainer
+        if state is not None:
+            self._update.runner.state.restore(state)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(self._update.runner.changed_inputs.protected(batch))
+            loss = self._compute_loss()(trainer.model, inputs, num_items_in_batch=batch.num_items_in_batch)
+        return (loss[0] if isinstance(loss, tuple) else loss).item()
+
+    def _normalises_by_items(self, batch: MicroBatch) -> bool:
+        trainer = self._trainer
+        takes_count = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+        return takes_count and batch.num_items_in_batch is not None
+
+
+def _has_one_label_each(batch: MicroBatch) -> bool:
+    labels = batch.inputs.get("labels")
+    is_labelled = isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) == batch.size
+    return is_labelled and not batch.inputs.get("return_loss")
+
+
+def _has_several_labels_each(batch: MicroBatch) -> bool:
+    labels = batch.inputs.get("labels")
+    return isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+
+
+def per_example_losses(logits: Tensor, labels: Tensor, shifted: bool = False) -> Tensor:
+    """The loss of each example, shape `(batch,)`, for a choice of the examples that a perturbation hits hardest.
+
+    Args:
+        logits (`Tensor`): `(batch, classes)`, or `(batch, tokens, vocabulary)`.
+        labels (`Tensor`): Class indices with -100 ignored, or floats of the shape of `logits`: several 0/1 labels for
+            each example, or one target.
+        shifted (`bool`, *optional*, defaults to `False`): Token t is predicted at position t - 1 (causal models).
+    """
+    if labels.is_floating_point():
+        targets = labels.reshape(logits.shape)
+        loss = F.binary_cross_entropy_with_logits if logits.shape[-1] > 1 else F.mse_loss
+        return loss(logits.float(), targets.float(), reduction="none").flatten(1).mean(1)
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
+    losses, counted = losses.reshape(len(labels), -1), labels.ne(-100).reshape(len(labels), -1)
+    return losses.sum(1) / counted.sum(1).clamp(min=1)

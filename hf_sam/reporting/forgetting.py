@@ -1,0 +1,191 @@
+"""The report on forgetting: first-task loss against second-task training loss over a grid of learning rates, and its one number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation.forgetting import Matched, Point, match
+from ..evaluation.metrics import metric_of
+from . import plots
+from .document import Block, Document, Figure, Listing, Section, Table, Text
+from .formatting import number, p_value, value_and_spread, with_interval
+from .statistics import compare_paired
+
+SHOWN = ("accuracy", "perplexity")  # beside the losses
+
+
+def paths_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Point]]]:
+    """By start and replicate, the points of its learning rates in increasing order."""
+    paths: dict[str, dict[int, list[Point]]] = {}
+    for run in sorted(runs, key=lambda run: run["learning_rate"]):
+        point = (run["second"]["train_loss"], run["first"]["loss"])
+        paths.setdefault(run["start"], {}).setdefault(run["replicate"], []).append(point)
+    return paths
+
+
+def matched_differences(found: Matched, control: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Every start minus the first one at matched training loss, paired over replicates."""
+    pairs = {name: compare_paired(losses, found.losses[control], rng) for name, losses in found.losses.items()}
+    return [{"start": name, "paired": paired} for name, paired in pairs.items() if paired and name != control]
+
+
+def make_forgetting_document(
+    runs: Sequence[Mapping[str, Any]],
+    before: Mapping[str, Sequence[Mapping[str, float]]],
+    facts: Mapping[str, str],
+    names: Sequence[str],
+    target: float | None = None,
+    seed: int = 0,
+) -> Document:
+    """
+    The report of fine-tunings on a second task.
+
+    Args:
+        runs (`Sequence[Mapping]`): Each with `start`, `replicate`, `learning_rate`, `first` (scores) and `second` (metrics).
+        before (`Mapping[str, Sequence[Mapping]]`): By start, the first-task scores of each of its checkpoints before.
+        facts (`Mapping[str, str]`): What was trained and evaluated on.
+        names (`Sequence[str]`): The starts; the others are compared with the first.
+        target (`float`, *optional*): Second-task training loss to compare at.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    """
+    names = [name for name in names if any(run["start"] == name for run in runs)]
+    found = match({name: paths_of(runs)[name] for name in names}, target)
+    differences = matched_differences(found, names[0], np.random.default_rng(seed))
+    frame = _mean_over_replicates(runs, names)
+    canvas, data = plots.draw_frontier(frame, names, found.target)
+    caption = (
+        "Learning against forgetting, one point per learning rate: mean over replicates, bars from the lowest to the highest. Lower left is better. The dotted "
+        "line is the training loss at which starts are compared."
+    )
+    sections = [
+        Section("Question and answer", _answer(found, differences, names)),
+        Section("Set-up", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)]),
+        Section("Frontier", [Figure("frontier", canvas, caption, data)]),
+        Section("Every learning rate", [_rates_table(runs, before, names)]),
+        Section("Threats to validity", [Listing(_threats(runs, names))]),
+    ]
+    lead = (
+        f"{', '.join(names)}: fine-tuned on a second task with {frame.learning_rate.nunique()} learning rates, then tested on the first. "
+        f"{len(runs)} runs. Intervals are at 95 %."
+    )
+    numbers = {
+        "target": found.target,
+        "first_loss": found.losses,
+        "unreached": found.unreached,
+        "differences": [{"start": entry["start"], **_flat(entry["paired"])} for entry in differences],
+        "runs": list(runs),
+    }
+    return Document("Forgetting", lead, sections, {"runs": _runs_table(runs)}, numbers)
+
+
+def _answer(found: Matched, differences: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Block]:
+    if found.target is None:
+        return [
+            Text(
+                "The starts have no second-task training loss in common, so there is nothing to compare at: give learning rates "
+                "further apart, smaller ones for a start that always has a lower loss, larger ones for one that always has a higher.",
+                "warning",
+            )
+        ]
+    where = f"at a second-task training loss of {number(found.target)}"
+    blocks: list[Block] = [Text(f"How high is the test loss on the first task {where}?")]
+    for name in names:
+        values = list(found.losses[name].values())
+        if values:
+            count = f" ({len(values)} replicates)" if len(values) > 1 else ""
+            blocks.append(Text(f"{name}: {value_and_spread(values, 'loss')}{count}.", "answer"))
+        if name in found.unreached:
+            blocks.append(
+                Text(
+                    f"{name}: {len(found.unreached[name])} replicates never have that training loss on this grid and are left out.",
+                    "warning",
+                )
+            )
+    for entry in differences:
+        paired = entry["paired"]
+        size = with_interval(paired.difference.value, paired.t_low, paired.t_high, "loss")
+        test = (
+            f"{len(paired.seeds)} pairs, paired t-test p {p_value(paired.t_p)}"
+            if paired.t_p is not None
+            else "one pair, no interval"
+        )
+        blocks.append(Text(f"{entry['start']} minus {names[0]}: {size} ({test}); less is better.", "answer"))
+    return blocks
+
+
+def _mean_over_replicates(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> pd.DataFrame:
+    frame = _runs_table(runs)
+    grouped = frame.groupby(["start", "learning_rate"]).agg(
+        second_train_loss=("second_train_loss", "mean"),
+        first_loss=("first_loss", "mean"),
+        low=("first_loss", "min"),
+        high=("first_loss", "max"),
+        replicates=("first_loss", "size"),
+    )
+    order = grouped.reset_index().sort_values("learning_rate", kind="stable")
+    return pd.concat([order[order.start == name] for name in names], ignore_index=True)
+
+
+def _runs_table(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    keys = ("start", "checkpoint", "seed", "replicate", "learning_rate")
+    return pd.DataFrame(
+        {
+            **{key: run.get(key) for key in keys},
+            **{f"second_{name}": value for name, value in run["second"].items()},
+            **{f"first_{name}": value for name, value in run["first"].items()},
+        }
+        for run in runs
+    )
+
+
+def _rates_table(
+    runs: Sequence[Mapping[str, Any]], before: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]
+) -> Table:
+    shown = ["loss", *(name for name in SHOWN if name in runs[0]["first"])]
+    second = [name for name in ("accuracy", "perplexity") if name in runs[0]["second"]]
+    rows = []
+    for name in names:
+        scores = [value_and_spread([entry[metric] for entry in before[name]], metric) for metric in shown]
+        rows.append([name, "before", "", *("" for _ in second), *scores])
+        for rate in sorted({run["learning_rate"] for run in runs if run["start"] == name}):
+            own = [run for run in runs if run["start"] == name and run["learning_rate"] == rate]
+            cells = [value_and_spread([run["second"]["train_loss"] for run in own], "loss")]
+            cells += [value_and_spread([run["second"][metric] for run in own], metric) for metric in second]
+            cells += [value_and_spread([run["first"][metric] for run in own], metric) for metric in shown]
+            rows.append([name, f"{rate:g}", *cells])
+    labels = ["second: training loss", *(f"second: {_labelled(metric)}" for metric in second)]
+    labels += [f"first: {_labelled(metric)}" for metric in shown]
+    return Table(
+        ["start", "learning rate", *labels], rows, "Mean ± sd over replicates; test split unless it says training", 2
+    )
+
+
+def _labelled(metric: str) -> str:
+    return metric_of(metric).label + (f" ({metric_of(metric).unit})" if metric_of(metric).unit else "")
+
+
+def _threats(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    found = [
+        "The comparison is at equal training loss, so a start that learns the second task more slowly is not rewarded for it; between "
+        "two learning rates the path is taken to be straight.",
+        "A larger learning rate in the first training is a known rival explanation: it belongs among the starts as a control.",
+    ]
+    if len({run["replicate"] for run in runs}) < 3:
+        found.append("Fewer than three replicates: the difference may be one of seeds.")
+    if len(names) < 2:
+        found.append("One start alone says nothing about the others.")
+    return found
+
+
+def _flat(paired: Any) -> dict[str, Any]:
+    return {
+        "difference": paired.difference.value,
+        "student_low": paired.t_low,
+        "student_high": paired.t_high,
+        "t_p": paired.t_p,
+        "pairs": len(paired.seeds),
+    }

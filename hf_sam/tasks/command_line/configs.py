@@ -1,0 +1,54 @@
+"""The configuration files that come with the package: a list, or one to read and to copy."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config_files import find_config, shipped_configs
+from .help import terminal_width
+from .parsers import Parser
+
+RELATIVE = re.compile(r"^(\s*(?:base|config): *)(\S+\.yaml)", re.MULTILINE)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser("configs", description=__doc__)
+    parser.add_argument(
+        "name", nargs="?", help="Print this one, such as image_classification/digits; all when left out."
+    )
+    parser.add_argument("--path", action="store_true", help="Print where the file is instead of what it says.")
+    args = parser.parse_args(argv)
+    if args.name is None:
+        print(listing())
+    elif args.path:
+        print(find_config(args.name))
+    else:
+        print(content(find_config(args.name)), end="")
+
+
+def content(path: Path) -> str:
+    """What a file says; other files that it names relative to itself by their whole paths, so that a copy finds them."""
+
+    def absolute(match: re.Match) -> str:
+        return f"{match[1]}{(path.parent / match[2]).resolve()}"
+
+    return RELATIVE.sub(absolute, path.read_text(encoding="utf-8"))
+
+
+def listing() -> str:
+    """Name and first words of every file, by folder."""
+    width = terminal_width()
+    shipped = shipped_configs()
+    lead = max(map(len, shipped)) + 2
+    lines, folder = [], ""
+    for name, path in shipped.items():
+        if path.parent.name != folder:
+            folder = path.parent.name
+            lines += [""] if lines else []
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        summary = first.removeprefix("# ") if first.startswith("#") else f"({first})"
+        lines.append(f"{name:<{lead}}{textwrap.shorten(summary, max(width - lead, 40), placeholder=' ...')}")
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""`--help` on one screen; `--help-all` has every option. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import shutil
+import sys
+import textwrap
+from argparse import Action
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+TASKS = Path(__file__).parents[1]
+HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
+LONGEST = 85  # characters of help that an option gets on the page; all of them with --help-all
+
+# What a first run needs of the classes that several tasks share. Of a task's own classes every option is shown.
+SHOWN = {
+    "ModelArguments": ("model_name_or_path", "model_type", "lora_r"),
+    "DataArguments": ("dataset", "label_column", "validation_size", "test_size", "train_samples", "label_noise"),
+    "RunArguments": ("overwrite_output_dir", "evaluate_train"),
+    "SAMArguments": ("sam_method", "sam_rho", "sam_scope", "sam_perturb", "sam_start"),
+    "SharpnessConfig": ("measures", "rho", "m"),
+    "TrainingArguments": (
+        *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
+        *("eval_strategy", "resume_from_checkpoint", "seed"),
+    ),
+}
+
+BRIEF = {  # instead of what `SAMConfig` says at length
+    "sam_method": "The method, such as sam or asam; `hf-sam methods` lists them.",
+    "sam_rho": "Size of the perturbation: the method's own when left out; 0 is the stock Trainer.",
+    "sam_scope": "Examples that share a perturbation: micro, device, global, or auto.",
+    "sam_perturb": "What is perturbed: all, norm, no-norm-no-bias, or patterns of parameter names.",
+    "sam_start": "First step that perturbs; a number with a point is a share of the run.",
+}
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether all that is asked for is the list of options."""
+    return not {*HELP, *HELP_ALL}.isdisjoint(argv)
+
+
+def wants_all(argv: Sequence[str]) -> bool:
+    """Whether the list is to be complete."""
+    return not set(HELP_ALL).isdisjoint(argv)
+
+
+def command_words(task: str) -> list[str]:
+    """How this process was started, for another task: by a script of `recipes/`, or else by `hf-sam`."""
+    script = Path(sys.argv[0])
+    if script.parent.name == "recipes" and script.suffix == ".py":
+        return ["python", f"recipes/{task}.py"]
+    return ["hf-sam", task.replace("_", "-")]
+
+
+def terminal_width() -> int:
+    """Columns; without end where the output goes to a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def docstring_of(path: Path) -> str:
+    """What a module says of itself, read from its source."""
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def summary_of(path: Path) -> str:
+    """The first line of it."""
+    return docstring_of(path).partition("\n")[0]
+
+
+def describe(task: str) -> str:
+    """What a task does and how it is called, for the head of its help."""
+    words = command_words(task)
+    script = Path(sys.argv[0])
+    return docstring_of(script if words[0] == "python" and script.is_file() else TASKS / f"{task}.py")
+
+
+def heading(task: str) -> str:
+    """The lines above the options."""
+    words = " ".join(command_words(task))
+    operands = "CHECKPOINT ..." if task == "report" else "[CONFIG]"
+    return f"usage: {words} {operands} [--key value ...]\n\n{describe(task)}\n"
+
+
+def option_page(kinds: Sequence[type], actions: Mapping[str, Action]) -> str:
+    """
+    The options that matter to most, by the class that has them; the others by name only.
+
+    Args:
+        kinds (`Sequence[type]`): The dataclasses that the command line is parsed into.
+        actions (`Mapping[str, Action]`): The parser's arguments by name.
+    """
+    width = min(terminal_width(), 120)
+    return "\n".join(line for kind in sorted(kinds, key=_is_shared) for line in _section(kind, actions, width))
+
+
+def _is_shared(kind: type) -> bool:
+    return _shown_name(kind) in SHOWN
+
+
+def _shown_name(kind: type) -> str:
+    """The name of a class, or of the base of it that `SHOWN` knows."""
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in SHOWN), kind.__name__)
+
+
+def _section(kind: type, actions: Mapping[str, Action], width: int) -> Iterator[str]:
+    name = _shown_name(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.init and field.name in actions]
+    shown = [key for key in SHOWN[name] if key in names] if name in SHOWN else names
+    others = [key for key in names if key not in shown]
+    yield f"{name}:"
+    if name == "TrainingArguments":  # known to most who come here
+        listed = ", ".join(f"--{key}" for key in shown)
+        yield from _wrapped(f"{listed} and {len(others)} more of {kind.__name__}: --help-all", width)
+        return
+    for key in shown:
+        lead = f"  --{key}"
+        text = textwrap.shorten(help_of(actions[key]), LONGEST, placeholder=" ...")
+        yield f"{lead:<24} {text}"
+    if others:
+        yield from _wrapped(f"also: {', '.join(others)}", width)
+
+
+def help_of(action: Action) -> str:
+    """What the page says of an option."""
+    return BRIEF.get(action.dest) or (action.help or "").replace("%%", "%")
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)

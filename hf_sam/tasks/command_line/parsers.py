@@ -1,0 +1,172 @@
+"""The command lines that are not made of dataclasses: `compare`, `find-rho`, `demo`. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...evaluation.metrics import METRICS_KEPT
+from ...suggestions import did_you_mean
+from .. import TRAINING
+from .config_files import find_config, resolve, unknown_key
+from .errors import UserError
+from .help import HELP_ALL, command_words, describe
+
+DEMO_SEEDS = 3
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake as a `UserError`."""
+
+    def __init__(self, task: str, description: str | None = None):
+        super().__init__(
+            prog=" ".join(command_words(task)),
+            description=description or describe(task),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument(*HELP_ALL, action="help", help=argparse.SUPPRESS)  # there is no more than on one page
+
+    def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        known = [action.dest for action in self._actions]
+        raise UserError(unknown_key(unknown[1], known) if unknown else message)
+
+
+# --- compare -----------------------------------------------------------------------------------------------------------
+
+
+def study_parser() -> argparse.ArgumentParser:
+    parser = Parser("compare")
+    parser.add_argument("study", nargs="?", help="YAML of the comparison, or the name of a shipped one.")
+    parser.add_argument("--output_dir", type=Path, help="Where everything goes, instead of where the YAML says.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds, instead of those of the YAML.")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings of every run to override.")
+    parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
+    parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
+    parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
+    parser.add_argument("--workers", type=int, default=1, help="Runs at the same time on this machine.")
+    parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
+    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
+    return parser
+
+
+def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    What `compare` is asked for.
+
+    Raises:
+        UserError: No study, or a value that cannot be.
+    """
+    args = study_parser().parse_args(argv)
+    if not args.study:
+        raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
+    args.study = find_config(args.study, "comparison")
+    if args.workers < 1:
+        raise UserError(f"workers={args.workers} must be at least 1.")
+    for word in args.set:
+        if "=" not in word:
+            raise UserError(f"--set takes key=value pairs, not {word!r}.")
+    for folder in args.foreign:
+        if not folder.is_dir():
+            raise UserError(f"foreign={folder} is no folder.")
+    return args
+
+
+# --- find-rho ----------------------------------------------------------------------------------------------------------
+
+
+def search_parser() -> argparse.ArgumentParser:
+    parser = Parser("find_rho")
+    parser.add_argument("recipe", help=f"{', '.join(TRAINING)}; then its command line.")
+    parser.add_argument("--budget", type=float, default=2.0, help="What it may cost, in ordinary runs without SAM.")
+    parser.add_argument("--rhos", type=float, nargs="+", help="The values to try, instead of a geometric grid.")
+    parser.add_argument("--low", type=float, help="Least value of the grid; a tenth of its paper's rho.")
+    parser.add_argument("--high", type=float, help="Largest value of the grid; four times its paper's rho.")
+    parser.add_argument("--points", type=int, default=4, help="Values of the grid above 0.")
+    parser.add_argument("--reduction", type=int, default=2, help="One in so many goes on to the next rung.")
+    parser.add_argument("--seeds", type=int, default=3, help="Of the confirmation, at least; more where they are paid.")
+    parser.add_argument("--annealed", action="store_true", help="Short runs with a whole schedule, instead of paused.")
+    parser.add_argument("--metric", help=f"What is compared: {', '.join(METRICS_KEPT)}; found when left out.")
+    parser.add_argument("--plan", action="store_true", help="Print what would run and what it costs, and end.")
+    parser.add_argument("--launcher", default="", help="Command that starts each run, such as 'accelerate launch'.")
+    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
+    return parser
+
+
+def parse_search(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """
+    The options of a search for rho, and the command line of the recipe.
+
+    Raises:
+        UserError: A value that cannot be; names the option and what is allowed.
+    """
+    options, words = search_parser().parse_known_args(argv)
+    name = options.recipe.replace("-", "_")
+    if name in TRAINING:
+        options.recipe = name
+    if options.recipe.startswith("-") or options.recipe.endswith((".yaml", ".yml", ".json")):
+        raise UserError("Give the recipe first, such as image_classification, then its command line.")
+    check_recipe(options.recipe)
+    if not math.isfinite(options.budget) or options.budget <= 0:
+        raise UserError(f"budget={options.budget:g} must be above 0: ordinary runs that the search may cost.")
+    for name, least in (("points", 1), ("seeds", 2), ("reduction", 2)):
+        if getattr(options, name) < least:
+            raise UserError(f"{name}={getattr(options, name)} must be at least {least}.")
+    if options.rhos:
+        options.rhos = sorted(set(options.rhos) - {0.0})  # 0 takes part anyway
+        if not options.rhos or not all(0 < rho < math.inf for rho in options.rhos):
+            raise UserError("rhos must be numbers above 0; 0 takes part anyway.")
+    for name in ("low", "high"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value:g} must be a number above 0; 0 itself takes part anyway.")
+    if options.metric is not None and options.metric not in METRICS_KEPT:
+        hint = did_you_mean(options.metric, METRICS_KEPT)
+        raise UserError(f"metric={options.metric} is no mean over examples.{hint} Allowed: {', '.join(METRICS_KEPT)}.")
+    return options, resolve(words, options.recipe)
+
+
+def check_recipe(name: str) -> None:
+    """
+    Raises:
+        UserError: No task that trains has this name, and it is no module of the user's own either.
+    """
+    if name not in TRAINING and "." not in name:
+        raise UserError(
+            f"recipe {name!r} does not exist.{did_you_mean(name, TRAINING)} There are: {', '.join(TRAINING)}."
+        )
+
+
+# --- demo --------------------------------------------------------------------------------------------------------------
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    parser = Parser("demo")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where all files go.")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="Runs at the same time.")
+    parser.add_argument("--seeds", type=int, default=DEMO_SEEDS, help="Runs of every cell of the table.")
+    parser.add_argument("--max_steps", type=int, help="End every run early: to try the set-up, not to read the table.")
+    return parser
+
+
+def parse_demo(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    What `demo` is asked for.
+
+    Raises:
+        UserError: A value that cannot be.
+    """
+    args = demo_parser().parse_args(argv)
+    for name in ("processes", "seeds", "max_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    return args
+
+
+PARSERS = {"compare": study_parser, "find_rho": search_parser, "demo": demo_parser}

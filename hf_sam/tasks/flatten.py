@@ -1,0 +1,73 @@
+"""A short phase of sharpness-aware minimization on a finished checkpoint, before it is quantized, merged or fine-tuned again.
+
+    python recipes/flatten.py outputs/minilm                                  # data as its run record says
+    python recipes/flatten.py some/hub-id --dataset imdb --sam_rho 0.05       # any option of the training recipes
+    python recipes/flatten.py outputs/lora --task causal-lm --output_dir outputs/lora-flat
+
+The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It is trained on its
+own task with defaults that depend on its kind (`--learning_rate`, `--sam_rho` and every other option override them). Run record and model
+card say that this was a flatten phase. Whether it helped is measured by `recipes/survival.py BEFORE AFTER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..experiments.execution import load_task
+from ..experiments.plan import command_line
+from . import sharpness
+from .command_line.arguments import wants_help
+from .command_line.errors import UserError
+from .models import adapter_base
+
+PHASE = "flatten"
+COMMON = {
+    **{"phase": PHASE, "arm": PHASE, "num_train_epochs": 1, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
+    **{"weight_decay": 0.0, "save_strategy": "no", "logging_steps": 10, "report_to": "none"},
+}
+# A tenth to a half of what the checkpoint was fine-tuned with, and a rho larger than the default: the phase is short, and not there to learn.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "text-classification": {"learning_rate": 2e-5, "sam_rho": 0.02, "per_device_train_batch_size": 32},
+    "image-classification": {"learning_rate": 1e-5, "sam_rho": 0.02, "per_device_train_batch_size": 16},
+    "causal-lm": {"learning_rate": 2e-5, "sam_rho": 0.05, "per_device_train_batch_size": 8},
+}
+ADAPTER = {"learning_rate": 1e-4, "sam_rho": 0.05}
+
+
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> Any:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or wants_help(words):
+        print(__doc__)
+        if not words:
+            raise UserError("Give the checkpoint: a folder or a hub id.")
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--task")
+    known, rest = parser.parse_known_args(words)
+    if known.checkpoint is None:
+        raise UserError("Give the checkpoint first: a folder or a hub id.")
+    path = known.checkpoint
+    named = ["--checkpoints", path, *rest]
+    name = sharpness.find_task([*named, *(["--task", known.task] if known.task else [])])
+    settings = {
+        **COMMON,
+        **DEFAULTS[name],
+        **(ADAPTER if adapter_base(path) else {}),
+        "model_name_or_path": path,
+    }
+    folder = (
+        Path(f"{path.rstrip('/')}-flat") if Path(path).exists() else Path("outputs") / f"{path.split('/')[-1]}-flat"
+    )
+    data = sharpness.recorded_data(named)
+    if not data and not any(word.split("=")[0] in ("--dataset", "--glue_task") for word in rest):
+        raise UserError(
+            f"{path} has no run record that names its data: give --dataset, the data that it was trained on."
+        )
+    return load_task(sharpness.TASKS[name].recipe).main(
+        [*command_line(None, settings, folder), *data, *rest], callbacks
+    )

@@ -1,0 +1,411 @@
+"""Fine-tune checkpoints on a second task over a grid of learning rates, and measure what is left of the first.
+
+    python recipes/forgetting.py adamw=outputs/a sam=outputs/b --recipe text_classification \\
+        --config configs/text_classification/minilm.yaml --settings '{"dataset": "second.csv", "max_steps": 200}' \\
+        --learning_rates 1e-5 3e-5 1e-4 --seeds 0 1 2
+    python recipes/forgetting.py forgetting.yaml          # the same keys, in a file
+
+A name given more than once, `sam=outputs/b0 sam=outputs/b1`, has several checkpoints: replicates, paired by their order with those
+of other names. The first task's data are those of the first checkpoint's run record, or `--first '{"dataset": ...}'`. The one number is
+the first task's test loss at matched training loss of the second. The same command again makes what is missing.
+"""
+
+# ruff: noqa: RUF009 - `option` returns a dataclass field
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+from ..evaluation.merging import check_same_shapes, mergeable_state
+from ..evaluation.weights import replaced
+from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS, is_running, start, stop
+from ..experiments.plan import command_line, slug
+from ..experiments.records import RECORD_NAME, RecordError, RunRecord, plain, read_record, write_json
+from ..reporting.document import write_document
+from ..reporting.forgetting import make_forgetting_document
+from ..reporting.survival import scores_of
+from ..suggestions import did_you_mean
+from . import TRAINING, report, sharpness
+from .command_line.arguments import parse_arguments
+from .command_line.config_files import split_command_line
+from .command_line.errors import UserError, as_user_error
+from .command_line.options import DataArguments, ModelArguments, option
+from .models import adapter_base
+from .survival import body_of, check_data
+
+RESULT_NAME = "forgetting.json"
+POLL_SECONDS = 0.2
+GIVEN = ("model_name_or_path", "learning_rate", "seed", "output_dir")  # what each run is given here
+
+
+@dataclass
+class ForgettingArguments:
+    """Which checkpoints, what second task, and how it is learnt."""
+
+    checkpoints: list[str] = field(
+        metadata={"help": "Folders or hub ids as name=checkpoint; several of one name are replicates."}
+    )
+    recipe: str = field(metadata={"help": f"What trains the second task: {', '.join(TRAINING)}."})
+    learning_rates: list[float] = field(metadata={"help": "The grid; each start is fine-tuned with each."})
+    config: str | None = option(None, "Configuration of the second task, as its recipe takes it.")
+    settings: dict | str | None = option(None, "JSON object of the recipe's arguments over those of the configuration.")
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of the second training; each is a replicate."}
+    )
+    first: dict | str | None = option(
+        None, "JSON object of the first task's data arguments; those of the record if left out."
+    )
+    output_dir: str = option("outputs/forgetting", "Where runs and report go.")
+    target_loss: float | None = option(
+        None, "Second-task training loss to compare at; the lowest that all reach if left out."
+    )
+    max_examples: int = option(1000, "Test examples of the first task, at most; 0 is all.")
+    batch_size: int = option(32, "Examples per batch of the evaluation on the first task.")
+    workers: int = option(1, "Trainings at the same time.")
+    launcher: list[str] = field(
+        default_factory=list, metadata={"help": "Command that starts each run, such as accelerate launch."}
+    )
+    keep_models: bool = option(False, "Keep the weights of every run.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
+
+    def __post_init__(self):
+        if self.recipe not in TRAINING:
+            raise ValueError(
+                f"recipe={self.recipe} does not train.{did_you_mean(self.recipe, TRAINING, f' Allowed: {TRAINING}.')}"
+            )
+        for name in ("settings", "first"):
+            value = getattr(self, name) or {}
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r} is no JSON: {error}.") from None
+            if not isinstance(value, dict):
+                raise ValueError(f'{name}={value!r} must be a JSON object such as {{"max_steps": 200}}.')
+            setattr(self, name, value)
+        taken = [name for name in GIVEN if name in self.settings]
+        if taken:
+            raise ValueError(f"settings: {taken[0]} is set for each run; leave it out.")
+        if not all(rate > 0 for rate in self.learning_rates):
+            raise ValueError(f"learning_rates={self.learning_rates} must all be above 0.")
+        for name, least in (("workers", 1), ("batch_size", 1), ("max_examples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+
+    @property
+    def starts(self) -> dict[str, list[str]]:
+        """By name its checkpoints, in order."""
+        found: dict[str, list[str]] = {}
+        for text in self.checkpoints:
+            name, path = text.split("=", 1) if "=" in text else (sharpness._short_name(text), text)
+            found.setdefault(name, []).append(path)
+        return found
+
+
+@dataclass(frozen=True)
+class SecondRun:
+    """One fine-tuning on the second task."""
+
+    start: str
+    index: int  # which of the start's checkpoints
+    checkpoint: str
+    learning_rate: float
+    seed: int
+
+    def folder(self, output_dir: Path) -> Path:
+        return (
+            output_dir
+            / "runs"
+            / slug(self.start)
+            / f"checkpoint-{self.index}"
+            / f"lr-{self.learning_rate:g}"
+            / f"seed-{self.seed}"
+        )
+
+    @property
+    def replicate(self) -> int:
+        return 100_000 * self.index + self.seed
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    words = list(sys.argv[1:] if argv is None else argv)
+    files, options = split_command_line(words)
+    if not words:
+        print(__doc__)
+        raise UserError("Give checkpoints, --recipe and --learning_rates, or a YAML with these.")
+    (args,) = parse_arguments([ForgettingArguments], [*files, *report.with_option_name(options)])
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    first, folder = FirstTask(args), Path(args.output_dir)
+    runs = [
+        SecondRun(name, index, path, rate, seed)
+        for seed in args.seeds
+        for name, paths in args.starts.items()
+        for index, path in enumerate(paths)
+        for rate in args.learning_rates
+    ]
+    before = first_scores_before(args, first, folder)
+    failures = make_all(args, first, runs, folder)
+    done = [result for run in runs if (result := result_of(run, folder)) is not None]
+    if not done:
+        raise UserError(failures[0] if failures else "No run has finished.")
+    document = make_forgetting_document(
+        done,
+        before,
+        {
+            "first task": f"{first.data_args.dataset}, {len(first.rows):,} test examples",
+            "second task": f"{args.recipe} {args.config or ''} {json.dumps(args.settings)}",
+            "learning rates": ", ".join(f"{rate:g}" for rate in args.learning_rates),
+            "checkpoints": "; ".join(f"{name}: {', '.join(paths)}" for name, paths in args.starts.items()),
+            "seeds of the second training": ", ".join(map(str, args.seeds)),
+            "runs": f"{len(done)} of {len(runs)}",
+        },
+        list(args.starts),
+        args.target_loss,
+    )
+    written = write_document(document, folder / "report")
+    print(f"Report: {written}")
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(runs)} runs failed; the same command tries them again. The first: {failures[0]}"
+        )
+    return written
+
+
+# --- the first task ----------------------------------------------------------------------------------------------------
+
+
+class FirstTask:
+    """The test examples of the first task, and what a model makes of them."""
+
+    def __init__(self, args: ForgettingArguments):
+        self.args = args
+        argv = ["--checkpoints", args.checkpoints[0], *command_line(None, args.first, Path("-"))[:-1]]
+        self.task = sharpness.TASKS[sharpness.find_task(argv)]
+        words = [*argv[2:], *sharpness.recorded_data(argv)]
+        if not any(word.startswith(("--dataset", "--glue_task")) for word in words):
+            raise UserError(
+                f"{args.checkpoints[0]} has no run record that names its data: give --first '{{\"dataset\": ...}}'."
+            )
+        self.data_args, self.task_args = parse_arguments([DataArguments, self.task.arguments], words)
+        splits, *self.columns = self.task.read_data(self.data_args, self.task_args)
+        check_data(splits, self.columns, "test")
+        self.rows = sharpness.fixed_rows(splits["test"], args.max_examples or len(splits["test"]), 0)
+
+    def scores(self, start_path: str, tuned_path: Path | None = None) -> dict[str, float]:
+        """Of a start, or of its head (a classifier's) on the body of what it has become."""
+        model_args = ModelArguments(model_name_or_path=start_path, trust_remote_code=self.args.trust_remote_code)
+        model, processor_args = sharpness.load_checkpoint(self.task.auto_class, model_args, self.columns, "merged")
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        model.to(device).eval()
+        examples, collator = self.task.prepare({"test": self.rows}, self.columns, processor_args, self.task_args, model)
+        loader = DataLoader(examples["test"], self.args.batch_size, collate_fn=collator)
+        body = {}
+        if tuned_path is not None:
+            body = body_of(self.task, str(tuned_path), self.args)
+            with as_user_error(ValueError):
+                check_same_shapes(mergeable_state(model), body, str(tuned_path))
+        with replaced(model, body):
+            scores = scores_of(report.predictions_of(model, loader))
+        return {"loss": scores["nll"], **scores} if "nll" in scores else scores
+
+
+def first_scores_before(args: ForgettingArguments, first: FirstTask, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """First-task scores of every checkpoint as given; evaluated once and kept."""
+    path = folder / "before.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for paths in args.starts.values():
+        for checkpoint in paths:
+            if checkpoint not in kept:
+                kept[checkpoint] = first.scores(checkpoint)
+                write_json(path, plain(kept))
+    return {name: [kept[checkpoint] for checkpoint in paths] for name, paths in args.starts.items()}
+
+
+# --- the second ----------------------------------------------------------------------------------------------------------
+
+
+def job_of(args: ForgettingArguments, run: SecondRun, folder: Path) -> dict[str, Any]:
+    """What the process that makes the run is told: a recipe and its command line."""
+    settings = {
+        **args.settings,
+        "model_name_or_path": whole_model(args, run, folder),
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "arm": run.start,
+        "evaluate_train": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "resume_from_checkpoint": "auto",
+    }
+    names = {"task": str(args.settings.get("dataset", args.config)), "arm": run.start, "seed": run.seed}
+    argv = command_line(args.config, settings, run.folder(folder))
+    return {"recipe": args.recipe, "argv": argv, "names": names, "average": {}, "sharpness": None, "keep_model": True}
+
+
+def whole_model(args: ForgettingArguments, run: SecondRun, folder: Path) -> str:
+    """The start as a whole model: an adapter is merged into its base, once."""
+    base = adapter_base(run.checkpoint)
+    if base is None:
+        return run.checkpoint
+    merged = folder / "starts" / f"{slug(run.start)}-{run.index}"
+    if not (merged / "config.json").is_file():
+        from peft import PeftModel
+
+        task = next(task for task in sharpness.TASKS.values() if task.recipe == args.recipe)
+        with as_user_error(OSError, ValueError, prefix=f"{run.checkpoint} cannot be merged: "):
+            model = task.auto_class.from_pretrained(base, dtype="float32", trust_remote_code=args.trust_remote_code)
+            PeftModel.from_pretrained(model, run.checkpoint).merge_and_unload().save_pretrained(merged)
+        for source in (Path(base), Path(run.checkpoint)):
+            for pattern in (
+                "tokenizer*",
+                "special_tokens_map.json",
+                "vocab*",
+                "merges.txt",
+                "preprocessor_config.json",
+            ):
+                for file in source.glob(pattern):
+                    shutil.copy(file, merged)
+    return str(merged)
+
+
+def make_all(args: ForgettingArguments, first: FirstTask, runs: Sequence[SecondRun], folder: Path) -> list[str]:
+    """Makes the runs that are missing, as many at a time as there are workers; returns a line for each that failed."""
+    evaluation, stopped = threading.Lock(), threading.Event()
+    failures: list[str] = []
+    jobs = {run: job_of(args, run, folder) for run in runs}
+    for run, job in jobs.items():
+        check_unchanged(run, job, folder)
+    open_runs = [run for run in runs if result_of(run, folder) is None]
+    print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are there.", flush=True)
+    with ThreadPoolExecutor(args.workers) as pool:
+        futures = [pool.submit(make, args, first, run, jobs[run], folder, evaluation, stopped) for run in open_runs]
+        try:
+            for future in as_completed(futures):
+                failures += [failure] if (failure := future.result()) else []
+                print(
+                    f"{sum(result_of(run, folder) is not None for run in runs)} of {len(runs)} runs are there.",
+                    flush=True,
+                )
+        finally:  # also at Ctrl-C: no training goes on without us
+            stopped.set()
+    return failures
+
+
+def make(
+    args: ForgettingArguments,
+    first: FirstTask,
+    run: SecondRun,
+    job: Mapping[str, Any],
+    folder: Path,
+    evaluation: threading.Lock,
+    stopped: threading.Event,
+) -> str | None:
+    """Makes one run and evaluates it on the first task; returns what went wrong, if anything did."""
+    place = run.folder(folder)
+    if stopped.is_set():
+        return None
+    record = _record(place)
+    if record is None or record.status != "finished" or not _weights(place):
+        (place / RECORD_NAME).unlink(missing_ok=True)
+        write_json(place / JOB_NAME, job)
+        process = start(place, args.launcher or [sys.executable])
+        try:
+            while is_running(process) and not stopped.is_set():
+                time.sleep(POLL_SECONDS)
+        finally:
+            if is_running(process):
+                stop(process)
+        record = _record(place)
+    if stopped.is_set():
+        return None
+    if record is None or record.status != "finished":
+        error = (record.error or {}) if record is not None else {}
+        return (
+            f"{place}: {error.get('type', 'ended without a record')}: {error.get('message', '')} (see {LOG_NAME} there)"
+        )
+    with evaluation:
+        try:
+            scores = first.scores(run.checkpoint, place)
+        except (UserError, ValueError) as error:
+            return f"{place}: {error}"
+    write_json(
+        place / RESULT_NAME,
+        plain(
+            {
+                "start": run.start,
+                "checkpoint": run.checkpoint,
+                "replicate": run.replicate,
+                "seed": run.seed,
+                "learning_rate": run.learning_rate,
+                "second": {**record.metrics, "train_loss": train_loss(record)},
+                "first": scores,
+            }
+        ),
+    )
+    if not args.keep_models:
+        for file in _weights(place):
+            file.unlink()
+    return None
+
+
+def train_loss(record: RunRecord) -> float:
+    """Mean loss of the finished model over the training split: of an example, or of a token."""
+    if record.metrics.get("train_nll") is not None:
+        return record.metrics["train_nll"]
+    if record.metrics.get("train_perplexity") is not None:
+        return float(np.log(record.metrics["train_perplexity"]))
+    return record.metrics["train_loss"]
+
+
+def check_unchanged(run: SecondRun, job: Mapping[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        UserError: The run is there, and was made with other settings.
+    """
+    place = run.folder(folder)
+    if result_of(run, folder) is None or not (place / JOB_NAME).is_file():
+        return
+    made = json.loads((place / JOB_NAME).read_text(encoding="utf-8"))
+    changed = sorted(
+        word for word in set(made["argv"]) ^ set(map(str, job["argv"])) if not word.startswith("--output_dir=")
+    )
+    if changed:
+        raise UserError(
+            f"{place} was run with other settings ({', '.join(changed[:4])}). Name another output_dir, or delete that folder."
+        )
+
+
+def result_of(run: SecondRun, folder: Path) -> dict[str, Any] | None:
+    """What is known of a run that has been made and evaluated."""
+    with suppress(OSError, json.JSONDecodeError):
+        return json.loads((run.folder(folder) / RESULT_NAME).read_text(encoding="utf-8"))
+    return None
+
+
+def _record(place: Path) -> RunRecord | None:
+    try:
+        return read_record(place / RECORD_NAME)
+    except RecordError:
+        return None
+
+
+def _weights(place: Path) -> list[Path]:
+    return [file for pattern in WEIGHTS for file in place.glob(pattern)]

@@ -1,0 +1,182 @@
+"""recipes/forgetting.py through its command line: tiny classifiers and language models on a second task."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stand_ins
+import yaml
+
+from hf_sam.experiments.records import RECORD_NAME, read_record
+from hf_sam.reporting.document import write_document
+from hf_sam.reporting.forgetting import make_forgetting_document, paths_of
+from hf_sam.tasks import causal_lm, forgetting, image_classification
+from hf_sam.tasks.command_line.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TINY = '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 8, "patch_size": 4}'
+SHORT = ["--report_to=none", "--disable_tqdm=true", "--use_cpu=true", "--save_strategy=no", "--max_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A ViT fine-tuned on all ten digits."""
+    folder = tmp_path_factory.mktemp("start")
+    data = ["--dataset=digits", "--train_samples=40", "--test_samples=40"]
+    image_classification.main(
+        [*data, "--model_type=vit", f"--config_overrides={TINY}", *SHORT, f"--output_dir={folder}"]
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def second(tmp_path):
+    """Another task with two classes, on images of the same size."""
+    (tmp_path / "second").mkdir()
+    data = stand_ins.write("images", tmp_path / "second")
+    return {"dataset": data, "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "image_size": 8}
+
+
+def run_task(*words):
+    words = [sys.executable, str(ROOT / "recipes/forgetting.py"), *words]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_a_grid_is_trained_once_and_a_second_call_makes_what_is_missing(start, second, tmp_path, capsys):
+    plan = {
+        **{"checkpoints": [f"adamw={start}", f"sam={start}"], "recipe": "image_classification"},
+        **{"learning_rates": [1.0e-3], "settings": second, "output_dir": str(tmp_path / "out")},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    done = run_task(str(tmp_path / "plan.yaml"))
+    assert done.returncode == 0, done.stderr
+    results = sorted((tmp_path / "out/runs").rglob("forgetting.json"))
+    assert len(results) == 2
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    a, b = (json.loads(path.read_text()) for path in results)
+    assert a["first"] == b["first"]  # the same checkpoint, learning rate and seed
+    assert a["second"]["train_loss"] == read_record(results[0].parent / RECORD_NAME).metrics["train_nll"]
+    before = json.loads((tmp_path / "out/before.json").read_text())[start]
+    assert before["accuracy"] == read_record(f"{start}/{RECORD_NAME}").metrics["accuracy"]
+    assert before["loss"] != a["first"]["loss"]
+    times = [path.stat().st_mtime_ns for path in results]
+    results[1].unlink()
+    words = [str(tmp_path / "plan.yaml"), "--learning_rates", "0.001"]
+    forgetting.main(words)
+    assert "1 of 2 runs are there." in capsys.readouterr().out
+    assert results[0].stat().st_mtime_ns == times[0]
+    assert json.loads(results[1].read_text()) == b
+    text = (tmp_path / "out/report/report.md").read_text()
+    assert "sam minus adamw: +0.000 (one pair, no interval)" in text
+    with pytest.raises(UserError, match=r"was run with other settings \(--max_steps=2, --max_steps=3\)"):
+        forgetting.main([*words, "--settings", json.dumps({**second, "max_steps": 3})])
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(start, second, tmp_path):
+    words = [
+        f"a={start}",
+        "--recipe=image_classification",
+        "--learning_rates",
+        "1e-3",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    with pytest.raises(UserError, match=r"lr-0.001/seed-0: UserError: label_column=kind is no column"):
+        forgetting.main([*words, "--settings", json.dumps({**second, "label_column": "kind"})])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.slow
+def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(decoder, tmp_path):
+    (tmp_path / "data").mkdir()
+    data = stand_ins.write("corpus", tmp_path / "data")
+    lm = {"trainer": "plain", "max_length": 16, "max_steps": 2, "use_cpu": True, "activation_checkpointing": False}
+    words = [
+        f"--dataset={data}",
+        f"--model_name_or_path={decoder}",
+        *(f"--{k}={v}" for k, v in lm.items()),
+        *SHORT[:-1],
+    ]
+    causal_lm.main([*words, f"--output_dir={tmp_path / 'whole'}"])
+    causal_lm.main([*words, "--lora_r=2", "--lora_target_modules", "q_proj", f"--output_dir={tmp_path / 'adapter'}"])
+    settings = json.dumps({**lm, "dataset": data})
+    options = ["--recipe=causal_lm", "--settings", settings, "--learning_rates", "1e-4", "1e-2", "--workers=2"]
+    forgetting.main(
+        [f"a={tmp_path / 'whole'}", f"b={tmp_path / 'adapter'}", *options, f"--output_dir={tmp_path / 'out'}"]
+    )
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("forgetting.json")]
+    assert len(results) == 4
+    assert all(result["second"]["train_loss"] == np.log(result["second"]["train_perplexity"]) for result in results)
+    assert (tmp_path / "out/starts/b-0/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe=image_clasification"], "does not train. Did you mean 'image_classification'"),
+        (["--recipe=causal_lm", "--learning_rates", "0"], "must all be above 0"),
+        (["--recipe=causal_lm", "--settings", '{"learning_rate": 1}'], "settings: learning_rate is set for each run"),
+        (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is no JSON"),
+        (["--recipe=causal_lm", "--workers=0"], "workers=0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message):
+    with pytest.raises(UserError, match=message):
+        forgetting.main(["a=nowhere", "--learning_rates", "1e-4", *words])
+
+
+def test_a_start_without_record_needs_its_data(start, tmp_path):
+    shutil.copytree(start, tmp_path / "start", ignore=shutil.ignore_patterns(RECORD_NAME))
+    with pytest.raises(UserError, match="has no run record that names its data"):
+        forgetting.main([f"a={tmp_path / 'start'}", "--recipe=image_classification", "--learning_rates", "1e-4"])
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def fabricated(shifts, replicates=4):
+    """Frontiers on which `first = shift / train_loss`, more where a replicate is unlucky."""
+    return [
+        {
+            **{"start": name, "checkpoint": name, "seed": replicate, "replicate": replicate, "learning_rate": rate},
+            "second": {"train_loss": loss, "accuracy": 0.8},
+            "first": {"loss": shift / loss + 0.01 * replicate, "accuracy": 0.7},
+        }
+        for name, shift in shifts.items()
+        for replicate in range(replicates)
+        for rate, loss in ((1e-5, 2.0), (1e-4, 1.0), (1e-3, 0.5))
+    ]
+
+
+def test_the_report_compares_at_the_matched_training_loss(tmp_path):
+    runs = fabricated({"adamw": 1.0, "sam": 0.9})
+    assert paths_of(runs)["sam"][0] == [(2.0, 0.45), (1.0, 0.9), (0.5, 1.8)]
+    before = {"adamw": [{"loss": 0.3, "accuracy": 0.9}], "sam": [{"loss": 0.4, "accuracy": 0.9}]}
+    document = make_forgetting_document(runs, before, {"first task": "<a>"}, ["adamw", "sam"], target=1.0)
+    html = write_document(document, tmp_path).read_text()
+    assert "&lt;a&gt;" in html
+    text = (tmp_path / "report.md").read_text().replace("\\", "")
+    assert "at a second-task training loss of 1.000" in text
+    assert "adamw: 1.015 ± 0.013 (4 replicates)" in text
+    assert "sam minus adamw: -0.100 [" in text
+    assert "(4 pairs, paired t-test p" in text
+    assert "| adamw | before |" in text
+    numbers = json.loads((tmp_path / "data/numbers.json").read_text())
+    assert numbers["differences"][0]["difference"] == pytest.approx(-0.1)
+
+
+def test_a_training_loss_that_nobody_has_in_common_is_said(tmp_path):
+    runs = fabricated({"adamw": 1.0, "sam": 0.9}, replicates=1)
+    for run in runs:
+        if run["start"] == "sam":
+            run["second"]["train_loss"] /= 100
+    before = {name: [{"loss": 0.3, "accuracy": 0.9}] for name in ("adamw", "sam")}
+    write_document(make_forgetting_document(runs, before, {}, ["adamw", "sam"]), tmp_path)
+    assert "have no second-task training loss in common" in (tmp_path / "report.md").read_text()
+    write_document(make_forgetting_document(runs, before, {}, ["adamw", "sam"], target=1.0), tmp_path)
+    assert "sam: 1 replicates never have that training loss" in (tmp_path / "report.md").read_text()
