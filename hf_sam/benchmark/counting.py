@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from accelerate.utils import find_batch_size
 from torch import Tensor
+from torch.autograd.profiler import profile, record_function
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
@@ -136,7 +136,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()  # a trainer of before, whose memory would be freed, and seen to be, in this block
-        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self._profiler = profile(profile_memory=True)
         self._profiler.__enter__()
         return self
 
@@ -156,7 +156,7 @@ class PeakMemory:
         if self._module is not None:
             return self._module.max_memory_allocated() if hasattr(self._module, "max_memory_allocated") else None
         allocations: list[tuple[int, int]] = []
-        pending, since = list(self._profiler.profiler.kineto_results.experimental_event_tree()), 0
+        pending, since = list(self._profiler.kineto_results.experimental_event_tree()), 0
         while pending:
             event = pending.pop()
             pending.extend(event.children)
