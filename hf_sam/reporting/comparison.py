@@ -222,19 +222,8 @@ def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
     seeds = {len(entry.paired.seeds): entry.paired.p_floor for entry in study.comparisons if entry.paired.p_floor}
     floors = "; ".join(f"{n} seeds cannot give a sign-flip p below {p_value(p)}" for n, p in sorted(seeds.items()))
     margin = "" if question.margin is None else f"±{size(question.margin / metric_of(metric).scale, metric)}"
-    columns = [
-        "task",
-        "budget",
-        "arm",
-        "seeds",
-        "difference",
-        "95 % Student",
-        "95 % bootstrap",
-        "t-test p",
-        "after Holm",
-    ]
-    columns += ["sign-flip p", *([f"within {margin}: p after Holm"] if margin else []), "shown to be within"]
-    columns += ["found 4 times in 5"]
+    columns = ["task", "budget", "arm", "seeds", "difference", "Student 95 %", "bootstrap 95 %"]
+    columns += ["t-test p", "Holm", "sign-flip p", *(["equivalence p"] if margin else []), "within", "detectable"]
 
     def row(entry: Comparison) -> list[str]:
         paired = entry.paired

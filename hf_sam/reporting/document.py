@@ -32,6 +32,7 @@ DARK = {
     "#7a5c00": "#c9a227",
     "#b22222": "#ef6a6a",
     "#b0b8c0": "#5b6670",
+    "#fefefe": "#14181c",
 }
 # An absolute path that is not part of a longer word or an address, and its last two parts.
 _PATH = re.compile(r"(?<![\w/.:~\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2})(?![\w/])")

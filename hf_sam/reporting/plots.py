@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from ..evaluation.metrics import metric_of
 from ..experiments.plan import BUDGETS
@@ -23,7 +24,7 @@ from .results import Cell, Comparison, noise_level, value_of
 # What is dark is made light on a dark page (`document.DARK`), which knows these by their values.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#888888", "#B22222")
 MARKERS = "osD^vP*X<"
-INK, BAND = "#1c1e21", "#b0b8c0"
+INK, BAND, PAPER = "#1c1e21", "#b0b8c0", "#fefefe"
 STYLE = {
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
@@ -77,6 +78,11 @@ def figure(name: str, caption: str, draw: Callable, *args, data: pd.DataFrame | 
     return Figure(name, canvases[0], caption, data, canvases[1])
 
 
+def is_narrow() -> bool:
+    """Whether what is drawn is for a phone."""
+    return _narrow.get()
+
+
 def size(width: float, height: float) -> tuple[float, float]:
     """Inches of a drawing: as given, or not wider than a phone."""
     return (min(width, PHONE_WIDTH), height) if _narrow.get() else (width, height)
@@ -101,20 +107,44 @@ def draw_differences(comparisons: Sequence[Comparison]) -> Canvas:
             *([BUDGETS.get(entry.cell.budget, entry.cell.budget)] if len(budgets) > 1 else []),
             *([entry.arm] if len(arms) > 1 else []),
         ]
-        # above the lines: beside them names would take half of the width
-        place = axes.get_yaxis_transform()
-        axes.text(0.0, row - 0.33, _short(", ".join(names), 52), transform=place, va="center")
+        _name_above(axes, row, ", ".join(names))
     axes.axvline(0, color=INK, linewidth=0.8)
     if first.margin is not None:
         axes.axvspan(-first.margin * metric.scale, first.margin * metric.scale, color=BAND, alpha=0.35, linewidth=0)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(comparisons) - 0.5, -0.8)
+    _no_left_side(axes, len(comparisons))
     better = "right" if metric.higher_is_better else "left"
     unit = " (points)" if metric.scale == 100 else ""
     who = _short(arms[0], 16) if len(arms) == 1 else "arm"
     axes.set_xlabel(f"{_short(metric.label)}: {who} minus {_short(first.control, 16)}{unit}\nbetter is to the {better}")
     return canvas
+
+
+@styled
+def draw_gains(rows: pd.DataFrame, label: str, name: str = "checkpoint", scale: float = 100) -> Canvas:
+    """`value` with its interval from `low` to `high`, one line for each row, under its name."""
+    canvas = Canvas(figsize=(PHONE_WIDTH, 0.9 + 0.4 * len(rows)), layout="constrained")
+    axes = canvas.subplots()
+    for place, row in enumerate(rows.to_dict("records")):
+        look = _look(place + 1)
+        axes.plot([scale * row["low"], scale * row["high"]], [place, place], color=look["color"], linewidth=1.5)
+        axes.plot(scale * row["value"], place, **look | {"markersize": 5}, linestyle="none")
+        _name_above(axes, place, row[name])
+    _no_left_side(axes, len(rows))
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_xlabel(label)
+    return canvas
+
+
+def _name_above(axes: Axes, row: int, name: str) -> None:
+    """Names a line of a forest plot above it: beside it the name would take half of a phone's width."""
+    text = axes.text(0.0, row - 0.33, _short(name, 52), transform=axes.get_yaxis_transform(), va="center")
+    text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
+
+
+def _no_left_side(axes: Axes, rows: int) -> None:
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(rows - 0.5, -0.8)
 
 
 def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.DataFrame:
