@@ -16,7 +16,7 @@ from ..benchmark.variants import STOCK, Contender
 from ..config import SAMConfig
 from ..evaluation.metrics import metric_of
 from ..experiments.records import RunRecord
-from .document import Block, Document, Section, Table, Text, write_document
+from .document import Block, Document, Listing, Section, Table, Text, write_document
 from .plots import COLOURS, INK, MARKERS, figure, is_narrow, size, styled
 from .results import compare_arms, guess_question, make_cells, uses_sam
 
@@ -159,8 +159,11 @@ def write_benchmark_report(
     answer: list[Block] = [Text(cost_sentence(groups[0], titles[0]), "verdict")]
     details: list[Block] = []
     for number, (group, title) in enumerate(zip(groups, titles, strict=True)):
-        text, caption = readable(group), f"Time of a step relative to the stock Trainer's: {title}."
-        table = Table(list(text.columns), text.to_numpy().tolist(), title, 1)
+        text, caption = (
+            readable(group[group.impossible.isna()]),
+            f"Time of a step relative to the stock Trainer's: {title}.",
+        )
+        table = Table(list(text.columns), text.to_numpy().tolist(), title, 1, stacked=True)
         drawing = figure(f"ratios-{number}", caption, draw_ratios, group, data=group)
         (details if number else answer).extend([drawing, table])
     sweep = [] if draw_sweep(rows) is None else [figure("sweep", SWEEP, draw_sweep, rows, data=rows)]
@@ -168,7 +171,9 @@ def write_benchmark_report(
     if gained is not None and not gained.empty:
         caption = "Gain of every arm over the control against the time of its step; the line joins what nothing else dominates."
         frontier_blocks.append(figure("gains", caption, draw_frontier, gained, data=gained))
-    impossible = rows[rows.impossible.notna()]
+    impossible = dict(rows[rows.impossible.notna()][["contender", "impossible"]].itertuples(index=False))
+    if impossible:
+        answer.append(Listing([f"Not timed: {name}. {reason}" for name, reason in impossible.items()]))
     sections = [
         Section("Answer", answer),
         Section("What a gain costs", frontier_blocks),
@@ -177,10 +182,9 @@ def write_benchmark_report(
         Section("Run it again", [Text(document["command"], "command")]),
         Section("How the times were taken", [Text(note)], folded=True),
     ]
-    warnings = [f"Could not be timed: {', '.join(dict.fromkeys(impossible.contender))}; the tables say why."]
-    lead = f"A step of each method beside the stock Trainer's, in turns in the same process: {'; '.join(titles)}."
-    shown = warnings if len(impossible) else []
-    return write_document(Document("What a step costs", lead, sections, {"benchmark": rows}, document, shown), folder)
+    more = f" and {len(titles) - 1} other settings" if len(titles) > 1 else ""
+    lead = f"A step of each method beside the stock Trainer's, in turns in the same process: {titles[0]}{more}."
+    return write_document(Document("What a step costs", lead, sections, {"benchmark": rows}, document), folder)
 
 
 def cost_sentence(rows: pd.DataFrame, title: str) -> str:
@@ -202,7 +206,7 @@ def cost_sentence(rows: pd.DataFrame, title: str) -> str:
 
 def _title(rows: pd.DataFrame, model: str) -> str:
     row = rows.iloc[0]
-    title = f"{model}, {row.parameters / 1e6:.1f} M parameters, batch {row.batch_size}, accumulation {row.accumulation}"
+    title = f"{model}, {row.parameters / 1e6:.3g} M parameters, batch {row.batch_size}, accumulation {row.accumulation}"
     return title + (f", {row.processes} processes" if row.processes > 1 else "")
 
 

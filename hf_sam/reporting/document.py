@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -197,8 +198,8 @@ def to_svg(canvas: Canvas) -> bytes:
 
 
 def shorten_paths(text: str) -> str:
-    """`text` with at most the last two parts of each absolute path: what is above them differs between machines."""
-    return _PATH.sub(r"…\1", str(text))
+    """`text` with paths as from the working directory, or at most the last two parts of those that are elsewhere."""
+    return _PATH.sub(r"…\1", str(text).replace(f"{os.getcwd()}/", ""))
 
 
 def escape_markdown(text: str) -> str:

@@ -159,9 +159,10 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
     metric = metric_of(workshop.metric)
     points = " points" if metric.scale == 100 else ""
     found = (
-        f"{metric.label} is better than without SAM by {signed(gain.value, workshop.metric)}{points}, "
-        f"{100 * gain.confidence:.3g} % interval {signed(gain.low, workshop.metric)} to "
-        f"{signed(gain.high, workshop.metric)} ({gain.seeds} seeds, {far})"
+        f"{metric.label} is {'better' if gain.value > 0 else 'worse'} than without SAM by "
+        f"{signed(abs(gain.value), workshop.metric)[1:]}{points} (gain and its {100 * gain.confidence:.3g} % interval: "
+        f"{signed(gain.value, workshop.metric)}, {signed(gain.low, workshop.metric)} to "
+        f"{signed(gain.high, workshop.metric)}; {gain.seeds} seeds, {far})"
     )
     if recommended(rho, gain):
         return rho, gain, f"Use rho {rho:g}: {found}."
