@@ -14,6 +14,7 @@ from ..evaluation.calibration import reliability
 from ..evaluation.classification import confusion
 from ..evaluation.metrics import metric_of
 from ..evaluation.predictions import Predictions
+from . import checkpoint_plots as drawings
 from . import plots
 from .document import Block, Columns, Document, Figure, Listing, Section, Table, Text
 from .evaluated import Evaluated, compare_checkpoints, differences_from_first, metric_estimates, verdict
@@ -268,7 +269,7 @@ def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> 
         matrices = {frame.checkpoint.iloc[0]: frame[list(class_names)].to_numpy() for frame in frames}
         caption = "Confusion: how many examples of each true class (row) were taken for each class (column)."
         data = pd.concat(frames, ignore_index=True)
-        blocks.append(plots.figure("confusion", caption, plots.draw_confusion, matrices, class_names, data=data))
+        blocks.append(plots.figure("confusion", caption, drawings.draw_confusion, matrices, class_names, data=data))
     return blocks
 
 
@@ -311,7 +312,7 @@ def _disagreements(
         titles = [f"{row[0]}: {row[2]}\n{row[3]}\n{row[4]}" for row in rows]
         caption = f"The same examples: number and true class, what {first.name} says, what {second.name} says."
         images = [image_of(int(index)) for index in shown]
-        blocks.append(plots.figure("disagreements", caption, plots.draw_images, images, titles, data=data))
+        blocks.append(plots.figure("disagreements", caption, drawings.draw_images, images, titles, data=data))
     return blocks
 
 
@@ -336,7 +337,7 @@ def _robustness(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> l
     names = [entry.name for entry in checkpoints]
     return [
         Table(["corruption", "level", *names], rows, f"Accuracy (%) on the same {frame.examples.iloc[0]} examples", 2),
-        plots.figure("robustness", caption, plots.draw_robustness, frame, uncorrupted, data=frame),
+        plots.figure("robustness", caption, drawings.draw_robustness, frame, uncorrupted, data=frame),
     ]
 
 

@@ -41,7 +41,7 @@ _PATH = re.compile(r"(?<![\w/.:~\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2})(?
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"warning"` or `"command"` (to be typed)."""
+    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (to be typed)."""
 
     text: str
     kind: str = "plain"
