@@ -36,7 +36,7 @@ DARK = {
     "#fefefe": "#14181c",
 }
 # An absolute path that is not part of a longer word or an address, and its last two parts.
-_PATH = re.compile(r"(?<![\w/.:~\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2})(?![\w/])")
+_PATH = re.compile(r"(?<![\w/.:~…\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2})(?![\w/])")
 
 
 @dataclass(frozen=True)

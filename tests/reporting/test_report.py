@@ -121,6 +121,7 @@ def test_absolute_paths_are_shortened_wherever_they_are_shown(tmp_path):
         ("--dataset=/a/b/c, and 'x=/a/b/c'", "--dataset=…/b/c, and 'x=…/b/c'"),
         ("https://host/a/b/c and/or/else ../a/b/c ~/a/b/c", "https://host/a/b/c and/or/else ../a/b/c ~/a/b/c"),
         ("org/model", "org/model"),
+        ("…/b/c", "…/b/c"),  # once is enough
     ],
 )
 def test_only_absolute_paths_are_shortened(text, short):
