@@ -45,7 +45,16 @@ from hf_sam.methods.users import load_parts
 
 from ..experiments.provenance import describe_environment
 from ..experiments.records import find_records, plain, write_json
-from ..reporting.benchmark import SETTING, draw_frontier, draw_ratios, draw_sweep, gains, readable, row_of
+from ..reporting.benchmark import (
+    SETTING,
+    draw_frontier,
+    draw_ratios,
+    draw_sweep,
+    gains,
+    readable,
+    row_of,
+    write_benchmark_report,
+)
 from ..suggestions import did_you_mean
 from .benchmark_inputs import SIZES, TASKS, Inputs, MadeUpArguments, Task, made_up_inputs, of_size, real_inputs
 from .command_line.arguments import parse_arguments, read_config, split_command_line
@@ -170,9 +179,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             "rows": rows.to_dict("records"),
             "settings": described,
         }
-        write(document, rows, Path(args.output_dir))
-        if records:
-            write_gains(records, rows, contenders, bench.control, Path(args.output_dir))
+        folder = Path(args.output_dir)
+        write(document, rows, folder)
+        gained = write_gains(records, rows, contenders, bench.control, folder) if records else None
+        print(f"Report: {write_benchmark_report(plain(document), rows, folder, provenance(document), gained)}")
     return rows
 
 
@@ -372,15 +382,16 @@ def command(argv: Sequence[str]) -> str:
 
 def write_gains(
     records: list, rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None, folder: Path
-) -> None:
-    """Gain against cost, at the first setting."""
+) -> pd.DataFrame:
+    """Gain against cost, at the first setting; returns what was drawn."""
     first = rows[(rows[SETTING] == rows[SETTING].iloc[0]).all(axis=1)]
     with as_user_error(ValueError, prefix="records: "):
         frame = gains(records, first, contenders, control)
     if frame.empty:
         print("No arm of the records has a configuration that was timed here, so no gain is drawn against cost.")
-        return
+        return frame
     frame.to_csv(folder / "gains.csv", index=False)
     draw_frontier(frame).savefig(folder / "gains.png", dpi=150)
     left = sorted({record.arm for record in records} - set(frame.arm) - set(frame.control))
     print(f"Gain against cost: {folder / 'gains.png'}." + (f" Not timed here: {', '.join(left)}." if left else ""))
+    return frame

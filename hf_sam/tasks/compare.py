@@ -43,6 +43,7 @@ from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
 from .command_line.arguments import parse_arguments, read_layers
 from .command_line.errors import UserError, as_user_error
+from .command_line.help import command_again
 from .command_line.parsers import check_recipe, parse_study
 
 PLAN_NAME = "comparison.json"
@@ -50,6 +51,7 @@ MAX_REASONS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_study(argv)
     plan = plan_of(args)
     workshop = open_workshop(plan)
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
         make_all(args, workshop)
     failures = describe_failures(workshop)
-    report = report_on(workshop, args.foreign, failures)
+    words = [word for word in argv if word not in ("--report", "--retry_failed")]
+    report = report_on(workshop, args.foreign, failures, command_again("compare", words))
     print(f"\nReport: {report}")
     if failures and not args.report:
         raise UserError(failures)
@@ -275,7 +278,7 @@ def describe_power(plan: Plan) -> str:
     )
 
 
-def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "") -> Path:
+def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "", command: str | None = None) -> Path:
     """
     The report of what there is.
 
@@ -301,6 +304,7 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
         records,
         plan.output_dir / "report",
         title=plan.name,
+        command=command,
         arms=list(plan.arms),
         problems=problems,
         missing=len(workshop.runs) - len(final),

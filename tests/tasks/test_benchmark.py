@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -285,7 +286,11 @@ def test_a_sweep_leaves_tables_and_drawings(tmp_path):
     words = ["--methods", "late", "bilora", '{"method": "sam", "interval": 2}', "--batch_sizes", "2", "4"]
     rows = recipe.main([*made_up("text-classification"), *words, f"--output_dir={tmp_path}"])
     names = {"benchmark.json", "benchmark.csv", "benchmark.md", "ratios.png", "ratios_1.png", "sweep.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {path.name for path in tmp_path.iterdir()} == names | {"report.html", "report.md", "figures", "data"}
+    report = (tmp_path / "report.md").read_text()
+    assert re.search(r"> \*\*A step of late takes \d\.\d\d times as long as the stock Trainer's", report)
+    assert "- Not timed: bilora. method='bilora'" in report
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"ratios-0", "ratios-1", "sweep"}
     assert rows.contender.tolist() == 2 * ["trainer", "late", "bilora", "method sam, interval 2"]
     assert rows.passes.tolist()[:2] == pytest.approx([1, 1.25])
     assert rows.timed_steps.dropna().tolist() == [8] * 6

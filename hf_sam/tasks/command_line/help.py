@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import shlex
 import shutil
 import sys
 import textwrap
 from argparse import Action
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from .config_files import config_name
 
 TASKS = Path(__file__).parents[1]
 OPERANDS = {"flatten": "CHECKPOINT", **dict.fromkeys(("report", "survival", "forgetting"), "CHECKPOINT ...")}
@@ -55,6 +58,11 @@ def command_words(task: str) -> list[str]:
     if script.parent.name == "recipes" and script.suffix == ".py":
         return ["python", f"recipes/{task}.py"]
     return ["hf-sam", task.replace("_", "-")]
+
+
+def command_again(task: str, argv: Sequence[str]) -> str:
+    """A command line as a user types it: started as this process was, shipped configurations by their names."""
+    return shlex.join([*command_words(task), *(config_name(word) or word for word in argv)])
 
 
 def terminal_width() -> int:
