@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
@@ -17,6 +18,7 @@ from .model_card import write_model_card
 from .passes import TrainerPasses
 from .update.batches import MicroBatch
 from .update.contents import named_modules_in, parts_of
+from .update.diagnosis import Diagnosis
 from .update.observation import log_entries
 from .update.state import check_config, load_state, reload_renamed_weights, save_config, save_state
 from .update.step import SharpnessAwareUpdate
@@ -29,6 +31,7 @@ _OF_THE_TRAINER = {i.argval for i in dis.get_instructions(Trainer.__init__) if i
     "_sam",
     "_sam_checkpoint",
     "_sam_config_given",
+    "_sam_diagnosis",
     "_sam_passes",
     "compute_loss",
     "current_gradient_accumulation_steps",
@@ -71,6 +74,7 @@ class SAMTrainerMixin:
         self.sam_config = sam_config
         self._sam: SharpnessAwareUpdate | None = None
         self._sam_passes: TrainerPasses | None = None
+        self._sam_diagnosis: Diagnosis | None = None
         self._sam_checkpoint: str | None = None
         self._sam_config_given: SAMConfig | None = None  # before a search for hyperparameters
         super().__init__(*args, **kwargs)
@@ -134,6 +138,13 @@ class SAMTrainerMixin:
             ignored=_OF_THE_TRAINER.difference(self.sam_bookkeeping),
         )
         self._sam_passes.start(self._sam)
+        stored_in = {p.dtype for p in self._sam.parameters.selected}
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        computed_in = autocast or min(stored_in or {torch.float32}, key=lambda dtype: dtype.itemsize)
+        first_loss = next((entry["loss"] for entry in self.state.log_history if "loss" in entry), None)
+        self._sam_diagnosis = Diagnosis(
+            self.sam_config, max_steps, computed_in, stored_in, self._sam.ascent_step.group_sizes(), first_loss
+        )
         if self._sam_checkpoint is not None:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)
             self._sam_checkpoint = None  # another call of `train` begins anew
@@ -160,9 +171,14 @@ class SAMTrainerMixin:
         if self._sam is not None and self._sam.runner.is_repeating:
             return
         if self._sam is not None and "loss" in logs:
-            logs.update(self._read_telemetry())
+            means = self._read_telemetry()
+            logs.update(log_entries(means, bool(self.sam_config.log_shares)))
+            if self.is_world_process_zero():
+                self._sam_diagnosis.look(means, logs["loss"], self.state.global_step)
         if self._sam is not None and "train_runtime" in logs:
             logs.update(self._sam.cost.summary())
+            if self.is_world_process_zero():
+                self._sam_diagnosis.end(self.state.global_step, "sam_rho" in self._sam.telemetry.has_recorded)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -232,7 +248,7 @@ class SAMTrainerMixin:
     def _read_telemetry(self) -> dict[str, float]:
         """Means since the last entry, over steps and ranks; the one place that waits for the device."""
         tables = nested_gather(self._sam.telemetry.drain(), self.args.parallel_mode)
-        return log_entries(Telemetry.means(tables), self._sam.parameters.selected)
+        return Telemetry.means(tables)
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):

@@ -1,7 +1,7 @@
 """What a step costs beside the stock Trainer's: counted passes, bytes and memory, and times taken in turns."""
 
 from .measure import Counted, Measurement, measure
-from .stepping import HandLoopTrainer, SteppedSAMTrainer, SteppedTrainer
+from .stepping import HandLoopTrainer, SteppedSAMTrainer, SteppedTrainer, stepped_trainer
 from .variants import CONTENDERS, STOCK, Contender
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "SteppedSAMTrainer",
     "SteppedTrainer",
     "measure",
+    "stepped_trainer",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from accelerate.utils import find_batch_size
 from torch import Tensor
+from torch.autograd.profiler import profile, record_function
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
@@ -57,6 +58,35 @@ class PassCounter:
     def _see_backward(self, loss: Tensor, **kwargs) -> None:
         self.backward += self._last
         self._backward(loss, **kwargs)
+
+
+class PassClock(PassCounter):
+    """
+    Also times the passes, from the call of the model to the end of `accelerator.backward`.
+
+    The device is waited for at both ends, so that what the host does meanwhile no longer overlaps with it: what is left of
+    a step is more than it is elsewhere, and never less.
+
+    Args:
+        trainer (`SteppedMixin`): Whose.
+
+    Attributes:
+        seconds (`float`): Of all passes so far.
+    """
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self._wait, self.seconds = trainer.clock.wait, 0.0
+
+    def _see_forward(self, *args) -> None:
+        super()._see_forward(*args)
+        self._wait()
+        self._began = time.perf_counter()
+
+    def _see_backward(self, loss: Tensor, **kwargs) -> None:
+        super()._see_backward(loss, **kwargs)
+        self._wait()
+        self.seconds += time.perf_counter() - self._began
 
 
 class ByteCounter(TorchDispatchMode):
@@ -106,7 +136,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()  # a trainer of before, whose memory would be freed, and seen to be, in this block
-        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self._profiler = profile(profile_memory=True)
         self._profiler.__enter__()
         return self
 
@@ -126,7 +156,7 @@ class PeakMemory:
         if self._module is not None:
             return self._module.max_memory_allocated() if hasattr(self._module, "max_memory_allocated") else None
         allocations: list[tuple[int, int]] = []
-        pending, since = list(self._profiler.profiler.kineto_results.experimental_event_tree()), 0
+        pending, since = list(self._profiler.kineto_results.experimental_event_tree()), 0
         while pending:
             event = pending.pop()
             pending.extend(event.children)

@@ -81,3 +81,26 @@ class TwoPassLoop:
             with held_back(*([] if is_last else [self.model])):
                 loss = self.model(**inputs)["loss"] / len(window)
                 self.accelerator.backward(loss)
+
+
+class PytorchOptimizerLoop(TwoPassLoop):
+    """
+    The same loop around `SAM` of the package pytorch_optimizer, as its users write it.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        try:
+            from pytorch_optimizer import SAM
+        except ImportError:
+            raise ValueError("pytorch_optimizer is not installed: pip install 'hf-sam[benchmark]'.") from None
+        self._sam = SAM(self.optimizer.param_groups, lambda groups, **options: self.optimizer, rho=self.rho)
+
+    def first_step(self) -> None:
+        self._sam.first_step(zero_grad=True)
+
+    def second_step(self) -> None:
+        self._sam.second_step(zero_grad=True)

@@ -7,6 +7,7 @@ step is written a second time here, and the weights after n steps are those of a
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from ..trainer import SAMTrainerMixin
 from ..update.random_states import RandomStates
 from .reference_loop import TwoPassLoop
+from .variants import Contender
 
 
 class SteppedMixin:
@@ -82,25 +84,38 @@ class SteppedSAMTrainer(SteppedMixin, SAMTrainerMixin, Trainer):
 
 class HandLoopTrainer(SteppedTrainer):
     """
-    A stock Trainer that only prepares; its steps are those of [`TwoPassLoop`].
+    A stock Trainer that only prepares; its steps are those of a loop by hand.
 
     Args:
         rho (`float`): Size of the perturbation.
+        loop (`type`, *optional*, defaults to `TwoPassLoop`): Which loop.
     """
 
-    def __init__(self, *args, rho: float, **kwargs):
+    def __init__(self, *args, rho: float, loop: type[TwoPassLoop] = TwoPassLoop, **kwargs):
         super().__init__(*args, **kwargs)
-        self._rho = rho
+        self._rho, self._loop_class = rho, loop
 
-    def _take(self, batches: list[dict[str, Any]], window: int) -> None:
-        hand = TwoPassLoop(
+    def prepare(self) -> None:
+        super().prepare()
+        self._hand = self._loop_class(
             self._loop["model"], self.optimizer, self.lr_scheduler, self.accelerator, self._rho, self.args.max_grad_norm
         )
+
+    def _take(self, batches: list[dict[str, Any]], window: int) -> None:
         for first in range(0, len(batches), window):
             self.clock.start()
-            hand.step(batches[first : first + window])
+            self._hand.step(batches[first : first + window])
             self.clock.stop()
             self.state.global_step += 1
+
+
+def stepped_trainer(contender: Contender, **kwargs: Any) -> SteppedTrainer | SteppedSAMTrainer:
+    """The trainer of a contender; `kwargs` are those of any Trainer."""
+    if contender.loop is not None:
+        return HandLoopTrainer(rho=contender.sam.rho, loop=contender.loop, **kwargs)
+    if contender.sam is None:
+        return SteppedTrainer(**kwargs)
+    return SteppedSAMTrainer(sam_config=contender.sam, **kwargs)
 
 
 class StepClock(TrainerCallback):
@@ -110,18 +125,29 @@ class StepClock(TrainerCallback):
 
     Args:
         device (`torch.device`): Waited for before and after, where it is not the CPU.
+
+    Attributes:
+        seconds (`list[float]`): Of every step.
+        watch (context manager, *optional*): Entered at the start and left at the end of a step, instead of timing it.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self.seconds: list[float] = []
+        self.watch: contextlib.AbstractContextManager | None = None
 
     def start(self) -> None:
-        self._wait()
+        if self.watch is not None:
+            self.watch.__enter__()
+            return
+        self.wait()
         self._began = time.perf_counter()
 
     def stop(self) -> None:
-        self._wait()
+        if self.watch is not None:
+            self.watch.__exit__(None, None, None)
+            return
+        self.wait()
         self.seconds.append(time.perf_counter() - self._began)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -130,7 +156,8 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.stop()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """For what the device still has to do."""
         if self._device.type != "cpu":
             torch.get_device_module(self._device).synchronize()
 

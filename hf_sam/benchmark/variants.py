@@ -1,4 +1,4 @@
-"""Who takes part: the stock Trainer, `SAMTrainer` without a perturbation, a loop by hand, every method, combinations."""
+"""Who takes part: the stock Trainer, `SAMTrainer` without a perturbation, loops by hand, every method, combinations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import MappingProxyType
 from ..config import SAMConfig
 from ..methods.table import METHODS
 from ..update.schedule import Schedule
+from .reference_loop import PytorchOptimizerLoop, TwoPassLoop
 
 LONG_RUN = 10_000  # steps; long enough that a schedule's share of perturbed steps is what it is in any run
 
@@ -22,12 +23,12 @@ class Contender:
     Args:
         name (`str`): What tables and the command line call it.
         sam (`SAMConfig`, *optional*): For `SAMTrainer`; None is the stock Trainer.
-        by_hand (`bool`, *optional*, defaults to `False`): A plain PyTorch loop with the update of `sam` instead.
+        loop (`type`, *optional*): A plain PyTorch loop with the update of `sam` instead of `SAMTrainer`.
     """
 
     name: str
     sam: SAMConfig | None = None
-    by_hand: bool = False
+    loop: type[TwoPassLoop] | None = None
 
     @cached_property
     def share_perturbed(self) -> float:
@@ -65,7 +66,8 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
         for contender in (
             STOCK,
             Contender("rho-0", SAMConfig(rho=0)),
-            Contender("hand-loop", SAMConfig(), by_hand=True),
+            Contender("hand-loop", SAMConfig(), TwoPassLoop),
+            Contender("pytorch-optimizer", SAMConfig(), PytorchOptimizerLoop),
             *(Contender(method, SAMConfig(method=method)) for method in METHODS),
             *(Contender(name, config) for name, config in _COMBINATIONS.items()),
         )

@@ -99,7 +99,12 @@ def _splits_sequences(trainer: Trainer) -> bool:
 
 def _splits_layers_or_experts(trainer: Trainer) -> bool:
     config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
-    return config is not None and (config.pp_size > 1 or config.ep_size > 1)
+    if config is None:
+        return False
+    sizes = [
+        getattr(config, name, None) or 1 for name in ("pp_size", "ep_size")
+    ]  # ep_size is as new as transformers 5.19
+    return max(sizes) > 1 or bool(getattr(config, "enable_expert_parallel", False))
 
 
 def _offloads(trainer: Trainer) -> bool:

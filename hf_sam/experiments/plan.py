@@ -35,11 +35,15 @@ class Question:
         control (`str`): The arm that all others are compared with.
         treatment (`str`): The arm that the one-sentence answer is about.
         metric (`str`): What is compared.
+        margin (`float`, *optional*):
+            The least difference that matters, in the unit in which the metric is shown (points of accuracy); what is
+            shown to be within it counts as no difference.
     """
 
     control: str
     treatment: str
     metric: str
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -231,13 +235,19 @@ def _check_mappings(values: dict[str, Any], path: Path) -> None:
 
 def _read_question(values: Any, arms: Mapping[str, Any], path: Path) -> Question:
     values = values or {}
-    _check(isinstance(values, dict), f"{path}: `question` must map control, treatment and metric to names.")
+    _check(isinstance(values, dict), f"{path}: `question` must map control, treatment, metric and margin to values.")
     _check_keys(values, Question, f"{path}: question.")
     names = list(arms)
     question = Question(
         control=str(values.get("control", names[0])),
         treatment=str(values.get("treatment", names[min(1, len(names) - 1)])),
         metric=str(values.get("metric", "accuracy")),
+        margin=values.get("margin"),
+    )
+    margin = question.margin
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    _check(
+        margin is None or (is_number and margin > 0), f"{path}: question.margin={margin!r} must be a number above 0."
     )
     for key in ("control", "treatment"):
         arm = getattr(question, key)

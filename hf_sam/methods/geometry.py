@@ -40,11 +40,8 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
         eps = g.map_lists_(torch._foreach_sign_) * usable(largest, torch.full_like(largest, float(rho)))
     elif p == 1:
         largest = g.norm(math.inf)
-        winners = g.map_lists(lambda tensors: _are_largest(tensors, largest))
-        count = winners.norm(1)
-        g.map_lists_(torch._foreach_sign_)
-        g *= winners
-        eps = g * usable(largest, rho / count)
+        g.map_lists_(lambda tensors: _keep_signs_of_largest_(tensors, largest))
+        eps = g * usable(largest, rho / g.norm(1))
     else:
         q = p / (p - 1)
         largest = g.norm(math.inf)
@@ -55,6 +52,13 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
     if scale is not None:
         eps *= scale
     return eps
+
+
+def _keep_signs_of_largest_(tensors: list[Tensor], largest: Tensor) -> None:
+    """-1 or 1 where a number's absolute value is the largest one, else 0."""
+    winners = _are_largest(tensors, largest)
+    torch._foreach_sign_(tensors)
+    torch._foreach_mul_(tensors, winners)
 
 
 def _are_largest(tensors: list[Tensor], largest: Tensor) -> list[Tensor]:

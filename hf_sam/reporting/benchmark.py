@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ from ..benchmark.variants import STOCK, Contender
 from ..config import SAMConfig
 from ..evaluation.metrics import metric_of
 from ..experiments.records import RunRecord
-from .plots import COLOURS, MARKERS, styled
+from .document import Block, Document, Listing, Section, Table, Text, write_document
+from .plots import COLOURS, INK, MARKERS, figure, is_narrow, size, styled
 from .results import compare_arms, guess_question, make_cells, uses_sam
 
 SETTING = ["parameters", "batch_size", "accumulation", "processes"]  # what a sweep varies
 # Fields that change what a step computes with, and not how long it takes.
 WITHOUT_COST = {"rho", "rho_min", "rho_schedule", "eta", "alpha", "sigma", "ema_decay"}
 MEBI = 2**20
+SWEEP = "Time relative to the stock Trainer's against each part of the setting that varies, the others held."
 
 
 def row_of(measurement: Measurement, examples: int, seed: int = 0) -> dict[str, Any]:
@@ -94,13 +97,13 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
 def draw_ratios(rows: pd.DataFrame) -> Canvas:
     """Time of a step relative to the stock Trainer's with its interval, and the passes that are claimed, for one setting."""
     rows = rows[rows.ratio.notna()]
-    canvas = Canvas(figsize=(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
+    canvas = Canvas(figsize=size(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
     axes = canvas.subplots()
     places = range(len(rows))
     spread = np.maximum([rows.ratio - rows.ratio_low, rows.ratio_high - rows.ratio], 0)
     axes.errorbar(rows.ratio, places, xerr=spread, fmt="o", color=COLOURS[2], markersize=4, label="measured time, 95 %")
     axes.plot(rows.claimed_passes, places, "|", color=COLOURS[1], markersize=11, label="passes of the method")
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(places, rows.contender)
     axes.invert_yaxis()
     axes.set_xlabel("time of a step relative to stock")
@@ -115,8 +118,9 @@ def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
     varied = [name for name in SETTING if rows[name].nunique() > 1]
     if not varied:
         return None
-    canvas = Canvas(figsize=(1.5 + 3.6 * len(varied), 3.6), layout="constrained")
-    panels = canvas.subplots(1, len(varied), squeeze=False)[0]
+    shape = (len(varied), 1) if is_narrow() else (1, len(varied))
+    canvas = Canvas(figsize=size(1.5 + 3.6 * shape[1], 0.6 + 3.0 * shape[0]), layout="constrained")
+    panels = canvas.subplots(*shape, squeeze=False).flat
     for axes, name in zip(panels, varied, strict=True):
         for index, (contender, lines) in enumerate(rows.groupby("contender", sort=False)):
             look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
@@ -130,8 +134,80 @@ def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
         axes.set_xticks(values, [EngFormatter(sep="")(value) for value in values])
         axes.minorticks_off()
         axes.set(xlabel=name.replace("_", " "), ylabel="time relative to the stock Trainer's")
-    canvas.legend(loc="outside lower center", ncols=5)
+    canvas.legend(loc="outside lower center", ncols=2 if is_narrow() else 5)
     return canvas
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def write_benchmark_report(
+    document: dict[str, Any], rows: pd.DataFrame, folder: Path, note: str, gained: pd.DataFrame | None = None
+) -> Path:
+    """
+    Writes `report.html` and what belongs to it.
+
+    Args:
+        document (`dict`): What `benchmark.json` holds.
+        rows (`pd.DataFrame`): See `row_of`, with the columns of `SETTING`.
+        folder (`Path`): Where it goes.
+        note (`str`): How the times were taken.
+        gained (`pd.DataFrame`, *optional*): See `gains`.
+    """
+    groups = [group for _, group in rows.groupby(SETTING, sort=False)]
+    titles = [_title(group, document["settings"][number]["model"]) for number, group in enumerate(groups)]
+    answer: list[Block] = [Text(cost_sentence(groups[0], titles[0]), "verdict")]
+    details: list[Block] = []
+    for number, (group, title) in enumerate(zip(groups, titles, strict=True)):
+        text, caption = (
+            readable(group[group.impossible.isna()]),
+            f"Time of a step relative to the stock Trainer's: {title}.",
+        )
+        table = Table(list(text.columns), text.to_numpy().tolist(), title, 1, stacked=True)
+        drawing = figure(f"ratios-{number}", caption, draw_ratios, group, data=group)
+        (details if number else answer).extend([drawing, table])
+    sweep = [] if draw_sweep(rows) is None else [figure("sweep", SWEEP, draw_sweep, rows, data=rows)]
+    frontier_blocks: list[Block] = []
+    if gained is not None and not gained.empty:
+        caption = "Gain of every arm over the control against the time of its step; the line joins what nothing else dominates."
+        frontier_blocks.append(figure("gains", caption, draw_frontier, gained, data=gained))
+    impossible = dict(rows[rows.impossible.notna()][["contender", "impossible"]].itertuples(index=False))
+    if impossible:
+        answer.append(Listing([f"Not timed: {name}. {reason}" for name, reason in impossible.items()]))
+    sections = [
+        Section("Answer", answer),
+        Section("What a gain costs", frontier_blocks),
+        Section("How it scales", sweep),
+        Section("Other settings", details),
+        Section("Run it again", [Text(document["command"], "command")]),
+        Section("How the times were taken", [Text(note)], folded=True),
+    ]
+    more = f" and {len(titles) - 1} other settings" if len(titles) > 1 else ""
+    lead = f"A step of each method beside the stock Trainer's, in turns in the same process: {titles[0]}{more}."
+    return write_document(Document("What a step costs", lead, sections, {"benchmark": rows}, document), folder)
+
+
+def cost_sentence(rows: pd.DataFrame, title: str) -> str:
+    """SAM's cost, or that of the first method, and the range of the others."""
+    timed = rows[rows.ratio.notna() & (rows.contender != STOCK.name)]
+    if timed.empty:
+        return f"No method could be timed beside the stock Trainer ({title})."
+    chosen = timed[timed.contender == "sam"] if (timed.contender == "sam").any() else timed.iloc[:1]
+    row = chosen.iloc[0]
+    sentence = (
+        f"A step of {row.contender} takes {row.ratio:.2f} times as long as the stock Trainer's [{row.ratio_low:.2f}, "
+        f"{row.ratio_high:.2f}], for {row.claimed_passes:.3g} gradient passes"
+    )
+    if len(timed) == 1:
+        return f"{sentence}."
+    cheap, dear = timed.loc[timed.ratio.idxmin()], timed.loc[timed.ratio.idxmax()]
+    return f"{sentence}; the methods range from {cheap.ratio:.2f} ({cheap.contender}) to {dear.ratio:.2f} ({dear.contender})."
+
+
+def _title(rows: pd.DataFrame, model: str) -> str:
+    row = rows.iloc[0]
+    title = f"{model}, {row.parameters / 1e6:.3g} M parameters, batch {row.batch_size}, accumulation {row.accumulation}"
+    return title + (f", {row.processes} processes" if row.processes > 1 else "")
 
 
 # --- what a gain costs -----------------------------------------------------------------------------------------------
@@ -158,7 +234,7 @@ def gains(
     """
     question = guess_question(records, control, None, None)
     ratios = dict(zip(rows.contender, rows.ratio, strict=True))
-    timed = [entry for entry in contenders if entry.sam and entry.sam.rho > 0 and not entry.by_hand]
+    timed = [entry for entry in contenders if entry.sam and entry.sam.rho > 0 and entry.loop is None]
     costs = {_costly_part(entry.sam): ratios[entry.name] for entry in timed}
     costs_of_arms = {
         run.arm: costs.get(_costly_part(SAMConfig.from_dict(run.config["sam"]))) if uses_sam(run) else 1.0
@@ -189,8 +265,10 @@ def draw_frontier(frame: pd.DataFrame) -> Canvas:
     """Gain against cost, one panel for each task, condition and budget; the line joins what nothing else dominates."""
     cells = list(frame.groupby(["task", "condition", "budget"], sort=False))
     arms = list(dict.fromkeys(frame.arm))
-    canvas = Canvas(figsize=(1.5 + 3.4 * min(len(cells), 3), 0.8 + 3.0 * -(-len(cells) // 3)), layout="constrained")
-    panels = canvas.subplots(-(-len(cells) // 3), min(len(cells), 3), squeeze=False).flat
+    columns = 1 if is_narrow() else min(len(cells), 3)
+    lines = -(-len(cells) // columns)
+    canvas = Canvas(figsize=size(1.5 + 3.4 * columns, 0.8 + 3.0 * lines), layout="constrained")
+    panels = canvas.subplots(lines, columns, squeeze=False).flat
     for (names, cell), axes in zip(cells, panels, strict=False):  # in this order no panel is lost
         for point in cell.itertuples():
             index = arms.index(point.arm)
@@ -206,7 +284,7 @@ def draw_frontier(frame: pd.DataFrame) -> Canvas:
             )
         best = frontier([(1.0, 0.0), *zip(cell.ratio, cell.gain, strict=True)])
         axes.plot(*zip(*best, strict=True), color="gray", linewidth=0.8, linestyle="--")
-        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axhline(0, color=INK, linewidth=0.8)
         metric, control = metric_of(cell.metric.iloc[0]), cell.control.iloc[0]
         axes.set_title(", ".join(names), fontsize=9)
         axes.set(xlabel="time of a step, relative to stock", ylabel=f"gain in {metric.label} over {control}")
@@ -218,7 +296,7 @@ def draw_frontier(frame: pd.DataFrame) -> Canvas:
         )[0]
         for i in range(len(arms))
     ]
-    canvas.legend(handles, arms, loc="outside lower center", ncols=4)
+    canvas.legend(handles, arms, loc="outside lower center", ncols=2 if is_narrow() else 4)
     return canvas
 
 

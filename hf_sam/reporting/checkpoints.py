@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,57 +11,21 @@ import pandas as pd
 from sklearn.metrics import precision_recall_fscore_support
 
 from ..evaluation.calibration import reliability
-from ..evaluation.classification import CLASSIFICATION, Metric, confusion
+from ..evaluation.classification import confusion
 from ..evaluation.metrics import metric_of
-from ..evaluation.predictions import LanguagePredictions, Predictions
+from ..evaluation.predictions import Predictions
+from . import checkpoint_plots as drawings
 from . import plots
-from .document import Block, Document, Figure, Listing, Section, Table, Text
+from .document import Block, Columns, Document, Figure, Listing, Section, Table, Text
+from .evaluated import Evaluated, compare_checkpoints, differences_from_first, metric_estimates, verdict
 from .formatting import NOTHING, number, p_equals, p_value, with_interval
-from .sharpness import sharpness_section
-from .statistics import Estimate, bootstrap_examples, holm, mcnemar_p, sign_flip_p
+from .results import POINTS_THAT_MATTER
+from .sharpness import sharpness_sections
+from .statistics import Estimate, bootstrap_examples
 
 MAX_DISAGREEMENTS = 20
 MAX_SHOWN = 120  # characters of an example
 MAX_CLASSES = 30  # in a table per class or a confusion matrix
-
-
-@dataclass
-class Evaluated:
-    """
-    One checkpoint on the test split.
-
-    Args:
-        name (`str`): What it is called.
-        path (`str`): Folder or hub id.
-        predictions (`Predictions` or `LanguagePredictions`): On the test split.
-        model (`dict`): See `describe_model`.
-        size (`int`): Bytes of the weights in memory.
-        seconds (`float`): Of the passes over the test split.
-        corrupted (`dict[tuple[str, int], Predictions]`): The same on corrupted inputs, by corruption and level.
-        corrupted_rows (`np.ndarray`, *optional*): Which examples those are; all where left out.
-        data (`dict`): What its run record says of the splits, see `describe_data`; empty where there is none.
-    """
-
-    name: str
-    path: str
-    predictions: Predictions | LanguagePredictions
-    model: dict = field(default_factory=dict)
-    size: int = 0
-    seconds: float = 0.0
-    corrupted: dict[tuple[str, int], Predictions] = field(default_factory=dict)
-    corrupted_rows: np.ndarray | None = None
-    data: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def uncorrupted_accuracy(self) -> float:
-        """On the examples that are corrupted elsewhere, as they are."""
-        right = self.predictions.correct
-        return float((right if self.corrupted_rows is None else right[self.corrupted_rows]).mean())
-
-
-def _on_part(metric: Metric, kept: Predictions, index: np.ndarray) -> float:
-    """The metric over some examples."""
-    return metric(Predictions(kept.labels[index], kept.probabilities[index]))
 
 
 def make_checkpoint_document(
@@ -75,6 +37,7 @@ def make_checkpoint_document(
     sharpness: Mapping[str, Any] | None = None,
     image_of: Callable[[int], Any] | None = None,
     survival: Section | None = None,
+    command: str | None = None,
 ) -> Document:
     """
     The report of one or more checkpoints on one test split.
@@ -88,33 +51,31 @@ def make_checkpoint_document(
         sharpness (`dict`, *optional*): What `sharpness.json` of the same checkpoints holds.
         image_of (`Callable`, *optional*): From the number of a test example to its image, where examples are images.
         survival (`Section`, *optional*): See `survival_section`.
+        command (`str`, *optional*): What makes this report again.
     """
     rng = np.random.default_rng(seed)
     is_classifier = class_names is not None
     metrics = metric_estimates(checkpoints, rng)
     pairs = compare_checkpoints(checkpoints, rng)
-    sections = [
-        Section("Question and answer", _answer(checkpoints, pairs)),
-        Section(
-            "Set-up", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99), *_models(checkpoints)]
-        ),
-        Section("Metrics", _metric_table(checkpoints, metrics)),
-        Section("Paired tests", _pair_table(pairs)),
-    ]
+    beside = differences_from_first(checkpoints, pairs, rng) if is_classifier else []
+    sections = [Section("Answer", [*_answer(checkpoints, pairs, beside), *_metric_table(checkpoints, metrics)])]
+    sections.append(Section("What to do next", _next(pairs, command)))
     if is_classifier:
         sections += [
-            Section("Per class", _per_class(checkpoints, class_names)),
             Section("Calibration", _calibration(checkpoints)),
             Section("Disagreements", _disagreements(checkpoints, examples, class_names, image_of)),
             Section("Robustness to input corruption", _robustness(checkpoints, rng)),
         ]
+    measured = sharpness_sections(sharpness) if sharpness else []
     sections += [
-        survival or Section("What survives", [Text("Not measured; --survival true measures it.")]),
-        sharpness_section(sharpness)
-        if sharpness
-        else Section("Sharpness", [Text("Not measured; --sharpness true measures it.")]),
+        *measured[:1],
+        *([survival] if survival else []),
         Section("Size and speed", _costs(checkpoints, len(examples))),
-        Section("Threats to validity", _threats(checkpoints, len(examples))),
+        Section("Limits of this evaluation", _limits(checkpoints, len(examples))),
+        *([Section("Per class", _per_class(checkpoints, class_names), folded=True)] if is_classifier else []),
+        Section("Statistics", _pair_table(pairs), folded=True),
+        *measured[1:],
+        Section("Set-up and provenance", _setup(checkpoints, facts), folded=True),
     ]
     table = pd.DataFrame(
         {"checkpoint": name, "metric": metric, **vars(estimate)}
@@ -123,102 +84,131 @@ def make_checkpoint_document(
     )
     numbers = {"checkpoints": [entry.path for entry in checkpoints], "pairs": pairs}
     lead = f"{', '.join(entry.name for entry in checkpoints)} on {len(examples)} test examples. Intervals are at 95 %."
-    return Document("Evaluation of checkpoints", lead, sections, {"metrics": table}, numbers)
-
-
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-def metric_estimates(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> dict[str, dict[str, Estimate]]:
-    """Each metric of each checkpoint with its bootstrap interval over test examples."""
-    found: dict[str, dict[str, Estimate]] = {}
-    for entry in checkpoints:
-        kept = entry.predictions
-        if isinstance(kept, LanguagePredictions):
-            loss = bootstrap_examples(kept.per_token, len(kept.nll), rng)
-            ends = [None if value is None else float(np.exp(value)) for value in (loss.low, loss.high)]
-            found[entry.name] = {"loss": loss, "perplexity": Estimate(float(np.exp(loss.value)), *ends, loss.n)}
-        else:
-            found[entry.name] = {
-                name: bootstrap_examples(partial(_on_part, metric, kept), len(kept.labels), rng)
-                for name, metric in CLASSIFICATION.items()
-            }
-    return found
-
-
-def compare_checkpoints(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> list[dict]:
-    """Every pair of checkpoints: difference with its interval over examples, exact p, Holm over the pairs."""
-    pairs = []
-    for first, second in itertools.combinations(checkpoints, 2):
-        a, b = first.predictions, second.predictions
-        if isinstance(a, LanguagePredictions):
-            gap = bootstrap_examples(lambda index, a=a, b=b: b.per_token(index) - a.per_token(index), len(a.nll), rng)
-            metric, p = "loss", sign_flip_p(b.nll / b.tokens - a.nll / a.tokens, rng)
-        else:
-            gain = b.correct.astype(float) - a.correct
-            gap = bootstrap_examples(lambda index, gain=gain: gain[index].mean(), len(gain), rng)
-            metric, p = "accuracy", mcnemar_p(a.correct, b.correct)
-        pairs.append({"first": first.name, "second": second.name, "metric": metric, **vars(gap), "p": p})
-    for pair, p_holm in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
-        pair["p_holm"] = p_holm
-    return pairs
+    warnings = [*_different_data(checkpoints), *_few_examples(checkpoints, pairs)]
+    return Document("Evaluation of checkpoints", lead, sections, {"metrics": table}, numbers, warnings)
 
 
 # --- sections -----------------------------------------------------------------------------------------------------
 
 
-def _answer(checkpoints: Sequence[Evaluated], pairs: Sequence[dict]) -> list[Block]:
+def _answer(checkpoints: Sequence[Evaluated], pairs: Sequence[dict], beside: Sequence[dict]) -> list[Block]:
     if not pairs:
-        return [Text("One checkpoint: its metrics are below, with nothing to compare them with.")]
+        return [Text("One checkpoint: nothing to compare it with. Its metrics:", "verdict")]
     first = checkpoints[0].name
-    blocks: list[Block] = [Text(f"Which checkpoint is better than {first} on these test examples?")]
-    for pair in pairs:
-        if pair["first"] == first:
-            size = with_interval(pair["value"], pair["low"], pair["high"], pair["metric"])
-            unit = " points" if pair["metric"] == "accuracy" else " nats per token (less is better)"
-            settled = "a difference on this test split" if pair["p_holm"] <= 0.05 else "no difference is established"
-            several = f", {p_value(pair['p_holm'])} after Holm over {len(pairs)} pairs" if len(pairs) > 1 else ""
-            sentence = (
-                f"{pair['second']} minus {first}: {pair['metric']} {size}{unit}; {_test_name(pair)} "
-                f"{p_equals(pair['p'])}{several}: {settled}."
+    blocks: list[Block] = [Text(_sentence(pair, len(pairs)), "verdict") for pair in pairs if pair["first"] == first]
+    if not beside:
+        return blocks
+    rows = [
+        [
+            row["checkpoint"],
+            _label(row["metric"]),
+            with_interval(row["value"], row["low"], row["high"], row["metric"]),
+            _favours(row),
+        ]
+        for row in beside
+    ]
+    table = Table(
+        ["checkpoint", "metric", "difference [95 %]", "favours"], rows, f"Minus {first}, same examples", 2, stacked=True
+    )
+    caption = f"Accuracy minus that of {first} on the same examples, bootstrap interval."
+    data = pd.DataFrame(beside)
+    gains = data[data.metric == "accuracy"]
+    figure = Figure("differences", plots.draw_gains(gains, f"accuracy minus that of {first} (points)"), caption, gains)
+    return [*blocks, Columns([table], [figure])]
+
+
+def _next(pairs: Sequence[dict], command: str | None) -> list[Block]:
+    blocks: list[Block] = []
+    if pairs:
+        blocks.append(
+            Listing(
+                [
+                    "To compare the recipes instead of two runs of them, repeat both over seeds: recipes/compare.py does so, "
+                    "and tests the paired differences."
+                ]
             )
-            blocks.append(Text(sentence, "answer"))
-    return blocks
+        )
+    return blocks + ([Text("This makes the report again:"), Text(command, "command")] if command else [])
+
+
+def _favours(row: dict) -> str:
+    if row["low"] is None or row["low"] <= 0 <= row["high"]:
+        return "neither"
+    return row["checkpoint" if (row["value"] > 0) == metric_of(row["metric"]).higher_is_better else "minus"]
+
+
+def _sentence(pair: dict, pairs: int) -> str:
+    """One checkpoint against the first."""
+    found = {
+        "better": f"{pair['second']} is better than {pair['first']} on this test split",
+        "worse": f"{pair['second']} is worse than {pair['first']} on this test split",
+        "equivalent": f"{pair['second']} and {pair['first']} differ by less than {POINTS_THAT_MATTER} points",
+        "undecided": f"Undecided between {pair['second']} and {pair['first']}",
+    }[verdict(pair)]
+    size = with_interval(pair["value"], pair["low"], pair["high"], pair["metric"])
+    unit = " points" if pair["metric"] == "accuracy" else " nats per token (less is better)"
+    several = f", {p_value(pair['p_holm'])} after Holm over {pairs} pairs" if pairs > 1 else ""
+    return f"{found}: {pair['metric']} {size}{unit} ({_test_name(pair)} {p_equals(pair['p'])}{several})."
 
 
 def _test_name(pair: dict) -> str:
     return "exact McNemar" if pair["metric"] == "accuracy" else "sign-flip"
 
 
-def _models(checkpoints: Sequence[Evaluated]) -> list[Block]:
-    def trained_on(entry: Evaluated, what: str) -> Any:
-        return (entry.data.get("train") or {}).get(what)
+def _label(name: str) -> str:
+    metric = metric_of(name)
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
+
+def _trained_on(entry: Evaluated, what: str) -> Any:
+    return (entry.data.get("train") or {}).get(what)
+
+
+def _different_data(checkpoints: Sequence[Evaluated]) -> list[str]:
+    prints = {_trained_on(entry, "fingerprint") for entry in checkpoints} - {None}
+    if len(prints) < 2:
+        return []
+    listed = ", ".join(f"{entry.name} on {number(_trained_on(entry, 'examples'), 0)}" for entry in checkpoints)
+    return [
+        f"The checkpoints were trained on different data ({listed} examples): a difference between them may come from the "
+        f"data, not from the method."
+    ]
+
+
+def _few_examples(checkpoints: Sequence[Evaluated], pairs: Sequence[dict]) -> list[str]:
+    """How many test examples would show one point, where these cannot."""
+    found = []
+    for pair in pairs:
+        if pair["metric"] != "accuracy" or verdict(pair) != "undecided":
+            continue
+        chosen = {entry.name: entry.predictions for entry in checkpoints}
+        gain = chosen[pair["second"]].correct.astype(float) - chosen[pair["first"]].correct
+        needed = math.ceil((2.8 * gain.std() / 0.01) ** 2)  # 1.96 + 0.84 standard errors: four times in five at 5 %
+        if needed > len(gain):
+            found.append(
+                f"Too few test examples to see one point between {pair['first']} and {pair['second']}: {len(gain)} here, about "
+                f"{needed:,} needed."
+            )
+    return found[:3]
+
+
+def _setup(checkpoints: Sequence[Evaluated], facts: Mapping[str, str]) -> list[Block]:
     rows = [
         [
             entry.name,
             entry.path,
             str(entry.model.get("class")),
-            number(trained_on(entry, "examples"), 0),
-            trained_on(entry, "fingerprint") or NOTHING,
+            number(_trained_on(entry, "examples"), 0),
+            _trained_on(entry, "fingerprint") or NOTHING,
             entry.model.get("fingerprint") or NOTHING,
         ]
         for entry in checkpoints
     ]
     columns = ["checkpoint", "path", "class", "trained on", "training data", "weights"]
-    blocks: list[Block] = [Table(columns, rows, "Checkpoints; data and weights by their fingerprints", 99)]
-    prints = {entry.name: trained_on(entry, "fingerprint") for entry in checkpoints}
-    told = {name: value for name, value in prints.items() if value is not None}
-    if len(set(told.values())) > 1:
-        listed = ", ".join(f"{entry.name} on {number(trained_on(entry, 'examples'), 0)}" for entry in checkpoints)
-        blocks.append(
-            Text(
-                f"The checkpoints were trained on different data ({listed} examples): a difference between them may be one "
-                f"of the data, not of the method.",
-                "warning",
-            )
-        )
-    return blocks
+    return [
+        Table(["what", "value"], [list(row) for row in facts.items()], "What was evaluated on", 99),
+        Table(columns, rows, "Checkpoints; data and weights by their fingerprints", 99),
+    ]
 
 
 def _metric_table(checkpoints: Sequence[Evaluated], metrics: dict[str, dict[str, Estimate]]) -> list[Block]:
@@ -232,13 +222,14 @@ def _metric_table(checkpoints: Sequence[Evaluated], metrics: dict[str, dict[str,
             ends = f" [{number(low, digits)}, {number(high, digits)}]" if low is not None else ""
             cells.append(number(estimate.value * scale, digits) + ends)
         rows.append([entry.name, *cells])
-    labels = [metric_of(name).label + (f" ({metric_of(name).unit})" if metric_of(name).unit else "") for name in names]
-    return [Table(["checkpoint", *labels], rows, "With bootstrap intervals over test examples")]
+    return [
+        Table(["checkpoint", *map(_label, names)], rows, "With bootstrap intervals over test examples", stacked=True)
+    ]
 
 
 def _pair_table(pairs: Sequence[dict]) -> list[Block]:
     if not pairs:
-        return [Text("There is no pair.")]
+        return []
     rows = [
         [
             pair["first"],
@@ -247,12 +238,15 @@ def _pair_table(pairs: Sequence[dict]) -> list[Block]:
             _test_name(pair),
             p_value(pair["p"]),
             p_value(pair["p_holm"]),
+            p_value(pair["p_equivalent"]),
+            verdict(pair),
         ]
         for pair in pairs
     ]
     unit = "points" if pairs[0]["metric"] == "accuracy" else "nats per token"
     columns = ["first", "second", f"{pairs[0]['metric']}, second minus first ({unit})", "test", "p", "Holm"]
-    return [Table(columns, rows, "Over the same test examples", 2)]
+    columns += [f"within ±{POINTS_THAT_MATTER} points: p", "verdict"]
+    return [Table(columns, rows, "Every pair, over the same test examples; the last p is of two one-sided tests", 2)]
 
 
 def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> list[Block]:
@@ -273,17 +267,16 @@ def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> 
     blocks: list[Block] = [Table(columns, rows, "Per class", 2, folded=len(rows) > 2 * MAX_CLASSES)]
     if count <= MAX_CLASSES:
         matrices = {frame.checkpoint.iloc[0]: frame[list(class_names)].to_numpy() for frame in frames}
-        canvas = plots.draw_confusion(matrices, class_names)
         caption = "Confusion: how many examples of each true class (row) were taken for each class (column)."
-        blocks.append(Figure("confusion", canvas, caption, pd.concat(frames, ignore_index=True)))
+        data = pd.concat(frames, ignore_index=True)
+        blocks.append(plots.figure("confusion", caption, drawings.draw_confusion, matrices, class_names, data=data))
     return blocks
 
 
 def _calibration(checkpoints: Sequence[Evaluated]) -> list[Block]:
     tables = {entry.name: reliability(entry.predictions.confidence, entry.predictions.correct) for entry in checkpoints}
-    canvas, data = plots.draw_reliability({"test split": tables}, list(tables))
     caption = "Reliability, 15 bins of confidence: below the diagonal is over-confident."
-    return [Figure("reliability", canvas, caption, data)]
+    return [plots.figure("reliability", caption, plots.draw_reliability, {"test split": tables}, list(tables))]
 
 
 def _disagreements(
@@ -293,7 +286,7 @@ def _disagreements(
     image_of: Callable[[int], Any] | None = None,
 ) -> list[Block]:
     if len(checkpoints) < 2:
-        return [Text("One checkpoint cannot disagree with another.")]
+        return []
     first, second = checkpoints[0], checkpoints[1]
     a, b = first.predictions, second.predictions
     differ = np.flatnonzero(a.predicted != b.predicted)
@@ -306,7 +299,7 @@ def _disagreements(
         cut = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
         rows.append([str(index), cut, class_names[a.labels[index]], *cells])
     only_a, only_b = int((a.correct & ~b.correct)[differ].sum()), int((b.correct & ~a.correct)[differ].sum())
-    counted = f"{first.name} and {second.name} differ on {len(differ)} of {len(examples)} examples: {only_a} only {first.name} has right, {only_b} only {second.name}, and {len(differ) - only_a - only_b} neither."
+    counted = f"{first.name} and {second.name} differ on {len(differ)} of {len(examples)} examples: {first.name} alone is right on {only_a}, {second.name} alone on {only_b}, neither on {len(differ) - only_a - only_b}."
     blocks: list[Block] = [Text(counted)]
     if rows:
         blocks.append(
@@ -317,16 +310,16 @@ def _disagreements(
     if rows and image_of is not None:
         data = pd.DataFrame(rows, columns=["index", "example", "true class", first.name, second.name])
         titles = [f"{row[0]}: {row[2]}\n{row[3]}\n{row[4]}" for row in rows]
-        canvas = plots.draw_images([image_of(int(index)) for index in shown], titles)
         caption = f"The same examples: number and true class, what {first.name} says, what {second.name} says."
-        blocks.append(Figure("disagreements", canvas, caption, data))
+        images = [image_of(int(index)) for index in shown]
+        blocks.append(plots.figure("disagreements", caption, drawings.draw_images, images, titles, data=data))
     return blocks
 
 
 def _robustness(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> list[Block]:
     kinds = list(dict.fromkeys(key for entry in checkpoints for key in entry.corrupted))
     if not kinds:
-        return [Text("Not measured.")]
+        return []
     rows, data = [], []
     for entry in checkpoints:
         for kind, level in kinds:
@@ -339,12 +332,12 @@ def _robustness(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> l
     for (kind, level), group in frame.groupby(["corruption", "level"], sort=False):
         cells = [f"{100 * row.accuracy:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in group.itertuples()]
         rows.append([kind, str(level), *cells])
-    canvas = plots.draw_robustness(frame, {entry.name: entry.uncorrupted_accuracy for entry in checkpoints})
+    uncorrupted = {entry.name: entry.uncorrupted_accuracy for entry in checkpoints}
     caption = "Accuracy on corrupted inputs; level 0 are the same examples as they are."
     names = [entry.name for entry in checkpoints]
     return [
         Table(["corruption", "level", *names], rows, f"Accuracy (%) on the same {frame.examples.iloc[0]} examples", 2),
-        Figure("robustness", canvas, caption, frame),
+        plots.figure("robustness", caption, drawings.draw_robustness, frame, uncorrupted, data=frame),
     ]
 
 
@@ -357,7 +350,7 @@ def _costs(checkpoints: Sequence[Evaluated], examples: int) -> list[Block]:
     return [Table(columns, rows, "Measured once, in this order, on this machine")]
 
 
-def _threats(checkpoints: Sequence[Evaluated], examples: int) -> list[Block]:
+def _limits(checkpoints: Sequence[Evaluated], examples: int) -> list[Block]:
     found = [
         "Intervals and tests are over test examples. They say nothing about other seeds: each checkpoint is one run, "
         "and another run of the same recipe could differ by more than these intervals.",

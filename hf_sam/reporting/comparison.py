@@ -1,9 +1,9 @@
-"""The report of a comparison: what was asked, the answer with its uncertainty, and all that is needed to doubt it."""
+"""The report of a comparison: the answer with its uncertainty on the first screen, and below it all that is needed to doubt it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,25 +13,43 @@ from ..evaluation.metrics import metric_of
 from ..experiments.plan import BUDGETS
 from ..experiments.records import RunRecord
 from . import plots
-from .document import Block, Document, Figure, Section, Table, Text, write_document
-from .formatting import answer, number, overall_sentence, p_value, value_and_spread, with_interval
-from .results import comparisons_table, runs_table
+from .document import Block, Columns, Document, Figure, Listing, Section, Table, Text, write_document
+from .formatting import answer as answer_of
+from .formatting import (
+    budget_name,
+    headline,
+    number,
+    overall_sentence,
+    p_value,
+    size,
+    value_and_spread,
+    with_interval,
+)
+from .results import Comparison, comparisons_table, mean_and_spread, runs_table
 from .retained_gain import share_blocks
 from .sections import calibration_blocks, cost_blocks, curve_blocks, noise_blocks, sharpness_blocks
-from .setup import setup_blocks
+from .setup import provenance_blocks, setup_blocks
 from .study import Study, make_study
+from .sufficiency import next_steps, warnings
 from .survival import TITLE as SURVIVAL
 from .survival import has_survival, survival_blocks
 from .validity import threats
 
 MAX_ANSWERS = 12
-MAX_DRAWN = 60
+MAX_DRAWN = 40
 MAX_EXTRA_METRICS = 4
-OTHER_METRICS = ("f1_macro", "mcc", "spearman")  # shown beside the one that is compared
+BESIDE = ("nll", "ece")  # shown beside whatever is compared: accuracy alone hides what SAM changes
+OTHER_METRICS = ("f1_macro", "mcc", "spearman", "brier")
 
 
 def write_report(
-    records: Sequence[RunRecord], folder: str | os.PathLike, *, title: str = "Comparison", seed: int = 0, **question
+    records: Sequence[RunRecord],
+    folder: str | os.PathLike,
+    *,
+    title: str = "Comparison",
+    seed: int = 0,
+    command: str | None = None,
+    **question,
 ) -> Path:
     """
     Writes the report of a set of runs.
@@ -41,8 +59,10 @@ def write_report(
         folder (`str` or `os.PathLike`): Receives `report.html`, `report.md`, `figures/` and `data/`.
         title (`str`, *optional*): Heading.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        command (`str`, *optional*): What makes the runs and this report again.
         control, treatment (`str`, *optional*): The arms of the question; guessed from the records where left out.
         metric (`str`, *optional*): What is compared; the first known one that all runs have where left out.
+        margin (`float`, *optional*): The least difference that matters, as the metric is shown; 0.3 points where left out.
         arms (`Sequence[str]`, *optional*): The order in which arms are shown.
         problems (`Sequence[str]`, *optional*): Messages about files that could not be read.
         missing (`int`, *optional*, defaults to 0): Planned runs without a record.
@@ -53,157 +73,245 @@ def write_report(
     Raises:
         ValueError: No records at all, or a name in the question that no record has.
     """
-    return write_document(
-        make_document(make_study(records, seed=seed, **question), title, Path(folder), seed), Path(folder)
-    )
+    study = make_study(records, seed=seed, **question)
+    return write_document(make_document(study, title, Path(folder), seed, command), Path(folder))
 
 
-def make_document(study: Study, title: str, folder: Path, seed: int = 0) -> Document:
+def make_document(study: Study, title: str, folder: Path, seed: int = 0, command: str | None = None) -> Document:
     """The sections of the report, and the tables beside it, in which records are named from `folder`."""
-    rng = np.random.default_rng(seed)
+    question, rng = study.question, np.random.default_rng(seed)
+    several = question.treatment != question.control
     sections = [
-        Section("Question and answer", _answer_blocks(study)),
-        Section("Set-up", setup_blocks(study)),
-        *(Section(f"Result at {words}", _result_blocks(study, budget, rng)) for budget, words in BUDGETS.items()),
+        Section("Answer", _answer_blocks(study)),
+        Section("What to do next", _next_blocks(study, command) if several else []),
+        Section("All arms", [block for budget in BUDGETS for block in _result_blocks(study, budget)]),
         Section("Curves", curve_blocks(study)),
         Section("Cost", cost_blocks(study)),
         Section("Calibration", calibration_blocks(study)),
-        Section("Robustness to label noise", noise_blocks(study)),
-        *([Section(SURVIVAL, survival_blocks(study, rng))] if has_survival(study.records) else []),
+        Section("Label noise", noise_blocks(study)),
         Section("Sharpness", sharpness_blocks(study)),
-        Section("Every run", _run_blocks(study)),
-        Section("Threats to validity", threats(study)),
+        Section(SURVIVAL, survival_blocks(study, rng) if has_survival(study.records) else []),
+        Section("Limits of this comparison", threats(study)),
+        Section("Set-up", setup_blocks(study), folded=True),
+        Section("Statistics", _statistics_blocks(study, rng), folded=True),
+        Section("Every run", _run_blocks(study), folded=True),
+        Section("Provenance", provenance_blocks(study), folded=True),
     ]
     done = sum(run.status in ("finished", "foreign") for run in study.records)
     lead = (
-        f"{done} of {len(study.records) + study.missing} runs: {', '.join(study.arms)}. A difference is an arm minus "
-        f"{study.question.control}, over runs with the same seed. Intervals are at 95 %."
+        f"{done} of {len(study.records) + study.missing} runs of {', '.join(study.arms)}. A difference is an arm minus "
+        f"{question.control} with the same seed, on the test split, at the last checkpoint."
     )
     comparisons = comparisons_table(study.comparisons)
     numbers = {
-        "question": asdict(study.question),
+        "question": asdict(question),
         "comparisons": comparisons.to_dict("records"),
         "overall": [asdict(entry) for entry in study.overall],
     }
-    return Document(
-        title, lead, sections, {"runs": runs_table(study.records, folder), "comparisons": comparisons}, numbers
-    )
+    tables = {"runs": runs_table(study.records, folder), "comparisons": comparisons}
+    return Document(title, lead, sections, tables, numbers, warnings(study) if several else [])
 
 
 def _answer_blocks(study: Study) -> list[Block]:
-    question = study.question
+    question, asked = study.question, study.asked
     if question.treatment == question.control:
         done = any(run.status == "finished" for run in study.records)
         what = f"only {question.control} has finished runs" if done else "no run has finished"
         return [Text(f"No answer yet: {what}.", "warning")]
-    blocks: list[Block] = [
-        Text(
-            f"Does {question.treatment} give a better {metric_of(question.metric).label} than {question.control}, "
-            f"on the test split, at the last checkpoint?"
-        )
-    ]
-    asked = [entry for entry in study.comparisons if entry.arm == question.treatment]
-    blocks += [Text(answer(entry), "answer") for entry in asked[:MAX_ANSWERS]]
-    if len(asked) > MAX_ANSWERS:
-        blocks.append(Text(f"{len(asked) - MAX_ANSWERS} more tasks are in the tables of results below."))
     if not asked:
-        blocks.append(Text("No answer yet: no seed has a finished run of both arms.", "warning"))
-    blocks += [
+        return [Text("No answer yet: no seed has a finished run of both arms.", "warning")]
+    shown = asked[:MAX_ANSWERS]
+    below = [
         Text(overall_sentence(entry, question.metric)) for entry in study.overall if entry.arm == question.treatment
     ]
+    if len(asked) > MAX_ANSWERS:
+        below.append(Text(f"{len(asked) - MAX_ANSWERS} more are in the tables below."))
+    caption = f"Mean difference; thin: 95 % interval, thick: 90 %.{_margin_words(study)}"
+    figure = _forest("answer", caption, shown)
+    return [Text(headline(asked), "verdict"), Columns([_answer_table(study, shown), *below], figure)]
+
+
+def _margin_words(study: Study) -> str:
+    question = study.question
+    if question.margin is None:
+        return ""
+    margin = size(question.margin / metric_of(question.metric).scale, question.metric)
+    return f" Band: ±{margin}, the least that matters; equivalence is shown where the thick line is inside."
+
+
+def _answer_table(study: Study, shown: Sequence[Comparison]) -> Table:
+    question, metric = study.question, metric_of(study.question.metric)
+    beside = [name for name in BESIDE if name != question.metric and _has(study, name)]
+
+    def both(entry: Comparison, name: str) -> str:
+        """The means of the two arms, over the seeds that both have."""
+        cell, row = entry.cell, metric_of(name)
+        pair = (cell.scores(arm, name) for arm in (entry.control, entry.arm))
+        means = [mean_and_spread([kept[seed] for seed in entry.paired.seeds if seed in kept])[0] for kept in pair]
+        return " → ".join(number(mean * row.scale, row.digits) for mean in means)
+
+    rows = [
+        [
+            entry.cell.title,
+            budget_name(entry.cell.budget),
+            both(entry, question.metric),
+            with_interval(entry.paired.difference.value, entry.paired.t_low, entry.paired.t_high, question.metric),
+            entry.verdict,
+            *(both(entry, name) for name in beside),
+        ]
+        for entry in shown
+    ]
+    columns = ["task", "budget", _label(question.metric), "difference [95 %]", "verdict", *map(_label, beside)]
+    caption = f"{question.control} → {question.treatment}, means over seeds"
+    caption += "" if metric.higher_is_better else f"; less {metric.label} is better"
+    return Table(columns, rows, caption, 2, stacked=True)
+
+
+def _next_blocks(study: Study, command: str | None) -> list[Block]:
+    steps = next_steps(study)
+    blocks: list[Block] = [Listing(steps)] if steps else []
+    if command:
+        blocks += [Text("This makes the runs that are missing, and this report again:"), Text(command, "command")]
     return blocks
 
 
-def _result_blocks(study: Study, budget: str, rng: np.random.Generator) -> list[Block]:
+def _result_blocks(study: Study, budget: str) -> list[Block]:
     cells = [cell for cell in study.cells if cell.budget == budget]
     if not cells:
-        return [Text(f"No finished run at {BUDGETS[budget]}.")]
-    metric = study.question.metric
+        return []
+    question, metric = study.question, study.question.metric
     found = {(entry.cell, entry.arm): entry for entry in study.comparisons if entry.cell.budget == budget}
+    beside = [name for name in BESIDE if name != metric and _has(study, name)]
     rows = []
     for cell in cells:
         for arm in study.arms:
-            values = cell.values(arm, metric)
-            if not values:
+            if not cell.values(arm, metric):
                 continue
-            row = [cell.title, arm, str(len(values)), value_and_spread(values, metric)]
+            row = [
+                cell.title,
+                arm,
+                str(len(cell.values(arm, metric))),
+                value_and_spread(cell.values(arm, metric), metric),
+            ]
             entry = found.get((cell, arm))
             if entry is None:
-                reason = "control" if arm == study.question.control else "not paired"
-                rows.append([*row, reason, "", "", "", "", ""])
-                continue
-            paired = entry.paired
-            student = with_interval(None, paired.t_low, paired.t_high, metric)
-            difference = with_interval(paired.difference.value, paired.difference.low, paired.difference.high, metric)
-            tests = [p_value(paired.t_p), p_value(entry.p_holm), p_value(paired.p_value)]
-            rows.append([*row, difference, student, *tests, entry.verdict])
-    columns = ["task", "arm", "runs", f"{metric_of(metric).label}, mean ± sd", "difference [bootstrap]", "[Student]"]
-    columns += ["t-test p", "Holm", "sign-flip p", "verdict"]
-    floors = {len(entry.paired.seeds): entry.paired.p_floor for entry in found.values() if entry.paired.p_floor}
-    caption = "; ".join(f"{n} seeds cannot give a sign-flip p below {p_value(p)}" for n, p in sorted(floors.items()))
-    blocks: list[Block] = [Table(columns, rows, caption and f"{caption}.", numeric_from=2)]
-    others = [
-        name
-        for name in (*OTHER_METRICS, f"gap.{metric}")
-        if any(cell.values(a, name) for cell in cells for a in study.arms)
-    ]
-    if others := [name for name in others if name != metric]:
-        rows = [
-            [cell.title, arm, *(value_and_spread(cell.values(arm, name), name) for name in others)]
-            for cell in cells
-            for arm in study.arms
-            if any(cell.values(arm, name) for name in others)
+                row += ["", "control" if arm == question.control else "not paired"]
+            else:
+                paired = entry.paired
+                row += [with_interval(paired.difference.value, paired.t_low, paired.t_high, metric), entry.verdict]
+            rows.append(row + [value_and_spread(cell.values(arm, name), name) for name in beside])
+    columns = ["task", "arm", "runs", _label(metric), "difference [95 %]", "verdict", *map(_label, beside)]
+    caption = f"At {BUDGETS[budget]}: mean ± standard deviation over seeds, and the difference from {question.control}"
+    table = Table(columns, rows, caption, 2, stacked=True)
+    drawn = list(found.values())[:MAX_DRAWN]
+    figure = _forest(f"differences-{budget}", f"Differences from {question.control}, as above.", drawn) if drawn else []
+    return [Columns([table, *share_blocks(study, list(found.values()))], figure)]
+
+
+def _forest(name: str, caption: str, entries: Sequence[Comparison]) -> list[Block]:
+    """The differences, drawn to fit a phone or a column beside a table."""
+    canvas = plots.draw_differences(entries)
+    return [Figure(name, canvas, caption, comparisons_table(entries))]
+
+
+def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
+    """Every test of every comparison, other metrics, and the same over test examples."""
+    if not study.comparisons:
+        return []
+    metric, question = study.question.metric, study.question
+    seeds = {len(entry.paired.seeds): entry.paired.p_floor for entry in study.comparisons if entry.paired.p_floor}
+    floors = "; ".join(f"{n} seeds cannot give a sign-flip p below {p_value(p)}" for n, p in sorted(seeds.items()))
+    margin = "" if question.margin is None else f"±{size(question.margin / metric_of(metric).scale, metric)}"
+    columns = ["task", "budget", "arm", "seeds", "difference", "Student 95 %", "bootstrap 95 %"]
+    columns += ["t-test p", "Holm", "sign-flip p", *(["equivalence p"] if margin else []), "within", "detectable"]
+
+    def row(entry: Comparison) -> list[str]:
+        paired = entry.paired
+        bounds = [None if value is None else size(value, metric) for value in (paired.within, paired.detectable)]
+        return [
+            *_names(entry),
+            str(len(paired.seeds)),
+            with_interval(paired.difference.value, None, None, metric),
+            with_interval(None, paired.t_low, paired.t_high, metric),
+            with_interval(None, paired.difference.low, paired.difference.high, metric),
+            *map(p_value, (paired.t_p, entry.p_holm, paired.p_value)),
+            *([p_value(entry.p_equivalent)] if margin else []),
+            "-" if bounds[0] is None else f"±{bounds[0]}",
+            bounds[1] or "-",
         ]
-        labels = [metric_of(name).label for name in others]
-        blocks.append(Table(["task", "arm", *labels], rows, "Beside it, mean ± sd", 2))
-    if found:
-        drawn = list(found.values())[:MAX_DRAWN]
-        caption = f"Paired differences from {study.question.control} at {BUDGETS[budget]}: mean, bootstrap interval (thick) and Student's (thin)."
-        data = comparisons_table(drawn)
-        blocks.append(Figure(f"differences-{budget}", plots.draw_differences(drawn), caption, data))
-    blocks += share_blocks(study, list(found.values()))
-    over_examples = {key: study.difference_over_examples(entry, rng) for key, entry in found.items()}
+
+    blocks: list[Block] = [
+        Text(
+            "Verdicts go by the paired t-test over seeds after Holm's adjustment over the tasks and conditions of the same "
+            "arm and budget: better or worse at 5 %, leaning where that holds before the adjustment only. Equivalent is "
+            "what two one-sided t-tests, adjusted alike, show to be within the margin: evidence of absence. Undecided is "
+            "everything else: absence of evidence. " + (f"{floors}." if floors else "")
+        ),
+        Table(columns, [row(entry) for entry in study.comparisons], "Every comparison", 3),
+        *(Text(answer_of(entry)) for entry in study.asked[:MAX_ANSWERS] if len(study.asked) > 1),
+    ]
+    others = [name for name in (*OTHER_METRICS, f"gap.{metric}") if name != metric and _has(study, name)]
+    if others:
+        rows = _rows(study, others, value_and_spread)
+        blocks.append(Table(["task", "budget", "arm", *map(_label, others)], rows, "Other metrics, mean ± sd", 3))
+    over_examples = [(entry, study.difference_over_examples(entry, rng)) for entry in study.comparisons]
     rows = [
-        [cell.title, arm, with_interval(gain.value, gain.low, gain.high, "accuracy"), str(gain.n)]
-        for (cell, arm), gain in over_examples.items()
+        [*_names(entry), with_interval(gain.value, gain.low, gain.high, "accuracy"), str(gain.n)]
+        for entry, gain in over_examples
         if gain is not None
     ]
     if rows:
-        caption = "The same seeds, other test examples: difference in accuracy (points), bootstrap over test examples."
-        blocks.append(Table(["task", "arm", "difference [bootstrap]", "examples"], rows, caption, 2))
-    overall = [entry for entry in study.overall if entry.budget == budget]
-    blocks += [Text(overall_sentence(entry, metric)) for entry in overall if entry.arm != study.question.treatment]
-    return blocks
+        caption = "The same seeds, other test examples: difference in accuracy (points), bootstrap over test examples"
+        blocks.append(Table(["task", "budget", "arm", "difference [95 %]", "examples"], rows, caption, 3))
+    others = [entry for entry in study.overall if entry.arm != question.treatment]
+    return blocks + [Text(overall_sentence(entry, metric)) for entry in others]
+
+
+def _rows(study: Study, names: Sequence[str], shown: Callable) -> list[list[str]]:
+    """One row for each cell and arm that has any of the metrics."""
+    return [
+        [cell.title, budget_name(cell.budget), arm, *(shown(cell.values(arm, name), name) for name in names)]
+        for cell in study.cells
+        for arm in study.arms
+        if any(cell.values(arm, name) for name in names)
+    ]
+
+
+def _names(entry: Comparison) -> list[str]:
+    return [entry.cell.title, budget_name(entry.cell.budget), entry.arm]
+
+
+def _has(study: Study, name: str) -> bool:
+    return any(cell.values(arm, name) for cell in study.cells for arm in study.arms)
+
+
+def _label(name: str) -> str:
+    metric = metric_of(name)
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
 
 def _run_blocks(study: Study) -> list[Block]:
     runs, metric = study.records, study.question.metric
     names = dict.fromkeys(name for run in runs for name in run.metrics if not name.startswith("train_"))
-    extra = [name for name in names if name != metric][:MAX_EXTRA_METRICS]
-    rows = [
-        [run.task, run.condition, run.budget, run.arm, "-" if run.seed is None else str(run.seed), run.status]
-        + [
-            value_and_spread([run.metrics[name]] if run.metrics.get(name) is not None else [], name)
-            for name in (metric, *extra)
-        ]
-        + [number(run.steps, 0), number(run.passes, 0), number(run.seconds, 1)]
-        for run in runs
-    ]
-    columns = ["task", "condition", "budget", "arm", "seed", "status"]
-    columns += [metric_of(name).label for name in (metric, *extra)] + ["steps", "passes", "seconds"]
-    blocks: list[Block] = [Table(columns, rows, "All runs; all columns are in data/runs.csv", 6, folded=True)]
+    shown = [metric, *[name for name in names if name != metric][:MAX_EXTRA_METRICS]]
+
+    def named(run: RunRecord) -> list[str]:
+        return [run.task, run.condition, run.budget, run.arm, "-" if run.seed is None else str(run.seed)]
+
+    def score(run: RunRecord, name: str) -> str:
+        return value_and_spread([run.metrics[name]] if run.metrics.get(name) is not None else [], name)
+
+    def costs(run: RunRecord) -> list[str]:
+        return [number(run.steps, 0), number(run.passes, 0), number(run.seconds, 1)]
+
+    rows = [[*named(run), run.status, *(score(run, name) for name in shown), *costs(run)] for run in runs]
+    names = ["task", "condition", "budget", "arm", "seed"]
+    columns = [*names, "status", *map(_label, shown), "steps", "passes", "seconds"]
+    blocks: list[Block] = [Table(columns, rows, "All runs", 6)]
     failed = [run for run in runs if run.status == "failed"]
     if failed:
         errors = [
-            [
-                run.task,
-                run.condition,
-                run.budget,
-                run.arm,
-                str(run.seed),
-                f"{(run.error or {}).get('type')}: {(run.error or {}).get('message')}",
-            ]
-            for run in failed
+            [*named(run), f"{(run.error or {}).get('type')}: {(run.error or {}).get('message')}"] for run in failed
         ]
-        blocks.append(Table(["task", "condition", "budget", "arm", "seed", "error"], errors, "Failed runs", 99))
+        blocks.insert(0, Table([*names, "error"], errors, "Failed runs", 99))
     return blocks

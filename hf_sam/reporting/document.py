@@ -1,6 +1,7 @@
 """A report as data - sections of text, tables and figures - and its two forms: one HTML file, and Markdown with files.
 
-Both forms come from the same sections, so they cannot say different things. Whatever is shown is escaped here, once.
+Both forms come from the same sections, so they cannot say different things. Whatever is shown is escaped, and absolute
+paths shortened, here and once.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,29 @@ from typing import Any
 import jinja2
 import matplotlib
 import pandas as pd
+from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
 from ..experiments.records import plain, write_json
 
 MAX_EMBEDDED_BYTES = 200_000  # larger numbers are only in the file beside the report
+# What a drawing's colours become on a dark page: its ink, and the series that are too dark to be seen there.
+DARK = {
+    "#1c1e21": "#e6e8eb",
+    "#000000": "#f4f5f6",
+    "#0072b2": "#4fa3dd",
+    "#7a5c00": "#c9a227",
+    "#b22222": "#ef6a6a",
+    "#b0b8c0": "#5b6670",
+    "#fefefe": "#14181c",
+}
+# An absolute path that is not part of a longer word or an address, and its last two parts.
+_PATH = re.compile(r"(?<![\w/.:~…\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2})(?![\w/])")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is `"plain"`, `"answer"` (large) or `"warning"`."""
+    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (to be typed)."""
 
     text: str
     kind: str = "plain"
@@ -42,7 +57,7 @@ class Listing:
 @dataclass(frozen=True)
 class Table:
     """
-    A table of cells that are text already.
+    A table of cells that are text already; every one can be downloaded as CSV.
 
     Args:
         columns (`Sequence[str]`): The head.
@@ -50,6 +65,8 @@ class Table:
         caption (`str`, *optional*, defaults to `""`): Above it.
         numeric_from (`int`, *optional*, defaults to 1): The first column that is set flush right.
         folded (`bool`, *optional*, defaults to `False`): Whether HTML shows it only on a click.
+        stacked (`bool`, *optional*, defaults to `False`):
+            Whether a phone shows each row as a block, headed by the columns before `numeric_from`; else it scrolls.
     """
 
     columns: Sequence[str]
@@ -57,6 +74,11 @@ class Table:
     caption: str = ""
     numeric_from: int = 1
     folded: bool = False
+    stacked: bool = False
+
+    @property
+    def csv(self) -> bytes:
+        return _csv(pd.DataFrame(self.rows, columns=list(self.columns)))
 
 
 @dataclass(frozen=True)
@@ -69,23 +91,38 @@ class Figure:
         canvas (`matplotlib.figure.Figure`): The drawing.
         caption (`str`): What it shows; also the text read to those who cannot see it.
         data (`pd.DataFrame`): What was drawn.
+        narrow (`matplotlib.figure.Figure`, *optional*): The same for a phone.
     """
 
     name: str
     canvas: Canvas
     caption: str
     data: pd.DataFrame
+    narrow: Canvas | None = None
+
+    @property
+    def csv(self) -> bytes:
+        return _csv(self.data)
 
 
-Block = Text | Listing | Table | Figure
+@dataclass(frozen=True)
+class Columns:
+    """Blocks beside each other where there is room, the second ones below the first where there is not."""
+
+    first: list[Block]
+    second: list[Block]
+
+
+Block = Text | Listing | Table | Figure | Columns
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it."""
+    """A heading and what is under it; HTML shows a folded one only on a click."""
 
     title: str
     blocks: Sequence[Block]
+    folded: bool = False
 
     @property
     def anchor(self) -> str:
@@ -100,9 +137,10 @@ class Document:
     Args:
         title (`str`): Its heading.
         lead (`str`): One paragraph under it.
-        sections (`Sequence[Section]`): The rest.
+        sections (`Sequence[Section]`): The rest; those without blocks are left out.
         tables (`dict[str, pd.DataFrame]`, *optional*): More numbers, each written as `data/<name>.csv`.
         numbers (`Any`, *optional*): What `numbers.json` holds.
+        warnings (`Sequence[str]`, *optional*): What a reader must know before anything else, above all sections.
     """
 
     title: str
@@ -110,6 +148,7 @@ class Document:
     sections: Sequence[Section]
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     numbers: Any = None
+    warnings: Sequence[str] = ()
 
 
 def write_document(document: Document, folder: Path) -> Path:
@@ -119,31 +158,69 @@ def write_document(document: Document, folder: Path) -> Path:
     Returns:
         `Path`: Of `report.html`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    sections = [section for section in document.sections if section.blocks]
     for name in ("figures", "data"):
-        (folder / name).mkdir(exist_ok=True)
-    for name, table in document.tables.items():
-        table.to_csv(folder / "data" / f"{name}.csv", index=False)
-    drawings = {}
-    for section in document.sections:
-        for block in section.blocks:
+        (folder / name).mkdir(exist_ok=True, parents=True)
+    files = {name: _csv(table) for name, table in document.tables.items()}
+    names, drawings = {}, {}
+    for section in sections:
+        for number, block in enumerate(_leaves(section.blocks), start=1):
+            if isinstance(block, (Figure, Table)):
+                names[id(block)] = block.name if isinstance(block, Figure) else f"{section.anchor}-{number}"
+                files[names[id(block)]] = block.csv
             if isinstance(block, Figure):
-                block.data.to_csv(folder / "data" / f"{block.name}.csv", index=False)
-                drawings[block.name] = to_svg(block.canvas)
-                (folder / "figures" / f"{block.name}.svg").write_bytes(drawings[block.name])
+                drawings[block.name] = [to_svg(canvas) for canvas in (block.canvas, block.narrow) if canvas is not None]
+                (folder / "figures" / f"{block.name}.svg").write_bytes(drawings[block.name][0])
+    for name, content in files.items():
+        (folder / "data" / f"{name}.csv").write_bytes(content)
     write_json(folder / "data" / "numbers.json", plain(document.numbers))
+    shown = {"document": document, "sections": sections, "drawings": drawings, "files": files}
     for template in ("report.html", "report.md"):
-        text = _environment().get_template(f"{template}.j2").render(document=document, drawings=drawings)
+        text = _environment().get_template(f"{template}.j2").render(**shown, name_of=lambda block: names[id(block)])
         (folder / template).write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
 def to_svg(canvas: Canvas) -> bytes:
-    """The drawing as SVG, the same bytes for the same drawing."""
+    """The drawing as SVG on no ground, the same bytes for the same drawing; it turns light where a page is dark."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "hf_sam"}):
-        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|(?<=\n) +", "", buffer.getvalue().decode(), flags=re.DOTALL)
+    drawing = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), drawing)
+    rules = "".join(
+        f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
+        for light, dark in DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    style = f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"
+    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + style, drawing, count=1).encode()
+
+
+def shorten_paths(text: str) -> str:
+    """`text` with paths as from the working directory, or at most the last two parts of those that are elsewhere."""
+    return _PATH.sub(r"…\1", str(text).replace(f"{os.getcwd()}/", ""))
+
+
+def escape_markdown(text: str) -> str:
+    """`text` on one line, with what Markdown or HTML inside it would take for markup made harmless."""
+    line = html.escape(" ".join(shorten_paths(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
+
+
+def _leaves(blocks: Sequence[Block]) -> Iterator[Block]:
+    for block in blocks:
+        if isinstance(block, Columns):
+            yield from _leaves([*block.first, *block.second])
+        else:
+            yield block
+
+
+def _csv(table: pd.DataFrame) -> bytes:
+    def short(column: pd.Series) -> pd.Series:
+        return column if pd.api.types.is_numeric_dtype(column) else column.map(shorten_paths, na_action="ignore")
+
+    return table.apply(short).to_csv(index=False).encode()
 
 
 def _environment() -> jinja2.Environment:
@@ -151,18 +228,12 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("hf_sam.reporting"),
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else shorten_paths(value),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(markdown=escape_markdown, base64=lambda data: base64.b64encode(data).decode())
-    environment.filters["csv_bytes"] = lambda table: table.to_csv(index=False).encode()
+    environment.filters.update(markdown=escape_markdown, base64=lambda data: Markup(base64.b64encode(data).decode()))
     environment.globals["max_embedded_bytes"] = MAX_EMBEDDED_BYTES
     environment.tests["block"] = lambda block, name: type(block).__name__ == name
     return environment
-
-
-def escape_markdown(text: str) -> str:
-    """`text` on one line, with what Markdown or HTML inside it would take for markup made harmless."""
-    line = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)

@@ -11,7 +11,7 @@ import pandas as pd
 from ..evaluation.forgetting import Matched, Point, match
 from ..evaluation.metrics import metric_of
 from . import plots
-from .document import Block, Document, Figure, Listing, Section, Table, Text
+from .document import Block, Document, Listing, Section, Table, Text
 from .formatting import number, p_value, value_and_spread, with_interval
 from .statistics import compare_paired
 
@@ -56,17 +56,16 @@ def make_forgetting_document(
     found = match({name: paths_of(runs)[name] for name in names}, target)
     differences = matched_differences(found, names[0], np.random.default_rng(seed))
     frame = _mean_over_replicates(runs, names)
-    canvas, data = plots.draw_frontier(frame, names, found.target)
     caption = (
         "Learning against forgetting, one point per learning rate: mean over replicates, bars from the lowest to the highest. Lower left is better. The dotted "
         "line is the training loss at which starts are compared."
     )
     sections = [
-        Section("Question and answer", _answer(found, differences, names)),
-        Section("Set-up", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)]),
-        Section("Frontier", [Figure("frontier", canvas, caption, data)]),
+        Section("Answer", _answer(found, differences, names)),
+        Section("Frontier", [plots.figure("frontier", caption, plots.draw_frontier, frame, names, found.target)]),
         Section("Every learning rate", [_rates_table(runs, before, names)]),
-        Section("Threats to validity", [Listing(_threats(runs, names))]),
+        Section("Limits of this comparison", [Listing(_threats(runs, names))]),
+        Section("Set-up", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)], folded=True),
     ]
     lead = (
         f"{', '.join(names)}: fine-tuned on a second task with {frame.learning_rate.nunique()} learning rates, then tested on the first. "

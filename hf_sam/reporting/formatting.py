@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from ..evaluation.metrics import metric_of
@@ -56,47 +57,111 @@ def p_equals(p: float) -> str:
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
+def size(value: float, metric_name: str) -> str:
+    """A difference without its sign and with its unit: `0.9 points`."""
+    metric = metric_of(metric_name)
+    amount = f"{abs(value) * metric.scale:.{metric.digits}f}"
+    return f"{amount} point{'' if amount == '1.0' else 's'}" if metric.scale == 100 else amount
+
+
+def budget_name(budget: str) -> str:
+    return BUDGETS.get(budget, budget)
+
+
+def where(entry: Comparison) -> str:
+    """Task, condition and budget in words."""
+    return f"{entry.cell.title}, {budget_name(entry.cell.budget)}"
+
+
 def answer(entry: Comparison) -> str:
     """One sentence: who against whom, on what, by how much, how sure."""
-    metric, paired = metric_of(entry.metric), entry.paired
-    points = "points" if metric.scale == 100 else ""
-    size = f"{abs(paired.difference.value) * metric.scale:.{metric.digits}f}"
-    direction = "above" if paired.difference.value > 0 else "below" if paired.difference.value < 0 else "level with"
-    gap = " ".join(word for word in (size, points, direction) if word) if direction != "level with" else direction
-    where = f"{entry.cell.title}, {BUDGETS.get(entry.cell.budget, entry.cell.budget)}"
-    finding = f"{where}: {metric.label} under {entry.arm} is {gap} {entry.control}"
-    if len(paired.seeds) == 1:
-        return f"{finding} with the one seed that was run; one seed gives no interval and says nothing about others."
-    t_low, t_high = (signed(value, entry.metric) for value in (paired.t_low, paired.t_high))
-    at_floor = paired.p_value <= paired.p_floor * (1 + 1e-9)
-    floor = f", the least that {len(paired.seeds)} seeds can give" if at_floor else ""
-    holm = f", {p_value(entry.p_holm)} after Holm over {entry.family} tasks" if entry.family > 1 else ""
-    unit = f" {points}" if points else ""
-    seen = f"{paired.detectable * metric.scale:.{metric.digits}f}{unit}"
-    conclusion = {
-        "no difference seen": (
-            f"no difference is established, which is not to say that there is none: below {t_low} and above {t_high}"
-            f"{unit} it is ruled out, and these seeds would find one of {seen} four times in five"
-        ),
-        "better": f"{entry.arm} is better here",
-        "worse": f"{entry.arm} is worse here",
-        "leans better": f"the interval favours {entry.arm}, but not after adjusting for the number of tasks",
-        "leans worse": f"the interval is against {entry.arm}, but not after adjusting for the number of tasks",
-    }[entry.verdict]
-    return (
-        f"{finding} ({len(paired.seeds)} seeds; Student's interval {t_low} to {t_high}, {p_equals(paired.t_p)}{holm}; "
-        f"exact sign-flip {p_equals(paired.p_value)}{floor}): {conclusion}."
-    )
+    paired, label = entry.paired, metric_of(entry.metric).label
+    mean, seeds = paired.difference.value, len(paired.seeds)
+    direction = "above" if mean > 0 else "below"
+    gap = f"{size(mean, entry.metric)} {direction}" if mean else "level with"
+    if seeds == 1:
+        return (
+            f"{where(entry)}: one seed only, with which {label} under {entry.arm} is {gap} {entry.control}. One seed "
+            f"gives no interval and says nothing about others."
+        )
+    interval = f"95 % interval {signed(paired.t_low, entry.metric)} to {signed(paired.t_high, entry.metric)}"
+    finding = f"{label} is {gap} {entry.control} ({interval}, {seeds} seeds)"
+    margin = None if entry.margin is None else f"±{size(entry.margin, entry.metric)}"
+    if entry.verdict == "equivalent":
+        return (
+            f"{where(entry)}: no difference that matters. {entry.arm} and {entry.control} differ by less than {margin} "
+            f"(two one-sided tests, {p_equals(entry.p_equivalent)}); the mean difference is "
+            f"{signed(mean, entry.metric)} ({interval}, {seeds} seeds)."
+        )
+    if entry.verdict == "undecided":
+        within = f" within ±{size(paired.within, entry.metric)}" if margin else ""
+        return (
+            f"{where(entry)}: undecided. {finding}: neither a difference nor its absence is shown; at this spread the "
+            f"seeds would find a difference of {size(paired.detectable, entry.metric)} four times in five"
+            + (f", and show only that it is{within}." if within else ".")
+        )
+    word = "better" if entry.verdict.endswith("better") else "worse"
+    if entry.verdict.startswith("leans"):
+        return (
+            f"{where(entry)}: {entry.arm} may be {word}. {finding}, but not after adjusting for {entry.family} tasks "
+            f"({p_equals(entry.p_holm)})."
+        )
+    small = f", though by less than {margin}, the least that matters" if entry.is_equivalent else ""
+    return f"{where(entry)}: {entry.arm} is {word}{small}. {finding}."
+
+
+def headline(entries: Sequence[Comparison]) -> str:
+    """All of one arm's comparisons in one or two sentences."""
+    if len(entries) == 1:
+        return answer(entries[0])
+    first, count = entries[0], len(entries)
+    arm, control, label = first.arm, first.control, metric_of(first.metric).label
+    found = Counter(entry.verdict for entry in entries)
+    settled = [entry for entry in entries if entry.verdict in ("better", "worse")]
+    sizes = sorted(abs(entry.paired.difference.value) for entry in settled)
+    by = f" by {size(sizes[0], first.metric)}" if sizes else ""
+    if len(sizes) > 1 and size(sizes[0], first.metric) != size(sizes[-1], first.metric):
+        by = f" by {size(sizes[0], first.metric).split()[0]} to {size(sizes[-1], first.metric)}"
+    if found["one seed"] == count:
+        return f"No verdict: with one seed, nothing can be said about {arm} against {control}."
+    if found["better"] == count:
+        return f"Yes: {arm} is better than {control} in all {count} comparisons, in {label}{by}."
+    if found["worse"] == count:
+        return f"No: {arm} is worse than {control} in all {count} comparisons, in {label}{by}."
+    if found["equivalent"] == count:
+        margin = size(first.margin, first.metric)
+        return (
+            f"It makes no difference: in all {count} comparisons {arm} and {control} are within ±{margin} in {label}."
+        )
+    if found["undecided"] == count:
+        return (
+            f"Undecided: none of the {count} comparisons shows that {arm} and {control} differ in {label}, and none "
+            f"shows that they do not."
+        )
+    words = {
+        "better": "better",
+        "worse": "worse",
+        "equivalent": "no different",
+        "leans better": "perhaps better",
+        "leans worse": "perhaps worse",
+        "undecided": "undecided",
+        "one seed": "without a verdict (one seed)",
+    }
+    parts = [f"{word} in {found[verdict]}" for verdict, word in words.items() if found[verdict]]
+    worse, better = found["worse"] + found["leans worse"], found["better"] + found["leans better"]
+    start = "It depends" if worse and better else "No" if worse else "Partly" if better else "No difference shown"
+    return f"{start}: of {count} comparisons with {control} in {label}, {arm} is {', '.join(parts)}."
 
 
 def overall_sentence(entry: Overall, metric_name: str) -> str:
     """The same across tasks."""
     gain, probability = entry.gain, entry.probability
+    chance = f"{100 * probability.value:.0f} %"
+    if probability.low is not None:
+        chance += f" [{100 * probability.low:.0f}, {100 * probability.high:.0f}]"
     return (
-        f"Across {entry.tasks} tasks and conditions at {BUDGETS.get(entry.budget, entry.budget)}, {entry.arm} against "
-        f"{entry.control}: interquartile mean gain in {metric_of(metric_name).label} "
-        f"{with_interval(gain.value, gain.low, gain.high, metric_name)}, probability of improvement "
-        f"{number(probability.value, 2)}"
-        + (f" [{number(probability.low, 2)}, {number(probability.high, 2)}]" if probability.low is not None else "")
-        + " (stratified bootstrap over seeds)."
+        f"Across {entry.tasks} tasks and conditions at {budget_name(entry.budget)}: interquartile mean gain of {entry.arm} "
+        f"over {entry.control} in {metric_of(metric_name).label} "
+        f"{with_interval(gain.value, gain.low, gain.high, metric_name)}; a run of {entry.arm} beats one of "
+        f"{entry.control} with a probability of {chance} (stratified bootstrap over seeds)."
     )

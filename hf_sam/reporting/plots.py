@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 
 import matplotlib
 import numpy as np
@@ -12,15 +13,22 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from ..evaluation.metrics import metric_of
 from ..experiments.plan import BUDGETS
+from .document import Figure
 from .results import Cell, Comparison, noise_level, value_of
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the control is black.
+# What is dark is made light on a dark page (`document.DARK`), which knows these by their values.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#888888", "#B22222")
 MARKERS = "osD^vP*X<"
+INK, BAND, PAPER = "#1c1e21", "#b0b8c0", "#fefefe"
 STYLE = {
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+    ),
     "text.parse_math": False,  # a name with a dollar sign is a name
     "svg.fonttype": "path",
     "font.size": 9,
@@ -30,10 +38,12 @@ STYLE = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
-MAX_PANELS = 9
+MAX_PANELS = 12
 MAX_LABEL = 40  # characters of a name that a drawing has room for
+PHONE_WIDTH = 3.8  # inches, about 365 CSS pixels
 
 Drawing = tuple[Canvas, pd.DataFrame]
+_narrow: ContextVar[bool] = ContextVar("narrow", default=False)  # whether what is drawn is for a phone
 
 
 def styled(draw: Callable) -> Callable:
@@ -47,32 +57,94 @@ def styled(draw: Callable) -> Callable:
     return wrapper
 
 
+def figure(name: str, caption: str, draw: Callable, *args, data: pd.DataFrame | None = None) -> Figure:
+    """
+    The figure that `draw(*args)` makes, once for a wide page and once for a phone.
+
+    Args:
+        name, caption (`str`): Of the figure.
+        draw (`Callable`): A drawing function; returns a canvas, or a canvas and its numbers.
+        data (`pd.DataFrame`, *optional*): The numbers, where `draw` returns none.
+    """
+    canvases = []
+    for narrow in (False, True):
+        token = _narrow.set(narrow)
+        try:
+            drawn = draw(*args)
+        finally:
+            _narrow.reset(token)
+        canvas, data = drawn if isinstance(drawn, tuple) else (drawn, data)
+        canvases.append(canvas)
+    return Figure(name, canvases[0], caption, data, canvases[1])
+
+
+def is_narrow() -> bool:
+    """Whether what is drawn is for a phone."""
+    return _narrow.get()
+
+
+def size(width: float, height: float) -> tuple[float, float]:
+    """Inches of a drawing: as given, or not wider than a phone."""
+    return (min(width, PHONE_WIDTH), height) if _narrow.get() else (width, height)
+
+
 @styled
 def draw_differences(comparisons: Sequence[Comparison]) -> Canvas:
-    """Each arm minus the control: the mean, its bootstrap interval (thick) and Student's (thin)."""
-    metric = metric_of(comparisons[0].metric)
-    canvas = Canvas(figsize=(7.5, 0.8 + 0.3 * len(comparisons)), layout="constrained")
+    """Each arm minus the control with Student's intervals at 95 % (thin) and 90 % (thick); the band is the margin."""
+    first, metric = comparisons[0], metric_of(comparisons[0].metric)
+    canvas = Canvas(figsize=(PHONE_WIDTH, 0.9 + 0.4 * len(comparisons)), layout="constrained")
     axes = canvas.subplots()
-    rows = range(len(comparisons))
     arms = list(dict.fromkeys(entry.arm for entry in comparisons))
-    for row, entry in zip(rows, comparisons, strict=True):
+    budgets = {entry.cell.budget for entry in comparisons}
+    for row, entry in enumerate(comparisons):
         paired, look = entry.paired, _look(arms.index(entry.arm) + 1)
-        for low, high, width in (
-            (paired.t_low, paired.t_high, 1.0),
-            (paired.difference.low, paired.difference.high, 3.5),
-        ):
+        for low, high, width in ((paired.t_low, paired.t_high, 1.2), (*paired.equivalence_interval, 3.5)):
             if low is not None:
                 axes.plot(np.array([low, high]) * metric.scale, [row, row], color=look["color"], linewidth=width)
-        axes.plot(paired.difference.value * metric.scale, row, **look, linestyle="none")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(rows, [f"{_short(entry.cell.title)}: {_short(entry.arm)}" for entry in comparisons])
-    axes.invert_yaxis()
+        axes.plot(paired.difference.value * metric.scale, row, **look | {"markersize": 5}, linestyle="none")
+        names = [
+            entry.cell.title,
+            *([BUDGETS.get(entry.cell.budget, entry.cell.budget)] if len(budgets) > 1 else []),
+            *([entry.arm] if len(arms) > 1 else []),
+        ]
+        _name_above(axes, row, ", ".join(names))
+    axes.axvline(0, color=INK, linewidth=0.8)
+    if first.margin is not None:
+        axes.axvspan(-first.margin * metric.scale, first.margin * metric.scale, color=BAND, alpha=0.35, linewidth=0)
+    _no_left_side(axes, len(comparisons))
     better = "right" if metric.higher_is_better else "left"
     unit = " (points)" if metric.scale == 100 else ""
-    axes.set_xlabel(
-        f"{_short(metric.label)} minus that of {_short(comparisons[0].control)}{unit}; better is to the {better}"
-    )
+    who = _short(arms[0], 16) if len(arms) == 1 else "arm"
+    axes.set_xlabel(f"{_short(metric.label)}: {who} minus {_short(first.control, 16)}{unit}\nbetter is to the {better}")
     return canvas
+
+
+@styled
+def draw_gains(rows: pd.DataFrame, label: str, name: str = "checkpoint", scale: float = 100) -> Canvas:
+    """`value` with its interval from `low` to `high`, one line for each row, under its name."""
+    canvas = Canvas(figsize=(PHONE_WIDTH, 0.9 + 0.4 * len(rows)), layout="constrained")
+    axes = canvas.subplots()
+    for place, row in enumerate(rows.to_dict("records")):
+        look = _look(place + 1)
+        axes.plot([scale * row["low"], scale * row["high"]], [place, place], color=look["color"], linewidth=1.5)
+        axes.plot(scale * row["value"], place, **look | {"markersize": 5}, linestyle="none")
+        _name_above(axes, place, row[name])
+    _no_left_side(axes, len(rows))
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_xlabel(label)
+    return canvas
+
+
+def _name_above(axes: Axes, row: int, name: str) -> None:
+    """Names a line of a forest plot above it: beside it the name would take half of a phone's width."""
+    text = axes.text(0.0, row - 0.33, _short(name, 52), transform=axes.get_yaxis_transform(), va="center")
+    text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
+
+
+def _no_left_side(axes: Axes, rows: int) -> None:
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(rows - 0.5, -0.8)
 
 
 def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.DataFrame:
@@ -198,46 +270,6 @@ def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_l
 
 
 @styled
-def draw_confusion(matrices: dict[str, np.ndarray], class_names: Sequence[str]) -> Canvas:
-    """Counts of true class (row) by predicted class (column), one panel per checkpoint, shaded by share of the row."""
-    size = 1.2 + 0.28 * len(class_names)
-    canvas = Canvas(
-        figsize=(size * min(len(matrices), 3) + 1, size * -(-len(matrices) // 3) + 0.6), layout="constrained"
-    )
-    shape = (-(-len(matrices) // 3), min(len(matrices), 3))
-    panels = list(canvas.subplots(*shape, squeeze=False).flat)
-    for axes in panels[len(matrices) :]:
-        axes.remove()
-    ticks, names = range(len(class_names)), [_short(name, 16) for name in class_names]
-    for axes, (title, matrix) in zip(panels, matrices.items(), strict=False):
-        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        axes.grid(False)
-        for row, column in np.argwhere(matrix):
-            colour = "white" if share[row, column] > 0.6 else "black"
-            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
-        axes.set_xticks(ticks, names, rotation=90)
-        axes.set_yticks(ticks, names)
-        axes.set(xlabel="predicted", ylabel="true")
-        axes.set_title(_short(title), fontsize=9)
-    return canvas
-
-
-@styled
-def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
-    """Accuracy over the level of each corruption, one panel per corruption; level 0 is uncorrupted."""
-    kinds = list(dict.fromkeys(frame.corruption))
-    canvas, panels = _panels(kinds, str)
-    for axes, kind in zip(panels, kinds, strict=False):
-        for index, (name, accuracy) in enumerate(clean.items()):
-            rows = frame[(frame.corruption == kind) & (frame.checkpoint == name)]
-            axes.plot([0, *rows.level], [100 * accuracy, *(100 * rows.accuracy)], **_look(index), linewidth=1.2)
-        axes.set(xlabel="level", ylabel="accuracy (%)")
-    _legend(canvas, list(clean))
-    return canvas
-
-
-@styled
 def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -> Drawing:
     """
     A metric over the levels of each treatment, one panel a kind; the leftmost point is the model as trained.
@@ -276,7 +308,7 @@ def draw_frontier(frame: pd.DataFrame, names: Sequence[str], target: float | Non
         names (`Sequence[str]`): The starts; fixes the colours.
         target (`float`, *optional*): Training loss at which starts are compared.
     """
-    canvas = Canvas(figsize=(5.5, 3.6), layout="constrained")
+    canvas = Canvas(figsize=size(5.5, 3.6), layout="constrained")
     axes = canvas.subplots()
     for index, name in enumerate(names):
         own = frame[frame.start == name]
@@ -298,29 +330,13 @@ def draw_frontier(frame: pd.DataFrame, names: Sequence[str], target: float | Non
     return canvas, frame
 
 
-@styled
-def draw_images(images: Sequence, titles: Sequence[str], columns: int = 5) -> Canvas:
-    """Small images in a grid, each under its title."""
-    rows = -(-len(images) // columns)
-    canvas = Canvas(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
-    panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels[len(images) :]:
-        axes.remove()
-    for axes, image, title in zip(panels, images, titles, strict=False):
-        axes.imshow(np.asarray(image))
-        axes.grid(False)
-        axes.set_axis_off()
-        axes.set_title("\n".join(_short(line, 24) for line in title.split("\n")), fontsize=7)
-    return canvas
-
-
 def _panels(items: Sequence, title: Callable | None = None, height: float = 2.3) -> tuple[Canvas, list[Axes]]:
-    """A canvas with one titled panel per item, three in a row and at most `MAX_PANELS`."""
+    """A canvas with one titled panel per item, four in a row (on a phone one) and at most `MAX_PANELS`."""
     count = min(len(items), MAX_PANELS)
-    columns = min(count, 3)
+    columns = 1 if _narrow.get() else min(count, 4)
     rows = -(-count // columns)
-    width = 5.0 if columns == 1 else 3.0 * columns
-    canvas = Canvas(figsize=(width, 0.5 + height * (1.3 if columns == 1 else 1.0) * rows), layout="constrained")
+    width = 5.0 if columns == 1 else 2.9 * columns
+    canvas = Canvas(figsize=size(width, 0.5 + height * (1.3 if count == 1 else 1.0) * rows), layout="constrained")
     panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[count:]:
         axes.remove()
@@ -338,7 +354,8 @@ def _look(index: int) -> dict:
 def _legend(canvas: Canvas, arms: Sequence[str], markers: bool = True) -> None:
     looks = [_look(index) for index in range(len(arms))]
     handles = [Line2D([], [], **look) if markers else Line2D([], [], color=look["color"]) for look in looks]
-    legend = canvas.legend(handles, ["."] * len(arms), loc="outside lower center", ncols=min(len(arms), 5))
+    columns = 2 if _narrow.get() else 5
+    legend = canvas.legend(handles, ["."] * len(arms), loc="outside lower center", ncols=min(len(arms), columns))
     for text, arm in zip(legend.get_texts(), arms, strict=True):
         text.set_text(_short(arm))  # set afterwards: a label that starts with an underscore would be left out
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,18 @@ import pandas as pd
 from ..evaluation.metrics import METRICS, metric_of
 from ..experiments.plan import BUDGETS, TUNING, Question
 from ..experiments.records import RunRecord
-from .statistics import Estimate, PairedComparison, compare_paired, holm, interquartile_mean, probability_of_improvement
+from .statistics import (
+    Estimate,
+    PairedComparison,
+    compare_paired,
+    equivalence_p,
+    holm,
+    interquartile_mean,
+    probability_of_improvement,
+)
 
 LEVEL = 0.05
+POINTS_THAT_MATTER = 0.3  # the margin of equivalence of metrics in percent, where the question names none
 
 
 @dataclass(frozen=True)
@@ -50,28 +59,49 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against the control in one cell, with the p-value adjusted over the tasks of the same arm and budget."""
+    """
+    One arm against the control in one cell.
+
+    Args:
+        cell (`Cell`): Where.
+        arm, control, metric (`str`): Who, against whom, by what.
+        paired (`PairedComparison`): The differences.
+        margin (`float`, *optional*): What counts as a difference, in the metric's own unit (accuracy between 0 and 1).
+        p_holm (`float`, *optional*): The t-test's p-value adjusted over the cells of the same arm and budget.
+        p_equivalent (`float`, *optional*): That of the two one-sided tests against the margin, adjusted alike.
+        family (`int`, *optional*, defaults to 1): How many cells those are.
+    """
 
     cell: Cell
     arm: str
     control: str
     metric: str
     paired: PairedComparison
+    margin: float | None = None
     p_holm: float | None = None
+    p_equivalent: float | None = None
     family: int = 1
+
+    @property
+    def is_equivalent(self) -> bool:
+        """Whether the difference is established to be within the margin."""
+        return self.p_equivalent is not None and self.p_equivalent <= LEVEL
 
     @property
     def verdict(self) -> str:
         """
-        `"better"` or `"worse"` where the paired t-test, after Holm's adjustment, says so at 5 %; `"leans better"` or
-        `"leans worse"` where it does before the adjustment only; `"no difference seen"`, or `"one seed"`.
+        `"better"` or `"worse"` where the paired t-test, after Holm's adjustment, says so at 5 %; `"equivalent"` where two
+        one-sided tests, adjusted alike, establish that the difference is within the margin; `"leans better"` or `"leans
+        worse"` where the t-test says so before the adjustment only; `"undecided"`, or `"one seed"`.
         """
         if self.paired.t_p is None:
             return "one seed"
-        if self.paired.t_p > LEVEL:
-            return "no difference seen"
         word = "better" if (self.paired.difference.value > 0) == metric_of(self.metric).higher_is_better else "worse"
-        return word if self.p_holm is not None and self.p_holm <= LEVEL else f"leans {word}"
+        if self.p_holm is not None and self.p_holm <= LEVEL:
+            return word
+        if self.is_equivalent:
+            return "equivalent"
+        return f"leans {word}" if self.paired.t_p <= LEVEL else "undecided"
 
 
 @dataclass(frozen=True)
@@ -163,10 +193,16 @@ def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
     return [Cell(*key, dict(groups[key])) for key in keys]
 
 
-def guess_question(records: Sequence[RunRecord], control: str | None, treatment: str | None, metric: str | None):
+def guess_question(
+    records: Sequence[RunRecord],
+    control: str | None,
+    treatment: str | None,
+    metric: str | None,
+    margin: float | None = None,
+) -> Question:
     """
     Completes a question from the records: AdamW or the first arm as control, `sam` or the next arm as treatment, and
-    the first of `METRICS` that most runs have.
+    the first of `METRICS` that most runs have; a margin of `POINTS_THAT_MATTER` where the metric is in percent.
 
     Raises:
         ValueError: A name that no record has.
@@ -190,30 +226,43 @@ def guess_question(records: Sequence[RunRecord], control: str | None, treatment:
         raise ValueError(f"metric={metric!r} is in no record; there are: {', '.join(counts)}.")
     most = max(counts.values(), default=0)
     known = [name for name in [*METRICS, *counts] if counts.get(name) == most > 0]
-    return Question(control, treatment, metric or next(iter(known), "accuracy"))
+    metric = metric or next(iter(known), "accuracy")
+    if margin is None and metric_of(metric).scale == 100:
+        margin = POINTS_THAT_MATTER
+    return Question(control, treatment, metric, margin)
 
 
 def compare_arms(
-    cells: Sequence[Cell], control: str, metric: str, arms: Sequence[str], rng: np.random.Generator
+    cells: Sequence[Cell],
+    control: str,
+    metric: str,
+    arms: Sequence[str],
+    rng: np.random.Generator,
+    margin: float | None = None,
 ) -> list[Comparison]:
     """Every arm against the control in every cell, Holm-adjusted over the cells of the same arm and budget."""
     found = []
+    margin = None if margin is None else margin / metric_of(metric).scale
     for cell in cells:
         scores = cell.scores(control, metric)
         for arm in arms:
             paired = compare_paired(cell.scores(arm, metric), scores, rng) if arm != control else None
             if paired is not None:
-                found.append(Comparison(cell, arm, control, metric, paired))
+                found.append(Comparison(cell, arm, control, metric, paired, margin))
     families: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, comparison in enumerate(found):
         families[comparison.arm, comparison.cell.budget].append(index)
     for members in families.values():
-        adjusted = holm([found[index].paired.t_p for index in members])
-        for index, p_holm in zip(members, adjusted, strict=True):
-            entry = found[index]
-            found[index] = Comparison(
-                entry.cell, entry.arm, entry.control, entry.metric, entry.paired, p_holm, len(members)
-            )
+        pairs = [found[index].paired for index in members]
+        equivalent = [
+            None
+            if margin is None or paired.spread is None
+            else equivalence_p(paired.difference.value, paired.spread, len(paired.seeds), margin)
+            for paired in pairs
+        ]
+        adjusted = zip(holm([paired.t_p for paired in pairs]), holm(equivalent), strict=True)
+        for index, (p_holm, p_equivalent) in zip(members, adjusted, strict=True):
+            found[index] = replace(found[index], p_holm=p_holm, p_equivalent=p_equivalent, family=len(members))
     return found
 
 
@@ -296,6 +345,10 @@ def comparisons_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
             "student_low": entry.paired.t_low,
             "student_high": entry.paired.t_high,
             "t_p": entry.paired.t_p,
+            "spread": entry.paired.spread,
+            "margin": entry.margin,
+            "p_equivalent": entry.p_equivalent,
+            "within": entry.paired.within,
             "detectable": entry.paired.detectable,
             "sign_flip_p": entry.paired.p_value,
             "p_floor": entry.paired.p_floor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from matplotlib.figure import Figure as Canvas
 from ..evaluation.metrics import metric_of
 from ..rho_search.halving import Gain, recommended
 from ..rho_search.phases import Phase, RhoWorkshop, passes_spent
+from .document import Block, Document, Section, Table, Text, write_document
 from .formatting import NOTHING, number, signed, with_interval
-from .plots import COLOURS, MARKERS, styled
+from .plots import COLOURS, INK, MARKERS, figure, is_narrow, size, styled
 
 
 def curve(workshop: RhoWorkshop) -> pd.DataFrame:
@@ -56,26 +58,90 @@ def _mean(scored: Sequence[dict], metric: str | None) -> float | None:
 
 def table(points: pd.DataFrame) -> str:
     """The curve as text."""
+    columns, rows = cells(points)
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cells(points: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table of the curve."""
     name = points["metric"].iloc[0]
     metric = metric_of(name)
-    cells = [("stage", "steps", "rho", "seeds", metric.label, "loss", "better than rho 0 by")]
+    rows = []
     for row in points.astype(object).where(points.notna(), None).to_dict("records"):
         value = NOTHING if row["value"] is None else number(row["value"] * metric.scale, metric.digits)
         gain = NOTHING if row["gain"] is None else with_interval(row["gain"], row["gain_low"], row["gain_high"], name)
-        cells.append(
-            (
-                row["stage"],
-                str(row["steps"]),
-                f"{row['rho']:g}",
-                str(row["seeds"]),
-                value,
-                number(row["loss"]),
-                f"failed, {row['error']}" if row["error"] else "" if row["rho"] == 0 else gain,
-            )
+        gain = f"failed, {row['error']}" if row["error"] else "" if row["rho"] == 0 else gain
+        names = [row["stage"], str(row["steps"]), f"{row['rho']:g}", str(row["seeds"])]
+        rows.append([*names, value, number(row["loss"]), gain])
+    return ["stage", "steps", "rho", "seeds", metric.label, "loss", "better than rho 0 by"], rows
+
+
+def write_rho_report(
+    workshop: RhoWorkshop, points: pd.DataFrame, found: dict[str, Any], command: str | None = None
+) -> Path:
+    """
+    Writes `report.html` and what belongs to it into the folder of the search.
+
+    Args:
+        workshop (`RhoWorkshop`): The search.
+        points (`pd.DataFrame`): See `curve`.
+        found (`dict`): See `summary`.
+        command (`str`, *optional*): What makes the search again.
+    """
+    search, plan, passes = workshop.search, workshop.search.plan, found["passes"]
+    confidence = found["gain"]["confidence"] if found["gain"] else 0.95
+    columns, rows = cells(points)
+    caption = f"Metric, gain over rho 0 (bars: {100 * confidence:.3g} % intervals) and loss, one line for each stage of the search."
+    steps: list[Block] = [Text("Train with what was found:"), Text(found["command"], "command")]
+    if command:
+        steps += [Text("This goes on with the search, or makes this report again:"), Text(command, "command")]
+    facts = {
+        "values above 0": ", ".join(f"{rho:g}" for rho in search.rhos),
+        "rungs": "; ".join(f"{rung.rhos} values to step {rung.step}" for rung in plan.rungs),
+        "confirmation": f"0 and the best, {plan.seeds} new seeds, to step {plan.horizon}",
+        "ordinary run": f"{plan.length} steps",
+        "schedule": "annealed at the last step" if plan.schedule == plan.horizon else "that of the whole run, paused",
+        "gradient passes": f"{passes['spent']:g} spent, {passes['planned']:g} planned, {passes['allowed']:g} allowed",
+    }
+    runs = [
+        [
+            f"{run['rho']:g}",
+            str(run["seed"]),
+            f"{run['begin']} to {run['end']}",
+            run["status"] or NOTHING,
+            number(run["passes"], 0),
+            (run["error"] or {}).get("message", ""),
+        ]
+        for run in found["runs"]
+    ]
+    sections = [
+        Section(
+            "Answer",
+            [Text(found["sentence"], "verdict"), figure("search", caption, draw, points, confidence, data=points)],
+        ),
+        Section("What to do next", steps),
+        Section("Every value", [Table(columns, rows, "Values by stage; the confirmation decides", 3, stacked=True)]),
+        Section(
+            "How it searched", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)], folded=True
+        ),
+        Section("Every run", [Table(["rho", "seed", "steps", "status", "passes", "error"], runs, "", 6)], folded=True),
+    ]
+    lead = (
+        f"{search.recipe}, {len(search.rhos)} values of rho above 0 against rho 0, on validation examples taken from the "
+        f"training data. The test split was not read."
+    )
+    warnings = []
+    if not found["learnt"]:
+        warnings.append("Nothing is learnt yet in these runs: they cannot tell whether SAM helps.")
+    if plan.horizon < plan.length and plan.schedule != plan.horizon:
+        warnings.append(
+            f"The runs were seen up to step {plan.horizon} of {plan.length} only: a rho that helps early may not help at the end."
         )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
+    return write_document(
+        Document("Search for rho", lead, sections, {"curve": points}, found, warnings), search.output_dir
+    )
 
 
 def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
@@ -92,13 +158,14 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
         return 0.0, gain, "No rho can be recommended: rho 0 failed or diverged with all seeds but one."
     metric = metric_of(workshop.metric)
     points = " points" if metric.scale == 100 else ""
-    size = (
-        f"{metric.label} is better than without SAM by {signed(gain.value, workshop.metric)}{points}, "
-        f"{100 * gain.confidence:.3g} % interval {signed(gain.low, workshop.metric)} to "
-        f"{signed(gain.high, workshop.metric)} ({gain.seeds} seeds, {far})"
+    found = (
+        f"{metric.label} is {'better' if gain.value > 0 else 'worse'} than without SAM by "
+        f"{signed(abs(gain.value), workshop.metric)[1:]}{points} (gain and its {100 * gain.confidence:.3g} % interval: "
+        f"{signed(gain.value, workshop.metric)}, {signed(gain.low, workshop.metric)} to "
+        f"{signed(gain.high, workshop.metric)}; {gain.seeds} seeds, {far})"
     )
     if recommended(rho, gain):
-        return rho, gain, f"Use rho {rho:g}: {size}."
+        return rho, gain, f"Use rho {rho:g}: {found}."
     if not workshop.has_learnt(stages[-1]):
         floor = number(workshop.floor(stages[-1]) * metric.scale, metric.digits)
         whole = math.ceil(10 * plan.passes / plan.horizon) / 10
@@ -116,7 +183,7 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
                 f"runs: {remedy}."
             ),
         )
-    return 0.0, gain, f"SAM does not help here, as far as this search can tell: at rho {rho:g}, the best, {size}."
+    return 0.0, gain, f"SAM does not help here, as far as this search can tell: at rho {rho:g}, the best, {found}."
 
 
 def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command: str) -> dict[str, Any]:
@@ -158,11 +225,12 @@ def draw(points: pd.DataFrame, confidence: float) -> Canvas:
     name = points["metric"].iloc[0]
     metric = metric_of(name)
     rhos = sorted(points["rho"].unique())
-    canvas = Canvas(figsize=(10.5, 3.3), layout="constrained")
+    shape = (3, 1) if is_narrow() else (1, 3)
+    canvas = Canvas(figsize=size(11.5, 2.9 * shape[0] + 0.4), layout="constrained")
     unit = f" ({metric.unit})" if metric.unit else ""
     gain_label = f"gain over rho 0{' (points)' if metric.scale == 100 else ''}, {100 * confidence:.3g} % interval"
     panels = [("value", f"{metric.label}{unit}", metric.scale), ("gain", gain_label, metric.scale), ("loss", "loss", 1)]
-    for axes, (column, label, scale) in zip(canvas.subplots(1, 3), panels, strict=True):
+    for axes, (column, label, scale) in zip(canvas.subplots(*shape), panels, strict=True):
         for index, (stage, rows) in enumerate(points.groupby("stage", sort=False)):
             seeds = "1 seed" if rows["seeds"].max() == 1 else f"{rows['seeds'].max()} seeds"
             title = f"{stage}, {rows['steps'].max()} steps, {seeds}"
@@ -174,8 +242,8 @@ def draw(points: pd.DataFrame, confidence: float) -> Canvas:
             look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
             axes.errorbar(np.array(x) + 0.08 * index, y, bars, label=title, linewidth=1.2, elinewidth=0.8, **look)
         if column == "gain":
-            axes.axhline(0, color="black", linewidth=0.8)
+            axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xticks(range(len(rhos)), [f"{rho:g}" for rho in rhos])
         axes.set(xlabel="rho", ylabel=label)
-    canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1 if is_narrow() else 4)
     return canvas

@@ -9,16 +9,15 @@ import pandas as pd
 
 from ..evaluation.calibration import reliability
 from ..evaluation.metrics import metric_of
-from ..experiments.plan import BUDGETS
 from . import plots
-from .document import Block, Figure, Table, Text
-from .formatting import number, value_and_spread
+from .document import Block, Table, Text
+from .formatting import budget_name, number, value_and_spread
 from .results import mean_and_spread, noise_level
 from .sharpness import CAVEAT, DESCRIPTIVE, label_of
 from .study import Study
 
 CALIBRATION_METRICS = ("nll", "ece", "brier")
-MAX_OPEN_ROWS = 40
+MAX_OPEN_ROWS = 16
 COSTS = ("steps", "passes", "seconds", "samples_per_second", "peak_memory")
 
 
@@ -41,9 +40,9 @@ def curve_blocks(study: Study) -> list[Block]:
             if x == "passes" and points.passes.isna().all():
                 continue
             cells = [cell for cell in logged if cell.budget == budget] or logged
-            canvas, data = plots.draw_curves(cells, study.arms, points, x, label)
             caption = f"{label.capitalize()} over {words}: mean over seeds, range of the seeds shaded.{_cut(cells)}"
-            blocks.append(Figure(f"curve-{key}-{words.split()[-1]}", canvas, caption, data))
+            name, arguments = f"curve-{key}-{words.split()[-1]}", (cells, study.arms, points, x, label)
+            blocks.append(plots.figure(name, caption, plots.draw_curves, *arguments))
         break
     blocks += _cosine_blocks(study)
     return blocks or [Text("No run logged anything more than once: set logging_steps to get curves.")]
@@ -57,16 +56,16 @@ def _cosine_blocks(study: Study) -> list[Block]:
     present = set(zip(points.task, points.condition, points.budget, strict=True))
     cells = [cell for cell in study.cells if (cell.task, cell.condition, cell.budget) in present]
     label = "cosine with and without second order"
-    canvas, data = plots.draw_curves(cells, study.arms, points, "step", label)
     caption = (
         "Cosine between the descent gradient with and without the second-order term that SAM drops: mean over seeds, "
         f"range shaded.{_cut(cells)}"
     )
-    return [Figure("second-order-cosine", canvas, caption, data)]
+    arguments = (cells, study.arms, points, "step", label)
+    return [plots.figure("second-order-cosine", caption, plots.draw_curves, *arguments)]
 
 
 def cost_blocks(study: Study) -> list[Block]:
-    rows = []
+    metric, rows = study.question.metric, []
     for cell in study.cells:
         base = cell.values(study.question.control, "seconds")
         for arm in study.arms:
@@ -76,25 +75,21 @@ def cost_blocks(study: Study) -> list[Block]:
             ratio = mean["seconds"] / np.mean(base) if base and np.mean(base) > 0 else None
             rate, memory = number(mean["samples_per_second"], 1), number(mean["peak_memory"] / 2**20, 0)
             counts = [number(mean["steps"], 0), number(mean["passes"], 0), number(mean["seconds"], 1)]
-            rows.append(
-                [cell.title, BUDGETS.get(cell.budget, cell.budget), arm, *counts, number(ratio, 2), rate, memory]
-            )
+            rows.append([cell.title, budget_name(cell.budget), arm, *counts, number(ratio, 2), rate, memory])
     columns = ["task", "budget", "arm", "steps", "passes", "seconds"]
     columns += [f"time / {study.question.control}", "samples/s", "peak memory (MiB)"]
     blocks: list[Block] = [
         Text(
-            "Means over seeds, of the training loop alone. Runs that shared a machine with other work are slower than "
-            "they need be: ratios within one table are worth more than seconds, and the number of passes more than both."
+            "Means over seeds, of the training loop alone. A pass is one gradient of the whole effective batch. Trust passes "
+            "more than ratios of time, and ratios more than seconds: other work on the machine slows runs down."
         ),
         Table(columns, rows, "Cost of a run", 3, folded=len(rows) > MAX_OPEN_ROWS),
     ]
     cells = [cell for cell in study.cells if any(cell.values(arm, "seconds") for arm in study.arms)]
     if cells:
-        canvas, data = plots.draw_scatter(cells, study.arms, "seconds", study.question.metric, "seconds of training")
-        label = metric_of(study.question.metric).label
-        blocks.append(
-            Figure("cost", canvas, f"What a run took and what it gave: {label} against seconds.{_cut(cells)}", data)
-        )
+        caption = f"What a run took and what it gave: {metric_of(metric).label} against seconds.{_cut(cells)}"
+        arguments = (cells, study.arms, "seconds", metric, "seconds of training")
+        blocks.append(plots.figure("cost", caption, plots.draw_scatter, *arguments))
     return blocks
 
 
@@ -105,7 +100,7 @@ def calibration_blocks(study: Study) -> list[Block]:
         rows = [
             [
                 cell.title,
-                BUDGETS.get(cell.budget, cell.budget),
+                budget_name(cell.budget),
                 arm,
                 *(value_and_spread(cell.values(arm, n), n) for n in names),
             ]
@@ -128,25 +123,23 @@ def calibration_blocks(study: Study) -> list[Block]:
         for arm in study.arms:
             kept = study.pooled_predictions(cell, arm)
             if kept is not None:
-                title = f"{cell.title}\n{BUDGETS.get(cell.budget, cell.budget)}"
+                title = f"{cell.title}\n{budget_name(cell.budget)}"
                 tables.setdefault(title, {})[arm] = reliability(kept.confidence, kept.correct)
     if tables:
-        canvas, data = plots.draw_reliability(tables, study.arms)
         caption = f"Reliability, predictions of all seeds pooled, 15 bins: below the diagonal is over-confident.{_cut(tables)}"
-        blocks.append(Figure("reliability", canvas, caption, data))
-    return blocks or [Text("Neither NLL, ECE, Brier score nor predictions were kept.")]
+        blocks.append(plots.figure("reliability", caption, plots.draw_reliability, tables, study.arms))
+    return blocks
 
 
 def noise_blocks(study: Study) -> list[Block]:
     cells = [cell for cell in study.cells if noise_level(cell.condition) is not None]
     if not any(noise_level(cell.condition) for cell in cells):
-        return [Text("No condition with wrong training labels was run.")]
-    canvas, data = plots.draw_noise(cells, study.arms, study.question.metric)
+        return []
     label = metric_of(study.question.metric).label
     caption = (
         f"Test {label} when a share of the training labels is wrong: mean, bars from the lowest to the highest seed."
     )
-    return [Figure("label-noise", canvas, caption, data)]
+    return [plots.figure("label-noise", caption, plots.draw_noise, cells, study.arms, study.question.metric)]
 
 
 def sharpness_blocks(study: Study) -> list[Block]:
@@ -154,10 +147,10 @@ def sharpness_blocks(study: Study) -> list[Block]:
         dict.fromkeys(name for run in study.records for name, value in run.sharpness.items() if value is not None)
     )
     if not names:
-        return [Text("Not measured.")]
+        return []
     metric = study.question.metric
     rows = [
-        [cell.title, BUDGETS.get(cell.budget, cell.budget), arm, value_and_spread(cell.values(arm, metric), metric)]
+        [cell.title, budget_name(cell.budget), arm, value_and_spread(cell.values(arm, metric), metric)]
         + [value_and_spread(cell.values(arm, f"sharpness.{name}"), name) for name in names]
         for cell in study.cells
         for arm in study.arms
@@ -176,9 +169,9 @@ def sharpness_blocks(study: Study) -> list[Block]:
     drawn = next((name for name in names if name not in DESCRIPTIVE), names[0])
     cells = [cell for cell in study.cells if any(cell.values(arm, f"sharpness.{drawn}") for arm in study.arms)]
     if cells:
-        canvas, data = plots.draw_scatter(cells, study.arms, f"sharpness.{drawn}", metric, label_of(drawn))
         caption = f"Test {metric_of(metric).label} against {label_of(drawn)}.{_cut(cells)}"
-        blocks.append(Figure("sharpness", canvas, caption, data))
+        arguments = (cells, study.arms, f"sharpness.{drawn}", metric, label_of(drawn))
+        blocks.append(plots.figure("sharpness", caption, plots.draw_scatter, *arguments))
     return blocks
 
 

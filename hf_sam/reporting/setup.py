@@ -25,18 +25,56 @@ ARGUMENTS = {
 
 
 def setup_blocks(study: Study) -> list[Block]:
-    """Arms, data, seeds, budgets, tuning, software and hardware, each as far as the records say."""
-    done = [run for run in study.records if run.status == "finished" and not is_trial(run)]
+    """Arms, data, seeds, budgets and tuning, as far as the records say."""
+    done = _done(study)
+    facts = {
+        "tasks": _span(cell.task for cell in study.cells),
+        "conditions": _span((cell.condition for cell in study.cells), most=12),
+        "seeds": _span((run.seed for run in done), most=20),
+        "budgets": _span(BUDGETS.get(cell.budget, cell.budget) for cell in study.cells),
+        "model": _told(done, "model", "name"),
+        "architecture": _told(done, "model", "class"),
+        "parameters": _told(done, "model", "parameters"),
+        "trainable": _told(done, "model", "trainable_parameters"),
+        "training examples": _told(done, "data", "train", "examples"),
+        "test examples": _told(done, "data", "test", "examples"),
+    }
     return [
         _arm_table(study, done),
-        Table(["what", "value"], _fact_rows(study, done), "Common to all", 99),
+        _facts(facts, "Common to all"),
         Text(
-            "Runs with the same seed are pairs: the same initial weights, examples, order, wrong labels and test split "
-            "for every arm. Where the fingerprints in the records say otherwise, it is listed under the threats. The "
-            "test split is read once, at the last checkpoint. A pass is one gradient of the whole effective batch; "
-            "at equal passes an arm with cheaper steps takes as many more of them."
+            "Runs with the same seed are pairs: the same initial weights, examples, order, wrong labels and test split for "
+            "every arm. Where the fingerprints in the records say otherwise, the limits name it. The test split is read "
+            "once, at the last checkpoint. At equal passes an arm with cheaper steps takes as many more of them."
         ),
     ]
+
+
+def provenance_blocks(study: Study) -> list[Block]:
+    """Software, hardware and dates."""
+    done = _done(study)
+    packages = ("python", "torch", "transformers", "hf-sam")
+    versions = {name: _told(done, "environment", "packages", name) for name in packages}
+    facts = {
+        "software": ", ".join(f"{name} {version}" for name, version in versions.items() if version != NOTHING),
+        "commit": _told(done, "environment", "git", "commit"),
+        "accelerators": _told(done, "environment", "hardware", "accelerators"),
+        "processors": _told(done, "environment", "hardware", "processors"),
+        "processes": _told(done, "environment", "hardware", "processes"),
+        "started": min((run.started for run in done if run.started), default=NOTHING),
+        "ended": max((run.ended for run in done if run.ended), default=NOTHING),
+    }
+    return [_facts(facts, "Where and when the runs were made; each record says it of its own run")]
+
+
+def _done(study: Study) -> list[RunRecord]:
+    return [run for run in study.records if run.status == "finished" and not is_trial(run)]
+
+
+def _facts(facts: dict[str, str], caption: str) -> Table:
+    return Table(
+        ["what", "value"], [[name, value] for name, value in facts.items() if value not in ("", NOTHING)], caption, 99
+    )
 
 
 def _arm_table(study: Study, done: list[RunRecord]) -> Table:
@@ -65,31 +103,9 @@ def _matters(name: str, sams: list[dict[str, Any]]) -> bool:
     return any(sam.get(name) != DEFAULTS.get(name) for sam in sams)
 
 
-def _fact_rows(study: Study, done: list[RunRecord]) -> list[list[str]]:
-    def span(*path: str) -> str:
-        return _span(_dig(run, path) for run in done)
-
-    packages = ("python", "torch", "transformers", "hf-sam")
-    facts = {
-        "tasks": _span(cell.task for cell in study.cells),
-        "conditions": _span((cell.condition for cell in study.cells), most=12),
-        "seeds": _span((run.seed for run in done), most=20),
-        "budgets": _span(BUDGETS.get(cell.budget, cell.budget) for cell in study.cells),
-        "model": span("model", "name"),
-        "architecture": span("model", "class"),
-        "parameters": span("model", "parameters"),
-        "trainable": span("model", "trainable_parameters"),
-        "training examples": span("data", "train", "examples"),
-        "test examples": span("data", "test", "examples"),
-        "software": ", ".join(f"{name} {span('environment', 'packages', name)}" for name in packages),
-        "commit": span("environment", "git", "commit"),
-        "accelerators": span("environment", "hardware", "accelerators"),
-        "processors": span("environment", "hardware", "processors"),
-        "processes": span("environment", "hardware", "processes"),
-        "started": min((run.started for run in done if run.started), default=NOTHING),
-        "ended": max((run.ended for run in done if run.ended), default=NOTHING),
-    }
-    return [[name, value] for name, value in facts.items()]
+def _told(runs: list[RunRecord], *path: str) -> str:
+    """What the records say under `path`."""
+    return _span(_dig(run, path) for run in runs)
 
 
 def _dig(run: RunRecord, path: tuple[str, ...]) -> Any:

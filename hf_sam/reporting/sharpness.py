@@ -9,6 +9,7 @@ from typing import Any
 
 from . import sharpness_plots as plots
 from .document import Block, Document, Figure, Listing, Section, Table, Text, write_document
+from .plots import figure
 
 FORMAT = "hf_sam.sharpness"
 VERSION = 1
@@ -44,17 +45,44 @@ LABELS = {
 Record = Mapping[str, Any]  # what `sharpness.json` holds
 
 
-def write_sharpness_report(record: Record, folder: Path) -> Path:
+def write_sharpness_report(record: Record, folder: Path, command: str | None = None) -> Path:
     """Writes `report.html`, `report.md`, `figures/` and `data/` into `folder`; returns the path of `report.html`."""
-    names = ", ".join(record["checkpoints"])
-    subset = record["subset"]
+    names, subset = ", ".join(record["checkpoints"]), record["subset"]
     lead = f"{names}, on {subset['examples']} examples of the {subset['split']} split of {subset['dataset']}."
-    return write_document(Document("Sharpness", lead, [sharpness_section(record)], numbers=record), folder)
+    sections = sharpness_sections(record)
+    if command:
+        sections.insert(
+            1, Section("What to do next", [Text("This measures all of it again:"), Text(command, "command")])
+        )
+    return write_document(Document("Sharpness", lead, sections, numbers=record), folder)
 
 
-def sharpness_section(record: Record) -> Section:
-    """The section, from what `sharpness.json` holds."""
-    return Section("Sharpness", [Text(CAVEAT), *_setup(record), _numbers(record), *_figures(record), _cost(record)])
+def sharpness_sections(record: Record) -> list[Section]:
+    """What was found, and folded how, from what `sharpness.json` holds."""
+    found = [Text(_headline(record), "verdict"), Text(CAVEAT), *_warnings(record), *_figures(record), _numbers(record)]
+    return [
+        Section("Sharpness", found),
+        Section("How sharpness was measured", [*_setup(record), _cost(record)], folded=True),
+    ]
+
+
+def _headline(record: Record) -> str:
+    """The measure that most people mean, of every checkpoint; no verdict."""
+    checkpoints = record["checkpoints"]
+    keys = list(dict.fromkeys(key for entry in checkpoints.values() for key in entry["scalars"]))
+    key = next((key for key in keys if key not in DESCRIPTIVE), next(iter(keys), None))
+    if key is None:
+        return "Nothing was measured."
+    listed = ", ".join(f"{name} {_cell(entry, key)}" for name, entry in checkpoints.items())
+    return f"{label_of(key)[0].upper()}{label_of(key)[1:]}: {listed}."
+
+
+def _warnings(record: Record) -> Iterator[Block]:
+    if len({entry["fingerprint"] for entry in record["checkpoints"].values()}) > 1:
+        yield Text(
+            "The checkpoints preprocess the examples differently, so that they were not measured on the same inputs.",
+            "warning",
+        )
 
 
 def _setup(record: Record) -> Iterator[Block]:
@@ -87,12 +115,6 @@ def _setup(record: Record) -> Iterator[Block]:
             f"standard error of the estimate."
         )
     yield Listing(items)
-    fingerprints = {entry["fingerprint"] for entry in record["checkpoints"].values()}
-    if len(fingerprints) > 1:
-        yield Text(
-            "The checkpoints preprocess the examples differently, so that they were not measured on the same inputs.",
-            "warning",
-        )
 
 
 def _numbers(record: Record) -> Table:
@@ -100,7 +122,7 @@ def _numbers(record: Record) -> Table:
     keys = dict.fromkeys(key for entry in checkpoints.values() for key in entry["scalars"])
     rows = [[label_of(key), *(_cell(entry, key) for entry in checkpoints.values())] for key in keys]
     size = ["parameters P", *(f"{entry['parameters']:,}" for entry in checkpoints.values())]
-    return Table(["", *checkpoints], [size, *rows], "Rise of the loss unless said otherwise")
+    return Table(["measure", *checkpoints], [size, *rows], "Rise of the loss unless said otherwise", stacked=True)
 
 
 def label_of(key: str) -> str:
@@ -131,46 +153,24 @@ def _figures(record: Record) -> Iterator[Figure]:
         for measure in ("sam", "hessian", "density", "slice_1d", "slice_2d")
     }
     if found["sam"]:
-        yield Figure(
-            "sharpness-rho",
-            *_swap(plots.draw_rho(found["sam"]), "Rise of the loss at SAM's own perturbation, against its size rho."),
-        )
+        caption = "Rise of the loss at SAM's own perturbation, against its size rho."
+        yield figure("sharpness-rho", caption, plots.draw_rho, found["sam"])
     if found["density"]:
         eigenvalues = {name: result["eigenvalues"] for name, result in found["hessian"].items()}
-        yield Figure(
-            "hessian-spectrum",
-            *_swap(
-                plots.draw_spectra(found["density"], eigenvalues),
-                "Spectral density of the Hessian by stochastic Lanczos quadrature; ticks at the foot are the largest "
-                "eigenvalues, found separately.",
-            ),
+        caption = (
+            "Spectral density of the Hessian by stochastic Lanczos quadrature; ticks at the foot are the largest "
+            "eigenvalues, found separately."
         )
+        yield figure("hessian-spectrum", caption, plots.draw_spectra, found["density"], eigenvalues)
     if found["slice_1d"]:
-        yield Figure(
-            "slices",
-            *_swap(plots.draw_slices(found["slice_1d"]), "The loss along random filter-normalised directions."),
-        )
+        caption = "The loss along random filter-normalised directions."
+        yield figure("slices", caption, plots.draw_slices, found["slice_1d"])
     if found["slice_2d"]:
-        yield Figure(
-            "planes",
-            *_swap(
-                plots.draw_planes(found["slice_2d"]),
-                "The loss in the plane of two random filter-normalised directions.",
-            ),
-        )
+        caption = "The loss in the plane of two random filter-normalised directions."
+        yield figure("planes", caption, plots.draw_planes, found["slice_2d"])
     if record["lines"]:
-        yield Figure(
-            "lines",
-            *_swap(
-                plots.draw_lines(record["lines"]),
-                "The loss between checkpoints; the barrier is its largest rise above the chord.",
-            ),
-        )
-
-
-def _swap(drawing: plots.Drawing, caption: str) -> tuple:
-    canvas, data = drawing
-    return canvas, caption, data
+        caption = "The loss between checkpoints; the barrier is its largest rise above the chord."
+        yield figure("lines", caption, plots.draw_lines, record["lines"])
 
 
 def _cost(record: Record) -> Table:

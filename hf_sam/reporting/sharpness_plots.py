@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from ..sharpness.estimators import SpectralDensity
-from .plots import COLOURS, MARKERS, Drawing, styled
+from .plots import COLOURS, INK, MARKERS, Drawing, is_narrow, size, styled
 
 GRID_POINTS = 1000
 WIDTH = 0.008  # of the Gaussian bumps of a spectrum, as a share of its extent
@@ -31,7 +31,7 @@ def draw_rho(found: Measures) -> Drawing:
         for rho, value in zip(result["rho"], result["sharpness"], strict=True)
     ]
     data = pd.DataFrame(rows, columns=["checkpoint", "rho", "sharpness"])
-    canvas = Canvas(figsize=(5, 3.2), layout="constrained")
+    canvas = Canvas(figsize=size(5, 3.2), layout="constrained")
     axes = canvas.subplots()
     for index, (name, part) in enumerate(data.groupby("checkpoint", sort=False)):
         axes.plot(part.rho, part.sharpness, label=name, **_look(index))
@@ -61,14 +61,14 @@ def draw_spectra(found: Measures, eigenvalues: Mapping[str, Sequence[float]]) ->
     curves = {name: density.on_grid(grid, width) for name, density in densities.items()}
     peak = max(curve.max() for curve in curves.values())
     floor = FLOOR / (max(result["parameters"] for result in found.values()) * width * math.sqrt(2 * math.pi))
-    canvas = Canvas(figsize=(6.5, 0.6 + 1.5 * len(found)), layout="constrained")
+    canvas = Canvas(figsize=size(6.5, 0.6 + 1.5 * len(found)), layout="constrained")
     panels = canvas.subplots(len(found), sharex=True, sharey=True, squeeze=False)[:, 0]
     for index, (axes, (name, curve)) in enumerate(zip(panels, curves.items(), strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         axes.fill_between(grid, floor, np.maximum(curve, floor), color=colour, alpha=0.3, linewidth=0)
         axes.plot(grid, np.maximum(curve, floor), color=colour, linewidth=1)
         for value in eigenvalues.get(name, ()):
-            axes.axvline(value, ymax=0.08, color="black", linewidth=1.2)
+            axes.axvline(value, ymax=0.08, color=INK, linewidth=1.2)
         axes.set_yscale("log")
         axes.set_ylim(floor, 3 * peak)
         axes.set_title(name, loc="left", fontsize=9)
@@ -88,7 +88,7 @@ def draw_slices(found: Measures) -> Drawing:
         for alpha, loss in zip(result["alphas"], losses, strict=True)
     ]
     data = pd.DataFrame(rows, columns=["checkpoint", "direction", "alpha", "loss"])
-    canvas = Canvas(figsize=(5, 3.2), layout="constrained")
+    canvas = Canvas(figsize=size(5, 3.2), layout="constrained")
     axes = canvas.subplots()
     for index, (name, part) in enumerate(data.groupby("checkpoint", sort=False)):
         colour = COLOURS[index % len(COLOURS)]
@@ -114,9 +114,9 @@ def draw_planes(found: Measures) -> Drawing:
     data = pd.DataFrame(rows, columns=["checkpoint", "alpha", "beta", "loss"])
     low = max(data.loss.min(), 1e-8)
     levels = np.geomspace(low, max(data.loss.max(), 1.01 * low), 16)
-    columns = min(len(found), MAX_COLUMNS)
+    columns = min(len(found), 1 if is_narrow() else MAX_COLUMNS)
     lines = -(-len(found) // columns)
-    canvas = Canvas(figsize=(2.9 * columns + 0.8, 3.0 * lines), layout="constrained")
+    canvas = Canvas(figsize=size(2.9 * columns + 0.8, 3.0 * lines), layout="constrained")
     panels = canvas.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes in panels[len(found) :]:
         axes.set_visible(False)
@@ -140,7 +140,7 @@ def draw_planes(found: Measures) -> Drawing:
 @styled
 def draw_lines(lines: Sequence[Mapping[str, Any]]) -> Drawing:
     """The loss on the straight line between checkpoints."""
-    canvas = Canvas(figsize=(5, 3.2), layout="constrained")
+    canvas = Canvas(figsize=size(5, 3.2), layout="constrained")
     axes: Axes = canvas.subplots()
     rows = []
     for index, line in enumerate(lines):

@@ -6,6 +6,7 @@ order, label noise and splits. Nothing here speaks of significance from one seed
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class PairedComparison:
         difference (`Estimate`): Mean of the paired differences, percentile bootstrap over seeds.
         t_low, t_high (`float` or `None`): Student's interval of the same mean, which is wider for few seeds.
         t_p (`float` or `None`): Two-sided p-value of the paired t-test, by which verdicts go.
+        spread (`float` or `None`): Standard deviation of the differences, at least one step of the metric.
         detectable (`float` or `None`): The difference that the t-test would find four times in five, at this spread.
         p_value (`float` or `None`): Two-sided, exact sign-flip.
         p_floor (`float` or `None`): The least p-value that so many seeds can give, `2 / 2^n`.
@@ -56,11 +58,25 @@ class PairedComparison:
     t_low: float | None
     t_high: float | None
     t_p: float | None
+    spread: float | None
     detectable: float | None
     p_value: float | None
     p_floor: float | None
     differences: tuple[float, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def equivalence_interval(self) -> tuple[float | None, float | None]:
+        """Student's interval at 90 %: two one-sided tests at 5 % establish any margin that holds all of it."""
+        if self.spread is None:
+            return None, None
+        half = self.spread / math.sqrt(len(self.seeds)) * stats.t.ppf(CONFIDENCE, len(self.seeds) - 1)
+        return float(self.difference.value - half), float(self.difference.value + half)
+
+    @property
+    def within(self) -> float | None:
+        """The least margin that two one-sided tests at 5 % establish."""
+        return None if self.spread is None else max(map(abs, self.equivalence_interval))
 
 
 def compare_paired(
@@ -88,6 +104,7 @@ def compare_paired(
         t_low=t_low,
         t_high=t_high,
         t_p=paired_t_p(differences, least) if several else None,
+        spread=_spread(differences, least) if several else None,
         detectable=_spread(differences, least) * detectable_effect(len(seeds)) if several else None,
         p_value=sign_flip_p(differences, rng) if several else None,
         p_floor=2.0 ** (1 - len(seeds)) if several else None,
@@ -138,6 +155,24 @@ def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float
     return float(2 * stats.t.sf(abs(differences.mean()) / error, len(differences) - 1))
 
 
+def equivalence_p(mean: float, spread: float, n: int, margin: float) -> float:
+    """
+    p-value of two one-sided t-tests (Schuirmann 1987) against a true mean difference of `margin` or more either way.
+
+    A small one is evidence that there is no difference of that size. A large p of the test for a difference is not: it
+    may as well come from too few or too unequal pairs.
+
+    Args:
+        mean, spread (`float`): Of the paired differences; the standard deviation is that of a sample.
+        n (`int`): How many there are, at least two.
+        margin (`float`): What counts as a difference, above 0.
+    """
+    room, error = margin - abs(mean), spread / math.sqrt(n)
+    if error == 0:
+        return 0.0 if room > 0 else 1.0
+    return float(stats.t.sf(room / error, n - 1))
+
+
 def established_effect(n: int, level: float = 1 - CONFIDENCE) -> float:
     """The mean difference, in standard deviations of the differences, from which `n` pairs establish it at `level`."""
     return float(stats.t.ppf(1 - level / 2, n - 1) / math.sqrt(n))
@@ -156,6 +191,13 @@ def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8)
         return float(np.mean(right + wrong)) - power
 
     return float(optimize.brentq(excess, 0.0, 10 * critical))
+
+
+def seeds_needed(effect: float, spread: float, most: int = 1000) -> int | None:
+    """The least number of pairs whose t-test finds a true `effect` four times in five; `None` where above `most`."""
+    if spread * detectable_effect(most) > effect:
+        return None
+    return 2 + bisect.bisect_left(range(2, most + 1), True, key=lambda n: spread * detectable_effect(n) <= effect)
 
 
 def _spread(values: np.ndarray, least: float) -> float:

@@ -52,6 +52,11 @@ class Study:
     problems: list[str] = field(default_factory=list)
     missing: int = 0
 
+    @property
+    def asked(self) -> list[Comparison]:
+        """The comparisons that the question is about."""
+        return [entry for entry in self.comparisons if entry.arm == self.question.treatment]
+
     def pooled_predictions(self, cell: Cell, arm: str) -> Predictions | None:
         """The kept predictions of all seeds of an arm in a cell, one after the other."""
         kept = [self.predictions[run.path] for run in cell.runs.get(arm, []) if run.path in self.predictions]
@@ -90,6 +95,7 @@ def make_study(
     control: str | None = None,
     treatment: str | None = None,
     metric: str | None = None,
+    margin: float | None = None,
     arms: Sequence[str] = (),
     problems: Sequence[str] = (),
     missing: int = 0,
@@ -104,10 +110,10 @@ def make_study(
     if not records:
         raise ValueError(" ".join(["There is no run record to report on.", *problems]))
     records = sorted(records, key=_reading_order)
-    question = guess_question(records, control, treatment, metric)
+    question = guess_question(records, control, treatment, metric, margin)
     shown = arm_order(records, [question.control, *arms])
     cells, rng = make_cells(records), np.random.default_rng(seed)
-    comparisons = compare_arms(cells, question.control, question.metric, shown, rng)
+    comparisons = compare_arms(cells, question.control, question.metric, shown, rng, question.margin)
     predictions = {}
     for run in records:
         kept = read_predictions(run.path.parent / run.predictions) if run.predictions and run.path else None

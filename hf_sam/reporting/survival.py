@@ -16,7 +16,7 @@ from ..evaluation.survival import NONE, Survived, Treatment
 from ..experiments.plan import BUDGETS, Question
 from ..experiments.records import RunRecord
 from . import plots
-from .document import Block, Figure, Section, Table, Text
+from .document import Block, Section, Table, Text
 from .formatting import NOTHING, number, p_value, signed, with_interval
 from .results import Cell, is_trial
 from .statistics import Estimate, PairedComparison, bootstrap_examples, compare_paired, holm
@@ -110,9 +110,8 @@ def survival_section(record: Mapping[str, Any]) -> Section:
     blocks.append(_checkpoint_table(frame, names, metric))
     curves = frame.rename(columns={"checkpoint": "name"})
     if _has_curves(curves):
-        canvas, data = plots.draw_survival(curves, names, metric)
         words = f"{metric_of(metric).label.capitalize()} after each treatment, with bootstrap intervals over test examples shaded."
-        blocks.append(Figure("survival", canvas, words, data))
+        blocks.append(plots.figure("survival", words, plots.draw_survival, curves, names, metric))
     blocks += _side_tables(record["checkpoints"], names)
     blocks += _problems({name: entry["rows"] for name, entry in record["checkpoints"].items()})
     return Section(TITLE, blocks)
@@ -242,9 +241,8 @@ def _cell_blocks(study: Study, cell: Cell, frame: pd.DataFrame, index: int, rng:
     blocks.append(Table(["treatment", *arms], rows, caption))
     curves = _band_over_seeds(frame, arms, metric)
     if _has_curves(curves):
-        canvas, data = plots.draw_survival(curves, arms, metric)
         words = f"{where}: {metric_of(metric).label} after each treatment, mean over seeds, range of the seeds shaded."
-        blocks.append(Figure(f"survival-{index + 1}", canvas, words, data))
+        blocks.append(plots.figure(f"survival-{index + 1}", words, plots.draw_survival, curves, arms, metric))
     side = [name for name in SIDE_METRICS if name in frame and name != metric]
     rows = [
         [

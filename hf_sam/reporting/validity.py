@@ -25,8 +25,8 @@ def threats(study: Study) -> list[Block]:
         *_about_pairs(study),
         *_about_machines(study),
         *_shortened([f"Left out, since it could not be read: {problem}" for problem in study.problems]),
-        "The test split was read once per run, but a person who looks at many arms and reports the best one has "
-        "still selected on it: the answer is about the arm that was named before.",
+        "The test split was read once per run. Whoever picks the best of many arms has selected on it all the same: the "
+        "answer is about the arm that the question named beforehand.",
     ]
     return [Listing(found)]
 
@@ -41,10 +41,9 @@ def _about_seeds(study: Study) -> list[str]:
     if counts[-1] > 1 and counts[0] < FEW_SEEDS:
         least = min(n for n in counts if n > 1)
         found.append(
-            f"Few seeds (from {least}). Verdicts go by the paired t-test, which keeps its level for differences that are "
-            f"symmetric around zero, and finds large effects only: with {least} seeds, four times in five those of "
-            f"{detectable_effect(least):.1f} standard deviations of the paired differences. A percentile bootstrap over so "
-            f"few is too narrow (in simulation, five normal differences are covered 83 % of the time, not 95 %)."
+            f"Few seeds ({least}{' or more' if counts[-1] > least else ''}). The paired t-test is valid with so few, but finds large "
+            f"effects only: {detectable_effect(least):.1f} standard deviations of the paired differences, four times in five. "
+            f"The bootstrap interval is too narrow: in simulation it covers five normal differences 83 % of the time, not 95 %."
         )
     return found
 
@@ -53,7 +52,7 @@ def _about_tuning(study: Study) -> list[str]:
     trials = count_trials(study.records)
     arms = dict.fromkeys(run.arm for run in study.records if run.status == "finished" and not is_trial(run))
     if not trials:
-        return ["Nothing was tuned here: every arm ran with the settings it was given, which may suit some better."]
+        return ["Nothing was tuned: every arm ran with the settings it was given, which may suit some arms better."]
     counts = {arm: trials.get(arm, {0}) for arm in arms}
     if len(set().union(*counts.values())) > 1:
         listed = ", ".join(f"{arm} {' or '.join(map(str, sorted(count)))}" for arm, count in counts.items())

@@ -36,18 +36,27 @@ from hf_sam.benchmark import (
     CONTENDERS,
     STOCK,
     Contender,
-    HandLoopTrainer,
     SteppedSAMTrainer,
     SteppedTrainer,
     measure,
+    stepped_trainer,
 )
 from hf_sam.methods.users import load_parts
 
 from ..experiments.provenance import describe_environment
 from ..experiments.records import find_records, plain, write_json
-from ..reporting.benchmark import SETTING, draw_frontier, draw_ratios, draw_sweep, gains, readable, row_of
+from ..reporting.benchmark import (
+    SETTING,
+    draw_frontier,
+    draw_ratios,
+    draw_sweep,
+    gains,
+    readable,
+    row_of,
+    write_benchmark_report,
+)
 from ..suggestions import did_you_mean
-from .benchmark_inputs import SIZES, TASKS, Inputs, Task, made_up_inputs, of_size, real_inputs
+from .benchmark_inputs import SIZES, TASKS, Inputs, MadeUpArguments, Task, made_up_inputs, of_size, real_inputs
 from .command_line.arguments import parse_arguments, read_config, split_command_line
 from .command_line.errors import UserError, as_user_error
 from .command_line.help import command_words, wants_help
@@ -108,9 +117,10 @@ class Setting:
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     argv = list(sys.argv[1:] if argv is None else argv)
-    task, words = glance(argv)
+    task, is_synthetic, words = glance(argv)
+    task_arguments = MadeUpArguments if is_synthetic else task.arguments
     model_args, data_args, task_args, bench, args = parse_arguments(
-        [ModelArguments, DataArguments, task.arguments, BenchmarkArguments, TrainingArguments], words
+        [ModelArguments, DataArguments, task_arguments, BenchmarkArguments, TrainingArguments], words
     )
     if hasattr(task_args, "trainer"):
         task_args.trainer = "plain"  # TRL's trainer adds work of its own
@@ -169,18 +179,20 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             "rows": rows.to_dict("records"),
             "settings": described,
         }
-        write(document, rows, Path(args.output_dir))
-        if records:
-            write_gains(records, rows, contenders, bench.control, Path(args.output_dir))
+        folder = Path(args.output_dir)
+        write(document, rows, folder)
+        gained = write_gains(records, rows, contenders, bench.control, folder) if records else None
+        print(f"Report: {write_benchmark_report(plain(document), rows, folder, provenance(document), gained)}")
     return rows
 
 
 # --- what was asked for ------------------------------------------------------------------------------------------------
 
 
-def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
+def glance(argv: Sequence[str]) -> tuple[Task, bool, list[str]]:
     """
-    The task, which decides what other arguments there are, and the command line with what it leaves open.
+    The task and whether data are made up, which decide what other arguments there are, and the command line with what
+    it leaves open.
 
     Raises:
         UserError: No task, or one that is unknown.
@@ -189,6 +201,7 @@ def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model_name_or_path", "model_type"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--synthetic", nargs="?", const="true")
     given = {name: value for file in files for name, value in read_config(Path(file)).items()}
     given |= {name: value for name, value in vars(parser.parse_known_args(options)[0]).items() if value is not None}
     name = given.get("task")
@@ -197,7 +210,8 @@ def glance(argv: Sequence[str]) -> tuple[Task, list[str]]:
     if name not in TASKS:
         raise UserError(f"task={name} is unknown. Give --task: {', '.join(TASKS)}.{did_you_mean(str(name), TASKS)}")
     from_scratch = not given.get("model_name_or_path") and not given.get("model_type")
-    return TASKS[name], [*argv, *(["--model_type", TASKS[name].model_type] if from_scratch else [])]
+    is_synthetic = str(given.get("synthetic")).lower() in ("true", "t", "yes", "y", "1")
+    return TASKS[name], is_synthetic, [*argv, *(["--model_type", TASKS[name].model_type] if from_scratch else [])]
 
 
 def contender_of(text: str) -> Contender:
@@ -306,12 +320,7 @@ def build(
         "train_dataset": inputs.dataset,
         "data_collator": inputs.collator,
     }
-    if contender.by_hand:
-        trainer = HandLoopTrainer(rho=contender.sam.rho, **common)
-    elif contender.sam is None:
-        trainer = SteppedTrainer(**common)
-    else:
-        trainer = SteppedSAMTrainer(sam_config=contender.sam, **common)
+    trainer = stepped_trainer(contender, **common)
     if task.is_classification:
         trainer.model_accepts_loss_kwargs = False  # as in the recipes that train: their loss is a mean over examples
     trainer.remove_callback(transformers.PrinterCallback)
@@ -373,15 +382,16 @@ def command(argv: Sequence[str]) -> str:
 
 def write_gains(
     records: list, rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None, folder: Path
-) -> None:
-    """Gain against cost, at the first setting."""
+) -> pd.DataFrame:
+    """Gain against cost, at the first setting; returns what was drawn."""
     first = rows[(rows[SETTING] == rows[SETTING].iloc[0]).all(axis=1)]
     with as_user_error(ValueError, prefix="records: "):
         frame = gains(records, first, contenders, control)
     if frame.empty:
         print("No arm of the records has a configuration that was timed here, so no gain is drawn against cost.")
-        return
+        return frame
     frame.to_csv(folder / "gains.csv", index=False)
     draw_frontier(frame).savefig(folder / "gains.png", dpi=150)
     left = sorted({record.arm for record in records} - set(frame.arm) - set(frame.control))
     print(f"Gain against cost: {folder / 'gains.png'}." + (f" Not timed here: {', '.join(left)}." if left else ""))
+    return frame

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ from transformers import (
     default_data_collator,
 )
 
-from .command_line.options import DataArguments, ModelArguments
-from .data.language import tokenize_texts
-from .data.loading import Splits
-from .data.texts import tokenize
+from .command_line.options import DataArguments, ModelArguments, option
 from .models import check_image_size, check_max_length, load_config, load_image_processor, load_model, load_tokenizer
+
+if TYPE_CHECKING:  # of what a user's own data need, made-up data need nothing
+    from .data.loading import Splits
 
 CLASSES = [str(number) for number in range(10)]  # of made-up data
 
@@ -50,6 +50,14 @@ class Inputs:
     collator: Callable
 
 
+@dataclass
+class MadeUpArguments:
+    """The shape of made-up examples."""
+
+    image_size: int | None = option(None, "Side in pixels; the model's own when left out.")
+    max_length: int | None = option(None, "Tokens of an example; 128, and 1024 of a language model, when left out.")
+
+
 @dataclass(frozen=True)
 class Task:
     """
@@ -61,6 +69,7 @@ class Task:
         recipe (`str`): The script that trains it, whose data arguments are taken.
         arguments_name (`str`): Their dataclass there.
         example (`Callable`): From a configuration, the task's arguments and a random generator to a made-up example.
+        tokens (`int`, *optional*, defaults to 128): Of a made-up example, where nothing is said about it.
     """
 
     auto_class: type
@@ -68,6 +77,7 @@ class Task:
     recipe: str
     arguments_name: str
     example: Callable[[PretrainedConfig, Any, torch.Generator], dict[str, Tensor]]
+    tokens: int = 128
 
     @property
     def arguments(self) -> type:
@@ -98,7 +108,8 @@ def made_up_inputs(task: Task, model_args: ModelArguments, task_args: Any, lengt
     if task.recipe == "image_classification":
         task_args.image_size = task_args.image_size or getattr(config, "image_size", 224)
     else:
-        task_args.max_length = min(task_args.max_length, getattr(config, "max_position_embeddings", 2**20))
+        longest = getattr(config, "max_position_embeddings", 2**20)
+        task_args.max_length = min(task_args.max_length or task.tokens, longest)
         if config.pad_token_id is None:
             config.pad_token_id = 0
     model = load_model(task.auto_class, model_args, config)
@@ -135,6 +146,8 @@ def _texts(task, model_args, data_args, task_args, args, splits: Splits, columns
     sizes = {"vocab_size": len(tokenizer)} if model_args.model_type else {}
     config = load_config(model_args, labels=names, problem_type=problem_type, **sizes)
     check_max_length(task_args.max_length, config)
+    from .data.texts import tokenize
+
     config.pad_token_id = tokenizer.pad_token_id
     model = load_model(task.auto_class, model_args, config)
     tokens = tokenize({"train": splits["train"]}, texts, label_column, tokenizer, task_args.max_length)
@@ -147,6 +160,8 @@ def _language(task, model_args, data_args, task_args, args, splits: Splits, colu
     config = load_config(model_args, **({"vocab_size": len(tokenizer)} if model_args.model_type else {}))
     check_max_length(task_args.max_length, config)
     model = load_model(task.auto_class, model_args, config)
+    from .data.language import tokenize_texts
+
     ((text_column,),) = columns
     tokens = tokenize_texts({"train": splits["train"]}, text_column, tokenizer, task_args.max_length)
     return Inputs(model, tokens["train"], DataCollatorForSeq2Seq(tokenizer))
@@ -204,5 +219,5 @@ TASKS = {
     "text-classification": Task(
         AutoModelForSequenceClassification, "bert", "text_classification", "TextArguments", _text
     ),
-    "causal-lm": Task(AutoModelForCausalLM, "llama", "causal_lm", "LanguageArguments", _sequence),
+    "causal-lm": Task(AutoModelForCausalLM, "llama", "causal_lm", "LanguageArguments", _sequence, tokens=1024),
 }

@@ -14,7 +14,7 @@ import dataclasses
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
 from .command_line.arguments import parse_arguments, read_layers
 from .command_line.errors import UserError, as_user_error, one_line
+from .command_line.help import command_again
 from .command_line.parsers import check_recipe, parse_study
 
 PLAN_NAME = "comparison.json"
@@ -57,6 +58,7 @@ REPORT_SHARE, REPORT_SECONDS = 0.05, 60.0  # a report on what there is: of the t
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_study(argv)
     plan = plan_of(args)
     choice = choose(plan.executor, args.executor, args.workers, args.executor_options)
@@ -73,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         return None
     if args.retry_failed:
         print(f"{retry_failed(workshop)} failed runs are made again.")
+    command = command_again("compare", [word for word in argv if word not in ("--report", "--retry_failed")])
     if not args.report:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
-        make_all(workshop, choice, args.foreign)
+        make_all(workshop, choice, lambda: report_on(workshop, args.foreign, command=command))
     failures = describe_failures(workshop)
-    report = report_on(workshop, args.foreign, failures)
+    report = report_on(workshop, args.foreign, failures, command)
     print(f"\nReport: {report}")
     if failures and not args.report:
         raise UserError(failures)
@@ -189,8 +192,8 @@ def argument_types(recipe: str) -> tuple[type, ...]:
     return tuple(task.ARGUMENTS)
 
 
-def make_all(workshop: Workshop, choice: Choice, foreign: Sequence[Path] = ()) -> None:
-    """Makes what is missing, tells of each run, and rewrites the report now and then meanwhile."""
+def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) -> None:
+    """Makes what is missing, tells of each run, and calls `write` for a new report now and then."""
     count = counts(workshop)
     total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
     bar = tqdm(total=total, initial=count["finished"] + count["failed"], unit="run", disable=None, dynamic_ncols=True)
@@ -217,7 +220,7 @@ def make_all(workshop: Workshop, choice: Choice, foreign: Sequence[Path] = ()) -
             if run.trial is None and time.monotonic() >= due:
                 started = time.monotonic()
                 try:
-                    report_on(workshop, foreign)
+                    write()
                 except UserError:  # nothing to report on yet
                     pass
                 except Exception as error:  # no reason to let the runs go; the report at the end will raise it again
@@ -278,7 +281,7 @@ def describe_power(plan: Plan) -> str:
     )
 
 
-def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "") -> Path:
+def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "", command: str | None = None) -> Path:
     """
     The report of what there is.
 
@@ -305,6 +308,7 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
         records,
         plan.output_dir / "report",
         title=plan.name,
+        command=command,
         arms=list(plan.arms),
         problems=problems,
         missing=len(workshop.runs) - len(final),

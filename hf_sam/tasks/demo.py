@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from ..experiments.records import find_records
 from ..reporting.comparison import write_report
 from .command_line.config_files import CONFIGS
+from .command_line.help import command_again
 from .command_line.parsers import parse_demo
 from .tables import markdown
 
@@ -134,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         find_records(args.output_dir)[0],
         args.output_dir / "report",
         title="Sharpness-aware minimization on digits",
+        command=command_again("demo", sys.argv[1:] if argv is None else argv),
         control=FIRST,
         treatment="SAM, rho 0.05",
         arms=list(ARMS),

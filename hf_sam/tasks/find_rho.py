@@ -32,9 +32,8 @@ from ..reporting import rho_search as rho_report
 from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
 from ..rho_search.phases import SETTINGS, Phase, RhoWorkshop, Search, pass_counter
 from .command_line.arguments import parse_arguments
-from .command_line.config_files import config_name
 from .command_line.errors import UserError, as_user_error
-from .command_line.help import command_words
+from .command_line.help import command_again
 from .command_line.parsers import parse_search
 from .compare import argument_types
 
@@ -75,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         return None
     keep_plan(workshop.search)
     make_all(workshop, choice)
-    return report(workshop, options.budget)
+    again = command_again("find_rho", sys.argv[1:] if argv is None else argv)
+    return report(workshop, options.budget, again)
 
 
 def parse_recipe(
@@ -214,11 +214,10 @@ def make_all(workshop: RhoWorkshop, choice: Choice) -> None:
 
 def next_command(recipe: str, words: Sequence[str], rho: float) -> str:
     """How the user trains with what was found: by `hf-sam` or by a script, as the search itself was started."""
-    short = [config_name(word) or word for word in words]
-    return shlex.join([*command_words(recipe), *short, f"--sam_rho={rho:g}"])
+    return command_again(recipe, [*words, f"--sam_rho={rho:g}"])
 
 
-def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
+def report(workshop: RhoWorkshop, budget: float, again: str) -> dict[str, Any]:
     """
     Writes and prints what was found.
 
@@ -230,14 +229,13 @@ def report(workshop: RhoWorkshop, budget: float) -> dict[str, Any]:
     if workshop.score(control) is None:
         raise UserError(f"rho=0 failed or diverged, so no rho can be judged: {_error_in(workshop.folder(control))}")
     points = rho_report.curve(workshop)
-    rho, gain, sentence = rho_report.conclusion(workshop)
+    rho, _, sentence = rho_report.conclusion(workshop)
     command = next_command(search.recipe, search.words, rho)
     found = plain(rho_report.summary(workshop, points, budget, command))
     write_json(search.output_dir / RESULT_NAME, found)
     points.to_csv(search.output_dir / "find_rho.csv", index=False)
-    confidence = gain.confidence if gain else 0.95
-    rho_report.draw(points, confidence).savefig(search.output_dir / "find_rho.png", dpi=150)
+    page = rho_report.write_rho_report(workshop, points, found, again)
     print(f"\n{rho_report.table(points)}\n\n{sentence}")
     print(f"Spent: {found['passes']['spent']:g} of {found['passes']['allowed']:g} gradient passes.")
-    print(f"Written: {search.output_dir}/find_rho.json, find_rho.csv, find_rho.png\n\nGo on with\n\n    {command}")
+    print(f"Written: {search.output_dir}/find_rho.json, find_rho.csv\nReport: {page}\n\nGo on with\n\n    {command}")
     return found

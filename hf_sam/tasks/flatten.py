@@ -1,12 +1,13 @@
-"""A short phase of sharpness-aware minimization on a finished checkpoint, before it is quantized, merged or fine-tuned again.
+"""A short phase of SAM on a finished checkpoint, before it is quantized, merged or fine-tuned again.
 
     hf-sam flatten outputs/minilm                                  # data as its run record says
     hf-sam flatten some/hub-id --dataset imdb --sam_rho 0.05       # any option of the training recipes
     hf-sam flatten outputs/lora --task causal-lm --output_dir outputs/lora-flat
 
-The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It is trained on its
-own task with defaults that depend on its kind (`--learning_rate`, `--sam_rho` and every other option override them). Run record and model
-card say that this was a flatten phase. Whether it helped is measured by `hf-sam survival BEFORE AFTER`.
+The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It
+is trained on its own task with defaults that depend on its kind (`--learning_rate`, `--sam_rho` and every other option
+override them). Run record and model card say that this was a flatten phase. Whether it helped is measured by
+`hf-sam survival BEFORE AFTER`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from transformers.utils import is_torchvision_available
 from ..suggestions import did_you_mean
 from .command_line.errors import UserError, as_user_error, one_line
 from .command_line.options import ModelArguments
-from .data.images import set_output_size
 
 IMAGE_BACKEND = "torchvision" if is_torchvision_available() else "pil"
 
@@ -148,8 +147,11 @@ def load_image_processor(args: ModelArguments, config: PretrainedConfig, image_s
         side = image_size or getattr(config, "image_size", 224)
         processor = ViTImageProcessorPil(size={"height": side, "width": side}, do_convert_rgb=True)
     else:
-        processor = _from_hub(AutoImageProcessor, args.model_name_or_path, args, backend=IMAGE_BACKEND)
+        with as_user_error(ImportError):  # transformers 5.4 to 5.17 have no processor without torchvision
+            processor = _from_hub(AutoImageProcessor, args.model_name_or_path, args, backend=IMAGE_BACKEND)
         if image_size is not None:
+            from .data.images import set_output_size
+
             set_output_size(processor, image_size)
     return processor
 

@@ -40,6 +40,7 @@ from ..reporting.survival import survival_section
 from . import sharpness
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError
+from .command_line.help import command_again
 from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import open_image, undecoded
 from .data.language import sequence_nll
@@ -72,7 +73,8 @@ class ReportArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    argv = with_option_name(list(sys.argv[1:] if argv is None else argv))
+    shown_argv = list(sys.argv[1:] if argv is None else argv)
+    argv = with_option_name(list(shown_argv))
     if not argv:
         print(__doc__)
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
@@ -140,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         seed=args.bootstrap_seed,
         sharpness=measure_sharpness(argv, Path(args.output_dir)) if args.sharpness else None,
         survival=measure_survival(argv, Path(args.output_dir)) if args.survival else None,
+        command=command_again("report", shown_argv),
         image_of=thumbnails(rows, columns[0], args.split) if task.recipe == "image_classification" else None,
     )
     report = write_document(document, Path(args.output_dir))

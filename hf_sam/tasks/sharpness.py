@@ -42,7 +42,7 @@ from ..experiments.records import RECORD_NAME, plain, read_record, write_json
 from ..reporting.sharpness import FORMAT, VERSION, write_sharpness_report
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
-from .command_line.help import wants_help
+from .command_line.help import command_again, wants_help
 from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import ImageDataset, ImageTransform, output_size
 from .data.language import tokenize_texts
@@ -168,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "environment": describe_environment(),
     }
     if state.is_main_process:
-        save(plain(record), Path(args.output_dir), args.update_records)
+        words = command_again("sharpness", argv)
+        save(plain(record), Path(args.output_dir), args.update_records, words)
     return record
 
 
@@ -376,10 +377,10 @@ def lines_from_first(losses: dict[str, SubsetLoss], points: int) -> list[dict[st
     return lines
 
 
-def save(record: dict[str, Any], folder: Path, update_records: bool) -> None:
+def save(record: dict[str, Any], folder: Path, update_records: bool, command: str) -> None:
     """`sharpness.json`, the report, and the numbers in the checkpoints' own run records."""
     write_json(folder / "sharpness.json", record)
-    report = write_sharpness_report(record, folder)
+    report = write_sharpness_report(record, folder, command)
     print(f"Wrote {folder / 'sharpness.json'} and {report}")
     for entry in record["checkpoints"].values():
         path = Path(entry["path"]) / RECORD_NAME

@@ -1,11 +1,12 @@
-"""What is left of fine-tuned checkpoints after quantization, pruning, noise and merging, on data given as in the other recipes.
+"""What is left of fine-tuned checkpoints after quantization, pruning, noise and merging.
 
     hf-sam survival adamw=outputs/digits_adamw sam=outputs/digits_sam --output_dir outputs/survival
     hf-sam survival outputs/seed_0 --merge_with outputs/seed_1 --merge_start some/hub-id
 
-Checkpoints are local folders, hub ids or PEFT adapters, each alone or as name=checkpoint. The data are those that the first
-checkpoint's run record names, unless `--dataset` and the other data arguments are given. Nothing is trained. Writes
-`survival.json`, `report.html`, `report.md`, figures and their numbers; `hf-sam report --survival true` has the same as a section.
+Checkpoints are local folders, hub ids or PEFT adapters, each alone or as name=checkpoint. The data are those that the
+first checkpoint's run record names, unless `--dataset` and the other data arguments are given. Nothing is trained.
+Writes `survival.json`, `report.html`, `report.md`, figures and their numbers; `hf-sam report --survival true` has the
+same as a section.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..methods.base import Needs, Step, copies_for_cosine
 from .observation import record_displacement
 from .parameters import Gradients, TrainedParameters, local
 from .perturbation import Perturbation
-from .roles import groups_of
+from .roles import GROUPS, groups_of
 from .telemetry import Telemetry
 from .vector import Space, Vector
 
@@ -144,5 +144,13 @@ class AscentStep:
         """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
         g = self._observed if clean is None else clean
         self._observed = None
-        groups = self._groups if self._config.log_shares else None
-        record_displacement(self._telemetry, self._space, weights, perturbed, g, self._ascent.gradient_in, groups)
+        shares_of = GROUPS if self._config.log_shares else ("embeddings", "head")  # the two that a diagnosis looks at
+        gradient_in = self._ascent.gradient_in
+        record_displacement(self._telemetry, self._space, weights, perturbed, g, gradient_in, self._groups, shares_of)
+
+    def group_sizes(self) -> dict[str, float]:
+        """The share of the perturbed weights that each group of modules has."""
+        sizes = dict.fromkeys(GROUPS, 0)
+        for p in self._parameters.selected:
+            sizes[self._groups[p]] += p.numel()
+        return {group: size / max(1, sum(sizes.values())) for group, size in sizes.items()}

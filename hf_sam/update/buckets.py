@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 import torch
@@ -11,6 +11,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 # Temporary copies are made of this much at a time, counted in float32.
 BUCKET_BYTES = 64 * 2**20
+# A bucket is at most this share of a list, unless it is smaller than this: in a model of a few tens of millions of weights
+# 64 MiB are most of them.
+BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**18
+# A piece of a tensor, copied to a wider type, is of this share of a list, but no less than this many numbers.
+PIECE_SHARE, SMALLEST_PIECE = 32, 2**12
 # Where, and for which types, a kernel adds a multiple to a whole list that reads the factor, and whether to add at all,
 # from the device. (On a CPU it drops most of a tensor of 16 bits; elsewhere its factor is float32.)
 _FUSED = {
@@ -53,9 +58,30 @@ def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequ
 
 
 def buckets(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same groups of every list: of one device and type each, and at most `BUCKET_BYTES` of the first one."""
-    for group in grouped(*lists, most_bytes=BUCKET_BYTES):
+    """The same groups of every list: of one device and type each, and at most `bucket_bytes` of the first one."""
+    for group in grouped(*lists, most_bytes=bucket_bytes(lists[0])):
         yield tuple(taken(tensors, group) for tensors in lists)
+
+
+def bucket_bytes(tensors: Iterable[Tensor]) -> int:
+    """How much of these tensors a bucket may hold, counted in float32, for a few copies of it to be less than the whole."""
+    return min(BUCKET_BYTES, max(4 * sum(t.numel() for t in tensors) // BUCKET_SHARE, SMALLEST_BUCKET))
+
+
+def piece_size(tensors: Iterable[Tensor], share: int = PIECE_SHARE) -> int:
+    """How many numbers of these tensors may be copied at a time, for all copies to be small beside the whole."""
+    share = sum(t.numel() for t in tensors) // share
+    return min(max(share, SMALLEST_PIECE), BUCKET_BYTES // 4)
+
+
+def pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of tensors of one shape, cut alike along their first dimension into parts of about `size` numbers."""
+    numel = tensors[0].numel()
+    if numel <= size or not tensors[0].dim():
+        yield tensors
+        return
+    rows = max(1, size * len(tensors[0]) // numel)
+    yield from zip(*(t.split(rows) for t in tensors), strict=True)
 
 
 def taken(entries: Sequence, group: list[int]) -> list:
@@ -185,6 +211,14 @@ def add_multiple_(
             found_inf=None if unless is None else unless.to(weight.device, torch.float32),
         )
         return
+    if len(mine) == 1 and weight.numel() > 4 * SMALLEST_PIECE:  # copies in float32 take twice the memory
+        parts = list(pieces(max(SMALLEST_PIECE, weight.numel() // (64 if rounds else 16)), weight, theirs[0]))
+    else:
+        parts = []
+    if len(parts) > 1:
+        for part, along in parts:
+            add_multiple_([part], [along], factor, unless, rounded)
+        return
     change = flattened(theirs).to(exact) * factor
     if unless is not None:
         change = torch.where(unless.to(weight.device).bool(), torch.zeros_like(change), change)
@@ -248,6 +282,8 @@ def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[T
     """`||t||_order` of each tensor, 0-dim; of a tensor without numbers it is 0."""
 
     def one_group(group: list[Tensor]) -> list[Tensor]:
+        if order in (1, 2) and group[0].device.type == "cpu" and group[0].dtype != dtype:
+            return [_norm(t, order, dtype) for t in group]  # there it is taken of a wider copy
         if order in (1, 2, float("inf")):
             return torch._foreach_norm(group, order, dtype=dtype)
         powers = torch._foreach_abs(in_float32(group))  # for other orders there is no kernel for lists
@@ -261,6 +297,12 @@ def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[T
         return found
     of_filled = iter(found)
     return [next(of_filled) if t.numel() else t.new_zeros((), dtype=dtype) for t in tensors]
+
+
+def _norm(tensor: Tensor, order: float, dtype: torch.dtype) -> Tensor:
+    size = max(4 * SMALLEST_PIECE, tensor.numel() // PIECE_SHARE)
+    parts = [torch.linalg.vector_norm(part, order, dtype=dtype) for (part,) in pieces(size, tensor)]
+    return torch.linalg.vector_norm(torch.stack(parts), order) if len(parts) > 1 else parts[0]
 
 
 def dots(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers.utils import logging
 
 from . import buckets
 from .parameters import Gradients, local
@@ -16,8 +15,6 @@ from .perturbation import Perturbation
 from .roles import GROUPS
 from .telemetry import Telemetry
 from .vector import Space, Vector
-
-logger = logging.get_logger(__name__)
 
 
 def record_displacement(
@@ -27,7 +24,8 @@ def record_displacement(
     perturbed: Gradients,
     clean: Vector | None,
     gradient_in: Callable[[Tensor], Tensor | None],
-    groups: Mapping[Parameter, str] | None = None,
+    groups: Mapping[Parameter, str],
+    shares_of: Sequence[str] = GROUPS,
 ) -> None:
     """Record the realised `||(w + eps) - w||`, and `cos(g, g_s)` over the perturbed parameters.
 
@@ -37,20 +35,21 @@ def record_displacement(
         clean (`Vector`, *optional*): `g`, where it was kept.
         gradient_in (`Callable`): Elsewhere `g` up to a factor, read off the displacement; where that is None there is no
             cosine.
-        groups (`Mapping[Parameter, str]`, *optional*): Record which share of the squared norm each group of modules has.
+        groups (`Mapping[Parameter, str]`): The group of modules that each parameter belongs to.
+        shares_of (`Sequence[str]`): Record which share of the squared norm these groups have.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
-    for parameters, displacements in perturbation.displacements():
+    for parameters, displacements, rows in perturbation.displacements():
         moved += parameters
         norms += torch._foreach_norm(displacements)
         directions, seconds = [], []
         for p, displacement in zip(parameters, displacements, strict=True):
-            direction = kept[p] if p in kept else gradient_in(displacement) if p in perturbed else None
+            direction = _cut(kept[p], rows) if p in kept else gradient_in(displacement) if p in perturbed else None
             if p in perturbed and direction is not None:
                 common.append(p)
                 directions.append(direction)
-                seconds.append(local(perturbed[p]))
+                seconds.append(_cut(local(perturbed[p]), rows))
         if not directions:
             continue
         if space.in_buckets:
@@ -59,20 +58,24 @@ def record_displacement(
             g += buckets.norms(directions, 2, dtype)
             g_s += buckets.norms(seconds, 2, dtype)
         else:
-            (direction,), (second,) = directions, seconds
-            dots.append(torch.sum(direction * second))
-            g.append(torch.linalg.vector_norm(direction))
-            g_s.append(torch.linalg.vector_norm(second.to(direction.dtype)))
+            for direction, second in zip(directions, seconds, strict=True):
+                dots.append(torch.sum(direction * second))
+                g.append(torch.linalg.vector_norm(direction))
+                g_s.append(torch.linalg.vector_norm(second.to(direction.dtype)))
     if norms:
         squares = _stack(norms) ** 2
         total = _total(space, moved, squares)
         telemetry.record(sam_perturbation_norm=total.sqrt())
-        for group in GROUPS if groups is not None else ():
+        for group in shares_of:
             own = torch.tensor([groups.get(p) == group for p in moved]).to(squares.device)
             telemetry.record(**{f"sam_share/{group}": _total(space, moved, squares * own) / total})
     if dots:
         squares = [_total(space, common, _stack(parts) ** 2) for parts in (g, g_s)]
         telemetry.record(sam_cosine=_total(space, common, _stack(dots)) / (squares[0] * squares[1]).sqrt())
+
+
+def _cut(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor if rows == slice(None) else tensor[rows]
 
 
 def _total(space: Space, parameters: list[Parameter], parts: Tensor) -> Tensor:
@@ -84,23 +87,12 @@ def _stack(parts: list[Tensor]) -> Tensor:
     return torch.stack([part if part.device == device else part.to(device) for part in parts])
 
 
-def log_entries(means: dict[str, float], perturbed: Iterable[Parameter]) -> dict[str, float]:
-    """The means that are logged: without the intended size, and without a cosine that is undefined.
-
-    Warns, once, where rounding the weights has changed the size of the perturbation by more than a tenth.
-    """
-    intended, realised = means.get("_intended_norm", 0.0), means.get("sam_perturbation_norm", 0.0)
-    if intended > 0 and abs(realised / intended - 1) > 0.1:
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in perturbed}
-        is_lost = realised < intended
-        logger.warning_once(  # without numbers, which would make a new message of it each time
-            f"Rounding to weights stored in {' and '.join(sorted(dtypes))} {'loses' if is_lost else 'adds'} more than a tenth "
-            f"of the perturbation's norm; sam_perturbation_norm is what was realised. Keep the weights in float32 (bf16=True "
-            f"trains float32 weights under autocast), {'set stochastic_rounding=True, ' if is_lost else ''}or choose a larger "
-            "rho."
-        )
+def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, float]:
+    """The means that are logged: without the intended size, and without a cosine that is undefined."""
     return {
         name: value
         for name, value in means.items()
-        if not name.startswith("_") and not (name == "sam_cosine" and math.isnan(value))
+        if not name.startswith("_")
+        and not (name == "sam_cosine" and math.isnan(value))
+        and (log_shares or not name.startswith("sam_share/"))
     }

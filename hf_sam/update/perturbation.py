@@ -47,6 +47,7 @@ class Perturbation:
         self._renew_copies = renew_copies
         self._swaps_memory = swaps_memory
         self._in_buckets = in_buckets
+        self._piece = 0  # how many numbers may be copied at a time
 
     def __enter__(self) -> Perturbation:
         return self
@@ -89,6 +90,7 @@ class Perturbation:
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
             return
+        self._piece = buckets.piece_size(eps.tensors, buckets.PIECE_SHARE * (1 if self._generator is None else 4))
         if self._in_buckets and not self._swaps_memory:
             self._add_in_buckets(eps, factor)
         else:
@@ -126,7 +128,9 @@ class Perturbation:
         apart = layout.turns  # weights that share memory one after the other, not within one kernel
         if self._moved:
             apart = [2 * turn + (id(p) in self._moved) for turn, p in zip(apart, parameters, strict=True)]
-        for group in buckets.grouped(layout.weights, directions, most_bytes=buckets.BUCKET_BYTES, apart=apart):
+        for group in buckets.grouped(
+            layout.weights, directions, most_bytes=buckets.bucket_bytes(directions), apart=apart
+        ):
             owners, weights, along = (
                 buckets.taken(entries, group) for entries in (parameters, layout.weights, directions)
             )
@@ -140,20 +144,26 @@ class Perturbation:
                 self._saved[-1] = (owners, weights, along)
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
-        """What was really added to each parameter after rounding, `(w + eps) - w`, one at a time."""
-        for parameters, moved in self.displacements():
+        """What was really added to parameters after rounding, `(w + eps) - w`, one part of one of them at a time."""
+        for parameters, moved, _ in self.displacements():
             yield from zip(parameters, moved, strict=True)
 
-    def displacements(self) -> Iterator[tuple[Sequence[Parameter], list[Tensor]]]:
-        """The same a bucket at a time, where weights were moved in buckets."""
+    def displacements(self) -> Iterator[tuple[Sequence[Parameter], list[Tensor], slice]]:
+        """The same of several parameters at a time, or of some rows of a large one; all else is held beside it."""
+        size = buckets.piece_size((t for _, _, originals in self._saved for t in originals), 4 * buckets.PIECE_SHARE)
         for parameters, weights, originals in self._saved:
             if self._swaps_memory:
                 weights = [local(p) for p in parameters]
-            if len(parameters) == 1:
-                exact = torch.promote_types(weights[0].dtype, torch.float32)
-                yield parameters, [weights[0].to(exact) - originals[0]]
-            else:
-                yield parameters, list(torch._foreach_sub(*map(buckets.in_float32, (weights, originals))))
+            for group in buckets.grouped(weights, originals, most_bytes=4 * size):
+                owners, moved, saved = (buckets.taken(entries, group) for entries in (parameters, weights, originals))
+                if len(owners) > 1:
+                    yield owners, list(torch._foreach_sub(*map(buckets.in_float32, (moved, saved)))), slice(None)
+                    continue
+                exact, row = torch.promote_types(moved[0].dtype, torch.float32), 0
+                for now, before in buckets.pieces(size, moved[0], saved[0]):
+                    rows = slice(row, row + len(now)) if now.dim() and now.shape != moved[0].shape else slice(None)
+                    row = rows.stop or 0
+                    yield owners, [now.to(exact) - before], rows
 
     def _sum(self, weight: Tensor, direction: Tensor, factor: Scalar, out: Tensor | None = None) -> Tensor:
         """`weight + factor * direction`, in float32 or better before it is rounded."""
@@ -164,10 +174,22 @@ class Perturbation:
             if not isinstance(factor, Tensor):
                 return torch.add(weight, direction, alpha=factor, out=out)
             return torch.addcmul(weight, direction, factor.to(exact), out=out)
-        moved = torch.nan_to_num_(direction.to(exact) * factor, nan=0.0, posinf=0.0, neginf=0.0).add_(weight)
-        if self._generator is not None and weight.dtype != exact:
-            moved = round_stochastically(moved, weight.dtype, self._generator)
-        return moved if out is None else out.copy_(moved)
+        if weight.dtype == exact and out is None:
+            return self._exact_sum(weight, direction, factor)
+        out = torch.empty_like(weight) if out is None else out
+        for part, along, target in buckets.pieces(
+            self._piece, weight, direction, out
+        ):  # float32 takes twice the memory
+            moved = self._exact_sum(part, along, factor)
+            if self._generator is not None and weight.dtype != exact:
+                moved = round_stochastically(moved, weight.dtype, self._generator)
+            target.copy_(moved)
+        return out
+
+    @staticmethod
+    def _exact_sum(weight: Tensor, direction: Tensor, factor: Scalar) -> Tensor:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return torch.nan_to_num_(direction.to(exact) * factor, nan=0.0, posinf=0.0, neginf=0.0).add_(weight)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,7 +32,15 @@ class Reductions:
         if in_buckets:
             return self.together(_stack(buckets.norms(tensors, order, dtype)), order)
         if order == float("inf"):  # which an empty shard does not have
-            parts = _stack([t.abs().amax().to(dtype) if t.numel() else t.new_zeros((), dtype=dtype) for t in tensors])
+            parts = _stack(
+                [
+                    torch.linalg.vector_norm(t, order).to(dtype) if t.numel() else t.new_zeros((), dtype=dtype)
+                    for t in tensors
+                ]
+            )
+        elif any(t.dtype != dtype and t.device.type == "cpu" for t in tensors):  # there norms are taken of a wider copy
+            size = buckets.piece_size(tensors)
+            parts = _stack([_norm_of_pieces(buckets.pieces(size, t), order, dtype) for t in tensors])
         else:
             parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
         return self.max(parts) if order == float("inf") else self.sum(parts**order) ** (1 / order)
@@ -44,8 +54,9 @@ class Reductions:
         dtype = accumulation_dtype(left)
         if in_buckets:
             return self.sum(_stack(buckets.dots(left, right, dtype)))
+        size = buckets.piece_size(left)
         pairs = zip(left, right, strict=True)
-        return self.sum(_stack([torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)) for a, b in pairs]))
+        return self.sum(_stack([_dot(a.flatten(), b.flatten(), dtype, size) for a, b in pairs]))
 
     def count(self, tensors: list[Tensor]) -> int:
         """How many numbers there are, over all processes."""
@@ -93,3 +104,16 @@ def _stack(scalars: list[Tensor]) -> Tensor:
     if any(scalar.device != device for scalar in scalars):  # a model split over several devices has scalars on each
         scalars = [scalar.to(device) for scalar in scalars]
     return torch.stack(scalars)
+
+
+def _dot(left: Tensor, right: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    """The inner product of two flat tensors, in `dtype`, without a copy of either as a whole."""
+    if left.dtype == right.dtype == dtype:
+        return torch.dot(left, right)
+    products = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in buckets.pieces(size, left, right)]
+    return torch.stack(products).sum() if len(products) > 1 else products[0]
+
+
+def _norm_of_pieces(parts: Iterable[tuple[Tensor]], order: float, dtype: torch.dtype) -> Tensor:
+    norms = [torch.linalg.vector_norm(part, order, dtype=dtype) for (part,) in parts]
+    return torch.linalg.vector_norm(torch.stack(norms), order) if len(norms) > 1 else norms[0]

@@ -164,15 +164,19 @@ class PassState:
         """The ids of buffers and attributes, and parameters without gradient as far as the budget goes."""
         for tensor in sorted(self._tensors, key=Tensor.numel):
             if isinstance(tensor, nn.Parameter) and budget is not None:
+                if tensor.nbytes > budget:
+                    continue
                 budget -= tensor.nbytes
-                if budget < 0:
-                    return
             if type(tensor) in _PLAIN and tensor.device.type != "meta":
                 yield id(tensor)
 
     @torch.no_grad()
     def learn(self, before: Snapshot) -> None:
-        """After the clean pass that `before` was captured for: note what it has changed in place."""
+        """After the clean pass that `before` was captured for: note what it has changed in place.
+
+        Copies of parameters that it has left alone are given up: its repetition, which starts as it did, leaves them alone,
+        too, and holds a copy of the perturbed weights beside them.
+        """
         for i, (tensor, version, value) in enumerate(before.tensors):
             if id(tensor) in self._moving:
                 continue
@@ -180,6 +184,8 @@ class PassState:
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
                 self._moving.add(id(tensor))
                 before.is_whole &= value is not None  # otherwise what it was is lost
+            elif isinstance(tensor, nn.Parameter):
+                before.tensors[i] = (tensor, version, None)
         for contents in before.contents:
             if id(contents.value) not in self._moving and contents.has_changed():
                 self._moving.add(id(contents.value))

@@ -181,6 +181,7 @@ class SharpnessAwareUpdate:
             gradients.clear()  # of an eps that is made of something else: g is not needed any more
             if eps is not None:
                 weights.add(eps)  # w + eps
+                eps = None  # its memory goes with the saved weights, which are given up before gradients are combined
                 self._climb_on(model, weights, window, is_last)
             if not self.parts.combines:
                 put_gradients(accumulated)

@@ -21,6 +21,9 @@ class Telemetry:
 
     Args:
         device (`torch.device`): Where tensors are added up.
+
+    Attributes:
+        has_recorded (`set[str]`): The names of what has been observed in this run.
     """
 
     # All that can be recorded, in the order in which ranks exchange it; `_intended_norm` is read, not logged.
@@ -41,9 +44,11 @@ class Telemetry:
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = defaultdict(int)
         self._step: dict[str, Tensor] = {}
+        self.has_recorded: set[str] = set()
 
     def record(self, **values: Tensor | float) -> None:
         """Add one observation of each named scalar; tensors stay on their device."""
+        self.has_recorded.update(values)
         for name, value in values.items():
             if isinstance(value, Tensor):
                 value = value.detach().to(torch.promote_types(value.dtype, torch.float32))

@@ -183,7 +183,9 @@ def resumed(scope: str, folder: Path) -> Result:
     }
     sam = SAMConfig(rho=0.1, scope=scope)
     whole = tiny.trained(tiny.bert(dropout=0.2), tiny.sentences(), folder, sam, **options)
+    # Before transformers 5.18 the stock Trainer cannot load an optimizer to the "cpu:0" that Accelerate calls the device.
     again = tiny.trainer_for(tiny.bert(dropout=0.2), tiny.sentences(), folder, sam, **options)
+    again.args._setup_devices = torch.device("cpu")
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     return result(whole, second_half=torch.stack(again.trajectory))
 

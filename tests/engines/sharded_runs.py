@@ -63,6 +63,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"tp_size": 2, "tp_plan": "auto"},
     "fsdp and tp": {"fsdp_size": 2, "tp_size": 2, "tp_plan": "auto"},
 }
+# Whether the Trainer takes models that are sharded as they are loaded: from transformers 5.19 on.
+SHARDS_AT_LOAD = hasattr(DistributedConfig, "dp_size")
+OF_ACCELERATE = ("plugin", "communication", "ddp")  # first words of runs that need no such model
 
 
 def is_distributed() -> bool:
@@ -338,7 +341,12 @@ def two_processes() -> dict[str, Callable[[Path], Result]]:
     for name, sam in (("None", None), ("global", {**RHO, "scope": "global"})):
         table[f"communication {name}"] = functools.partial(communication, sam)
     table["plugin failing"] = functools.partial(failing, None)  # the last one: no run comes after it
-    return table
+    return possible(table)
+
+
+def possible(table: dict[str, Callable[[Path], Any]]) -> dict[str, Callable[[Path], Any]]:
+    """The runs that this version of transformers can make."""
+    return {name: run for name, run in table.items() if SHARDS_AT_LOAD or name.startswith(OF_ACCELERATE)}
 
 
 def on_whole_lists() -> dict[str, Callable[[Path], Result]]:

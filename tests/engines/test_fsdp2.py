@@ -10,7 +10,7 @@ import torch
 from distributed.launching import Launched
 from distributed.traffic import COUNTED, in_units_of_the_parameters
 from engines import sharded_runs
-from engines.sharded_runs import CHOICES, IN_EVERY_SUITE
+from engines.sharded_runs import CHOICES, IN_EVERY_SUITE, OF_ACCELERATE, SHARDS_AT_LOAD
 
 # PEFT asks transformers for a property by a name that is about to go.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -18,9 +18,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 LOGGED = ("loss", "grad_norm", "sam_ascent_grad_norm", "sam_perturbation_norm", "sam_perturbed_loss", "sam_cosine")
 
 
+class LaunchedSharded(Launched):
+    """Without what older versions of transformers cannot do."""
+
+    def __call__(self, name: str, rank: int = 0):
+        if not SHARDS_AT_LOAD and not name.startswith(OF_ACCELERATE):
+            pytest.skip("needs a model that is sharded as it is loaded: transformers 5.19")
+        return super().__call__(name, rank)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Launched:
-    return Launched(tmp_path_factory.mktemp("two"), "engines.sharded_runs.two_processes")
+    return LaunchedSharded(tmp_path_factory.mktemp("two"), "engines.sharded_runs.two_processes")
 
 
 def assert_same_course(sharded: dict, alone: dict, keys=LOGGED, **tolerance):
@@ -157,7 +166,7 @@ def test_an_overflow_on_one_rank_is_one_on_all(at_length, which, skipped, scale,
 
 
 def test_ranks_hold_the_same_bits_after_every_step_of_every_run(two):
-    assert len(two.names) > 12
+    assert len(two.names) > (12 if SHARDS_AT_LOAD else 5)
     for name in two.names:
         assert torch.equal(two(name, 0)["trajectory"], two(name, 1)["trajectory"]), name
 
@@ -211,7 +220,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(at_length):
 
 def test_sam_gathers_and_reduces_twice_what_the_stock_trainer_does_and_its_norms(two):
     runs = {scope: two(f"communication {scope}") for scope in COUNTED["FSDP2"]}
-    assert {scope: in_units_of_the_parameters(run) for scope, run in runs.items()} == COUNTED["FSDP2"]
+    if SHARDS_AT_LOAD:  # before transformers 5.19 the stock Trainer, too, reduces in every micro-batch
+        assert {scope: in_units_of_the_parameters(run) for scope, run in runs.items()} == COUNTED["FSDP2"]
     ours, stock = runs["global"]["bytes"], runs[None]["bytes"]
     assert ours["reduce_scatter"] == 2 * stock["reduce_scatter"]
     assert 0 <= 2 * stock["allgather"] - ours["allgather"] < 64  # the number of labels, which is gathered once a step

@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_finished_run_leaves_what_it_was_and_what_it_cost(make_trainer, tmp_pa
     assert record.config["recipe"] == {"rho": 0.1}
     assert record.config["training_arguments"]["max_steps"] == 4
     assert record.config["sam"] is None
-    assert record.environment["packages"]["torch"] == torch.__version__
+    assert record.environment["packages"]["torch"] == version("torch")
     assert "hf_abcdef" not in path.read_text()
     assert record.started <= record.ended
 

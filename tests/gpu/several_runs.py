@@ -24,7 +24,7 @@ def two_gpus() -> Runs:
     runs["plugin stock"] = partial(sharded_runs.plugin, None, False, **ON_GPUS)
     runs["plugin vanishing"] = partial(sharded_runs.plugin, {"rho": 1e-30}, False, **ON_GPUS)
     runs["plugin failing"] = partial(sharded_runs.failing, None, **ON_GPUS)  # the last one: no run comes after it
-    return runs
+    return sharded_runs.possible(runs)
 
 
 def two_gpus_under_deepspeed() -> Runs:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_sam import SAMConfig, SAMTrainer
+from hf_sam.methods import Steepest
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -43,9 +44,15 @@ class NeverWaiting(SAMTrainer):
         with synchronisation("error"):
             return super().training_step(*args, **kwargs)
 
-    def _pass(self, *args, **kwargs):
-        with synchronisation("default"):
-            return super()._pass(*args, **kwargs)
+    def start_update(self) -> None:
+        super().start_update()
+        one_pass = self._sam_passes._training_step
+
+        def unwatched(*args, **kwargs):
+            with synchronisation("default"):
+                return one_pass(*args, **kwargs)
+
+        self._sam_passes._training_step = unwatched
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it does not see everything
@@ -63,12 +70,12 @@ def test_a_step_does_not_wait_for_the_device(config, dtype, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_the_check_sees_what_waits(tmp_path):
-    class Waiting(NeverWaiting):
-        def _rho(self):
-            return super()._rho() * float(torch.ones((), device=CUDA))
+    class Waiting(Steepest):
+        def eps(self, g, step):
+            return super().eps(g, step) * float(g.norm())
 
     args = on_device.arguments(CUDA, tmp_path, logging_strategy="no")
-    trainer = Waiting(tiny.mlp(), args, train_dataset=tiny.vectors(), sam_config=SAMConfig())
+    trainer = NeverWaiting(tiny.mlp(), args, train_dataset=tiny.vectors(), sam_config=SAMConfig(ascent=Waiting()))
     with pytest.raises(RuntimeError, match="synchroniz"):
         trainer.train()
 

@@ -21,6 +21,11 @@ def launched(tmp_path_factory, table: str) -> Launched:
     return Launched(tmp_path_factory.mktemp("gpus"), f"gpu.several_runs.{table}", on_gpus=True)
 
 
+def needs_sharding_at_load(layout: str | None) -> None:
+    if layout and not sharded_runs.SHARDS_AT_LOAD:
+        pytest.skip("needs a model that is sharded as it is loaded: transformers 5.19")
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Launched:
     return launched(tmp_path_factory, "two_gpus")
@@ -43,6 +48,7 @@ def assert_same_course(ours: dict, alone: dict):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(("engine", "layout"), [("ddp", None), ("fsdp", "fsdp")])
 def test_two_gpus_take_the_course_of_one_process(two, engine, layout, choice, tmp_path):
+    needs_sharding_at_load(layout)
     assert_same_course(two(f"{engine} {choice}"), sharded_runs.chosen(layout, choice, 1, tmp_path))
 
 
@@ -55,7 +61,7 @@ def test_a_vanishing_rho_is_bitwise_the_stock_trainer(two):
 
 
 def test_ranks_hold_the_same_bits_after_every_step_of_every_run(two):
-    assert len(two.names) == 9
+    assert len(two.names) == (9 if sharded_runs.SHARDS_AT_LOAD else 6)
     for name in two.names:
         assert torch.equal(two(name, 0)["trajectory"], two(name, 1)["trajectory"]), name
 

@@ -202,6 +202,8 @@ def arguments(folder: Path | str, **overrides) -> TrainingArguments:
         "dataloader_pin_memory": False,
         "seed": 3,
     }
+    if "activation_checkpointing" in overrides and not hasattr(TrainingArguments, "activation_checkpointing"):
+        overrides["gradient_checkpointing"] = overrides.pop("activation_checkpointing")  # before transformers 5.23
     return TrainingArguments(**{**defaults, **overrides})
 
 

@@ -15,6 +15,7 @@ from hf_sam.evaluation.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS
 from hf_sam.evaluation.predictions import LanguagePredictions, Predictions
 from hf_sam.reporting.checkpoints import Evaluated, compare_checkpoints, make_checkpoint_document, metric_estimates
 from hf_sam.reporting.document import write_document
+from hf_sam.reporting.evaluated import verdict
 from hf_sam.tasks import image_classification, report
 from hf_sam.tasks.command_line.errors import UserError
 
@@ -73,6 +74,31 @@ def test_pairs_are_tested_by_mcnemar_and_adjusted():
     assert pairs[1]["low"] > 0
 
 
+def test_the_verdict_tells_absence_of_evidence_from_evidence_of_absence():
+    accuracy = {"metric": "accuracy", "value": 0.001}
+    assert verdict({**accuracy, "p_holm": 0.01, "p_equivalent": 0.01}) == "better"
+    assert verdict({**accuracy, "p_holm": 0.5, "p_equivalent": 0.01}) == "equivalent"
+    assert verdict({**accuracy, "p_holm": 0.5, "p_equivalent": 0.5}) == "undecided"
+    assert verdict({"metric": "loss", "value": 0.1, "p_holm": 0.01, "p_equivalent": None}) == "worse"
+    right, n = predictions(1, 0.9, n=40_000), 40_000
+    other = Predictions(right.labels, right.probabilities[:, [0, 1, 2]].copy())
+    other.probabilities[:20] = np.roll(other.probabilities[:20], 1, axis=1)
+    (pair,) = compare_checkpoints([Evaluated("a", "a", right), Evaluated("b", "b", other)], generator())
+    gain = other.correct.astype(float) - right.correct
+    oracle = max(
+        stats.ttest_1samp(gain, -0.003, alternative="greater").pvalue,
+        stats.ttest_1samp(gain, 0.003, alternative="less").pvalue,
+    )
+    assert len(gain) == n
+    assert pair["p_equivalent"] == pytest.approx(oracle, rel=1e-6, abs=1e-300)
+
+
+def test_too_few_test_examples_are_told(tmp_path):
+    models = [Evaluated("a", "a", predictions(1, 0.8)), Evaluated("b", "b", predictions(2, 0.8))]
+    document = make_checkpoint_document(models, {}, ["x"] * 300, NAMES)
+    assert document.warnings[0].startswith("Too few test examples to see one point between a and b: 300 here, about ")
+
+
 def test_the_report_says_what_was_found_and_escapes_it(tmp_path):
     models = [
         Evaluated("base", "a", predictions(1, 0.6), seconds=2.0),
@@ -90,8 +116,10 @@ def test_the_report_says_what_was_found_and_escapes_it(tmp_path):
     assert "&lt;i&gt;text" in html
     markdown = (tmp_path / "report.md").read_text()
     gain = models[1].predictions.correct.mean() - models[0].predictions.correct.mean()
-    assert f"sam minus base: accuracy {100 * gain:+.1f} \\[" in markdown
-    assert "exact McNemar p &lt; 0.0001: a difference on this test split" in markdown
+    assert f"> **sam is better than base on this test split: accuracy {100 * gain:+.1f} \\[" in markdown
+    assert "(exact McNemar p &lt; 0.0001).**" in markdown
+    nll = CLASSIFICATION["nll"](models[1].predictions) - CLASSIFICATION["nll"](models[0].predictions)
+    assert f"| sam | NLL | {nll:+.3f} \\[" in markdown  # beside accuracy, on the first screen
     differ = int((models[0].predictions.predicted != models[1].predictions.predicted).sum())
     assert f"differ on {differ} of 300 examples" in markdown
     assert "each checkpoint is one run" in markdown
@@ -152,7 +180,7 @@ def test_language_models_are_compared_by_loss_per_token(tmp_path):
     assert estimates["a"]["perplexity"].low < estimates["a"]["perplexity"].value
     write_document(make_checkpoint_document(models, {}, ["text"] * 80), tmp_path)
     markdown = (tmp_path / "report.md").read_text()
-    assert "b minus a: loss -0.3" in markdown
+    assert "b is better than a on this test split: loss -0.3" in markdown
     assert "Per class" not in markdown
 
 
@@ -160,7 +188,7 @@ def test_one_checkpoint_is_reported_alone(tmp_path):
     write_document(
         make_checkpoint_document([Evaluated("a", "a", predictions(1, 0.6))], {}, ["x"] * 300, NAMES), tmp_path
     )
-    assert "nothing to compare them with" in (tmp_path / "report.md").read_text()
+    assert "nothing to compare it with" in (tmp_path / "report.md").read_text()
 
 
 # --- corruptions -----------------------------------------------------------------------------------------------
@@ -215,7 +243,8 @@ def test_one_command_reports_on_two_checkpoints(checkpoints, tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
     markdown = path.with_name("report.md").read_text()
     assert "on 60 test examples" in markdown  # the data of the first one's run record
-    assert "sam minus rho0: accuracy" in markdown
+    assert re.search(r"> \*\*.*sam.*rho0.*: accuracy [+-]", markdown)
+    assert "recipes/report.py" in markdown or "hf-sam report" in markdown
     assert "SAM sharpness, rho = 0.05" in markdown
     assert "| ViTForImageClassification | 64 |" in markdown  # trained on
     assert "different data" not in markdown

@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 import time
@@ -14,10 +15,12 @@ from hf_sam.evaluation.calibration import expected_calibration_error, reliabilit
 from hf_sam.evaluation.predictions import read_predictions
 from hf_sam.experiments.records import RECORD_NAME, RunRecord, find_records
 from hf_sam.reporting.comparison import write_report
-from hf_sam.reporting.document import escape_markdown
+from hf_sam.reporting.document import DARK, escape_markdown, shorten_paths
 from hf_sam.reporting.formatting import answer
 from hf_sam.reporting.results import make_cells, natural, noise_level, pairing_problems
+from hf_sam.reporting.statistics import detectable_effect
 from hf_sam.reporting.study import make_study
+from hf_sam.reporting.sufficiency import late_share, next_steps, seeds_for_one_point, warnings
 
 HOSTILE = "<script>alert('x')</script> & $\\frac | `*_[a](javascript:1)"
 
@@ -32,7 +35,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset")]
 
     def handle_data(self, data):
         self.text += data
@@ -47,21 +50,33 @@ def small(tmp_path_factory):
     return folder / "report", Page(html.read_text()), (folder / "report" / "report.md").read_text()
 
 
-SECTIONS = ["Question and answer", "Set-up", "Result at equal steps", "Result at equal passes", "Curves", "Cost"]
-SECTIONS += ["Calibration", "Robustness to label noise", "Sharpness", "Every run", "Threats to validity"]
+OPEN = ["Answer", "All arms", "Curves", "Cost", "Calibration", "Label noise", "Sharpness", "Limits of this comparison"]
+OPEN.insert(1, "What to do next")
+FOLDED = ["Set-up", "Statistics", "Every run", "Provenance"]
 
 
 def test_both_forms_have_every_section_and_the_same_sentences(small):
-    _, page, markdown = small
-    assert [line[3:] for line in markdown.splitlines() if line.startswith("## ")] == SECTIONS
-    assert page.tags.count("h2") == len(SECTIONS)
-    answers = [line[2:].replace("\\", "") for line in markdown.splitlines() if line.startswith("> ")]
-    assert len(answers) == 4  # one per condition and budget
-    for sentence in answers:
-        assert sentence.replace("&lt;", "<") in page.text
+    folder, page, markdown = small
+    assert [line[3:] for line in markdown.splitlines() if line.startswith("## ")] == OPEN + FOLDED
+    assert re.findall(r"<h2>(.*?)</h2></summary>", (folder / "report.html").read_text()) == FOLDED
+    assert page.tags.count("h2") == len(OPEN + FOLDED)
+    sentences = [line for line in markdown.splitlines() if line.startswith(("> ", "- "))]
+    sentences += [line for line in markdown.splitlines() if line.startswith("digits, ")]
+    assert len(sentences) > 8  # the verdict, one answer per condition and budget, next steps and limits
+    for sentence in sentences:
+        text = re.sub(r"^[->] |\*\*|\\", "", sentence)
+        assert text.replace("&lt;", "<").strip("*") in page.text
 
 
-def test_the_answer_names_effect_interval_and_floor(small):
+def test_the_verdict_and_its_forest_plot_come_first(small):
+    _, _page, markdown = small
+    before_next = markdown[: markdown.index("## What to do next")]
+    assert "> **Yes: sam is better than adamw in all 4 comparisons, in accuracy by 0.9 to 2.8 points.**" in before_next
+    assert before_next.count("](figures/") == 1
+    assert re.search(r"\| digits \| equal steps \| [\d.]+ → [\d.]+ \| .* \| better \| [\d.]+ → [\d.]+ \|", before_next)
+
+
+def test_the_answer_names_effect_and_interval_and_the_statistics_the_tests(small):
     folder, _, markdown = small
     table = pd.read_csv(folder / "data" / "comparisons.csv")
     row = table[(table.arm == "sam") & (table.condition == "noise 0.4") & (table.budget == "steps")].iloc[0]
@@ -69,13 +84,58 @@ def test_the_answer_names_effect_interval_and_floor(small):
     scores = scores[(scores.condition == "noise 0.4") & (scores.budget == "steps")]
     wide = scores.pivot(index="seed", columns="arm", values="accuracy")
     assert row.difference == pytest.approx((wide.sam - wide.adamw).mean())
-    sentence = next(line for line in markdown.splitlines() if line.startswith("> digits, noise 0.4, equal steps"))
-    assert f"accuracy under sam is {100 * row.difference:.1f} points above adamw (5 seeds" in sentence
-    assert f"Student's interval {100 * row.student_low:+.1f} to {100 * row.student_high:+.1f}, p " in sentence
-    assert "after Holm over 2 tasks; exact sign-flip p = 0.0625, the least that 5 seeds can give" in sentence
+    sentence = next(line for line in markdown.splitlines() if line.startswith("digits, noise 0.4, equal steps: sam"))
+    assert f"sam is better. accuracy is {100 * row.difference:.1f} points above adamw" in sentence
+    assert f"(95 % interval {100 * row.student_low:+.1f} to {100 * row.student_high:+.1f}, 5 seeds)" in sentence
+    assert "5 seeds cannot give a sign-flip p below 0.0625" in markdown
     assert row.t_p == pytest.approx(ttest_rel(wide.sam, wide.adamw).pvalue)
     assert row.t_p < row.p_holm < 0.05
-    assert "sam is better here" in sentence
+
+
+def test_every_table_can_be_downloaded_from_the_page_alone(small):
+    folder, page, markdown = small
+    offered = [link for link in page.links if link.startswith("data:text/csv;base64,")]
+    assert len(offered) == page.tags.count("table") + page.tags.count("figure") + 2  # and all runs and comparisons
+    contents = {base64.b64decode(link.split(",")[1]) for link in offered}
+    assert contents == {path.read_bytes() for path in (folder / "data").glob("*.csv")}
+    assert all((folder / path).is_file() for path in re.findall(r"\]\(((?:data|figures)/[^)]*)\)", markdown))
+
+
+def test_absolute_paths_are_shortened_wherever_they_are_shown(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
+    for run in records:
+        run.model["name"] = "/home/somebody/models/tiny"
+    records[0].fail(RuntimeError("no file '/home/somebody/data/a.csv'"))
+    write_report(records, tmp_path / "report", command="python x.py /home/somebody/study.yaml")
+    for name in ("report.html", "report.md", "data/runs.csv"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "/home/" not in text, name
+    assert "…/models/tiny" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("/a/b/c/d", "…/c/d"),
+        ("see /data/imdb.", "see …/imdb."),
+        ("--dataset=/a/b/c, and 'x=/a/b/c'", "--dataset=…/b/c, and 'x=…/b/c'"),
+        ("https://host/a/b/c and/or/else ../a/b/c ~/a/b/c", "https://host/a/b/c and/or/else ../a/b/c ~/a/b/c"),
+        ("org/model", "org/model"),
+        ("…/b/c", "…/b/c"),  # once is enough
+    ],
+)
+def test_only_absolute_paths_are_shortened(text, short):
+    assert shorten_paths(text) == short
+
+
+def test_drawings_turn_light_on_a_dark_page(small):
+    folder, _, _ = small
+    for figure in (folder / "figures").iterdir():
+        text = figure.read_text()
+        assert "prefers-color-scheme: dark" in text
+        inks = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", re.sub(r"<style>.*?</style>", "", text)))
+        dark = {ink for ink in inks if sum(int(ink[i : i + 2], 16) for i in (1, 3, 5)) < 120}
+        assert dark <= set(DARK), figure.name
 
 
 def test_sharpness_is_named_in_words_and_drawn_against_the_metric(tmp_path):
@@ -134,15 +194,20 @@ def test_every_figure_is_valid_svg_and_has_its_numbers(small):
         ElementTree.parse(figure)
         assert len(pd.read_csv(folder / "data" / f"{figure.stem}.csv")) > 0
     numbers = json.loads((folder / "data" / "numbers.json").read_text())
-    assert numbers["question"] == {"control": "adamw", "treatment": "sam", "metric": "accuracy"}
+    assert numbers["question"] == {
+        "control": "adamw",
+        "treatment": "sam",
+        "metric": "accuracy",
+        "margin": 0.3,
+    }
     assert all((folder / path).is_file() for path in pd.read_csv(folder / "data" / "runs.csv").record)
     assert len(numbers["comparisons"]) == 8
 
 
-def test_the_same_records_give_the_same_report(small, tmp_path):
+def test_the_same_records_give_the_same_report(small):
     folder, _, _ = small
     records, _ = find_records(folder.parent)
-    again = write_report(records, tmp_path, title="Does it help?").parent
+    again = write_report(records, folder.parent / "again", title="Does it help?").parent
     for name in ("report.html", "report.md", "data/numbers.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -190,9 +255,9 @@ def test_one_seed_says_so_and_gives_no_interval(tmp_path):
     records = fabricate(tmp_path, seeds=[3], conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
     write_report(records, tmp_path / "report")
     markdown = (tmp_path / "report" / "report.md").read_text()
-    assert "with the one seed that was run; one seed gives no interval and says nothing about others." in markdown
+    assert "One seed gives no interval and says nothing about others." in markdown
+    assert "> Warning: One seed is no comparison: digits. At least three are needed for a verdict." in markdown
     assert "Some comparisons rest on one seed" in markdown
-    assert "bootstrap +" not in markdown
     assert "| one seed |" in markdown
     row = pd.read_csv(tmp_path / "report" / "data" / "comparisons.csv").iloc[0]
     assert row[["bootstrap_low", "bootstrap_high", "student_low", "sign_flip_p", "p_holm"]].isna().all()
@@ -208,11 +273,100 @@ def test_enough_seeds_can_establish_an_effect_and_its_absence(tmp_path):
     for run in records:
         run.metrics = {"accuracy": 0.5 + (run.seed * 7 + len(run.arm)) % 5 / 100}
     study = make_study(records)
-    assert study.comparisons[0].verdict == "no difference seen"
+    assert study.comparisons[0].verdict == "undecided"
     paired, sentence = study.comparisons[0].paired, answer(study.comparisons[0])
-    assert "which is not to say that there is none" in sentence
-    assert f"below {100 * paired.t_low:+.1f} and above {100 * paired.t_high:+.1f} points it is ruled out" in sentence
-    assert f"find one of {100 * paired.detectable:.1f} points four times in five" in sentence
+    assert "neither a difference nor its absence is shown" in sentence
+    assert f"95 % interval {100 * paired.t_low:+.1f} to {100 * paired.t_high:+.1f}" in sentence
+    assert f"find a difference of {100 * paired.detectable:.1f} points four times in five" in sentence
+    assert f"only that it is within ±{100 * paired.within:.1f} points" in sentence
+
+
+def equal_but_for(records, gains):
+    """Gives the arm beside the control these gains over it, one per seed."""
+    for run in records:
+        run.metrics = {"accuracy": 0.8 + run.seed / 100 + (gains[run.seed] if run.arm == "sam" else 0)}
+
+
+def test_a_difference_within_the_margin_is_evidence_of_absence(tmp_path):
+    records = fabricate(tmp_path, seeds=range(6), conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
+    equal_but_for(records, [0.001, -0.001, 0.0005, -0.0005, 0.0008, -0.0006])
+    (entry,) = make_study(records).comparisons
+    assert entry.verdict == "equivalent"
+    assert "no difference that matters. sam and adamw differ by less than ±0.3 points" in answer(entry)
+    assert make_study(records, margin=0.03).comparisons[0].verdict == "undecided"
+    equal_but_for(records, [0.01, -0.01, 0.005, -0.005, 0.008, -0.006])  # ten times as far apart: nothing is shown
+    assert make_study(records).comparisons[0].verdict == "undecided"
+    assert make_study(records, margin=2).comparisons[0].verdict == "equivalent"
+
+
+def test_a_sure_gain_that_does_not_matter_is_called_both(tmp_path):
+    records = fabricate(tmp_path, seeds=range(6), conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
+    equal_but_for(records, [0.001, 0.0012, 0.0011, 0.0009, 0.001, 0.0013])
+    (entry,) = make_study(records).comparisons
+    assert entry.verdict == "better"
+    assert "sam is better, though by less than ±0.3 points, the least that matters" in answer(entry)
+
+
+# --- what keeps the runs from answering ---------------------------------------------------------------------------------
+
+
+def test_too_few_seeds_are_told_with_how_many_would_see_one_point(tmp_path):
+    records = fabricate(tmp_path, seeds=range(3), conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
+    equal_but_for(records, [0.01, -0.01, 0.0])
+    study = make_study(records)
+    needed = seeds_for_one_point(study)
+    spread = np.std([0.01, -0.01, 0.0], ddof=1)
+    assert spread * detectable_effect(needed) <= 0.01 < spread * detectable_effect(needed - 1)
+    (message,) = warnings(study)
+    assert f"to see one point would take about {needed} seeds" in message
+    assert f"--seeds 0 1 ... {needed - 1}" in " ".join(next_steps(study))
+    equal_but_for(records, [0.0001, -0.0001, 0.0])
+    assert warnings(make_study(records)) == []
+
+
+def test_runs_at_chance_cannot_answer(tmp_path):
+    arms = ("adamw", "sam")
+    records = fabricate(
+        tmp_path, conditions=("clean",), budgets=("steps",), arms=arms, seeds=range(3), predictions=True
+    )
+    assert not any("chance" in message for message in warnings(make_study(records)))
+    for run in records:
+        run.predictions = None
+        run.metrics["mcc"] = 0.01 if run.arm == "sam" else 0.4
+    (message,) = [message for message in warnings(make_study(records)) if "chance" in message]
+    assert message.startswith("No better than chance: digits (sam).")
+    labels = np.arange(200) % 4
+    for run in records:
+        run.predictions, run.metrics = "predictions.parquet", {"accuracy": 0.25}
+        table = pd.DataFrame({"label": labels, "probabilities": [[0.4, 0.2, 0.2, 0.2]] * 200})
+        table.to_parquet(run.path.parent / run.predictions)
+    assert "No better than chance: digits (adamw, sam)." in " ".join(warnings(make_study(records)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "share"),
+    [
+        ([5, 4, 3, 2, 1, 0], 0.2),  # a straight line: a fifth in the last fifth
+        ([5, 1, 0.5, 0.2, 0.1, 0.1], 0),
+        ([1, 2, 3, 4, 5, 6], None),  # nothing learnt
+        ([3, 2, 1], None),  # too few points to say
+    ],
+)
+def test_the_share_that_was_learnt_late(losses, share):
+    run = RunRecord("t", "a", curves=[{"step": 10 * step, "loss": loss} for step, loss in enumerate(losses)])
+    assert late_share(run, "accuracy") == (None if share is None else pytest.approx(share, abs=1e-9))
+
+
+def test_runs_that_still_improve_are_named(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=range(3))
+    assert not any("Still improving" in message for message in warnings(make_study(records)))
+    for run in records:
+        if run.arm == "sam":
+            run.curves = [{"step": step, "eval_accuracy": 0.1 + step / 200} for step in range(0, 101, 10)]
+    assert any(
+        message.startswith("Still improving at the end of training: digits (sam)")
+        for message in warnings(make_study(records))
+    )
 
 
 def test_three_seeds_can_establish_a_large_effect_and_lean_towards_a_lesser_one(tmp_path):
@@ -227,7 +381,7 @@ def test_three_seeds_can_establish_a_large_effect_and_lean_towards_a_lesser_one(
         if run.condition == "noise 0.4":
             run.metrics = {"accuracy": 0.5 + 0.01 * ((run.seed + (run.arm == "sam")) % 3)}
     verdicts = {entry.cell.condition: entry.verdict for entry in make_study(records).comparisons}
-    assert verdicts == {"noise 0.4": "no difference seen", "clean": "leans better"}
+    assert verdicts == {"noise 0.4": "undecided", "clean": "leans better"}
 
 
 def test_what_the_other_arms_keep_of_the_gain(tmp_path):

@@ -11,6 +11,7 @@ from hf_sam.reporting.statistics import (
     bootstrap_mean,
     compare_paired,
     detectable_effect,
+    equivalence_p,
     established_effect,
     holm,
     interquartile_mean,
@@ -19,6 +20,7 @@ from hf_sam.reporting.statistics import (
     probability_of_improvement,
     ratio_of_means,
     resolution,
+    seeds_needed,
     sign_flip_p,
     student_interval,
 )
@@ -89,6 +91,58 @@ def test_three_equal_differences_of_one_example_establish_nothing():
     assert paired.t_low < 0 < paired.t_high
     assert resolution([0.5, 0.5]) == 0.0
     assert compare_paired({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}, generator()).t_p == 1.0
+
+
+# --- evidence of absence --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "shift", "margin"), [(2, 0.1, 1.0), (5, 0.0, 0.5), (8, -0.3, 0.4), (30, 0.2, 0.1)])
+def test_the_equivalence_test_is_two_one_sided_t_tests(n, shift, margin):
+    values = np.random.default_rng(n).normal(shift, 1, n)
+    oracle = max(
+        stats.ttest_1samp(values, -margin, alternative="greater").pvalue,
+        stats.ttest_1samp(values, margin, alternative="less").pvalue,
+    )
+    assert equivalence_p(values.mean(), values.std(ddof=1), n, margin) == pytest.approx(oracle, rel=1e-10)
+
+
+def test_the_least_margin_is_the_one_that_the_equivalence_test_just_establishes():
+    scores = {s: 0.8 + s / 100 for s in range(5)}, {s: 0.8 + s / 90 for s in range(5)}
+    paired = compare_paired(*scores, generator())
+    mean, spread = paired.difference.value, paired.spread
+    assert spread == pytest.approx(np.std(paired.differences, ddof=1), rel=1e-12)
+    assert equivalence_p(mean, spread, 5, paired.within) == pytest.approx(0.05, rel=1e-9)
+    oracle = stats.ttest_1samp(paired.differences, 0).confidence_interval(0.9)
+    assert paired.equivalence_interval == pytest.approx((oracle.low, oracle.high), rel=1e-10)
+    alone = compare_paired({1: 0.5}, {1: 0.4}, generator())
+    assert alone.within is alone.spread is None
+
+
+def test_equivalence_is_seldom_declared_where_the_difference_is_the_margin():
+    draws = np.random.default_rng(1).normal(1.0, 1.5, (4000, 6))
+    p = [equivalence_p(row.mean(), row.std(ddof=1), 6, 1.0) for row in draws]
+    assert np.mean(np.array(p) <= 0.05) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_without_any_spread_the_mean_decides():
+    assert equivalence_p(0.1, 0.0, 4, 0.2) == 0.0
+    assert equivalence_p(0.2, 0.0, 4, 0.2) == 1.0
+
+
+@pytest.mark.parametrize(("effect", "spread"), [(1.0, 0.5), (1.0, 2.0), (0.3, 1.0)])
+def test_the_seeds_needed_by_the_noncentral_t(effect, spread):
+    def power(n):
+        critical, shift = stats.t.ppf(0.975, n - 1), effect / spread * np.sqrt(n)
+        return stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+
+    n = seeds_needed(effect, spread)
+    assert power(n) > 0.8 - 2e-3
+    assert power(n - 1) < 0.8 + 2e-3
+
+
+def test_more_seeds_than_anyone_runs_are_no_number():
+    assert seeds_needed(0.01, 1.0) is None
+    assert seeds_needed(100.0, 1.0) == 2
 
 
 @pytest.mark.parametrize("seeds", [3, 6])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +28,12 @@ from hf_sam.benchmark import (
     CONTENDERS,
     STOCK,
     Contender,
-    HandLoopTrainer,
     Measurement,
-    SteppedSAMTrainer,
-    SteppedTrainer,
     measure,
+    stepped_trainer,
 )
 from hf_sam.benchmark.measure import count, turns
+from hf_sam.benchmark.reference_loop import PytorchOptimizerLoop, TwoPassLoop
 from hf_sam.experiments.records import RunRecord
 from hf_sam.reporting.benchmark import frontier, gains
 from hf_sam.tasks import benchmark as recipe
@@ -47,6 +49,7 @@ PASSES = {
     **dict.fromkeys(("msam", "previous", "bilora", "random", "flat-lora"), ((1, 1), (1, 1))),
     **dict.fromkeys(("trainer", "rho-0"), ((1, 1), (1, 1))),
     "hand-loop": TWO,
+    "pytorch-optimizer": TWO,
     "subset-5": ((1.25, 1.25), (1, 1)),
     "late-5": TWO,
     **dict.fromkeys(("late-subset", "norm-only-subset", "late-norm-only-subset"), ((1.25, 1.25), (1, 1))),
@@ -73,11 +76,7 @@ def builder(folder, model=None, data=None, **options):
         set_seed(2)
         common = {"args": tiny.arguments(folder, max_steps=steps, **options), "train_dataset": data}
         common["model"] = copy.deepcopy(model)
-        if contender.by_hand:
-            return HandLoopTrainer(rho=contender.sam.rho, **common)
-        if contender.sam is None:
-            return SteppedTrainer(**common)
-        return SteppedSAMTrainer(sam_config=contender.sam, **common)
+        return stepped_trainer(contender, **common)
 
     return build
 
@@ -108,12 +107,18 @@ def test_steps_in_turns_are_bitwise_those_of_an_ordinary_run(tmp_path):
     assert all(len(trainer.clock.seconds) == trainer.state.global_step == 4 for trainer in trainers)
 
 
+NEEDS_PEER = pytest.mark.skipif(not find_spec("pytorch_optimizer"), reason="needs hf-sam[benchmark]")
+# The package takes the gradient's norm in float32.
+LOOPS = [(TwoPassLoop, 1e-12), pytest.param(PytorchOptimizerLoop, 1e-8, marks=NEEDS_PEER)]
+
+
+@pytest.mark.parametrize(("loop", "tolerance"), LOOPS)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_loop_by_hand_takes_sams_step(accumulation, tmp_path):
+def test_the_loop_by_hand_takes_sams_step(accumulation, loop, tolerance, tmp_path):
     model, lr, rho = tiny.mlp(torch.float64), 0.1, 0.3
     data = tiny.vectors(dtype=torch.float64)
     options = {"optim": "sgd", "learning_rate": lr, "max_grad_norm": 0, "gradient_accumulation_steps": accumulation}
-    trainer = builder(tmp_path, model, data, **options)(Contender("by hand", SAMConfig(rho=rho), by_hand=True), 2)
+    trainer = builder(tmp_path, model, data, **options)(Contender("by hand", SAMConfig(rho=rho), loop), 2)
     trainer.prepare()
     trainer.take_steps(2)
 
@@ -129,7 +134,7 @@ def test_the_loop_by_hand_takes_sams_step(accumulation, tmp_path):
         with torch.no_grad():
             for p, part in zip(parameters, g_s, strict=True):
                 p -= lr * part
-    torch.testing.assert_close(tiny.flat(trainer.model), tiny.flat(model), rtol=0, atol=1e-12)
+    torch.testing.assert_close(tiny.flat(trainer.model), tiny.flat(model), rtol=0, atol=tolerance)
 
 
 # --- counts ----------------------------------------------------------------------------------------------------------
@@ -140,7 +145,9 @@ def test_every_method_is_a_contender():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=NEEDS_PEER) if name == "pytorch-optimizer" else name for name in CONTENDERS]
+)
 def test_passes_are_counted_and_are_those_claimed(name, tmp_path):
     contender = CONTENDERS[name]
     model = tiny.with_lora(tiny.vit(), ["q_proj", "v_proj"]) if name in ("bilora", "flat-lora") else tiny.vit()
@@ -169,6 +176,11 @@ def test_peak_memory_of_a_model_that_is_almost_all_weights(tmp_path):
     assert peaks["trainer"] == pytest.approx(2, abs=0.1)
     assert 1 <= peaks["sam"] - peaks["trainer"] <= 1.25
     assert 1 <= peaks["hand-loop"] - peaks["trainer"] <= 1.25
+
+
+def test_a_peer_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    assert "pip install 'hf-sam[benchmark]'" in count(CONTENDERS["pytorch-optimizer"], builder(tmp_path))
 
 
 def test_impossible_contenders_say_why(tmp_path):
@@ -274,13 +286,17 @@ def test_a_sweep_leaves_tables_and_drawings(tmp_path):
     words = ["--methods", "late", "bilora", '{"method": "sam", "interval": 2}', "--batch_sizes", "2", "4"]
     rows = recipe.main([*made_up("text-classification"), *words, f"--output_dir={tmp_path}"])
     names = {"benchmark.json", "benchmark.csv", "benchmark.md", "ratios.png", "ratios_1.png", "sweep.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {path.name for path in tmp_path.iterdir()} == names | {"report.html", "report.md", "figures", "data"}
+    report = (tmp_path / "report.md").read_text()
+    assert re.search(r"> \*\*A step of late takes \d\.\d\d times as long as the stock Trainer's", report)
+    assert "- Not timed: bilora. method='bilora'" in report
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"ratios-0", "ratios-1", "sweep"}
     assert rows.contender.tolist() == 2 * ["trainer", "late", "bilora", "method sam, interval 2"]
     assert rows.passes.tolist()[:2] == pytest.approx([1, 1.25])
     assert rows.timed_steps.dropna().tolist() == [8] * 6
     assert (rows.peak_memory.dropna() > 0).all()
     document = json.loads((tmp_path / "benchmark.json").read_text())
-    assert document["environment"]["packages"]["torch"] == torch.__version__
+    assert document["environment"]["packages"]["torch"] == version("torch")
     assert len(document["settings"][0]["steps"]["late"]) == 8
     page = (tmp_path / "benchmark.md").read_text()
     assert "impossible: method='bilora'" in page

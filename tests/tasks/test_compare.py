@@ -197,7 +197,7 @@ def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(s
     arms = {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.05, "label_column": "lable"}}
     path = study(seeds=[0], arms=arms)
     written = []
-    monkeypatch.setattr(compare, "report_on", lambda workshop, *_: written.append(counts(workshop)))
+    monkeypatch.setattr(compare, "report_on", lambda workshop, *_, **__: written.append(counts(workshop)))
     words = [path, "--output_dir", str(tmp_path / "out")]
     assert compare.main([*words, "--status"]) is None
     assert "0 of 2 runs finished, 0 failed; time is estimated after the first.\n0 under way" in capsys.readouterr().out

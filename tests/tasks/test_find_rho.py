@@ -22,6 +22,7 @@ from hf_sam.experiments.driver import make_one, prepare
 from hf_sam.experiments.execution import execute
 from hf_sam.experiments.executors import LocalExecutor
 from hf_sam.experiments.records import RECORD_NAME
+from hf_sam.reporting.document import escape_markdown
 from hf_sam.rho_search.halving import Rung, SearchPlan
 from hf_sam.rho_search.phases import Phase, RhoWorkshop, Search, passes_spent
 from hf_sam.tasks import find_rho
@@ -166,7 +167,10 @@ def test_a_search_that_is_killed_goes_on_and_counts_its_passes(tmp_path):
         "rung 1",
         "confirmation",
     }
-    assert (folder / "find_rho.png").stat().st_size > 1000
+    page = (folder / "report.md").read_text()
+    assert f"> **{escape_markdown(found['sentence'])}**" in page
+    assert found["command"] in page
+    assert (folder / "figures/search.svg").stat().st_size > 1000
     assert not list(folder.rglob("checkpoint-*"))
     assert not list(folder.rglob("*.safetensors"))
     validation = json.loads(next(iter(before.values())))["data"]

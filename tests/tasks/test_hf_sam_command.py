@@ -10,16 +10,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import stand_ins
-import tomllib
 import yaml
 from conftest import ROOT
 from transformers import TrainingArguments
 
 from hf_sam import METHODS
-from hf_sam.tasks import TRAINING, benchmark, find_rho, report, sharpness
+from hf_sam.tasks import TRAINING, benchmark, find_rho, report, sharpness, survival
 from hf_sam.tasks.command_line import config_files, early, errors, help, launching
 from hf_sam.tasks.command_line.config_files import find_config, read_layers, resolve, shipped_configs
 from hf_sam.tasks.command_line.errors import UserError
@@ -93,7 +93,7 @@ def test_a_search_for_rho_goes_on_by_the_command_that_started_it(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("task", [report, sharpness, benchmark])
+@pytest.mark.parametrize("task", [report, sharpness, survival, benchmark])
 def test_the_first_look_refuses_no_argument_that_a_task_of_any_data_has(task, monkeypatch):
     class Seen(Exception): ...
 
@@ -144,6 +144,8 @@ REFUSED = [
     (["causal-lm", "--num_processes", "2", "--sam_roh", "1"], r"'sam_roh' is no argument .* Did you mean 'sam_rho'\?"),
     (["sharpness", "--checkpoint", "x"], r"'checkpoint' is no argument .* Did you mean 'checkpoints'\?"),
     (["report", "outputs/a", "--test_sample=4"], r"'test_sample' is no argument .* Did you mean 'test_samples'\?"),
+    (["survival", "outputs/a", "--merge_wiht", "b"], r"'merge_wiht' is no argument .* mean 'merge_with'\?"),
+    (["forgetting", "a=outputs/a", "--lerning_rates", "1"], r"'lerning_rates' is no argument .* 'learning_rates'\?"),
     (["benchmark", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["benchmark", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
     (["demo", "--seeds", "0"], "seeds=0 must be at least 1."),

@@ -19,6 +19,7 @@ from hf_sam.methods.users import load_parts
 from ...experiments.method_settings import Merged, explain, merge
 from .config_files import read_layers, split_command_line, unknown_key
 from .docstrings import described
+from .early import RENAMED
 from .errors import UserError, as_user_error
 from .help import option_page, wants_all, wants_help
 
@@ -111,6 +112,9 @@ class _Parser(HfArgumentParser):
             dataclass_types, conflict_handler="resolve", **kwargs
         )  # a field of two classes is one argument
         self.actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        older = self._option_string_actions.get("--gradient_checkpointing")
+        if older is not None and RENAMED not in self.actions:
+            self.actions[RENAMED] = self._option_string_actions[f"--{RENAMED}"] = older
         for name, text in ((name, text) for kind in dataclass_types for name, text in described(kind).items()):
             if name in self.actions and not self.actions[name].help:
                 self.actions[name].help = text.replace("%", "%%")

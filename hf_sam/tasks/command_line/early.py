@@ -28,14 +28,17 @@ HF_CLASSES = {  # what a recipe's own classes stand beside: package, module, cla
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "SAMConfig": ("hf_sam", "config.py"),
     "SharpnessConfig": ("hf_sam", "sharpness/profile.py"),
+    "SurvivalConfig": ("hf_sam", "evaluation/survival.py"),
 }
 SHARED = ("ModelArguments", "DataArguments", "RunArguments")
 # The classes, beside its own and those of the tasks that train, of a task that takes any of their data.
 EVALUATING = {
-    "report": ("DataArguments", "SharpnessConfig"),
+    "report": ("DataArguments", "SharpnessConfig", "SurvivalConfig"),
+    "survival": ("DataArguments", "SurvivalConfig"),
     "sharpness": ("DataArguments", "SharpnessConfig"),
     "benchmark": ("ModelArguments", "DataArguments", "TrainingArguments"),
 }
+RENAMED = "activation_checkpointing"  # what transformers 5.23 and newer call gradient_checkpointing
 NUMBERS = {"int": int, "float": float}
 
 
@@ -131,12 +134,15 @@ def arguments_of(task: str) -> dict[str, str]:
         for name in EVALUATING[task]:
             found |= _own_fields(Path(__file__).with_name("options.py"), (name,)) if name in SHARED else _fields(name)
         return found
+    if task == "forgetting":
+        return _own_fields(TASKS / "forgetting.py")
     if task not in TRAINING:
         raise LookupError(f"{task} parses its arguments otherwise")
     source = (TASKS / f"{task}.py").read_text(encoding="utf-8")
     found = {**_own_fields(TASKS / f"{task}.py"), **_own_fields(Path(__file__).with_name("options.py"), SHARED)}
     found |= {f"sam_{name}": kind for name, kind in _fields("SAMConfig").items() if name not in ("start", "end", "p")}
     found |= dict.fromkeys(("sam_start", "sam_end", "sam_p"), "")
+    found[RENAMED] = "bool"  # by whatever name this version of transformers has it
     named = next((name for name in ("SFTConfig", "Seq2SeqTrainingArguments") if name in source), "TrainingArguments")
     return found | _fields(named)
 

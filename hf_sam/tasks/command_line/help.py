@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import shlex
 import shutil
 import sys
 import textwrap
@@ -11,7 +12,10 @@ from argparse import Action
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from .config_files import config_name
+
 TASKS = Path(__file__).parents[1]
+OPERANDS = {"flatten": "CHECKPOINT", **dict.fromkeys(("report", "survival", "forgetting"), "CHECKPOINT ...")}
 HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
 LONGEST = 85  # characters of help that an option gets on the page; all of them with --help-all
 
@@ -21,7 +25,8 @@ SHOWN = {
     "DataArguments": ("dataset", "label_column", "validation_size", "test_size", "train_samples", "label_noise"),
     "RunArguments": ("overwrite_output_dir", "evaluate_train"),
     "SAMArguments": ("sam_method", "sam_rho", "sam_scope", "sam_perturb", "sam_start"),
-    "SharpnessConfig": ("measures", "rho", "m"),
+    "SharpnessConfig": ("measures", "rho"),
+    "SurvivalConfig": ("treatments", "bits", "merge_with"),
     "TrainingArguments": (
         *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
         *("eval_strategy", "resume_from_checkpoint", "seed"),
@@ -55,6 +60,11 @@ def command_words(task: str) -> list[str]:
     return ["hf-sam", task.replace("_", "-")]
 
 
+def command_again(task: str, argv: Sequence[str]) -> str:
+    """A command line as a user types it: started as this process was, shipped configurations by their names."""
+    return shlex.join([*command_words(task), *(config_name(word) or word for word in argv)])
+
+
 def terminal_width() -> int:
     """Columns; without end where the output goes to a file or another program."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
@@ -80,7 +90,7 @@ def describe(task: str) -> str:
 def heading(task: str) -> str:
     """The lines above the options."""
     words = " ".join(command_words(task))
-    operands = "CHECKPOINT ..." if task == "report" else "[CONFIG]"
+    operands = OPERANDS.get(task, "[CONFIG]")
     return f"usage: {words} {operands} [--key value ...]\n\n{describe(task)}\n"
 
 

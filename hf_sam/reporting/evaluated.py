@@ -1,0 +1,121 @@
+"""Checkpoints on one test split: what each scored, and how they differ over the same examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.classification import CLASSIFICATION, Metric
+from ..evaluation.metrics import metric_of
+from ..evaluation.predictions import LanguagePredictions, Predictions
+from .results import LEVEL, POINTS_THAT_MATTER
+from .statistics import Estimate, bootstrap_examples, equivalence_p, holm, mcnemar_p, sign_flip_p
+
+
+@dataclass
+class Evaluated:
+    """
+    One checkpoint on the test split.
+
+    Args:
+        name (`str`): What it is called.
+        path (`str`): Folder or hub id.
+        predictions (`Predictions` or `LanguagePredictions`): On the test split.
+        model (`dict`): See `describe_model`.
+        size (`int`): Bytes of the weights in memory.
+        seconds (`float`): Of the passes over the test split.
+        corrupted (`dict[tuple[str, int], Predictions]`): The same on corrupted inputs, by corruption and level.
+        corrupted_rows (`np.ndarray`, *optional*): Which examples those are; all where left out.
+        data (`dict`): What its run record says of the splits, see `describe_data`; empty where there is none.
+    """
+
+    name: str
+    path: str
+    predictions: Predictions | LanguagePredictions
+    model: dict = field(default_factory=dict)
+    size: int = 0
+    seconds: float = 0.0
+    corrupted: dict[tuple[str, int], Predictions] = field(default_factory=dict)
+    corrupted_rows: np.ndarray | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def uncorrupted_accuracy(self) -> float:
+        """On the examples that are corrupted elsewhere, as they are."""
+        right = self.predictions.correct
+        return float((right if self.corrupted_rows is None else right[self.corrupted_rows]).mean())
+
+
+def _on_part(metric: Metric, kept: Predictions, index: np.ndarray) -> float:
+    """The metric over some examples."""
+    return metric(Predictions(kept.labels[index], kept.probabilities[index]))
+
+
+def metric_estimates(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> dict[str, dict[str, Estimate]]:
+    """Each metric of each checkpoint with its bootstrap interval over test examples."""
+    found: dict[str, dict[str, Estimate]] = {}
+    for entry in checkpoints:
+        kept = entry.predictions
+        if isinstance(kept, LanguagePredictions):
+            loss = bootstrap_examples(kept.per_token, len(kept.nll), rng)
+            ends = [None if value is None else float(np.exp(value)) for value in (loss.low, loss.high)]
+            found[entry.name] = {"loss": loss, "perplexity": Estimate(float(np.exp(loss.value)), *ends, loss.n)}
+        else:
+            found[entry.name] = {
+                name: bootstrap_examples(partial(_on_part, metric, kept), len(kept.labels), rng)
+                for name, metric in CLASSIFICATION.items()
+            }
+    return found
+
+
+def compare_checkpoints(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> list[dict]:
+    """Every pair of checkpoints: difference with its interval over examples, exact p, Holm over the pairs."""
+    pairs = []
+    for first, second in itertools.combinations(checkpoints, 2):
+        a, b = first.predictions, second.predictions
+        if isinstance(a, LanguagePredictions):
+            gap = bootstrap_examples(lambda index, a=a, b=b: b.per_token(index) - a.per_token(index), len(a.nll), rng)
+            metric, p = "loss", sign_flip_p(b.nll / b.tokens - a.nll / a.tokens, rng)
+            p_equivalent = None
+        else:
+            gain = b.correct.astype(float) - a.correct
+            gap = bootstrap_examples(lambda index, gain=gain: gain[index].mean(), len(gain), rng)
+            metric, p = "accuracy", mcnemar_p(a.correct, b.correct)
+            p_equivalent = equivalence_p(gain.mean(), gain.std(ddof=1), len(gain), POINTS_THAT_MATTER / 100)
+        names = {"first": first.name, "second": second.name, "metric": metric}
+        pairs.append({**names, **vars(gap), "p": p, "p_equivalent": p_equivalent})
+    for name, key in (("p", "p_holm"), ("p_equivalent", "p_equivalent")):
+        for pair, adjusted in zip(pairs, holm([pair[name] for pair in pairs]), strict=True):
+            pair[key] = adjusted
+    return pairs
+
+
+def differences_from_first(
+    checkpoints: Sequence[Evaluated], pairs: Sequence[dict], rng: np.random.Generator
+) -> list[dict]:
+    """Each classifier minus the first, in accuracy (as `pairs` have it) and in how sure it is, over the same examples."""
+    first, rows = checkpoints[0], []
+    for entry, pair in zip(checkpoints[1:], pairs, strict=False):  # those with the first come first
+        rows.append({"checkpoint": entry.name, "minus": first.name, "metric": "accuracy"})
+        rows[-1] |= {key: pair[key] for key in ("value", "low", "high", "n")}
+        for name in ("nll", "ece", "brier"):
+
+            def gap(index: np.ndarray, entry: Evaluated = entry, metric: Metric = CLASSIFICATION[name]) -> float:
+                return _on_part(metric, entry.predictions, index) - _on_part(metric, first.predictions, index)
+
+            estimate = bootstrap_examples(gap, len(first.predictions.labels), rng)
+            rows.append({"checkpoint": entry.name, "minus": first.name, "metric": name, **vars(estimate)})
+    return rows
+
+
+def verdict(pair: dict) -> str:
+    """`"better"`, `"worse"`, `"equivalent"` or `"undecided"`: the second against the first, on these examples."""
+    if pair["p_holm"] <= LEVEL:
+        return "better" if (pair["value"] > 0) == metric_of(pair["metric"]).higher_is_better else "worse"
+    is_equivalent = pair["p_equivalent"] is not None and pair["p_equivalent"] <= LEVEL
+    return "equivalent" if is_equivalent else "undecided"
