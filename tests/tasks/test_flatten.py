@@ -83,7 +83,7 @@ def test_every_option_overrides_the_defaults_of_the_phase(vision, data, tmp_path
 
 
 def test_a_checkpoint_is_needed_and_has_to_have_a_head(encoder):
-    with pytest.raises(UserError, match="Give the checkpoint: a folder or a hub id"):
+    with pytest.raises(UserError, match="Give the checkpoint first"):
         flatten.main([])
     with pytest.raises(UserError, match="Give the checkpoint first"):
         flatten.main(["--dataset=digits"])
