@@ -36,6 +36,7 @@ _METRIC_TYPES = {
     "spearman": "spearmanr",
     "brier": "brier_score",
 }
+_WITHOUT_PIPELINE = ("summarization", "translation", "text2text-generation")  # which transformers has dropped
 _NO_METRIC = re.compile(r"_(runtime|per_second|time)$|_(tokens|num_tokens)$")
 
 
@@ -228,6 +229,13 @@ class SAMCard:
             return ""
         needs = "\n\nThe folder holds a PEFT adapter: `pip install peft`; its base model is loaded with it."
         code = f'from transformers import pipeline\n\nmodel = pipeline("{self.task}", model="{self.path}")'
+        if self.task in _WITHOUT_PIPELINE:
+            classes = ("AutoTokenizer", "AutoModelForSeq2SeqLM")
+            lines = [
+                f'{name} = {kind}.from_pretrained("{self.path}")'
+                for name, kind in zip(("tokenizer", "model"), classes, strict=True)
+            ]
+            code = "\n".join([f"from transformers import {', '.join(sorted(classes))}", "", *lines])
         return f"## How to load\n\n```python\n{code}\n```{needs if self.is_adapter else ''}"
 
 

@@ -251,8 +251,13 @@ def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
     where a value is not finite, as of a run that diverged.
     """
     ones = np.ones(len(kept))
-    if "tokens" in kept:
-        found = {"nll_per_token": ExampleScores(kept["nll"].to_numpy(float), kept["tokens"].to_numpy(float))}
+    if "nll" in kept:
+        counts = {name: kept[name].to_numpy(float) for name in ("nll", "answers", "correct", "tokens") if name in kept}
+        found = {"accuracy": ExampleScores(counts["correct"], counts["answers"])} if "answers" in kept else {}
+        if "tokens" in kept:
+            found["nll_per_token"] = ExampleScores(counts["nll"], counts["tokens"])
+        else:  # one answer a word
+            found["nll"] = ExampleScores(counts["nll"], counts["answers"])
     elif "probabilities" not in kept:
         error = kept["prediction"].to_numpy(float) - kept["label"].to_numpy(float)
         found = {"mse": ExampleScores(error**2, ones)}
@@ -277,7 +282,10 @@ def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
 
 def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
     """The same metrics of the best answer that looks at no example: the most frequent one, the frequencies, the mean."""
-    if "tokens" in kept:
+    if "most_frequent" in kept:
+        right = kept["most_frequent"].to_numpy(float)
+        return {"accuracy": ExampleScores(right, kept["answers"].to_numpy(float))}
+    if "nll" in kept:
         return {}
     if "probabilities" not in kept:
         return example_scores(kept.assign(prediction=kept["label"].mean()))

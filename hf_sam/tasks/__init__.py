@@ -5,4 +5,4 @@ A module per task, each with a `main(argv)`. Those in `TRAINING` fine-tune a mod
 command line is parsed into (`ARGUMENTS`) and what they measure (`METRICS`), so that a comparison can read both.
 """
 
-TRAINING = ("image_classification", "text_classification", "causal_lm")
+TRAINING = ("image_classification", "text_classification", "causal_lm", "seq2seq", "token_classification")

@@ -25,7 +25,7 @@ def classification_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) 
     """All metrics of single-label classification from logits `(n, classes)` and labels `(n,)`."""
     kept = Predictions(prediction.label_ids, class_probabilities(prediction.predictions))
     found = {name: metric(kept) for name, metric in classification.CLASSIFICATION.items()}
-    return found | _of_hub(hub, kept.predicted, kept.labels)
+    return found | of_hub(hub, kept.predicted, kept.labels)
 
 
 def regression_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> dict[str, float]:
@@ -36,7 +36,7 @@ def regression_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> d
         "pearson": _correlation(stats.pearsonr, values, labels),
         "spearman": _correlation(stats.spearmanr, values, labels),
         "mse": float(sklearn_metrics.mean_squared_error(labels, values)),
-        **_of_hub(hub, values, labels),
+        **of_hub(hub, values, labels),
     }
 
 
@@ -48,7 +48,7 @@ def multi_label_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> 
     for average in ("micro", "macro"):
         f1 = sklearn_metrics.f1_score(labels, predicted, average=average, zero_division=0)
         found[f"f1_{average}"] = float(f1)
-    return found | _of_hub(hub, predicted, labels)
+    return found | of_hub(hub, predicted, labels)
 
 
 def perplexity_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> dict[str, float]:
@@ -57,9 +57,13 @@ def perplexity_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> d
     of each example and its number of tokens, both `(n,)`.
     """
     sums, tokens = prediction.predictions, prediction.label_ids
+    return perplexity(sums, tokens) | of_hub(hub, sums, tokens)
+
+
+def perplexity(sums: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """Loss and perplexity, every token alike, from the summed loss of each example and its number of tokens, both `(n,)`."""
     nll = float(np.sum(sums) / max(1, np.sum(tokens)))
-    found = {"nll_per_token": nll, "perplexity": float(np.exp(nll)), "tokens": int(np.sum(tokens))}
-    return found | _of_hub(hub, sums, tokens)
+    return {"nll_per_token": nll, "perplexity": float(np.exp(nll)), "tokens": int(np.sum(tokens))}
 
 
 def logits_of(predictions) -> np.ndarray:
@@ -90,7 +94,8 @@ def hub_metrics(names: Sequence[str] | None) -> list[Any]:
     return loaded
 
 
-def _of_hub(metrics: Sequence[Any], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+def of_hub(metrics: Sequence[Any], predictions: Any, references: Any) -> dict[str, float]:
+    """The results of metrics that `hub_metrics` loaded."""
     found: dict[str, float] = {}
     for metric in metrics:
         found |= metric.compute(predictions=predictions, references=references)

@@ -113,6 +113,10 @@ def lora_config(model: PreTrainedModel, args: ModelArguments):
         task, head = "CAUSAL_LM", None
     elif model.__class__.__name__.endswith("ForSequenceClassification"):
         task, head = "SEQ_CLS", None  # PEFT adds the head itself
+    elif model.__class__.__name__.endswith("ForTokenClassification"):
+        task, head = "TOKEN_CLS", None
+    elif model.__class__.__name__.endswith("ForConditionalGeneration"):
+        task, head = "SEQ_2_SEQ_LM", None
     else:
         task, head = None, [name for name, _ in model.named_children() if name in ("classifier", "head", "score")]
     targets = args.lora_target_modules
@@ -182,16 +186,16 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     return _from_hub(AutoTokenizer, name, args)
 
 
-def check_max_length(max_length: int, config: PretrainedConfig) -> None:
+def check_max_length(max_length: int, config: PretrainedConfig, argument: str = "max_length") -> None:
     """
     Raises:
         UserError: The model has no positions for sequences of this length.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if max_length < 1:
-        raise UserError(f"max_length={max_length} must be at least 1.")
+        raise UserError(f"{argument}={max_length} must be at least 1.")
     if limit and max_length > limit:
-        raise UserError(f"max_length={max_length} is beyond what the model takes: give at most {limit}.")
+        raise UserError(f"{argument}={max_length} is beyond what the model takes: give at most {limit}.")
 
 
 def _from_hub(auto_class: type, name: str, args: ModelArguments, **kwargs: Any) -> Any:

@@ -44,6 +44,8 @@ from .command_line.help import command_again
 from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import open_image, undecoded
 from .data.language import sequence_nll
+from .data.text_to_text import SOURCE, TARGET
+from .per_token import label_nll
 
 THUMBNAIL = 96  # pixels of the longer side
 
@@ -53,7 +55,9 @@ class ReportArguments:
     """Which checkpoints, and what is done with them."""
 
     checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, each alone or as name=checkpoint."})
-    task: str | None = option(None, "image-classification, text-classification or causal-lm; found when left out.")
+    task: str | None = option(
+        None, "image-classification, text-classification, causal-lm or seq2seq; found when left out."
+    )
     output_dir: str = option("outputs/report", "Where report.html and the rest go.")
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(32, "Examples per batch.")
@@ -79,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         print(__doc__)
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
     name = sharpness.find_task(argv)
+    if name == "token-classification":
+        raise UserError(
+            "A report on token-classification checkpoints is not available: its intervals take examples to be independent, "
+            "which the words of a sentence are not. recipes/compare.py reports on runs, recipes/sharpness.py on checkpoints."
+        )
     task = sharpness.TASKS[name]
     args, data_args, task_args, *_ = parse_arguments(
         [ReportArguments, DataArguments, task.arguments, SharpnessConfig, SurvivalConfig],
@@ -93,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     splits, *columns = task.read_data(data_args, task_args)
+    if task.recipe == "seq2seq":  # by the likelihood of the targets, as texts of a language model
+        columns = [[SOURCE, TARGET]]
     if args.split not in splits:
         raise UserError(f"split={args.split} is not there; the data have: {', '.join(splits)}.")
     rows = splits[args.split]
@@ -170,7 +181,10 @@ def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePrediction
         logits = model(**batch).logits
         is_language = logits.ndim == 3
         if is_language:
-            sums, counts = sequence_nll(logits, target, batch.get("position_ids"))
+            if model.config.is_encoder_decoder:
+                sums, counts = label_nll(logits, target)
+            else:
+                sums, counts = sequence_nll(logits, target, batch.get("position_ids"))
             outputs.append(sums.double().cpu())
             labels.append(counts.cpu())
         else:

@@ -28,8 +28,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     default_data_collator,
@@ -47,7 +50,9 @@ from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import ImageDataset, ImageTransform, output_size
 from .data.language import tokenize_texts
 from .data.loading import Splits
+from .data.text_to_text import tokenize_pairs
 from .data.texts import tokenize
+from .data.words import tokenize_words
 from .models import (
     adapter_base,
     check_image_size,
@@ -65,7 +70,7 @@ class CheckpointArguments:
     """Which checkpoints, and which examples."""
 
     checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, each alone or as name=checkpoint."})
-    task: str | None = option(None, "image-classification, text-classification or causal-lm; found when left out.")
+    task: str | None = option(None, "image-classification, text-classification, causal-lm, ...; found when left out.")
     output_dir: str = option("outputs/sharpness", "Where sharpness.json, the report and its figures go.")
     split: str = option("train", "Split to measure on, without augmentation.")
     num_examples: int = option(256, "Examples of the split, drawn by subset_seed.")
@@ -209,7 +214,7 @@ def recorded_data(argv: Sequence[str]) -> list[str]:
         recipe = read_record(path).config.get("recipe", {})
     given = {word.split("=")[0] for word in argv}
     words = []
-    for part in ("data", "images", "texts"):
+    for part in ("data", "images", "texts", "words"):
         for key, value in recipe.get(part, {}).items():
             if value is None or f"--{key}" in given:
                 continue
@@ -253,7 +258,7 @@ def load_checkpoint(
     """
     path = model_args.model_name_or_path
     base = adapter_base(path)
-    names = columns[-1] if auto_class is not AutoModelForCausalLM else None
+    names = columns[-1] if auto_class not in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) else None
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": model_args.trust_remote_code}
     if base is not None and names is not None:
         options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
@@ -306,6 +311,21 @@ def prepare_language(splits: Splits, columns: Sequence[Any], model_args: ModelAr
     return tokenize_texts(splits, names[0], tokenizer, lm_args.max_length), DataCollatorForSeq2Seq(tokenizer)
 
 
+def prepare_pairs(splits: Splits, columns: Sequence[Any], model_args: ModelArguments, text_args: Any, model: Any):
+    tokenizer = _tokenizer(model_args)
+    check_max_length(text_args.max_length, model.config)
+    tokens = tokenize_pairs(splits, tokenizer, text_args.max_length, text_args.max_target_length)
+    return tokens, DataCollatorForSeq2Seq(tokenizer, model=model)
+
+
+def prepare_words(splits: Splits, columns: Sequence[Any], model_args: ModelArguments, word_args: Any, model: Any):
+    words, label_column, _ = columns
+    tokenizer = _tokenizer(model_args)
+    check_max_length(word_args.max_length, model.config)
+    tokens = {n: tokenize_words(s, words, label_column, tokenizer, word_args.max_length) for n, s in splits.items()}
+    return tokens, DataCollatorForTokenClassification(tokenizer)
+
+
 def _tokenizer(model_args: ModelArguments):
     tokenizer = load_tokenizer(model_args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -352,6 +372,10 @@ TASKS = {
         prepare_texts,
     ),
     "causal-lm": Task(AutoModelForCausalLM, "causal_lm", "LanguageArguments", prepare_language),
+    "seq2seq": Task(AutoModelForSeq2SeqLM, "seq2seq", "Seq2SeqArguments", prepare_pairs),
+    "token-classification": Task(
+        AutoModelForTokenClassification, "token_classification", "WordArguments", prepare_words
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 BUCKET_BYTES = 64 * 2**20
 # A bucket is at most this share of a list, unless it is smaller than this: in a model of a few tens of millions of weights
 # 64 MiB are most of them.
-BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**18
+BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**16
 # A piece of a tensor, copied to a wider type, is of this share of a list, but no less than this many numbers.
 PIECE_SHARE, SMALLEST_PIECE = 32, 2**12
 # Where, and for which types, a kernel adds a multiple to a whole list that reads the factor, and whether to add at all,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .buckets import piece_size, pieces
+
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Every number in memory of its own."""
@@ -43,8 +45,10 @@ def add_(mine: list[Tensor], theirs: list[Tensor], factor: float | Tensor | None
     if not isinstance(factor, Tensor):
         torch._foreach_add_(mine, theirs, alpha=1 if factor is None else factor)
         return
-    for left, right in zip(mine, theirs, strict=True):  # not addcmul in 16 bits, which would round the factor to them
-        torch._foreach_add_([left], torch._foreach_mul([right], factor.to(left.device)))
+    size = piece_size(mine)
+    for pair in zip(mine, theirs, strict=True):  # not addcmul in 16 bits, which would round the factor to them
+        for left, right in pieces(size, *pair):
+            torch._foreach_add_([left], torch._foreach_mul([right], factor.to(left.device)))
 
 
 def in_pairs_(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from conftest import SENTENCES
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Translation, Value
 from PIL import Image as PILImage
 
 ROWS = 12
 TEXT, CLASSES, NUMBER = Value("string"), ClassLabel(names=["no", "yes"]), Value("float32")
+THREE = ClassLabel(names=["entailment", "contradiction", "neutral"])
+ENTITIES, PARTS = ClassLabel(names=["O", "B-PER", "I-PER"]), ClassLabel(names=["NN", "VB"])
 TURNS = List({"role": TEXT, "content": TEXT})
 
 # Data set (and its configuration): columns, names of the splits.
@@ -44,13 +46,34 @@ COLUMNS: dict[str, tuple[dict, tuple[str, ...]]] = {
     "glue/rte": ({"sentence1": TEXT, "sentence2": TEXT, "label": CLASSES}, ("train", "validation", "test")),
     "glue/wnli": ({"sentence1": TEXT, "sentence2": TEXT, "label": CLASSES}, ("train", "validation", "test")),
     "aps/super_glue/boolq": ({"question": TEXT, "passage": TEXT, "label": CLASSES}, ("train", "validation", "test")),
-    "aps/super_glue/cb": ({"premise": TEXT, "hypothesis": TEXT, "label": CLASSES}, ("train", "validation", "test")),
+    "aps/super_glue/cb": ({"premise": TEXT, "hypothesis": TEXT, "label": THREE}, ("train", "validation", "test")),
+    "aps/super_glue/copa": (
+        {"premise": TEXT, "choice1": TEXT, "choice2": TEXT, "question": TEXT, "label": CLASSES},
+        ("train", "validation", "test"),
+    ),
+    "aps/super_glue/wic": (
+        {"word": TEXT, "sentence1": TEXT, "sentence2": TEXT, "label": CLASSES},
+        ("train", "validation", "test"),
+    ),
+    "EdinburghNLP/xsum": ({"document": TEXT, "summary": TEXT, "id": TEXT}, ("train", "validation", "test")),
+    "knkarthick/samsum": ({"id": TEXT, "dialogue": TEXT, "summary": TEXT}, ("train", "validation", "test")),
+    "wmt/wmt16": ({"translation": Translation(["en", "ro"])}, ("train", "validation", "test")),
+    "Helsinki-NLP/opus_books": ({"id": TEXT, "translation": Translation(["en", "fr"])}, ("train",)),
+    "eriktks/conll2003": (
+        {"id": TEXT, "tokens": List(TEXT), "pos_tags": List(PARTS), "ner_tags": List(ENTITIES)},
+        ("train", "validation", "test"),
+    ),
+    "unimelb-nlp/wikiann": (
+        {"tokens": List(TEXT), "ner_tags": List(ENTITIES), "langs": List(TEXT), "spans": List(TEXT)},
+        ("train", "validation", "test"),
+    ),
     "Salesforce/wikitext": ({"text": TEXT}, ("train", "validation", "test")),
     "trl-lib/Capybara": ({"messages": TURNS, "source": TEXT}, ("train", "test")),
     "trl-lib/tldr": ({"prompt": TEXT, "completion": TEXT}, ("train", "validation", "test")),
     "images": ({"image": Image(), "label": CLASSES}, ("train", "test")),
     "texts": ({"text": TEXT, "label": CLASSES}, ("train", "test")),
     "corpus": ({"text": TEXT}, ("train", "test")),
+    "words": ({"tokens": List(TEXT), "tags": List(ENTITIES)}, ("train", "test")),
 }
 
 
@@ -70,7 +93,13 @@ def _value(feature, i: int, unlabelled: bool):
     if isinstance(feature, Image):
         return image(i)
     if isinstance(feature, ClassLabel):
-        return -1 if unlabelled else i % 2
+        return -1 if unlabelled else i % feature.num_classes
+    if isinstance(feature, Translation):
+        return {language: SENTENCES[(i + shift) % 8] for shift, language in enumerate(feature.languages)}
+    if isinstance(feature, List) and feature is not TURNS:
+        words = SENTENCES[i % len(SENTENCES)].split()
+        inner = feature.feature
+        return words if inner is TEXT else [k % inner.num_classes for k in range(len(words))]
     if feature is NUMBER:
         return -1.0 if unlabelled else i / ROWS
     if feature is TURNS:

@@ -93,6 +93,10 @@ def test_the_word_no_is_no_boolean(tmp_path):
     assert read_config(tmp_path / "a.yaml") == {"eval_strategy": "no"}
 
 
+def test_an_option_that_names_a_json_file_is_no_configuration_file():
+    assert parse("--dataset=reviews.json", "--seed=4")[1].dataset == "reviews.json"
+
+
 def test_later_file_wins(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1\ndata_seed: 5\n")
     (tmp_path / "b.yaml").write_text("seed: 2\n")

@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import stand_ins
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from hf_sam.tasks import TRAINING
 from hf_sam.tasks.command_line import early
 from hf_sam.tasks.compare import argument_types
 
@@ -42,6 +44,8 @@ def recipe(name: str, folder: Path, request) -> list[str]:
         "image_classification": ("vision", "images"),
         "text_classification": ("encoder", "texts"),
         "causal_lm": ("decoder", "corpus"),
+        "seq2seq": ("text_to_text", "texts"),
+        "token_classification": ("encoder", "words"),
     }[name]
     (folder / "data").mkdir()
     words = [
@@ -53,7 +57,7 @@ def recipe(name: str, folder: Path, request) -> list[str]:
     return words + (["--activation_checkpointing=false", "--bf16=false"] if name == "causal_lm" else [])
 
 
-@pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_recipe_runs_as_a_program(name, tmp_path, request):
     done = finished(command(*recipe(name, tmp_path, request)))
     assert done.returncode == 0, done.stderr
@@ -61,7 +65,9 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     assert "test metrics" in done.stdout
     assert "SAM: method sam (default), rho 0.01 (command line)\n" in done.stdout
     assert "data: train 12, test 12 examples\n" in done.stdout or "data: test 12, train 12 examples\n" in done.stdout
-    assert ("always saying no is right in 50.0 %" in done.stdout) == (name != "causal_lm")
+    classes = name in ("image_classification", "text_classification", "seq2seq")
+    assert ("always saying no is right in 50.0 %" in done.stdout) == classes
+    assert ("always saying O is right in" in done.stdout) == (name == "token_classification")
     assert ("images opened" in done.stdout) == (name == "image_classification")
     assert ("max_length=" in done.stdout) == (name != "image_classification")
     assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
@@ -81,6 +87,9 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
         (["causal_lm.py", "--packin=true"], "'packin' is no argument of this recipe. Did you mean 'packing'?"),
         (["causal_lm.py", "no/where.yaml"], "Configuration file no/where.yaml cannot be read."),
         (["compare.py", "no/where.yaml", "--plan"], "Configuration file no/where.yaml cannot be read."),
+        (["seq2seq.py", "--label_wrods=a"], "'label_wrods' is no argument of this recipe. Did you mean 'label_words'?"),
+        (["seq2seq.py", "--generation_num_beams=many"], "argument --generation_num_beams: invalid int value: 'many'"),
+        (["token_classification.py", "--max_length", "long"], "argument --max_length: invalid int value: 'long'"),
     ],
 )
 def test_mistake_prints_one_line_and_fails_before_torch_is_imported(words, message, tmp_path):
@@ -102,14 +111,14 @@ def test_the_first_look_lets_pass_what_the_parser_takes(words):
     early.check("text_classification", words)
 
 
-@pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_the_first_look_knows_the_arguments_that_the_parser_has(name):
     fields = {field.name: field for kind in argument_types(name) for field in dataclasses.fields(kind) if field.init}
     assert early.arguments_of(name).keys() == fields.keys()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["image_classification", "text_classification", "causal_lm"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_two_processes(name, tmp_path, request):
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
     done = finished(command(*launch, *recipe(name, tmp_path, request)))
@@ -117,6 +126,7 @@ def test_two_processes(name, tmp_path, request):
     record = json.loads((tmp_path / "out/run_record.json").read_text())
     assert record["environment"]["hardware"]["processes"] == 2
     assert record["metrics"]["loss"] > 0
+    assert len(pd.read_parquet(tmp_path / "out/test_predictions.parquet")) == stand_ins.ROWS, "each example once"
 
 
 @pytest.mark.slow

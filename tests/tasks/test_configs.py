@@ -11,9 +11,18 @@ import stand_ins
 from conftest import ROOT
 
 from hf_sam import SAMConfig
+from hf_sam.tasks import TRAINING
 from hf_sam.tasks.command_line.arguments import read_config
+from hf_sam.tasks.data.texts import GLUE
 
-TASKS = ("image_classification", "text_classification", "causal_lm")
+# The stand-in for data of the user's own, and the fixture that makes a small model.
+TASKS = {
+    "image_classification": ("images", "vision"),
+    "text_classification": ("texts", "encoder"),
+    "causal_lm": ("corpus", "decoder"),
+    "seq2seq": ("texts", "text_to_text"),
+    "token_classification": ("words", "encoder"),
+}
 CONFIGS = [path for task in TASKS for path in sorted((ROOT / "configs" / task).glob("*.yaml"))]
 TINY_RESNET = '{"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}'
 TINY_VIT = (
@@ -24,20 +33,16 @@ TINY_VIT = (
 
 def stand_in_for(path: Path, values: dict) -> str:
     if "glue_task" in values:
-        return f"glue/{values['glue_task']}"
+        return f"{'glue' if values['glue_task'] in GLUE else 'aps/super_glue'}/{values['glue_task']}"
     if "dataset" not in values:
-        return {"image_classification": "images", "text_classification": "texts", "causal_lm": "corpus"}[
-            path.parent.name
-        ]
+        return TASKS[path.parent.name][0]
     name = values["dataset"]
     return f"{name}/{values['dataset_config']}" if name == "aps/super_glue" else name
 
 
 def overrides(path: Path, values: dict, folder: Path, request) -> list[str]:
     """What makes a configuration small: other data with the same columns, another model, two steps."""
-    model = {"image_classification": "vision", "text_classification": "encoder", "causal_lm": "decoder"}[
-        path.parent.name
-    ]
+    model = TASKS[path.parent.name][1]
     data = folder / "data"
     data.mkdir()
     words = [
@@ -55,6 +60,10 @@ def overrides(path: Path, values: dict, folder: Path, request) -> list[str]:
     ]
     if "test_samples" in values:
         words.append("--test_samples=8")
+    if "validation_samples" in values:
+        words.append("--validation_samples=8")
+    if model == "text_to_text":
+        words += ["--max_target_length=4", "--generation_num_beams=2"]
     if values.get("model_type") == "resnet":
         words.append(f"--config_overrides={TINY_RESNET}")
     if values.get("model_type") == "vit" and "dataset" in values:
@@ -71,7 +80,7 @@ def overrides(path: Path, values: dict, folder: Path, request) -> list[str]:
 
 
 def test_there_are_configurations_for_every_task():
-    assert {path.parent.name for path in CONFIGS} == set(TASKS)
+    assert {path.parent.name for path in CONFIGS} == set(TASKS) == set(TRAINING)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it

@@ -8,7 +8,7 @@ import re
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from hf_sam.tasks import causal_lm, image_classification, text_classification
+from hf_sam.tasks import causal_lm, image_classification, seq2seq, text_classification, token_classification
 from hf_sam.tasks.command_line.arguments import SAMArguments
 from hf_sam.tasks.command_line.options import DataArguments, ModelArguments, RunArguments
 
@@ -22,6 +22,9 @@ KINDS = (
     image_classification.ImageArguments,
     text_classification.TextArguments,
     causal_lm.LanguageArguments,
+    seq2seq.Seq2SeqArguments,
+    seq2seq.GenerationArguments,
+    token_classification.WordArguments,
 )
 
 
@@ -31,7 +34,7 @@ def test_arguments_exist():
 
 
 def test_configurations_exist():
-    for folder, names in re.findall(r"\| `(\w+_classification)/`? ?`?([^|]*)` ?\|", TEXT):
+    for folder, names in re.findall(r"\| `(\w+_classification|seq2seq)/`? ?`?([^|]*)` ?\|", TEXT):
         for name in re.findall(r"[a-z][\w*]+", names.split(" --")[0]):
             assert list((ROOT / "configs" / folder).glob(f"{name}.yaml")), f"{folder}/{name}"
 

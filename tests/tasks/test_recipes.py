@@ -113,7 +113,7 @@ def test_fine_tuned_folder_loads_in_a_pipeline(finished):
     frame = pd.read_parquet(finished / "test_predictions.parquet")
     for i in range(3):
         scores = {entry["label"]: entry["score"] for entry in predict(stand_ins.image(i))}
-        assert [scores["no"], scores["yes"]] == pytest.approx(frame["probabilities"][i].tolist(), abs=1e-5)
+        assert [scores["no"], scores["yes"]] == pytest.approx(frame["probabilities"][i].tolist(), abs=1e-4)
 
 
 def test_card_is_written(finished):

@@ -21,6 +21,7 @@ from hf_sam.reporting.statistics import holm
 from hf_sam.reporting.study import make_study
 from hf_sam.reporting.survival import cell_frame, paired_survival
 from hf_sam.tasks import causal_lm, compare, image_classification, report, survival
+from hf_sam.tasks.command_line import early
 from hf_sam.tasks.command_line.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,15 @@ def test_the_report_on_checkpoints_has_it_as_a_section(checkpoints, tmp_path):
     assert "| 50 % pruned |" in text
     report.main([*words, f"--output_dir={tmp_path / 'without'}"])
     assert "--survival true measures it" in (tmp_path / "without/report.md").read_text()
+
+
+@pytest.mark.parametrize("task", ["survival", "report"])
+def test_a_mistyped_option_is_named_before_anything_is_loaded(task):
+    early.check(
+        task, ["a=x", "b=y", "--bits", "4", "2", "--noise_draws=1", "--dataset", "digits", "--max_examples", "9"]
+    )
+    with pytest.raises(UserError, match=r"'max_example' is no argument of this recipe. Did you mean 'max_examples'"):
+        early.check(task, ["a=x", "--max_example", "9"])
 
 
 def test_what_cannot_be_merged_or_does_not_exist_is_one_line(checkpoints, tmp_path):

@@ -75,7 +75,8 @@ def resolve(argv: Sequence[str], folder: str | None) -> list[str]:
 
 def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The configuration files that lead the command line, and the options that follow."""
-    count = next((i for i, word in enumerate(argv) if not word.endswith(CONFIG_SUFFIXES)), len(argv))
+    is_file = [word.endswith(CONFIG_SUFFIXES) and not word.startswith("-") for word in argv]  # --dataset=a.json is none
+    count = next((i for i, found in enumerate(is_file) if not found), len(argv))
     return list(argv[:count]), list(argv[count:])
 
 

@@ -73,9 +73,16 @@ def look_alikes(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def truncation(
-    splits: Splits, text_columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    splits: Splits,
+    text_columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    argument: str = "max_length",
 ) -> list[str]:
-    """Which share of texts, and of their tokens, `max_length` cuts, measured on at most `MAX_MEASURED` training texts."""
+    """
+    Which share of texts, and of their tokens, `max_length` cuts, measured on at most `MAX_MEASURED` training texts.
+    `argument` is what the user calls it.
+    """
     train = splits["train"]
     if not isinstance(train, Dataset) or any("string" not in train.features[name].dtype for name in text_columns):
         return []
@@ -85,13 +92,13 @@ def truncation(
     lengths = np.array([len(ids) for ids in tokenizer(*texts, truncation=False, verbose=False)["input_ids"]])
     cut = lengths > max_length
     if not cut.any():
-        return [f"no text is longer than max_length={max_length}; the longest has {lengths.max()} tokens"]
+        return [f"no text is longer than {argument}={max_length}; the longest has {lengths.max()} tokens"]
     lost = np.maximum(lengths - max_length, 0).sum() / lengths.sum()
     line = (
-        f"max_length={max_length} cuts {100 * cut.mean():.1f} % of the texts and {100 * lost:.1f} % of the tokens; half the "
+        f"{argument}={max_length} cuts {100 * cut.mean():.1f} % of the texts and {100 * lost:.1f} % of the tokens; half the "
         f"texts have more than {int(np.median(lengths))} tokens, the longest {lengths.max()}"
     )
-    return [f"!{line}. Give a larger --max_length if what is cut matters." if cut.mean() > 0.1 else line]
+    return [f"!{line}. Give a larger --{argument} if what is cut matters." if cut.mean() > 0.1 else line]
 
 
 def check_images(splits: Splits, image_column: str, how: str) -> list[str]:
