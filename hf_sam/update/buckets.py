@@ -282,8 +282,9 @@ def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[T
     """`||t||_order` of each tensor, 0-dim; of a tensor without numbers it is 0."""
 
     def one_group(group: list[Tensor]) -> list[Tensor]:
-        if order in (1, 2) and group[0].device.type == "cpu" and group[0].dtype != dtype:
-            return [_norm(t, order, dtype) for t in group]  # there it is taken of a wider copy
+        is_widened = order in (1, 2) and group[0].device.type == "cpu" and group[0].dtype != dtype
+        if is_widened and any(t.numel() > 4 * SMALLEST_PIECE for t in group):  # there it is taken of a wider copy
+            return [_norm(t, order, dtype) for t in group]
         if order in (1, 2, float("inf")):
             return torch._foreach_norm(group, order, dtype=dtype)
         powers = torch._foreach_abs(in_float32(group))  # for other orders there is no kernel for lists
