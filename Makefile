@@ -9,7 +9,7 @@ MINUTES := 8
 export TOKENIZERS_PARALLELISM := false
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-slow test-wheel test-gpu test-oldest bench-gpu docs lint format clean
+.PHONY: demo test test-slow test-wheel test-gpu test-clusters test-oldest bench-gpu docs lint format clean
 
 demo: $(READY)
 	$(RUN) recipes/demo.py --output_dir outputs/demo
@@ -30,6 +30,10 @@ test-wheel: $(READY)
 test-gpu: $(READY)
 	@$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device is visible here: no GPU test was run')"
 	$(RUN) -m pytest tests/gpu -m "gpu or multi_gpu" -rs --durations 15
+
+# A real Ray and a real Slurm on this machine. What could not be installed is said at the end, as skipped and why.
+test-clusters: $(if $(VENV),$(VENV)/.clusters)
+	$(RUN) -m pytest tests/clusters -m clusters -rs --durations 15
 
 # What a step costs on the card at hand, in at most MINUTES: outputs/bench-gpu/bench.json and bench.md.
 bench-gpu: $(READY)
@@ -65,6 +69,16 @@ $(OLDEST)/.installed: EXTRAS := dev,vision
 $(VENV)/.deepspeed: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[deepspeed]" && touch $@ \
 		|| echo "DeepSpeed could not be installed: what needs it is skipped."
+
+$(VENV)/.clusters: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[ray]" \
+		|| echo "Ray could not be installed: what needs it is skipped."
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[slurm]" \
+		|| echo "submitit could not be installed: what needs it is skipped."
+	PATH="$$PATH:/usr/sbin"; (command -v slurmctld && command -v munged) >/dev/null \
+		|| (command -v apt-get && test "$$(id -u)" = 0 && apt-get update --quiet && apt-get install --yes --quiet slurm-wlm munge) \
+		|| echo "Slurm is missing, and installing it takes root on Debian (apt-get install slurm-wlm munge): what needs it is skipped."
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(OLDEST) outputs build *.egg-info

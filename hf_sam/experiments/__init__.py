@@ -1,1 +1,1 @@
-"""From a plan to run records: workers, leases, processes, tuning, provenance."""
+"""From a plan to run records: the driver, executors, processes, tuning, provenance."""

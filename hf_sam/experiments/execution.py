@@ -8,12 +8,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,10 +23,12 @@ from accelerate import PartialState
 
 from .pausing import LengthFound, PauseAt
 from .plan import averaging_of, command_line
-from .records import OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
+from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
 
 JOB_NAME, LOG_NAME, LENGTH_NAME = "run.json", "log.txt", "length.json"
-PRELOADED = ["datasets", "pandas", __name__]  # once for all runs of a worker
+SUBMISSION_NAME = "submission.json"  # which job of which executor makes the run; gone when it has ended
+PLACE_NAME = "place.json"  # where the run began last, written by the run itself
+PRELOADED = ["datasets", "pandas", __name__]  # once for all runs of a machine
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -39,23 +42,27 @@ def load_task(name: str) -> ModuleType:
     return importlib.import_module(name if "." in name else f"hf_sam.tasks.{name}")
 
 
-def start(folder: Path, launcher: Sequence[str]) -> multiprocessing.Process | subprocess.Popen:
+def start(
+    folder: Path, launcher: Sequence[str], environment: Mapping[str, str] | None = None
+) -> multiprocessing.Process | subprocess.Popen:
     """
-    Starts the run whose `run.json` is in `folder`.
+    Start the run whose `run.json` is in `folder`, in a process that ends with this one.
 
     Args:
         folder (`Path`): Of the run.
         launcher (`Sequence[str]`): Command that starts it; none: a child of a process that has the libraries loaded.
+        environment (`Mapping[str, str]`, *optional*): Variables to set over those of this process.
     """
     if launcher:
         words = [*launcher, "-m", __name__, str(folder), "--parent", str(os.getpid())]
         with open(folder / LOG_NAME, "ab") as log:
-            return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            variables = {**os.environ, **(environment or {})}
+            return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=variables)
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_child, args=(folder,))
+    process = context.Process(target=_child, args=(folder, dict(environment or {})))
     process.start()
     return process
 
@@ -81,8 +88,9 @@ def stop(process: multiprocessing.Process | subprocess.Popen) -> None:
     process.wait() if isinstance(process, subprocess.Popen) else process.join()
 
 
-def _child(folder: Path) -> None:
-    """What a process of our own does first: write to the log, and end when the worker does."""
+def _child(folder: Path, environment: Mapping[str, str]) -> None:
+    """What a process of our own does first: write to the log, and end when the one that started it does."""
+    os.environ.update(environment)
     with open(folder / LOG_NAME, "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -95,13 +103,13 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)  # nobody is left to keep a claim alive, or to stop what goes on
+        os._exit(1)  # nobody is left to stop what goes on
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with(parent: int) -> None:
-    """The same under a launcher, by the worker's process number."""
+    """The same under a launcher, by the number of that process."""
 
     def watch() -> None:
         while True:
@@ -116,12 +124,17 @@ def end_with(parent: int) -> None:
 
 def execute(folder: Path) -> None:
     """
-    Run the task as `run.json` says, and leave a record even where the task did not get so far.
+    Run the task as `run.json` says, and leave a record even where the task did not get so far. Nothing is done where
+    the record says that the run has ended.
 
     A job with `pause_at` stops at that step of its schedule and keeps the checkpoint; at 0 it only finds out how long
     the run is.
     """
     job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+    if has_ended(folder):
+        return
+    if job.get("pause_at") is not None and int(os.environ.get("RANK", "0")) == 0:
+        remove_checkpoints(folder)  # of a part of a run, which is made again from where it began
     try:
         averaging = averaging_of(job["average"])
         callbacks = [averaging] if averaging is not None else []
@@ -160,11 +173,53 @@ def _clear(folder: Path, job: dict[str, Any]) -> None:
     """Removes what need not stay."""
     if not job["keep_model"]:
         if job.get("pause_at") is None:  # a paused run goes on from its checkpoint
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            remove_checkpoints(folder)
         for pattern in WEIGHTS:
             for path in folder.glob(pattern):
                 path.unlink()
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run in `folder` has a record that says so."""
+    try:
+        return read_record(folder / RECORD_NAME).status in ENDED
+    except RecordError:
+        return False
+
+
+def take_up(folder: Path, submission: str) -> bool:
+    """
+    Note that the run begins here, unless it belongs to another job: one that was submitted by a driver that died
+    before it could note the job's name is found out when it starts, and leaves the run alone.
+
+    Args:
+        folder (`Path`): Of the run.
+        submission (`str`): Name that the executor gave this job.
+    """
+    stated = read_json(folder / SUBMISSION_NAME)
+    if stated is not None and stated["id"] != submission:
+        return False
+    write_place(folder, submission, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return True
+
+
+def write_place(folder: Path, submission: str, pid: int, gpus: str | None) -> None:
+    """Note on which machine, and with which GPUs, a run is being made."""
+    place = {"id": submission, "host": socket.gethostname(), "pid": pid, "gpus": gpus or None}
+    write_json(folder / PLACE_NAME, place)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a small file beside a run; `None` where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def mark_failed(folder: Path, names: dict[str, Any], error: Exception) -> None:
@@ -183,9 +238,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="Of the run; `run.json` in it says what is run.")
     parser.add_argument("--parent", type=int, help="Process that the run ends with.")
+    parser.add_argument("--submission", help="Job of a cluster that the run is made in.")
     args = parser.parse_args(argv)
     if args.parent:
         end_with(args.parent)
+    if args.submission and int(os.environ.get("RANK", "0")) == 0 and not take_up(args.folder, args.submission):
+        sys.exit(f"{args.folder} is made by another job than {args.submission}.")
     execute(args.folder)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,10 @@ class Tuning:
         spaces (`dict`, *optional*): The same, for single arms beside or instead of `space`.
         validation_size (`float`, *optional*, defaults to 0.2): Share of the training data that scores a trial.
         seed (`int`, *optional*, defaults to 1000): Of the trials' runs and of the search.
+        parallel (`int`, *optional*, defaults to 1):
+            Trials of one arm (in one task, condition and budget) at the same time. With more than one, what a trial
+            tries depends on which results came in before it.
+        storage (`str`, *optional*): URL of a database for optuna's trials, instead of a file beside the runs.
     """
 
     trials: int
@@ -63,6 +68,8 @@ class Tuning:
     spaces: dict[str, dict[str, Any]] = field(default_factory=dict)
     validation_size: float = 0.2
     seed: int = 1000
+    parallel: int = 1
+    storage: str | None = None
 
     def of(self, arm: str) -> dict[str, Any]:
         """What is searched for `arm`."""
@@ -90,6 +97,7 @@ class Plan:
         sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py` to measure every trained model with.
         survival (`dict` or `None`): Fields of `SurvivalConfig` to measure every trained model with; `true` takes its defaults.
         launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; none: this Python.
+        executor (`dict`): Who makes the runs: `{kind: local, ray or slurm}` and the options of each under its name.
         reference_passes (`float` or `None`): Passes per step that `"passes"` grants; those of the dearest arm if `None`.
     """
 
@@ -109,6 +117,7 @@ class Plan:
     survival: dict[str, Any] | None = None
     launcher: list[str] = field(default_factory=list)
     reference_passes: float | None = None
+    executor: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ class Run:
         """Those that are tuned together."""
         return self.task, self.condition, self.budget, self.arm
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Relative to `output_dir`."""
         last = f"seed-{self.seed}" if self.trial is None else f"trial-{self.trial:03d}"
@@ -166,6 +175,12 @@ def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
             f"{path}: `{key}` must map at least one name to settings.",
         )
     _check_mappings(values, path)
+    if isinstance(values.get("executor"), str):
+        values["executor"] = {"kind": values["executor"]}
+    _check(
+        isinstance(values.setdefault("executor", {}), dict),
+        f"{path}: `executor` must be local, ray, slurm, or a mapping with `kind` and the options of each.",
+    )
     arms, tasks = values["arms"], values["tasks"]
     for name, task in tasks.items():
         _check(isinstance(task, dict) and task.get("recipe"), f"{path}: task {name} needs a `recipe`.")
@@ -247,6 +262,8 @@ def _read_tuning(values: Any, arms: Mapping[str, Any], path: Path) -> Tuning | N
     _check_keys(values, Tuning, f"{path}: tuning.")
     trials, share = values.get("trials"), values.get("validation_size", 0.2)
     _check(type(trials) is int and trials > 0, f"{path}: tuning.trials={trials!r} must be a whole number, at least 1.")
+    parallel = values.get("parallel", 1)
+    _check(type(parallel) is int and parallel > 0, f"{path}: tuning.parallel={parallel!r} must be at least 1.")
     _check(isinstance(share, float) and 0 < share < 1, f"{path}: tuning.validation_size={share!r} must be in (0, 1).")
     values.setdefault("space", {})
     unknown = set(values.get("spaces") or {}) - set(arms)

@@ -33,6 +33,7 @@ FORMAT = "hf_sam.run_record"
 VERSION = 1
 RECORD_NAME = "run_record.json"
 STATUSES = ("running", "interrupted", "finished", "failed", "foreign")
+ENDED = ("finished", "failed")
 OPEN = ("running", "interrupted")  # what a killed run, and one that was stopped, leave behind: to be resumed
 
 _SECRET_KEY = re.compile(r"(_token|^token|api_?key|password|passwd|secret|credential)s?$", re.IGNORECASE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from ..evaluation.metrics import metric_of
 from ..experiments.records import OPEN
@@ -57,9 +58,29 @@ def _about_tuning(study: Study) -> list[str]:
         listed = ", ".join(f"{arm} {' or '.join(map(str, sorted(count)))}" for arm, count in counts.items())
         return [f"Arms were tuned with unequal numbers of trials ({listed})."]
     count = next(iter(set().union(*counts.values())))
-    return [
+    found = [
         f"Each arm was tuned with {count} trials per task, condition and budget; a larger search could change the order."
     ]
+    parallel, searches = _searches_in_parallel(study)
+    if parallel:
+        found.append(
+            f"In {parallel} of {searches} searches for settings, trials ran at the same time: what one of them tried "
+            f"depended on which results had come in before it, and could be something else if it were run again."
+        )
+    return found
+
+
+def _searches_in_parallel(study: Study) -> tuple[int, int]:
+    """In how many searches a trial began before the one before it had ended, and how many there are."""
+    groups: dict[tuple, list] = {}
+    for run in study.records:
+        if is_trial(run) and run.started and run.ended and run.path is not None:
+            groups.setdefault((run.task, run.condition, run.budget, run.arm), []).append(run)
+    count = 0
+    for runs in groups.values():
+        runs.sort(key=lambda run: run.path.parent.name)
+        count += any(later.started < earlier.ended for earlier, later in pairwise(runs))
+    return count, len(groups)
 
 
 def _about_runs(study: Study) -> list[str]:

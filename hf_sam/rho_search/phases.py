@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +12,10 @@ import pandas as pd
 
 from ..config import SAMConfig
 from ..evaluation.metrics import metric_of
+from ..experiments.execution import remove_checkpoints
 from ..experiments.plan import TUNING, command_line
 from ..experiments.records import RunRecord
-from ..experiments.worker import Workshop
+from ..experiments.workshop import Workshop
 from ..update.schedule import Schedule
 from .halving import ExampleScores, Gain, SearchPlan, paired_gain, survivors
 
@@ -104,11 +104,11 @@ class Search:
 class RhoWorkshop(Workshop):
     """
     A search and where its runs stand. Which ones there are follows from the records alone, so that a search that was
-    killed, or is shared by several workers, goes the same way.
+    killed, or whose runs are made at the same time, goes the same way.
     """
 
     def __init__(self, search: Search):
-        super().__init__(search, [], lambda run: {})  # a worker asks a plan for its folder and launcher alone
+        super().__init__(search, [], lambda run: {})  # a driver asks a plan for its folder and launcher alone
         self.search = search
         self._scores: dict[Path, dict[str, ExampleScores]] = {}
         self._floors: dict[Path, dict[str, ExampleScores]] = {}
@@ -162,19 +162,15 @@ class RhoWorkshop(Workshop):
 
     # --- disk --------------------------------------------------------------------------------------------------------
 
-    def clear(self, run: Phase) -> None:
-        """Removes what a killed process left of a phase: it is made again from where it began."""
-        _remove_checkpoints(self.folder(run))
-
     def discard(self) -> None:
         """Removes every checkpoint from which nothing will go on any more."""
-        stages, waiting = self.stages(), self.open_runs()
+        stages, waiting = self.stages(), list(self.open_runs())
         wanted = {self.search.output_dir / phase.source for phase in waiting if phase.source}
         going_on = stages[-1] if waiting and len(stages) < len(self.search.plan.rungs) else []
         for phase in (phase for stage in stages for phase in stage):
             checkpoint = self.folder(phase) / f"checkpoint-{phase.end}"
             if self.has_ended(phase) and phase not in going_on and checkpoint not in wanted:
-                _remove_checkpoints(self.folder(phase))
+                remove_checkpoints(self.folder(phase))
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
@@ -331,8 +327,3 @@ def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
 def passes_spent(record: RunRecord) -> float:
     """Gradient passes of one phase, as its trainer counted them."""
     return record.segments[-1]["passes"] if record.segments else 0.0
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)  # another worker may be at it

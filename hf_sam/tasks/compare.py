@@ -3,25 +3,29 @@
     hf-sam compare digits --plan      # what would run
     hf-sam compare digits             # run what is missing, then report
 
-The same command again goes on where it stopped; the same command elsewhere on a shared folder helps.
+The same command again goes on where it stopped. --workers 4 makes four runs at a time on this machine, --executor ray or
+slurm hands them to a cluster (docs/clusters.md), --status says where they stand.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from hf_sam.config import SAMConfig
 
-from ..experiments.execution import LOG_NAME, end_with_parent, load_task
+from ..experiments.driver import cancel_all, drive
+from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
+from ..experiments.executors import Choice, choose
 from ..experiments.external_runs import find_foreign_records
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import (
@@ -36,37 +40,47 @@ from ..experiments.plan import (
     mean_passes,
     read_plan,
 )
-from ..experiments.records import RunRecord, write_json
-from ..experiments.worker import Workshop, counts, estimate, records_of, retry_failed, work
+from ..experiments.records import ENDED, RECORD_NAME, write_json
+from ..experiments.standing import describe_standing, progress, reason, standing_of
+from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report
 from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
 from .command_line.arguments import parse_arguments, read_layers
-from .command_line.errors import UserError, as_user_error
+from .command_line.errors import UserError, as_user_error, one_line
 from .command_line.help import command_again
 from .command_line.parsers import check_recipe, parse_study
 
 PLAN_NAME = "comparison.json"
 MAX_REASONS = 5
+PROGRESS_SECONDS = 1.0  # between two lines on how far it is
+REPORT_SHARE, REPORT_SECONDS = 0.05, 60.0  # a report on what there is: of the time at most, and at least apart
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_study(argv)
     plan = plan_of(args)
+    choice = choose(plan.executor, args.executor, args.workers, args.executor_options)
     workshop = open_workshop(plan)
+    if args.cancel:
+        print(f"{cancel_all(workshop, choice)} jobs are ended. The same command without --cancel goes on.")
+        return None
+    if args.status:
+        print(describe_standing(standing_of(workshop, choice)))
+        return None
     workshop.check_unchanged()
-    print_plan(workshop, args.workers)
+    print_plan(workshop, choice.options.get("workers", 1))
     if args.plan:
         return None
     if args.retry_failed:
         print(f"{retry_failed(workshop)} failed runs are made again.")
+    command = command_again("compare", [word for word in argv if word not in ("--report", "--retry_failed")])
     if not args.report:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
-        make_all(args, workshop)
+        make_all(workshop, choice, lambda: report_on(workshop, args.foreign, command=command))
     failures = describe_failures(workshop)
-    words = [word for word in argv if word not in ("--report", "--retry_failed")]
-    report = report_on(workshop, args.foreign, failures, command_again("compare", words))
+    report = report_on(workshop, args.foreign, failures, command)
     print(f"\nReport: {report}")
     if failures and not args.report:
         raise UserError(failures)
@@ -75,10 +89,11 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 def describe_failures(workshop: Workshop) -> str:
     """How many runs failed, why, and what to do about it; empty where none did."""
-    failed = [record for record in records_of(workshop) if record.status == "failed"]
+    outcomes = map(workshop.record, workshop.all_runs())
+    failed = [record for record in outcomes if record is not None and record.status == "failed"]
     if not failed:
         return ""
-    reasons = Counter(_why(record) for record in failed)
+    reasons = Counter(reason(record) for record in failed)
     listed = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.most_common(MAX_REASONS))
     total = sum(counts(workshop)[name] for name in ("finished", "failed", "begun", "waiting"))
     return (
@@ -177,54 +192,49 @@ def argument_types(recipe: str) -> tuple[type, ...]:
     return tuple(task.ARGUMENTS)
 
 
-def make_all(args: argparse.Namespace, workshop: Workshop) -> None:
-    """Makes the runs with as many workers as asked for; this process is one of them."""
-    context = multiprocessing.get_context("spawn")
-    helpers = [context.Process(target=_help, args=(args,)) for _ in range(args.workers - 1)]
-    for helper in helpers:
-        helper.start()
-    try:
-        _work(workshop, args.stale_after, args.workers)
-        for helper in helpers:
-            helper.join()
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        for helper in helpers:
-            helper.terminate()
-
-
-def _help(args: argparse.Namespace) -> None:
-    end_with_parent()
-    _work(open_workshop(plan_of(args)), args.stale_after)
-
-
-def _work(workshop: Workshop, stale_after: float, workers: int = 1) -> None:
-    def tell(run: Run, what: str) -> None:
-        name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
-        print(f"{what:>10}  {name}", flush=True)
-        if what == "failed":
-            print(f"{'':>10}  {_why(workshop.record(run))}", flush=True)
-        if what in ("finished", "failed"):
-            print(f"{'':>10}  {progress(workshop, workers)}", flush=True)
-
-    work(workshop, stale_after, tell)
-
-
-def progress(workshop: Workshop, workers: int = 1) -> str:
-    """One line: how far it is, and how long it will take."""
+def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) -> None:
+    """Makes what is missing, tells of each run, and calls `write` for a new report now and then."""
     count = counts(workshop)
     total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
-    line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
-    time = estimate(workshop)
-    if time is None:
-        return f"{line}; time is estimated after the first."
-    seconds, known = time
-    minutes = seconds / workers / 60
-    rest = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
-    of = f", of {workers} workers" if workers > 1 else ""
-    return f"{line}; about {rest}{of} to go, judging by {known} finished."
+    bar = tqdm(total=total, initial=count["finished"] + count["failed"], unit="run", disable=None, dynamic_ncols=True)
+    begun: set[Path] = set()
+    due, told = time.monotonic() + REPORT_SECONDS, 0.0
+
+    def tell(run: Run, what: str) -> None:
+        nonlocal due, told
+        name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
+        bar.write(f"{what:>10}  {name}")
+        if what in ("begins", "queued", "goes on"):
+            begun.add(run.folder)
+            return
+        begun.discard(run.folder)
+        if what == "failed":
+            bar.write(f"{'':>10}  {reason(workshop.record(run))}")
+        if what in ENDED:
+            bar.update()
+            if bar.disable and time.monotonic() > told + PROGRESS_SECONDS:
+                told = time.monotonic()
+                under_way = sum((workshop.plan.output_dir / folder / PLACE_NAME).exists() for folder in begun)
+                bar.write(f"{'':>10}  {progress(workshop, max(under_way, 1))}")
+            sys.stdout.flush()
+            if run.trial is None and time.monotonic() >= due:
+                started = time.monotonic()
+                try:
+                    write()
+                except UserError:  # nothing to report on yet
+                    pass
+                except Exception as error:  # no reason to let the runs go; the report at the end will raise it again
+                    bar.write(f"{'':>10}  The report could not be rewritten: {one_line(error)}")
+                now = time.monotonic()
+                due = now + max(REPORT_SECONDS, (now - started) / REPORT_SHARE)
+
+    try:
+        with bar:
+            drive(workshop, choice, tell)
+    except KeyboardInterrupt:
+        stays = "" if choice.kind == "local" else "What was submitted goes on; --status shows it, --cancel ends it. "
+        print(f"\nInterrupted. {stays}The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
 
 
 def print_plan(workshop: Workshop, workers: int) -> None:
@@ -256,13 +266,6 @@ def print_plan(workshop: Workshop, workers: int) -> None:
     print(f"{len(workshop.runs)} runs{trials} in {plan.output_dir}: {progress(workshop, workers)}")
 
 
-def _why(record: RunRecord) -> str:
-    """What ended a failed run, in a line."""
-    error = record.error or {}
-    lines = error.get("message", "").splitlines()
-    return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
-
-
 def describe_power(plan: Plan) -> str:
     """What the seeds of a plan can establish."""
     seeds, cells = len(plan.seeds), len(plan.tasks) * len(plan.conditions)
@@ -290,7 +293,8 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
     for folder in foreign:
         found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
         records, problems = records + found, problems + messages
-    final = records_of(workshop, workshop.runs)
+    paths = {workshop.folder(run) / RECORD_NAME for run in workshop.runs}
+    final = [record for record in records if record.path in paths]
     done = {entry.arm for entry in final if entry.status == "finished"}
     if not any(record.status in ("finished", "foreign") for record in records):
         raise UserError(failures or f"No run has finished in {plan.output_dir}: there is nothing to report on.")

@@ -14,7 +14,6 @@ import json
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from transformers import TrainingArguments
 from hf_sam.config import SAMConfig
 from hf_sam.update.schedule import Schedule
 
-from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME, is_running, start, stop
-from ..experiments.leases import Claims
+from ..experiments.driver import drive, make_one, study_lock
+from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME
+from ..experiments.executors import Choice, choose
 from ..experiments.plan import command_line
 from ..experiments.records import RECORD_NAME, RecordError, plain, read_record, write_json
-from ..experiments.worker import ENDED, work
 from ..reporting import rho_search as rho_report
 from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
 from ..rho_search.phases import SETTINGS, Phase, RhoWorkshop, Search, pass_counter
@@ -65,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         options.metric,
         plan=None,
     )
-    plan = plan_of(options, find_length(search), configs, args.get_warmup_steps)
+    choice = choose({}, options.executor, options.workers, options.executor_options)
+    plan = plan_of(options, find_length(search, choice), configs, args.get_warmup_steps)
     if options.annealed:
         search = dataclasses.replace(search, settings={**settings, "max_steps": plan.horizon})
     workshop = RhoWorkshop(dataclasses.replace(search, plan=plan))
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if options.plan:
         return None
     keep_plan(workshop.search)
-    make_all(workshop, options.stale_after)
+    make_all(workshop, choice)
     again = command_again("find_rho", sys.argv[1:] if argv is None else argv)
     return report(workshop, options.budget, again)
 
@@ -97,7 +97,7 @@ def grid(options: argparse.Namespace, sam_config: SAMConfig) -> list[float]:
     return geometric_grid(low, high, options.points)
 
 
-def find_length(search: Search) -> int:
+def find_length(search: Search, choice: Choice) -> int:
     """
     Optimizer steps of an ordinary run. A run is begun, so that the Trainer says it itself, and ended before its first
     step; what is wrong with model or data comes out here.
@@ -114,16 +114,11 @@ def find_length(search: Search) -> int:
         "is_trial": True,
         "pause_at": 0,
     }
-    with Claims(search.output_dir).lock:
+    with study_lock(search.output_dir):
         if not (folder / LENGTH_NAME).exists() or json.loads((folder / JOB_NAME).read_text()) != job:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / JOB_NAME, job)
-            process = start(folder, search.launcher)
-            try:
-                while is_running(process):
-                    time.sleep(0.1)
-            finally:
-                stop(process)
+            make_one(folder, choice.make(search.launcher), LENGTH_NAME)
         if not (folder / LENGTH_NAME).exists():
             raise UserError(_error_in(folder))
         (folder / RECORD_NAME).unlink(missing_ok=True)  # of a run that never was
@@ -204,18 +199,14 @@ def print_plan(search: Search, budget: float) -> None:
     )
 
 
-def make_all(workshop: RhoWorkshop, stale_after: float) -> None:
-    """Makes every phase that nobody else makes; ends when all have ended."""
+def make_all(workshop: RhoWorkshop, choice: Choice) -> None:
+    """Makes every phase, rung after rung."""
 
     def tell(phase: Phase, what: str) -> None:
-        if what == "begins":
-            workshop.clear(phase)
-        elif what in ENDED:
-            workshop.discard()
         print(f"{what:>10}  rho {phase.rho:g}, seed {phase.seed}, steps {phase.begin} to {phase.end}", flush=True)
 
     try:
-        work(workshop, stale_after, tell)
+        drive(workshop, choice, tell)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         sys.exit(130)

@@ -14,7 +14,7 @@ from hf_sam.experiments.plan import (
     trial_runs,
 )
 from hf_sam.experiments.records import RunRecord
-from hf_sam.experiments.tuning import best_trial, next_settings
+from hf_sam.experiments.tuning import best_trial, is_possible, next_settings, open_storage
 
 STUDY = {
     "recipe": "image_classification",
@@ -127,6 +127,8 @@ def test_passes_per_step_of_published_methods(config, expected):
         ({"arms": {"swa": {"average_start": 0.5}}}, "average_start is used only with average"),
         ({"arms": {"a b": {}, "a-b": {}}}, "arms 'a b' and 'a-b' would share a folder; rename one"),
         ({"tuning": {"trials": 0}}, "tuning.trials=0 must be a whole number, at least 1"),
+        ({"tuning": {"trials": 1, "space": {"lr": [1]}, "parallel": 0}}, "tuning.parallel=0 must be at least 1"),
+        ({"executor": 3}, "`executor` must be local, ray, slurm, or a mapping"),
         ({"tuning": {"trials": 1}}, "nothing to search for arm adamw"),
         ({"tuning": {"trials": 1, "space": {"lr": {"low": 1}}}}, "tuning of lr must be a list of choices or"),
         ({"tuning": {"trials": 1, "space": {"lr": {"low": "1e-5", "high": 1.0}}}}, "write 1.0e-5, not 1e-5"),
@@ -173,19 +175,38 @@ def test_folders_are_plain():
 SPACE = {"x": {"low": -1.0, "high": 1.0}, "rate": {"low": 1e-5, "high": 1.0, "log": True}, "kind": ["a", "b"]}
 
 
-def search(trials, score, metric="accuracy"):
-    """Settings and records of a whole search."""
-    tried, done = [], []
+def search(trials, score, metric="accuracy", storage=None):
+    """Trials and records of a whole search, one after the other."""
+    made = []
     for _ in range(trials):
-        tried.append(next_settings(SPACE, 1, metric, done))
-        done.append(RunRecord(task="t", arm="a", status="finished", metrics={metric: score(tried[-1])}))
-    return tried, done
+        tried = next_settings(SPACE, 1, metric, made, storage)
+        made.append((tried, RunRecord(task="t", arm="a", status="finished", metrics={metric: score(tried)})))
+    return [tried for tried, _ in made], [record for _, record in made]
 
 
-def test_the_search_is_the_same_whoever_goes_on_with_it():
-    tried, done = search(8, lambda settings: -(settings["x"] ** 2))
-    for index in range(8):  # another worker, knowing only the records
-        assert next_settings(SPACE, 1, "accuracy", done[:index]) == tried[index]
+def test_the_search_is_the_same_whoever_goes_on_with_it_and_whether_its_storage_is_kept_or_lost(tmp_path):
+    storage = open_storage(tmp_path)
+    tried, done = search(8, lambda settings: -(settings["x"] ** 2), storage=storage)
+    assert len({settings["x"] for settings in tried}) == 8
+    for index in range(8):
+        earlier = list(zip(tried, done, strict=True))[:index]
+        assert next_settings(SPACE, 1, "accuracy", earlier) == tried[index]  # knowing only the records
+        assert next_settings(SPACE, 1, "accuracy", earlier, open_storage(tmp_path)) == tried[index]
+    assert len(storage.get_all_trials(0)) == 8  # a trial that was asked for twice is one trial
+
+
+def test_a_trial_beside_another_one_tries_something_else_and_both_are_told_in_the_end():
+    tried, done = search(5, lambda settings: -(settings["x"] ** 2))
+    earlier = list(zip(tried, done, strict=True))
+    storage = open_storage(None, "sqlite://")
+    first = next_settings(SPACE, 1, "accuracy", earlier, storage)
+    second = next_settings(SPACE, 1, "accuracy", [*earlier, (first, None)], storage)
+    assert first != second
+    late = RunRecord(task="t", arm="a", status="finished", metrics={"accuracy": 0.5})
+    next_settings(SPACE, 1, "accuracy", [*earlier, (first, None), (second, late)], storage)
+    next_settings(SPACE, 1, "accuracy", [*earlier, (first, late), (second, late)], storage)
+    states = [trial.state.name for trial in storage.get_all_trials(1)]
+    assert states == ["COMPLETE"] * 7 + ["RUNNING"]
 
 
 def test_the_search_finds_better_settings_than_its_random_start():
@@ -205,5 +226,18 @@ def test_less_is_better_where_the_metric_says_so():
 
 
 def test_a_failed_trial_does_not_stop_the_search():
-    done = [RunRecord(task="t", arm="a", status="failed")]
+    done = [({"x": 0.0, "rate": 0.1, "kind": "a"}, RunRecord(task="t", arm="a", status="failed"))]
     assert set(next_settings(SPACE, 1, "accuracy", done)) == {"x", "rate", "kind"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"x": 0.0, "rate": 0.1, "kind": "b"}, True),
+        ({"x": 2.0, "rate": 0.1, "kind": "b"}, False),
+        ({"x": 0.0, "rate": 0.1, "kind": "c"}, False),
+        ({"x": 0.0, "rate": 0.1}, False),
+    ],
+)
+def test_a_trial_of_another_space_is_found_out(settings, expected):
+    assert is_possible(SPACE, settings) is expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import time
@@ -89,5 +88,6 @@ def main(argv, callbacks=()):
         loss = trainer.evaluate(scored)["eval_loss"]
         record.metrics = {"accuracy": 1 / (1 + loss), "examples": len(scored)}
     trainer.save_model()
-    (folder / "ended.json").write_text(json.dumps({"pid": os.getpid()}))
+    with open(folder / "ended.txt", "a") as file:
+        file.write(f"{os.getpid()}\n")
     return trainer

@@ -460,6 +460,25 @@ def test_broken_pairs_are_found(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("second", "is_said"), [("2026-01-01T10:00:30+00:00", True), ("2026-01-01T10:01:05+00:00", False)]
+)
+def test_trials_that_ran_at_the_same_time_are_named(tmp_path, second, is_said):
+    """The first one ran from 10:00:00 to 10:01:00; the search of the other arm was one after the other."""
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
+    for arm, starts in {
+        "adamw": ["2026-01-01T10:00:00+00:00", "2026-01-01T10:01:00+00:00"],
+        "sam": ["2026-01-01T10:00:00+00:00", second],
+    }.items():
+        for number, start in enumerate(starts):
+            names = {"task": "digits", "arm": arm, "budget": "tuning steps", "status": "finished"}
+            path = tmp_path / arm / f"trial-{number:03d}" / RECORD_NAME
+            end = start.replace(":00+", ":59+").replace("10:00:59", "10:01:00")
+            records.append(RunRecord(**names, metrics={"accuracy": 1.0}, started=start, ended=end, path=path))
+    text = write_report(records, tmp_path / "report", control="adamw").with_name("report.md").read_text()
+    assert ("In 1 of 2 searches for settings, trials ran at the same time" in text) is is_said
+
+
 def test_unequal_tuning_is_named(tmp_path):
     records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=[0, 1])
     trial = RunRecord(task="digits", arm="sam", budget="tuning steps", status="finished", metrics={"accuracy": 1.0})

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from hf_sam.experiments.execution import execute
 from hf_sam.experiments.records import find_records, write_json
+from hf_sam.experiments.workshop import counts
 from hf_sam.tasks import compare
 from hf_sam.tasks.command_line.errors import UserError
 from hf_sam.tasks.command_line.parsers import parse_study
@@ -77,7 +78,7 @@ def test_pairs_are_real_and_a_rerun_gives_the_same_numbers(study, tmp_path):
         assert losses_again[key] == losses[key]
         assert run.metrics == runs[key].metrics
     text = report.with_name("report.md").read_text()
-    assert "accuracy under none is level with adamw (2 seeds" in text
+    assert "no difference that matters. none and adamw differ by less than" in text
     assert "Not a true pair" not in text
 
 
@@ -190,6 +191,44 @@ def test_outputs_of_a_plain_trainer_stand_beside(study, tmp_path):
         compare.main([path, "--output_dir", str(tmp_path / "out"), "--foreign", str(tmp_path / "nowhere")])
 
 
+def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(compare, "REPORT_SHARE", 1e9)
+    arms = {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.05, "label_column": "lable"}}
+    path = study(seeds=[0], arms=arms)
+    written = []
+    monkeypatch.setattr(compare, "report_on", lambda workshop, *_, **__: written.append(counts(workshop)))
+    words = [path, "--output_dir", str(tmp_path / "out")]
+    assert compare.main([*words, "--status"]) is None
+    assert "0 of 2 runs finished, 0 failed; time is estimated after the first.\n0 under way" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 of 2 runs failed"):
+        compare.main(words)
+    assert [(count["finished"], count["failed"]) for count in written] == [(1, 0), (1, 1), (1, 1)]
+    capsys.readouterr()
+    assert compare.main([*words, "--status"]) is None
+    printed = capsys.readouterr().out
+    assert re.search(r"1 of 2 runs finished, 1 failed; about 0.0 minutes to go, judging by 1 finished", printed)
+    assert re.search(r"failed: runs/digits/noise-0.4/steps/sam/seed-0: UserError: label_column=lable is no", printed)
+    assert compare.main([*words, "--cancel"]) is None
+    assert "0 jobs are ended" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({"executor": "slrum"}, [], "executor='slrum' is unknown. Allowed: local, ray, slurm"),
+        ({"executor": {"slrum": {}}}, [], "executor.slrum is unknown. Did you mean 'slurm'"),
+        ({"executor": {"local": {"worker": 2}}}, [], "executor.local.worker is no option.* Did you mean 'workers'"),
+        ({}, ["--workers", "0"], "workers=0 must be at least 1"),
+        ({}, ["--executor_options", "workers"], "executor options are key=value pairs, not 'workers'"),
+    ],
+)
+def test_an_executor_that_cannot_be_is_refused_before_anything_runs(study, tmp_path, changes, words, message):
+    with pytest.raises((ValueError, UserError), match=message):
+        compare.main([study(**changes), "--output_dir", str(tmp_path / "out"), *words])
+    assert not list(tmp_path.rglob("run.json"))
+
+
 @pytest.mark.slow
 def test_two_workers_end_with_the_command_that_started_them(study, tmp_path):
     path = study(seeds=list(range(8)), settings={**STUDY["settings"], "max_steps": 400})
@@ -197,10 +236,10 @@ def test_two_workers_end_with_the_command_that_started_them(study, tmp_path):
     command = subprocess.Popen([*words, "--workers", "2"], start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while len(list((tmp_path / "out").rglob("claim.json"))) < 2:
+        while len(list((tmp_path / "out").rglob("submission.json"))) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert len(group_of(command.pid)) > 3  # two workers and a run of each
+        assert len(group_of(command.pid)) > 3  # the driver, two runs and what starts them
         command.kill()
         command.wait()
         deadline = time.monotonic() + 30
@@ -240,7 +279,7 @@ def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
     text = report.with_name("report.md").read_text()
     assert "2 of 4 runs" in text
     assert "0 runs unfinished and 2 not begun" in text
-    assert "one seed gives no interval" in text
+    assert "One seed gives no interval" in text
 
 
 @pytest.mark.parametrize("study_path", sorted((ROOT / "configs/comparison").glob("*.yaml")), ids=lambda path: path.stem)

@@ -18,9 +18,10 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from hf_sam.experiments.driver import make_one, prepare
 from hf_sam.experiments.execution import execute
-from hf_sam.experiments.leases import Claims
-from hf_sam.experiments.worker import make
+from hf_sam.experiments.executors import LocalExecutor
+from hf_sam.experiments.records import RECORD_NAME
 from hf_sam.reporting.document import escape_markdown
 from hf_sam.rho_search.halving import Rung, SearchPlan
 from hf_sam.rho_search.phases import Phase, RhoWorkshop, Search, passes_spent
@@ -63,7 +64,7 @@ def forked(monkeypatch):
     """Runs are children of this process, which has everything imported; raises instead of starting the `stop_at`-th."""
     starts = {"made": 0, "stop_at": 0}
 
-    def start_forked(folder, launcher):
+    def start_forked(folder, launcher, environment):
         starts["made"] += 1
         if starts["made"] == starts["stop_at"]:
             raise KeyboardInterrupt
@@ -71,8 +72,7 @@ def forked(monkeypatch):
         process.start()
         return process
 
-    monkeypatch.setattr("hf_sam.experiments.worker.start", start_forked)
-    monkeypatch.setattr(find_rho, "start", start_forked)
+    monkeypatch.setattr("hf_sam.experiments.executors.start", start_forked)
     return starts
 
 
@@ -144,7 +144,6 @@ def test_a_search_that_is_killed_goes_on_and_counts_its_passes(tmp_path):
     first.wait()
     assert not (folder / "find_rho.json").exists()
 
-    os.utime(confirming.with_name("claim.json"), (0, 0))  # as if the minute after which it counts as gone were over
     second = start(tmp_path / "out", log)
     assert second.wait(timeout=240) == 0, log.read_text()
     assert {path: path.read_text() for path in before} == before  # not made again
@@ -193,9 +192,8 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
         search = Search(tmp_path / name, [], "image_classification", (DIGITS, *TINY), settings, (0.1,), 42, None, plan)
         workshop = RhoWorkshop(search)
         for phase in phases:
-            claims = Claims(search.output_dir)
-            claims.take(workshop.folder(phase))
-            make(workshop, phase, claims)
+            prepare(workshop.folder(phase), workshop.job(phase))
+            make_one(workshop.folder(phase), LocalExecutor(search.launcher), RECORD_NAME)
             assert workshop.record(phase).status == "finished", workshop.record(phase).error
         weights = load_file(workshop.folder(phase) / "checkpoint-6/model.safetensors")
         ends.append((weights, workshop.scores(phase)["nll"].totals, passes_spent(workshop.record(phase))))
@@ -238,7 +236,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_runs(words, messa
 
 @pytest.fixture
 def search_of_24_steps(monkeypatch):
-    monkeypatch.setattr(find_rho, "find_length", lambda search: 24)
+    monkeypatch.setattr(find_rho, "find_length", lambda search, choice: 24)
     return ["image_classification", DIGITS, *TINY, "--plan"]
 
 

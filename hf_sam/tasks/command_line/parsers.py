@@ -37,6 +37,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(unknown_key(unknown[1], known) if unknown else message)
 
 
+EXECUTORS = ("local", "ray", "slurm")
+
+
+def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who makes the runs of a study."""
+    parser.add_argument("--workers", type=int, help="Runs at the same time on this machine; 1 when left out.")
+    parser.add_argument("--executor", choices=EXECUTORS, help="Who makes the runs; this machine when left out.")
+    parser.add_argument(
+        "--executor_options", nargs="+", default=[], metavar="KEY=VALUE", help="Of the executor, see docs/clusters.md."
+    )
+
+
+def check_workers(workers: int | None) -> None:
+    """
+    Raises:
+        UserError: Less than one.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers={workers} must be at least 1.")
+
+
 # --- compare -----------------------------------------------------------------------------------------------------------
 
 
@@ -49,9 +70,10 @@ def study_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
     parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
     parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
-    parser.add_argument("--workers", type=int, default=1, help="Runs at the same time on this machine.")
+    parser.add_argument("--status", action="store_true", help="Print what is done, under way and failed, and end.")
+    parser.add_argument("--cancel", action="store_true", help="End the jobs that are queued or under way, and end.")
     parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
-    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
+    add_executor_arguments(parser)
     return parser
 
 
@@ -66,8 +88,7 @@ def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.study:
         raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
     args.study = find_config(args.study, "comparison")
-    if args.workers < 1:
-        raise UserError(f"workers={args.workers} must be at least 1.")
+    check_workers(args.workers)
     for word in args.set:
         if "=" not in word:
             raise UserError(f"--set takes key=value pairs, not {word!r}.")
@@ -94,7 +115,7 @@ def search_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", help=f"What is compared: {', '.join(METRICS_KEPT)}; found when left out.")
     parser.add_argument("--plan", action="store_true", help="Print what would run and what it costs, and end.")
     parser.add_argument("--launcher", default="", help="Command that starts each run, such as 'accelerate launch'.")
-    parser.add_argument("--stale_after", type=float, default=60.0, help="Seconds until a silent worker counts as gone.")
+    add_executor_arguments(parser)
     return parser
 
 
@@ -112,6 +133,7 @@ def parse_search(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
     if options.recipe.startswith("-") or options.recipe.endswith((".yaml", ".yml", ".json")):
         raise UserError("Give the recipe first, such as image_classification, then its command line.")
     check_recipe(options.recipe)
+    check_workers(options.workers)
     if not math.isfinite(options.budget) or options.budget <= 0:
         raise UserError(f"budget={options.budget:g} must be above 0: ordinary runs that the search may cost.")
     for name, least in (("points", 1), ("seeds", 2), ("reduction", 2)):

@@ -1,7 +1,7 @@
-"""Whole studies of runs that take milliseconds, by one worker, by two, and by one that is killed."""
+"""Whole studies of runs that take milliseconds, on this machine: one at a time, two, and by a driver that is killed."""
 
-import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_worker import open_workshop
+from toy_driver import open_workshop
 
-from hf_sam.experiments.leases import Claims
+from hf_sam.experiments.driver import StudyInUseError, drive, study_lock
+from hf_sam.experiments.executors import Choice
 from hf_sam.experiments.records import RECORD_NAME, find_records, read_record
-from hf_sam.experiments.worker import StudyChangedError, counts, estimate, records_of, retry_failed, work
+from hf_sam.experiments.standing import describe_standing, estimate, standing_of
+from hf_sam.experiments.workshop import StudyChangedError, counts, records_of, retry_failed
 
 STUDY = {"recipe": "experiments.toy_task", "task": "toy", "arms": {"adamw": {}, "sam": {}}, "seeds": [0, 1]}
 
@@ -33,15 +35,15 @@ def begun(folder):
     return {str(path.parent): len(path.read_text().splitlines()) for path in sorted(Path(folder).rglob("begun.txt"))}
 
 
-def start_worker(study, tmp_path, stale_after):
-    script = Path(__file__).parent / "toy_worker.py"
-    words = [sys.executable, str(script), str(study), str(tmp_path / "out"), str(stale_after)]
+def start_driver(study, tmp_path, *options):
+    script = Path(__file__).parent / "toy_driver.py"
+    words = [sys.executable, str(script), str(study), str(tmp_path / "out"), "local", *options]
     return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_a_study_runs_once_and_a_second_time_does_nothing(study, tmp_path):
     workshop = open_workshop(study())
-    work(workshop)
+    drive(workshop)
     records = records_of(workshop)
     assert [(run.arm, run.seed, run.status) for run in records] == [
         (arm, seed, "finished") for seed in (0, 1) for arm in ("adamw", "sam")
@@ -51,9 +53,10 @@ def test_a_study_runs_once_and_a_second_time_does_nothing(study, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))  # keep_models is off
     seconds, known = estimate(workshop)
     assert (seconds, known) == (0.0, 4)
-    work(open_workshop(study()))
+    assert not list(tmp_path.rglob("submission.json"))
+    drive(open_workshop(study()))
     assert set(begun(tmp_path).values()) == {1}
-    work(open_workshop(study(seeds=[0, 1, 2])))  # more seeds: only what is new
+    drive(open_workshop(study(seeds=[0, 1, 2])))  # more seeds: only what is new
     assert list(begun(tmp_path).values()) == [1] * 6
 
 
@@ -61,7 +64,7 @@ def test_failed_runs_keep_their_error_and_the_others_go_on(study, tmp_path):
     arms = {"early": {"trouble": "early"}, "late": {"trouble": "late"}, "death": {"trouble": "death"}, "sam": {}}
     path = study(arms=arms, seeds=[0])
     workshop = open_workshop(path)
-    work(workshop)
+    drive(workshop)
     found = {run.arm: run for run in records_of(workshop)}
     assert found["sam"].status == "finished"
     assert found["early"].status == found["late"].status == found["death"].status == "failed"
@@ -69,7 +72,7 @@ def test_failed_runs_keep_their_error_and_the_others_go_on(study, tmp_path):
     assert found["late"].error["message"] == "loss is nan"
     assert found["death"].error["message"].startswith("ended 3 times without a result, last: killed by signal 9")
     assert list(begun(tmp_path).values()) == [3, 1, 1, 1]
-    work(open_workshop(path))
+    drive(open_workshop(path))
     assert list(begun(tmp_path).values()) == [3, 1, 1, 1]  # failed runs are not made again by themselves
     again = open_workshop(path)
     assert retry_failed(again) == 3
@@ -78,58 +81,58 @@ def test_failed_runs_keep_their_error_and_the_others_go_on(study, tmp_path):
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint_or_from_the_start(study, tmp_path):
     workshop = open_workshop(study(seeds=[0], arms={"sam": {}}))
-    work(workshop)
+    drive(workshop)
     record = read_record(next(tmp_path.rglob(RECORD_NAME)))
     record.status = "running"  # what a kill leaves behind
     record.write()
-    work(open_workshop(study(seeds=[0], arms={"sam": {}})))
+    drive(open_workshop(study(seeds=[0], arms={"sam": {}})))
     again = read_record(record.path)
     assert again.status == "finished"
     assert again.metrics == record.metrics
 
 
 def test_changed_settings_are_refused_for_runs_that_are_done(study):
-    work(open_workshop(study(seeds=[0])))
+    drive(open_workshop(study(seeds=[0])))
     with pytest.raises(StudyChangedError, match=r"--sleep=0\.0.*output_dir, or delete that folder"):
         open_workshop(study(seeds=[0], arms={"adamw": {}, "sam": {"sleep": 0.0}})).check_unchanged()
     open_workshop(study(seeds=[0, 5])).check_unchanged()
 
 
 def test_a_study_that_was_moved_is_the_same_study(study, tmp_path):
-    work(open_workshop(study(seeds=[0])))
+    drive(open_workshop(study(seeds=[0])))
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     moved = open_workshop(study(seeds=[0], output_dir=str(tmp_path / "elsewhere")))
     moved.check_unchanged()
     assert counts(moved)["finished"] == 2
 
 
-def test_two_workers_share_a_study_and_the_run_of_a_killed_one_is_taken_over(study, tmp_path):
-    """No run is lost; none begins twice but the one whose worker was killed, and that one only after its first end."""
-    path = study(seeds=list(range(4)), settings={"sleep": 1.0})
-    out, stale_after = tmp_path / "out", 15.0
-    killed, other = (start_worker(path, tmp_path, stale_after) for _ in range(2))
+def test_the_runs_of_a_killed_driver_end_with_it_and_the_next_one_makes_them_again(study, tmp_path):
+    """No run is lost; none begins twice but those that were under way, and these only after their first end."""
+    path, out = study(seeds=list(range(3)), settings={"sleep": 1.0}), tmp_path / "out"
+    killed = start_driver(path, tmp_path, "workers=2")
     try:
-        claim = wait_for(lambda: claim_of(killed, out), "a claim of the first worker")
-        wait_for(lambda: claim_of(other, out), "a claim of the second worker")
-        claim = wait_for(lambda: claim_of(killed, out), "another claim of the first worker")
-        wait_for((claim.parent / "begun.txt").exists, "its run to begin")
-        child = int((claim.parent / "begun.txt").read_text())
+        wait_for(lambda: len(begun(out)) >= 4, "the third and fourth run to begin")
+        workshop = open_workshop(path)
+        with pytest.raises(StudyInUseError, match=rf"out is driven by process {killed.pid} on "):
+            drive(workshop)
+        standing = standing_of(workshop, Choice())
+        assert (standing.total, len(standing.under_way), standing.queued) == (6, 2, 0)
+        assert re.search(r"under way: runs/toy/clean/steps/adamw/seed-1: .*, process \d+", describe_standing(standing))
+    finally:
         killed.kill()
         killed.wait()
-        wait_for(lambda: not is_alive(child), "the killed worker's run to end with it", seconds=10)
-        assert other.wait(timeout=240) == 0
-    finally:
-        for worker in (killed, other):
-            worker.kill()
-            worker.wait()
+    interrupted = {str(workshop.folder(run)) for run in workshop.runs if run.folder in standing.under_way}
+    said = []
+    drive(open_workshop(path), report=lambda run, what: said.append(what))
     records, problems = find_records(out)
     assert not problems
-    assert [run.status for run in records] == ["finished"] * 8
-    ended_before_the_kill = (claim.parent / "ended.json").exists() and begun(claim.parent) == {str(claim.parent): 1}
-    assert begun(out) == {str(run.path.parent): 1 for run in records} | (
-        {} if ended_before_the_kill else {str(claim.parent): 2}
-    )
-    assert not list(out.rglob("claim.json"))
+    assert [run.status for run in records] == ["finished"] * 6
+    twice = {folder for folder, times in begun(out).items() if times == 2}
+    assert twice <= interrupted
+    assert set(begun(out).values()) <= {1, 2}
+    assert said.count("goes on") + said.count("to be made again: its driver was ended") >= len(twice)
+    assert not list(out.rglob("submission.json"))
+    assert not list(out.rglob("deaths.txt"))  # nothing of it was the fault of a run
 
 
 def wait_for(condition, what, seconds=240):
@@ -142,41 +145,18 @@ def wait_for(condition, what, seconds=240):
     return pytest.fail(f"waited {seconds} s for {what}")
 
 
-def claim_of(worker, out):
-    """The claim file that a worker holds now."""
-    for path in out.rglob("claim.json"):
-        with contextlib.suppress(OSError):
-            if f"-{worker.pid}-" in path.read_text():
-                return path
-    return None
-
-
-def is_alive(pid):
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
-def test_a_claim_that_was_lost_is_noticed_and_not_given_up_twice(tmp_path):
-    run = tmp_path / "run"
-    mine, theirs = Claims(tmp_path, stale_after=0.6), Claims(tmp_path, stale_after=0.6)
-    mine.take(run)
-    with mine.kept_alive(run) as lost:
-        assert mine.is_taken(run)
-        time.sleep(1.0)
-        assert theirs.is_taken(run)  # renewed meanwhile
-        theirs.take(run)  # as if this worker had been suspended
-        assert lost.wait(2)
-    mine.release(run)
-    assert theirs.owns(run)
-    theirs.release(run)
-    assert not mine.is_taken(run)
+def test_a_second_driver_is_refused_until_the_first_has_ended(study, tmp_path):
+    workshop = open_workshop(study(seeds=[0]))
+    with study_lock(tmp_path / "out"), pytest.raises(StudyInUseError, match="--status shows where it stands"):
+        drive(workshop)
+    assert not begun(tmp_path)
 
 
 def test_trials_come_first_choose_on_validation_and_win(study, tmp_path):
     tuning = {"trials": 6, "space": {"learning_rate": {"low": 0.0001, "high": 1.0, "log": True}}}
     path = study(tuning=tuning, seeds=[0])
     workshop = open_workshop(path)
-    work(workshop)
+    drive(workshop)
     trials = [run for run in records_of(workshop) if run.budget == "tuning steps"]
     assert [run.arm for run in trials] == ["adamw"] * 6 + ["sam"] * 6
     assert {run.metrics["examples"] for run in trials} == {8}  # of the validation split
@@ -188,6 +168,6 @@ def test_trials_come_first_choose_on_validation_and_win(study, tmp_path):
         assert run.metrics["examples"] == 16
         assert run.config["training_arguments"]["learning_rate"] == best.config["training_arguments"]["learning_rate"]
     before = begun(tmp_path)
-    work(open_workshop(path))
+    drive(open_workshop(path))
     open_workshop(path).check_unchanged()
     assert begun(tmp_path) == before

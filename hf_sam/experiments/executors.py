@@ -1,0 +1,239 @@
+"""Who makes the runs: processes of this machine, a Ray cluster, or Slurm.
+
+An executor queues, places and ends jobs; it decides nothing. Which runs are to be made says the driver, and what became
+of one says its record on disk: the executor is asked only which jobs have ended, and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from ..suggestions import did_you_mean
+from .execution import exit_code, is_running, start, stop, write_place
+
+KINDS = {"local": "LocalExecutor", "ray": "RayExecutor", "slurm": "SlurmExecutor"}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """
+    Why a job is no longer there.
+
+    Args:
+        cause (`str`): In a line.
+        is_own_fault (`bool` or `None`, *optional*, defaults to `True`):
+            Whether it counts against the run; not where the machine was taken away or the driver killed. `None` where
+            the executor cannot tell: then it counts if the run had begun.
+    """
+
+    cause: str
+    is_own_fault: bool | None = True
+
+
+@dataclass
+class Executor(ABC):
+    """
+    Makes runs, each from the `run.json` in its folder. Jobs have names that another process can ask about.
+
+    Args:
+        launcher (`Sequence[str]`): Command that starts each run; none: this Python.
+    """
+
+    launcher: Sequence[str]
+
+    kind = ""  # begins the name of each job, after which comes a space
+    survives_driver = True  # whether jobs go on while no driver is there
+    patience = 0.0  # seconds until a record that was written elsewhere is seen here
+
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """How many jobs may be queued or under way at a time."""
+
+    @abstractmethod
+    def submit(self, folders: Sequence[Path]) -> list[str]:
+        """Hands over runs, by their absolute folders; returns names of jobs, fewer where no more are taken now."""
+
+    @abstractmethod
+    def ended(self, jobs: Sequence[str]) -> dict[str, Ending]:
+        """Those of `jobs` that are neither queued nor under way; where the cluster does not answer, none."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Lets some time pass, at most until a job ends."""
+
+    @abstractmethod
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Ends jobs, whether they have begun or not."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of whatever would keep this process alive; what survives the driver goes on."""
+
+
+@dataclass
+class LocalExecutor(Executor):
+    """
+    Processes of this machine, which end with this one.
+
+    Args:
+        workers (`int`, *optional*, defaults to 1): Runs at the same time.
+        gpus (`int`, *optional*):
+            GPUs that each run sees; one, or all of them where there is a launcher or a single worker. Where there are
+            fewer than all workers need together, they are shared.
+    """
+
+    workers: int = 1
+    gpus: int | None = None
+    poll: float = 0.1
+
+    kind = "local"
+    survives_driver = False
+
+    def __post_init__(self):
+        if type(self.workers) is not int or self.workers < 1:
+            raise ValueError(f"workers={self.workers!r} must be at least 1.")
+        self._running: dict[str, tuple[int, Any]] = {}  # job: its slot and its process
+
+    @property
+    def room(self) -> int:
+        return self.workers
+
+    def submit(self, folders: Sequence[Path]) -> list[str]:
+        names = []
+        for folder in folders:
+            slot = min(set(range(self.workers)) - {slot for slot, _ in self._running.values()})
+            gpus = self._gpus_of(slot)
+            process = start(folder, self.launcher, {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})
+            name = f"local {socket.gethostname()} {process.pid} {_born(process.pid)}"
+            write_place(folder, name, process.pid, gpus)
+            self._running[name] = slot, process
+            names.append(name)
+        return names
+
+    def _gpus_of(self, slot: int) -> str | None:
+        """The devices of a slot, as CUDA wants them; `None` leaves a run what this process sees."""
+        devices = visible_gpus()
+        if not devices or (self.gpus is None and (self.launcher or self.workers == 1)):
+            return None
+        count = self.gpus or 1
+        return ",".join(devices[(slot * count + index) % len(devices)] for index in range(min(count, len(devices))))
+
+    def ended(self, jobs: Sequence[str]) -> dict[str, Ending]:
+        found = {}
+        for name in jobs:
+            if name not in self._running:  # of a driver that was killed
+                _, host, pid, born = name.split()
+                if host != socket.gethostname() or _born(int(pid)) != born:
+                    found[name] = Ending("its driver was ended", is_own_fault=False)
+            elif not is_running(self._running[name][1]):
+                code = exit_code(self._running.pop(name)[1])
+                found[name] = Ending(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+        return found
+
+    def wait(self) -> None:
+        time.sleep(self.poll)
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        for name in jobs:
+            if name in self._running:
+                stop(self._running.pop(name)[1])
+
+    def close(self) -> None:
+        self.cancel(list(self._running))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, named as in `CUDA_VISIBLE_DEVICES`, found without touching them."""
+    stated = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if stated is not None:
+        return [word.strip() for word in stated.split(",") if word.strip()]
+    from torch.cuda import device_count
+
+    return [str(index) for index in range(device_count())]
+
+
+def _born(pid: int) -> str | None:
+    """When a process began, which tells it from a later one with the same number; `None` where it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+@dataclass
+class Choice:
+    """
+    An executor that was asked for; its library is imported when it is made.
+
+    Args:
+        kind (`str`): One of `KINDS`.
+        options (`dict`): Its arguments beside the launcher.
+    """
+
+    kind: str = "local"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, launcher: Sequence[str]) -> Executor:
+        return _class_of(self.kind)(launcher, **self.options)
+
+
+def choose(
+    stated: Mapping[str, Any], kind: str | None = None, workers: int | None = None, given: Sequence[str] = ()
+) -> Choice:
+    """
+    The executor that a plan states, under what the command line says.
+
+    Args:
+        stated (`Mapping`): `kind` and, under the name of each kind, its options.
+        kind (`str`, *optional*): Instead of the stated one.
+        workers (`int`, *optional*): Of `local`.
+        given (`Sequence[str]`, *optional*): `key=value` pairs over the options of the chosen kind.
+
+    Raises:
+        ValueError: An unknown kind or option; names it and what is allowed.
+    """
+    for name in stated:
+        if name not in ("kind", *KINDS):
+            hint = did_you_mean(name, ["kind", *KINDS], f" Allowed: kind, {', '.join(KINDS)}.")
+            raise ValueError(f"executor.{name} is unknown.{hint}")
+    kind = kind or stated.get("kind", "local")
+    if kind not in KINDS:
+        raise ValueError(f"executor={kind!r} is unknown. Allowed: {', '.join(KINDS)}.")
+    options = dict(stated.get(kind) or {})
+    for word in given:
+        if "=" not in word:
+            raise ValueError(f"executor options are key=value pairs, not {word!r}.")
+        key, value = word.split("=", 1)
+        options[key] = yaml.safe_load(value)
+    if workers is not None:
+        if kind != "local":
+            raise ValueError(
+                f"workers={workers} is an option of this machine alone; {kind} has queue and what runs ask for."
+            )
+        options["workers"] = workers
+    known = [entry.name for entry in dataclasses.fields(_class_of(kind)) if entry.name != "launcher"]
+    for key in options:
+        if key not in known:
+            hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
+            raise ValueError(f"executor.{kind}.{key} is no option of it.{hint}")
+    return Choice(kind, options)
+
+
+def _class_of(kind: str) -> type[Executor]:
+    if kind == "local":
+        return LocalExecutor
+    return getattr(import_module(f".{kind}_executor", __package__), KINDS[kind])

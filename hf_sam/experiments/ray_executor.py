@@ -1,0 +1,173 @@
+"""Runs on a Ray cluster: each is an actor that outlives the driver, holds the run's CPUs and GPUs, and ends with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .execution import __name__ as RUN_MODULE
+from .executors import Ending, Executor
+
+NAMESPACE = "hf_sam"  # of the actors, so that a later driver finds them by their names
+
+
+@dataclass
+class RayExecutor(Executor):
+    """
+    Args:
+        address (`str`, *optional*): Of the cluster; the running one, or else one of its own, when left out.
+        num_cpus (`float`, *optional*, defaults to 1): Of each run.
+        num_gpus (`float`, *optional*): Of each run; 1 where the cluster has GPUs.
+        resources (`dict`, *optional*): Others that each run needs.
+        queue (`int`, *optional*, defaults to 64): Runs that Ray is given at a time, waiting ones included.
+        environment (`dict[str, str]`, *optional*): Variables of each run.
+        python (`str`, *optional*): Interpreter of the runs on their nodes; this one when left out.
+        patience (`float`, *optional*, defaults to 5.0): Seconds until a record that another node wrote is seen here.
+    """
+
+    address: str | None = None
+    num_cpus: float = 1
+    num_gpus: float | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    queue: int = 64
+    environment: dict[str, str] = field(default_factory=dict)
+    python: str = sys.executable
+    patience: float = 5.0
+
+    kind = "ray"
+
+    def __post_init__(self):
+        try:
+            import ray
+        except ImportError:
+            raise ValueError("executor=ray needs Ray: pip install 'hf-sam[ray]'") from None
+        self._ray = ray
+        self._ends: dict[str, Any] = {}  # job: reference to why it ended
+        self._over: dict[str, Ending] = {}
+
+    @property
+    def room(self) -> int:
+        return self.queue
+
+    def _connect(self) -> None:
+        if not self._ray.is_initialized():
+            try:
+                self._ray.init(self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            except ConnectionError as error:
+                raise ValueError(f"No Ray cluster answers at {self.address or 'its address'}: {error}") from None
+
+    def submit(self, folders: Sequence[Path]) -> list[str]:
+        self._connect()
+        gpus = self.num_gpus
+        if gpus is None:
+            gpus = 1 if self._ray.cluster_resources().get("GPU") else 0
+        actor = self._ray.remote(_actor_class())
+        options = {
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": self.num_cpus,
+            "num_gpus": gpus,
+            "resources": self.resources or None,
+            "max_restarts": 0,  # the driver knows whether there is a record, and submits the run again
+            "max_concurrency": 8,  # drivers, one after the other, that wait for its end
+        }
+        environment = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ} | self.environment
+        names = []
+        for folder in folders:
+            name = f"ray {uuid.uuid4().hex}"
+            launcher = list(self.launcher) or [self.python]
+            words = [*launcher, "-m", RUN_MODULE, str(folder), "--submission", name]
+            handle = actor.options(name=name, **options).remote(words, str(folder), os.getcwd(), environment)
+            self._ends[name] = handle.end.remote()
+            names.append(name)
+        return names
+
+    def ended(self, jobs: Sequence[str]) -> dict[str, Ending]:
+        if not jobs:
+            return {}
+        self._connect()
+        for name in set(jobs) - self._ends.keys() - self._over.keys():  # of an earlier driver
+            try:
+                self._ends[name] = self._ray.get_actor(name, namespace=NAMESPACE).end.remote()
+            except ValueError:  # nobody has this name any more
+                self._over[name] = Ending("it ended while no driver was there", is_own_fault=False)
+        names = {reference: name for name, reference in self._ends.items()}
+        done = self._ray.wait(list(names), num_returns=len(names), timeout=0)[0] if names else []
+        for reference in done:
+            self._over[names[reference]] = self._why(self._ends.pop(names[reference]))
+        return {name: self._over[name] for name in jobs if name in self._over}
+
+    def _why(self, reference: Any) -> Ending:
+        try:
+            return Ending(self._ray.get(reference))
+        except self._ray.exceptions.ActorDiedError as error:
+            if "creation task" in str(error):  # the command could not be started
+                return Ending(" ".join(str(error).split())[-200:])
+            is_taken_away = getattr(error, "preempted", False)
+            return Ending("the worker was killed or its node was lost", is_own_fault=False if is_taken_away else None)
+        except self._ray.exceptions.RayError as error:
+            return Ending(" ".join(str(error).split())[:200])
+
+    def wait(self) -> None:
+        time.sleep(0.2)
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        self._connect()
+        for name in jobs:
+            try:
+                self._ray.kill(self._ray.get_actor(name, namespace=NAMESPACE))
+            except ValueError:  # it has ended
+                continue
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _actor_class() -> type:
+    """Made in a function, so that it is sent as it is: the actor's process needs no hf_sam, only the run's does."""
+
+    class Run:
+        """A run in a process of its own."""
+
+        def __init__(self, words: list[str], folder: str, cwd: str, environment: dict[str, str]):
+            import os
+            import subprocess
+            import threading
+
+            import ray
+
+            self.over = threading.Event()
+            self.cause = ""
+            variables = {**os.environ, **environment}
+            with open(os.path.join(folder, "log.txt"), "ab") as log:
+                self.process = subprocess.Popen(
+                    [*words, "--parent", str(os.getpid())],
+                    cwd=cwd if os.path.isdir(cwd) else folder,
+                    env=variables,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                )
+            me = ray.get_runtime_context().current_actor
+
+            def watch() -> None:
+                code = self.process.wait()
+                self.cause = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                self.over.set()
+                threading.Event().wait(1.0)  # whoever waits for the end has its answer
+                ray.kill(me)
+
+            threading.Thread(target=watch, daemon=True).start()
+
+        def end(self) -> str:
+            """Why the process ended, once it has."""
+            self.over.wait()
+            return self.cause
+
+    return Run

@@ -1,0 +1,116 @@
+"""Where a study stands: what is done, who is at what, what failed and why, and how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .driver import jobs_of
+from .execution import JOB_NAME, PLACE_NAME, read_json
+from .executors import Choice
+from .records import OPEN, RunRecord
+from .workshop import Workshop, counts
+
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Standing:
+    """
+    Args:
+        finished, total (`int`): Runs and trials.
+        under_way (`dict[Path, str]`): Folder of each run that is being made: where, and for how long.
+        queued (`int`): Submitted, not begun.
+        failed (`dict[Path, str]`): Folder of each run that failed: why, in a line.
+        progress (`str`): How long the rest will take.
+    """
+
+    finished: int
+    total: int
+    under_way: dict[Path, str]
+    queued: int
+    failed: dict[Path, str]
+    progress: str
+
+
+def standing_of(workshop: Workshop, choice: Choice) -> Standing:
+    """Reads it from the folder; a cluster is asked only about the jobs that the folder names."""
+    count = counts(workshop)
+    jobs = jobs_of(workshop, choice)
+    under_way, queued = {}, 0
+    for name, run in jobs.items():
+        path = workshop.folder(run) / PLACE_NAME
+        place = read_json(path)
+        if place is None or place["id"] != name:
+            queued += 1
+            continue
+        gpus = f", GPU {place['gpus']}" if place["gpus"] else ""
+        minutes = (time.time() - path.stat().st_mtime) / 60
+        under_way[run.folder] = f"{place['host']}{gpus}, process {place['pid']}, for {_spell(minutes)}"
+    failed = {
+        run.folder: reason(record)
+        for run in workshop.all_runs()
+        if (record := workshop.record(run)) is not None and record.status == "failed"
+    }
+    total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
+    rest = progress(workshop, max(len(under_way), 1))
+    return Standing(count["finished"], total, under_way, queued, failed, rest)
+
+
+def describe_standing(standing: Standing) -> str:
+    """The same in a few lines."""
+    lines = [standing.progress, f"{len(standing.under_way)} under way, {standing.queued} queued"]
+    for title, entries in (("under way", standing.under_way), ("failed", standing.failed)):
+        lines += [f"  {title}: {folder}: {words}" for folder, words in list(entries.items())[:MAX_LISTED]]
+        if len(entries) > MAX_LISTED:
+            lines.append(f"  ... and {len(entries) - MAX_LISTED} more {title}")
+    return "\n".join(lines)
+
+
+def reason(record: RunRecord) -> str:
+    """What ended a failed run, in a line."""
+    error = record.error or {}
+    lines = error.get("message", "").splitlines()
+    return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
+
+
+def progress(workshop: Workshop, workers: int = 1) -> str:
+    """One line: how far it is, and how long it will take."""
+    count = counts(workshop)
+    total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
+    line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
+    found = estimate(workshop)
+    if found is None:
+        return f"{line}; time is estimated after the first."
+    seconds, known = found
+    of = f", {workers} at a time," if workers > 1 else ""
+    return f"{line}; about {_spell(seconds / workers / 60)}{of} to go, judging by {known} finished."
+
+
+def _spell(minutes: float) -> str:
+    return f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
+
+
+def estimate(workshop: Workshop) -> tuple[float, int] | None:
+    """Seconds that the rest would take one worker, and from how many finished runs that is known; `None` before any."""
+    spent, cost = 0.0, 0.0
+    known = 0
+    rest = 0.0
+    for run in workshop.all_runs():
+        record = workshop.record(run)
+        if record is None or record.status in OPEN:
+            rest += run.cost
+        elif record.status == "finished" and record.resumed_from is None:
+            spent += _seconds(record)
+            cost += run.cost
+            known += 1
+    return (rest * spent / cost, known) if known else None
+
+
+def _seconds(record: RunRecord) -> float:
+    """From the moment when the run began to its end, by the folder's clock."""
+    begun = record.path.with_name(PLACE_NAME)
+    if not begun.exists():
+        begun = record.path.with_name(JOB_NAME)
+    return max(record.path.stat().st_mtime - begun.stat().st_mtime, 0.0)

@@ -1,0 +1,209 @@
+"""A plan and where its runs stand, by the records on disk alone: who makes them is the business of an executor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .execution import JOB_NAME, SUBMISSION_NAME
+from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
+from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record
+from .tuning import best_trial, is_possible, next_settings, open_storage
+
+DEATHS_NAME = "deaths.txt"  # beside a run: how often it ended without a result
+
+
+class StudyChangedError(ValueError):
+    """A run on disk was made with other settings than the plan now has."""
+
+
+@dataclass
+class Workshop:
+    """
+    A plan and where its runs stand.
+
+    Args:
+        plan (`Plan`): What is compared.
+        runs (`list[Run]`): The final runs, see `final_runs`.
+        length (`Callable[[Run], dict]`): `max_steps` or `num_train_epochs` that the recipe has before a budget applies.
+        in_force (`dict[tuple[str, str], str]`, *optional*): The SAM configuration of each task and arm, in words.
+    """
+
+    plan: Plan
+    runs: list[Run]
+    length: Callable[[Run], dict[str, Any]]
+    in_force: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._records: dict[Path, RunRecord | None] = {}
+        self._trials: dict[tuple[str, ...], list[Run]] = {}
+
+    # --- where the runs stand --------------------------------------------------------------------------------------
+
+    def folder(self, run: Run) -> Path:
+        return self.plan.output_dir / run.folder
+
+    def record(self, run: Run) -> RunRecord | None:
+        """The record of a run without its bulk, if there is a readable one; read once, see `forget`."""
+        if run.folder not in self._records:
+            self._records[run.folder] = read_outcome(self.folder(run))
+        return self._records[run.folder]
+
+    def forget(self, run: Run) -> None:
+        """Has the record of a run read anew."""
+        self._records.pop(run.folder, None)
+
+    def has_ended(self, run: Run) -> bool:
+        record = self.record(run)
+        return record is not None and record.status in ENDED
+
+    @cached_property
+    def _every_run(self) -> list[Run]:
+        found: dict[Run, None] = {}
+        for run in self.runs:
+            found |= dict.fromkeys(self.trials(run))
+        return [*found, *self.runs]
+
+    def all_runs(self) -> Sequence[Run]:
+        """Trials and final runs, in the order in which they are made."""
+        return self._every_run
+
+    def trials(self, run: Run) -> list[Run]:
+        """The trials that tune the group of `run`."""
+        if self.plan.tuning is None:
+            return []
+        if run.group not in self._trials:
+            self._trials[run.group] = trial_runs(self.plan, run)
+        return self._trials[run.group]
+
+    def is_ready(self, run: Run) -> bool:
+        """Whether enough is known for it: of a final run, all trials; of a trial, all but `parallel` - 1 before it."""
+        if self.plan.tuning is None:
+            return True
+        missing = sum(not self.has_ended(trial) for trial in self.trials(run)[: run.trial])
+        return missing < (1 if run.trial is None else self.plan.tuning.parallel)
+
+    def open_runs(self) -> Iterator[Run]:
+        """Those that could be made now, whether somebody is at it or not, in the order in which they are made."""
+        return (run for run in self.all_runs() if not self.has_ended(run) and self.is_ready(run))
+
+    def discard(self) -> None:
+        """Removes what nothing needs any more; called when a run has ended."""
+
+    # --- what a run is ---------------------------------------------------------------------------------------------
+
+    def tuned(self, run: Run) -> dict[str, Any]:
+        """The settings that a trial tries, or that have won for a final run."""
+        if self.plan.tuning is None:
+            return {}
+        tuning, metric = self.plan.tuning, self.plan.question.metric
+        trials = self.trials(run)[: run.trial]
+        records = [self.record(trial) if self.has_ended(trial) else None for trial in trials]
+        if run.trial is None:
+            best = best_trial(metric, records)
+            return {} if best is None else self._made(trials[best])["tuned"]  # every trial failed; the run says why
+        if (self.folder(run) / JOB_NAME).exists():
+            made = self._made(run)["tuned"]
+            if is_possible(tuning.of(run.arm), made):
+                return made
+        earlier = [(self._made(trial)["tuned"], record) for trial, record in zip(trials, records, strict=True)]
+        name = " | ".join([*run.group, metric])
+        return next_settings(tuning.of(run.arm), tuning.seed, metric, earlier, self._storage, name)
+
+    def _made(self, run: Run) -> dict[str, Any]:
+        """The job by which a run was made last."""
+        return json.loads((self.folder(run) / JOB_NAME).read_text(encoding="utf-8"))
+
+    @cached_property
+    def _storage(self) -> Any:
+        return open_storage(self.plan.output_dir, self.plan.tuning.storage)
+
+    def job(self, run: Run) -> dict[str, Any]:
+        """What `run.json` holds: all that a process needs to make the run."""
+        tuned, task = self.tuned(run), self.plan.tasks[run.task]
+        settings = settings_of(self.plan, run, tuned, self.length(run))
+        names = {name: settings[name] for name in ("task", "arm", "condition", "budget")}
+        return {
+            "recipe": task["recipe"],
+            "argv": command_line(task.get("config"), settings, self.folder(run)),
+            "names": {**names, "seed": run.seed},
+            "tuned": tuned,
+            "average": {key: value for key, value in self.plan.arms[run.arm].items() if key in AVERAGE_KEYS},
+            "is_trial": run.trial is not None,
+            "sharpness": self.plan.sharpness if run.trial is None else None,
+            "survival": self.plan.survival if run.trial is None else None,
+            "keep_model": self.plan.keep_models and run.trial is None,
+        }
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            StudyChangedError: An ended run was made with other settings than the plan now gives it.
+        """
+        for run in self.all_runs():
+            path = self.folder(run) / JOB_NAME
+            if self.has_ended(run) and self.is_ready(run) and path.exists():
+                made = self._made(run)
+                if run.trial is not None and not is_possible(self.plan.tuning.of(run.arm), made["tuned"]):
+                    raise StudyChangedError(
+                        f"{path.parent} tried {made['tuned']}, which is not in the space that tuning now searches. "
+                        f"Name another output_dir, or delete that folder to run it again."
+                    )
+                now = self.job(run)
+                changed = sorted(
+                    word
+                    for word in set(map(str, made["argv"])) ^ set(now["argv"])
+                    if not word.startswith("--output_dir=")
+                )  # a study may have been moved since
+                if changed or made["average"] != now["average"]:
+                    raise StudyChangedError(
+                        f"{path.parent} was run with other settings ({', '.join(changed[:4])}). Name another "
+                        f"output_dir, or delete that folder to run it again."
+                    )
+
+
+def read_outcome(folder: Path) -> RunRecord | None:
+    """The record in `folder` without curves and descriptions, which would fill the memory in a study of thousands."""
+    try:
+        record = read_record(folder / RECORD_NAME)
+    except RecordError:
+        return None
+    return replace(record, curves=[], config={}, model={}, data={}, environment={})
+
+
+def retry_failed(workshop: Workshop) -> int:
+    """Removes the records of failed runs, so that they are made again; returns how many there were."""
+    count = 0
+    for run in workshop.all_runs():
+        record = workshop.record(run)
+        if record is not None and record.status == "failed":
+            for name in (RECORD_NAME, DEATHS_NAME, SUBMISSION_NAME):
+                (workshop.folder(run) / name).unlink(missing_ok=True)
+            workshop.forget(run)
+            count += 1
+    return count
+
+
+def counts(workshop: Workshop) -> dict[str, int]:
+    """How many runs and trials there are, by where they stand."""
+    found = {"finished": 0, "failed": 0, "begun": 0, "waiting": 0, "trials": 0}
+    for run in workshop.all_runs():
+        record = workshop.record(run)
+        found["trials"] += run.trial is not None
+        found["waiting" if record is None else "begun" if record.status in OPEN else record.status] += 1
+    return found
+
+
+def records_of(workshop: Workshop, runs: Sequence[Run] | None = None) -> list[RunRecord]:
+    """The whole records that there are, of trials and final runs."""
+    found = []
+    for run in workshop.all_runs() if runs is None else runs:
+        if workshop.record(run) is not None:
+            with suppress(RecordError):
+                found.append(read_record(workshop.folder(run) / RECORD_NAME))
+    return found
