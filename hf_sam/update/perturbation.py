@@ -154,7 +154,7 @@ class Perturbation:
         for parameters, weights, originals in self._saved:
             if self._swaps_memory:
                 weights = [local(p) for p in parameters]
-            for group in buckets.grouped(weights, originals, most_bytes=max(4 * size, buckets.SMALLEST_BUCKET)):
+            for group in buckets.grouped(weights, originals, most_bytes=4 * size):
                 owners, moved, saved = (buckets.taken(entries, group) for entries in (parameters, weights, originals))
                 if len(owners) > 1:
                     yield owners, list(torch._foreach_sub(*map(buckets.in_float32, (moved, saved)))), slice(None)

@@ -83,6 +83,8 @@ class PassState:
         self._signature: tuple | None = None
         self._step: int | None = None
         self._is_watching, self._steps_to_watch = False, 0
+        # Of this step: copies of parameters that were left alone so far, so that several snapshots share one.
+        self._unchanged: dict[int, tuple[int, Tensor]] = {}
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -136,6 +138,7 @@ class PassState:
             self._signature, self._steps_to_watch = self._state_of_modules(), _WATCHED_STEPS
         if step != self._step:
             self._step, self._is_watching = step, self._steps_to_watch > 0
+            self._unchanged.clear()
             self._steps_to_watch -= 1
         snapshot = Snapshot(random_states, own=self._own_attributes(), is_watched=self._is_watching)
         snapshot.namespaces = [(namespace, namespace.copy()) for namespace in self._namespaces]
@@ -143,11 +146,15 @@ class PassState:
         if self._is_watching:
             copied = copied.union(self._affordable(budget))
             snapshot.addresses = [_address(t) for t in self._tensors]
-        snapshot.tensors = [(t, t._version, t.detach().clone() if id(t) in copied else None) for t in self._tensors]
+        snapshot.tensors = [(t, t._version, self._copy(t) if id(t) in copied else None) for t in self._tensors]
         snapshot.contents = [
             Contents(value, is_deep=self._is_watching or id(value) in self._moving) for value in self._looked_into
         ]
         return snapshot
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        version, value = self._unchanged.get(id(tensor), (None, None))
+        return value if version == tensor._version and id(tensor) not in self._moving else tensor.detach().clone()
 
     def look_again(self, snapshot: Snapshot, budget: int | None = None) -> None:
         """Between the trainer's `model.train()` and the forward: take in modules that have come, or changed their mode."""
@@ -172,11 +179,7 @@ class PassState:
 
     @torch.no_grad()
     def learn(self, before: Snapshot) -> None:
-        """After the clean pass that `before` was captured for: note what it has changed in place.
-
-        Copies of parameters that it has left alone are given up: its repetition, which starts as it did, leaves them alone,
-        too, and holds a copy of the perturbed weights beside them.
-        """
+        """After the clean pass that `before` was captured for: note what it has changed in place."""
         for i, (tensor, version, value) in enumerate(before.tensors):
             if id(tensor) in self._moving:
                 continue
@@ -184,8 +187,8 @@ class PassState:
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
                 self._moving.add(id(tensor))
                 before.is_whole &= value is not None  # otherwise what it was is lost
-            elif isinstance(tensor, nn.Parameter):
-                before.tensors[i] = (tensor, version, None)
+            elif before.is_watched and value is not None and isinstance(tensor, nn.Parameter):
+                self._unchanged[id(tensor)] = version, value
         for contents in before.contents:
             if id(contents.value) not in self._moving and contents.has_changed():
                 self._moving.add(id(contents.value))

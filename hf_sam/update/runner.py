@@ -175,7 +175,7 @@ class PassRunner:
     @contextlib.contextmanager
     def leaving_no_trace(self) -> Iterator[Snapshot]:
         """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
-        now = self.state.capture(self._random_states(), self.index, budget=0)  # what moves is known by now
+        now = self.state.capture(self._random_states(), self.index, self._most_bytes)
         was_repeating, self.is_repeating = self.is_repeating, True
         try:
             yield now

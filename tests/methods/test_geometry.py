@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_sam.methods import Geometry, Noise, steepest
 from hf_sam.update.reductions import Reductions
-from hf_sam.update.step import SharpnessAwareUpdate
+from hf_sam.update.ascent_step import AscentStep
 from hf_sam.update.vector import Vector
 
 REDUCTIONS = Reductions()
@@ -117,7 +117,7 @@ def test_weight_decay_is_scaled_like_the_loss():
     update = SimpleNamespace(
         _optimizer=SimpleNamespace(param_groups=groups), _step=lambda: SimpleNamespace(weights=weights)
     )
-    SharpnessAwareUpdate._add_weight_decay(update, g)
+    AscentStep._add_weight_decay(update, g, SimpleNamespace(weights=weights))
     first, second = g.numbers()
     torch.testing.assert_close(first, torch.full((2,), 1 + 0.1 * 3))
     assert torch.equal(second, torch.ones(2))
