@@ -234,21 +234,21 @@ class SAMConfig:
         for option in self.options or ():
             if option not in self._own:
                 raise ValueError(
-                    f"options: {option!r} is no hyperparameter of {self.label}.{did_you_mean(option, self._own)} Allowed: "
-                    f"{', '.join(self._own) or 'none; those of ascent= and descent= are set there'}."
+                    f"options: {option!r} is not a hyperparameter of {self.label}.{did_you_mean(option, self._own)} Allowed: "
+                    f"{', '.join(self._own) or 'none; set those of ascent= and descent= on the objects'}."
                 )
             if getattr(self, option, None) is not None:
-                raise ValueError(f"{option} is given twice, as a field and in options. Leave one of them out.")
+                raise ValueError(f"{option} is given twice, as a field and in options. Remove one of them.")
         for field in self.fields():
             value = getattr(self, field)
             if value is None or self._uses(field):
                 continue
-            if value == DEFAULTS.get(field):  # a neutral value may be said aloud
+            if value == DEFAULTS.get(field):  # a neutral value may be given explicitly
                 setattr(self, field, None)
                 continue
             users = [name for name, row in METHODS.items() if field in fields_used(row)]
             raise ValueError(
-                f"{field}={value!r} has no meaning for {self.label}, which uses: "
+                f"{field}={value!r} is not used by {self.label}, which uses: "
                 f"{', '.join(name for name in self.fields() if self._uses(name))}. Leave {field} out, or choose "
                 f"a method that uses it: {', '.join(users) or 'none'}."
             )
@@ -268,7 +268,7 @@ class SAMConfig:
         for field, switch in dependent.items():
             value = getattr(self, field)
             if value is not None and not is_on[field]:
-                raise ValueError(f"{field}={value!r} is used only with {switch}. Leave it out or set that.")
+                raise ValueError(f"{field}={value!r} is used only with {switch}. Leave {field} out, or set {switch}.")
             if value is None and is_on[field] and self._uses(field):
                 setattr(self, field, defaults.get(field, 0.0))
                 if field == "rho_min" and isinstance(self.rho, int | float):
@@ -277,12 +277,12 @@ class SAMConfig:
     def _check_combinations(self) -> None:
         if self.m is not None and self.scope not in ("auto", "micro"):
             raise ValueError(
-                f"m={self.m} splits micro-batches and needs scope='micro' (or 'auto'), not {self.scope!r}."
+                f"m={self.m} splits micro-batches and needs scope='micro' or 'auto', not scope={self.scope!r}."
             )
         if self.parts.needs & Needs.WHOLE_STEP and self.scope == "micro":
             raise ValueError(
-                f"scope='micro' does not go with {self.label}, which uses the gradient of a whole step again: "
-                "choose 'device', 'global' or 'auto'."
+                f"scope='micro' does not work with {self.label}, which reuses the gradient of a whole step. "
+                "Choose scope='device', 'global' or 'auto'."
             )
         if self.second_order:
             for field, needed in (
@@ -294,12 +294,12 @@ class SAMConfig:
             ):
                 if getattr(self, field) != needed:
                     raise ValueError(
-                        f"second_order=True is derived for plain sam: {field}={getattr(self, field)!r} must be {needed!r}."
+                        f"second_order=True is derived for plain sam only: {field}={getattr(self, field)!r} must be {needed!r}."
                     )
         if self.rho_min is not None and self.rho_min > self.rho:
             raise ValueError(f"rho_min={self.rho_min} must be at most rho={self.rho}.")
         if type(self.start) is type(self.end) and self.start >= self.end:
-            raise ValueError(f"start={self.start} must be below end={self.end}: as it is, no step would be perturbed.")
+            raise ValueError(f"start={self.start} must be below end={self.end}: otherwise no step is perturbed.")
 
     def changed(self, **changes: Any) -> SAMConfig:
         """The configuration that the user would have made with these values beside, or in the place of, the ones given.
@@ -410,7 +410,7 @@ class SAMConfig:
         for key in values:
             if key not in cls.fields():
                 hint = did_you_mean(key, cls.fields())
-                raise ValueError(f"{key!r} is no field of SAMConfig.{hint} Allowed: {', '.join(cls.fields())}.")
+                raise ValueError(f"{key!r} is not a field of SAMConfig.{hint} Allowed: {', '.join(cls.fields())}.")
         made = {
             name: part_from_description(values[name], kind)
             for name, kind in (("ascent", Ascent), ("descent", Descent))

@@ -162,9 +162,9 @@ class TrainerPasses:
 
         def refuse(*args, **kwargs):
             raise ValueError(
-                f"SAMTrainer: {type(self._trainer).__name__} generates within its training step, so that the second pass "
-                "would see other completions than the first. Generate before training, or in a `training_step` that "
-                "overrides SAMTrainer's and then calls it."
+                f"SAMTrainer: {type(self._trainer).__name__} generates inside its training step, so the second pass would see "
+                "different completions from the first. Generate before training, or override SAMTrainer's `training_step`, "
+                "generate there and then call it."
             )
 
         attributes["generate"] = refuse
@@ -192,7 +192,7 @@ class TrainerPasses:
             if not is_needed:
                 return None
             raise ValueError(
-                f"{self._update.config.label} needs a model whose output has `logits`; this one returned none. Choose another "
+                f"{self._update.config.label} needs a model whose output has `logits`, and this model returned none. Choose another "
                 "method."
             )
         return logits
@@ -210,8 +210,8 @@ class TrainerPasses:
             return
         label = self._update.config.label
         reason = (
-            f"{label} needs a loss that depends on the model through its logits alone. Leave auxiliary losses (router, boxes, "
-            "regularisers) out, or choose another method."
+            f"{label} needs a loss that depends on the parameters only through the logits. Turn auxiliary losses (router, "
+            "boxes, regularisers) off, or choose another method."
         )
         parameters = self._update.parameters.trainable
         (outer,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
@@ -254,8 +254,8 @@ class TrainerPasses:
                 f"logits {list(logits.shape)}, labels {list(labels.shape) if isinstance(labels, Tensor) else labels}"
             )
             raise ValueError(
-                f"{self._update.config.label} needs the loss of each example, which it takes from `logits` and `labels` of "
-                f"classification or language models; here they do not fit together ({shapes}). Choose another method."
+                f"{self._update.config.label} needs the loss of each example, computed from the `logits` and `labels` of a "
+                f"classification or language model; here their shapes do not match ({shapes}). Choose another method."
             ) from error
 
     # --- more than passes ------------------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ class SAMTrainerMixin:
     def __init__(self, *args, sam_config: SAMConfig | None = None, **kwargs):
         if not isinstance(self, Trainer):
             raise TypeError(
-                f"SAMTrainerMixin goes with subclasses of transformers.Trainer, and {type(self).__name__} is none. Trainers "
-                "that wrap another one, such as setfit's, have to be trained through that one."
+                f"SAMTrainerMixin needs a subclass of transformers.Trainer, and {type(self).__name__} is not one. If it wraps "
+                "another trainer, as setfit's does, combine the mixin with that trainer."
             )
         if sam_config is None:
             sam_config = SAMConfig()
@@ -149,7 +149,9 @@ class SAMTrainerMixin:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)
             self._sam_checkpoint = None  # another call of `train` begins anew
         m = self._sam.effective_m(self._train_batch_size, self.args.gradient_accumulation_steps)
-        logger.info(f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for m = {m} examples")
+        logger.info(
+            f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for every m = {m} examples"
+        )
 
     def end_update(self) -> None:
         """Leave nothing on the model; what the run has measured stays readable."""
@@ -225,7 +227,7 @@ class SAMTrainerMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not check_config(checkpoint, self.sam_config):
-            logger.info(f"{checkpoint} was made by a stock Trainer: sharpness-aware minimization begins here.")
+            logger.info(f"{checkpoint} was written by a stock Trainer: sharpness-aware minimization starts here.")
         self._sam_checkpoint = checkpoint
         super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -235,5 +235,5 @@ def _check_kinds(contender: Contender, steps: int, warmup: int) -> None:
     if (share > 0 and True not in kinds) or (share < 1 and False not in kinds):
         raise ValueError(
             f"steps={steps} after warmup={warmup} hold no {'perturbed' if True not in kinds else 'plain'} step of "
-            f"{contender.name}: give more steps, or leave {contender.name} out of methods."
+            f"{contender.name}: give more steps, or remove {contender.name} from methods."
         )

@@ -179,7 +179,7 @@ class Momentum(Ascent):
         momentum = step.optimizer_state("exp_avg", "momentum_buffer")
         if momentum is None and not step.is_first:
             raise ValueError(
-                f"method='msam' perturbs along the optimizer's momentum, and {step.optimizer_name} keeps none that can be "
+                f"method='msam' perturbs along the optimizer's momentum, but {step.optimizer_name} keeps none that can be "
                 "read. Use one with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
             )
         return None if momentum is None else -steepest(momentum, step.rho)

@@ -49,9 +49,9 @@ class Needs(Flag):
     HVP = auto()  # a Hessian-vector product
     # Derived from what a class overrides
     STEP_GRADIENT = auto()  # `after`: the gradient that the optimizer is about to step along
-    ATTACHMENT = auto()  # `attach`: modules beside the model's own
+    ATTACHMENT = auto()  # `attach`: extra modules attached to the model
     OWN_GRADIENT = auto()  # `gradient`, `between`, `may_skip`: the optimizer gets what the method makes
-    UNEVEN_PASSES = auto()  # `perturbed_examples`: passes that ranks make in different number
+    UNEVEN_PASSES = auto()  # `perturbed_examples`: a number of passes that differs between ranks
 
 
 class Step(Protocol):
@@ -136,7 +136,7 @@ class Ascent:
         Returns:
             `Vector`, or None for no perturbation in this step. Where `g` or the result is not finite, nothing moves.
         """
-        raise NotImplementedError(f"{type(self).__name__} has to define eps(g, step).")
+        raise NotImplementedError(f"{type(self).__name__} must define eps(g, step).")
 
     def after(self, gradient: Vector, step: Step) -> None:
         """Called when the gradient that the optimizer steps along is known, before clipping; to update `step.memory`."""

@@ -33,8 +33,8 @@ def part_from_description(values: Any, kind: type) -> Ascent | Descent:
     module, _, name = path.partition(":")
     if module not in sys.modules:
         raise ValueError(
-            f"{path} is a class of a module that is not imported, and a file may not import it: `import {module}` first, or "
-            f"name it on the command line (--sam_{kind.__name__.lower()} {path})."
+            f"{path} is a class of a module that is not imported, and files may not import modules: `import {module}` first, or "
+            f"give the class on the command line (--sam_{kind.__name__.lower()} {path})."
         )
     return make_part(_class_in(sys.modules[module], module, name, kind), fields)
 
@@ -54,8 +54,8 @@ def load_part(path: str, kind: type) -> type:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"{path}: the module {module} cannot be imported ({error}). Start the command in the folder that has it, or put that "
-            "on PYTHONPATH."
+            f"{path}: the module {module} cannot be imported ({error}). Run the command in the folder that contains it, or add that "
+            "folder to PYTHONPATH."
         ) from error
     return _class_in(found, module, name, kind)
 
@@ -79,7 +79,7 @@ def load_parts(ascent: str | None, descent: str | None, options: Mapping[str, An
         raise ValueError(f"options={left!r}: {' and '.join(type(m).__name__ for m in made.values())} has no fields.")
     for key in left if made else ():
         if hint := did_you_mean(key, known):
-            raise ValueError(f"options: there is no field {key!r}.{hint} Allowed: {', '.join(known)}.")
+            raise ValueError(f"options: {key!r} is not a field.{hint} Allowed: {', '.join(known)}.")
     return {"ascent": None, "descent": None, **made, "options": left or None}
 
 
@@ -98,7 +98,7 @@ def make_part(kind: type, values: Mapping[str, Any]) -> Ascent | Descent:
     try:
         return kind(**values)
     except TypeError as error:
-        raise ValueError(f"{kind.__name__} cannot be made: {error}.") from error
+        raise ValueError(f"{kind.__name__} cannot be created: {error}.") from error
 
 
 def _class_in(module: Any, module_name: str, name: str, kind: type) -> type:
@@ -108,7 +108,7 @@ def _class_in(module: Any, module_name: str, name: str, kind: type) -> type:
     if not isinstance(found, type) or not issubclass(found, kind):
         classes = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, kind) and v is not kind]
         raise ValueError(
-            f"{module_name}:{name} is no subclass of hf_sam.{kind.__name__}.{did_you_mean(name, classes)} The module has: "
+            f"{module_name}:{name} is not a subclass of hf_sam.{kind.__name__}.{did_you_mean(name, classes)} The module has: "
             f"{', '.join(classes) or 'none'}."
         )
     return found

@@ -70,7 +70,7 @@ class Preconditioned(Ascent):
         squares = step.optimizer_state("exp_avg_sq")
         if squares is None and not step.is_first:
             raise ValueError(
-                "method='precond' perturbs in the geometry of the optimizer's second moments, and "
+                "method='precond' perturbs in the geometry of the optimizer's second moments, but "
                 f"{step.optimizer_name} keeps none that can be read. Use one with `exp_avg_sq` (optim='adamw_torch')."
             )
         if squares is not None:
@@ -195,15 +195,15 @@ class TailClasses(Geometry):
         if self.part is not None:
             if not isinstance(inputs.get(self.part), Tensor):
                 raise ValueError(
-                    f"part={self.part!r} is no tensor of the batch.{did_you_mean(self.part, inputs)} The batch has: "
+                    f"part={self.part!r} is not a tensor of the batch.{did_you_mean(self.part, inputs)} The batch has: "
                     f"{', '.join(map(str, inputs))}. Set remove_unused_columns=False so that the Trainer keeps the column."
                 )
             return inputs[self.part].flatten().nonzero().flatten().cpu()
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
-                "method='imbsam' needs one class for each example in `labels`. Where there is none, name a batch entry that "
-                "holds 1 for the examples to perturb for: options={'part': 'is_rare'}."
+                "method='imbsam' needs one class per example in `labels`. If there is none, name a batch entry that is 1 for the "
+                "examples to perturb for: options={'part': 'is_rare'}."
             )
         return torch.isin(labels, torch.tensor(self.tail_classes, device=labels.device)).nonzero().flatten().cpu()
 
@@ -253,6 +253,6 @@ def _labels_of(train_dataset: Any) -> list[int]:
         return [int(row["labels"] if "labels" in row else row["label"]) for row in rows]
     except (TypeError, KeyError, StopIteration, ValueError, AttributeError) as error:
         raise ValueError(
-            "method='imbsam' counts the training labels to find the rare classes, and these data have no column `labels` or "
+            "method='imbsam' counts the training labels to find the rare classes, but this data set has no column `labels` or "
             "`label` that can be counted. Name the classes: options={'tail_classes': [3, 7]}."
         ) from error

@@ -71,7 +71,7 @@ def line_between(first: SubsetLoss, second: SubsetLoss, points: int = 11) -> Lin
     if first.shapes != second.shapes:
         names = [n for n in {**first.shapes, **second.shapes} if first.shapes.get(n) != second.shapes.get(n)]
         raise ValueError(
-            f"A line needs two checkpoints of one architecture; these differ in {len(names)} parameters, such as "
+            f"A line needs two checkpoints of one architecture, but these differ in {len(names)} parameters, such as "
             f"{names[0]!r}."
         )
     t = [float(value) for value in np.linspace(0, 1, points)]

@@ -64,7 +64,9 @@ class SubsetLoss:
         progress: Callable[[int], Any] | None = None,
     ):
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype={dtype} is too coarse for differences of losses: use torch.float32 or float64.")
+            raise ValueError(
+                f"dtype={dtype} is too coarse for differences between losses: use torch.float32 or torch.float64."
+            )
         check_whole(model)
         self.model, self.subset, self.dtype, self.progress = model, subset, dtype, progress
         parameters = TrainedParameters(model, perturb)
@@ -82,7 +84,9 @@ class SubsetLoss:
         self._shifted = self._labels_are_shifted()
         self._set_subset(subset)
         if self.num_labels == 0:
-            raise ValueError("The subset has no labels that count: all are -100, which the loss leaves out.")
+            raise ValueError(
+                "The subset has no labels to count: all are -100, which the loss ignores. Choose other examples."
+            )
         self.passes = dict.fromkeys(self.passes, 0.0)
 
     # --- the function ----------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class SubsetLoss:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
-                "The model returned no loss. Give examples with a 'labels' (or 'label') column to a model with a head "
+                "The model returned no loss. Use examples with a 'labels' (or 'label') column and a model with a head "
                 f"for the task; this batch has {', '.join(batch)}."
             )
         return loss.squeeze() * _count_labels(batch, self._shifted), outputs
@@ -215,8 +219,8 @@ class SubsetLoss:
         if errors.get(shifted, 0.0) < MEAN_TOLERANCE:
             return shifted
         raise ValueError(
-            "The loss of a batch is not the mean over its labels (it depends on which examples come together, as with "
-            "contrastive or auxiliary losses), so that sharpness would depend on the batch size."
+            "The loss of a batch is not the mean over its labels, so sharpness would depend on the batch size. Contrastive and "
+            "auxiliary losses, which depend on which examples share a batch, are not supported."
         )
 
 

@@ -85,8 +85,8 @@ class GaussNewton(CurvatureOperator):
             (slope,) = torch.autograd.grad(loss, logits, create_graph=True, allow_unused=True)  # dl/dz
         if slope is None:
             raise ValueError(
-                "The Gauss-Newton matrix needs a model whose loss is computed from the 'logits' that it returns. Leave "
-                "the measure 'gauss_newton' out for this model."
+                "The Gauss-Newton matrix needs a model whose loss is computed from the 'logits' that it returns. Remove "
+                "the measure 'gauss_newton' for this model."
             )
         # J^T u is linear in u, so that its derivative with respect to u, applied to v, is J v.
         u = torch.zeros_like(logits, requires_grad=True)

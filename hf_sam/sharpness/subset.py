@@ -49,8 +49,8 @@ class Subset:
             first, second = (self._batch(self.examples[:batch_size]) for _ in range(2))
         if any(not torch.equal(first[name], second[name]) for name in first):
             raise ValueError(
-                "The data collator draws random numbers, so that the loss would differ from pass to pass. Use one "
-                "without augmentation or random masking; for masked language models mask the data set once, beforehand."
+                "The data collator draws random numbers, so the loss would differ from pass to pass. Use one without "
+                "augmentation or random masking; for masked language models, mask the data set once, beforehand."
             )
 
     @classmethod
@@ -71,9 +71,7 @@ class Subset:
             ValueError: A data set without a length, or without any column that the model takes.
         """
         if not isinstance(dataset, Sized):
-            raise ValueError(
-                "Sharpness is measured on a fixed subset and needs a data set with a length, not a stream."
-            )
+            raise ValueError("Sharpness is measured on a fixed subset: give a data set with a length, not a stream.")
         count = len(dataset) if num_examples is None else min(num_examples, len(dataset))
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         accepted = {*forward_arguments(model), *LABEL_NAMES}

@@ -53,8 +53,8 @@ def check_whole(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters.values()):
         raise ValueError(
-            "The model's parameters are sharded over processes. Sharpness needs whole ones: save a checkpoint and "
-            "measure that with `hf-sam sharpness`."
+            "The model's parameters are sharded over processes. Sharpness needs unsharded ones: save a checkpoint and "
+            "measure it with `hf-sam sharpness`."
         )
     if len({p.device for p in parameters.values()}) > 1:
         raise ValueError("The model is spread over several devices. Load it without device_map to measure it.")

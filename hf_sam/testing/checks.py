@@ -235,7 +235,7 @@ def accumulates(case: Case) -> None:
 def counts_passes(case: Case) -> None:
     """The network sees as many passes as `config.passes_per_step` says."""
     if case.needs & Needs.HVP:
-        raise LeftOut("a Hessian-vector product is no pass that can be counted in the network")
+        raise LeftOut("a Hessian-vector product is not a pass that can be counted in the network")
     batch, steps = 8, 2 * case.interval + 1
     seen = case.run(per_device_train_batch_size=batch)
     share = {"forward": FORWARD_SHARE, "backward": 1 - FORWARD_SHARE}
@@ -260,7 +260,7 @@ def wrong_passes(step: int, counted: float, expected: float) -> str:
 def holds_its_copies(case: Case) -> None:
     """No more than `config.parts.copies` copies of the weights are held, at the end of any backward pass."""
     if case.needs & Needs.ATTACHMENT:
-        raise LeftOut("what is attached to a model has a size of its own")
+        raise LeftOut("attached modules have a size of their own")
     stock, ours = (peak_copies(case, is_stock) for is_stock in (True, False))
     case.report.copies = ours - stock
     assert case.report.copies <= case.parts.copies + 0.1, (

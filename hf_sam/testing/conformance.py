@@ -62,7 +62,7 @@ def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[s
         ValueError: There is nothing to check at `rho=0`, or `leave_out` names no check.
     """
     if config.rho == 0:
-        raise ValueError("rho=0 is the stock Trainer: there is no method to check. Give a rho above 0.")
+        raise ValueError("rho=0 is the stock Trainer, so there is no method to check. Give a rho above 0.")
     unknown = set(leave_out).difference([*CHECKS, PROCESSES])
     if unknown:
         raise ValueError(
@@ -82,9 +82,7 @@ def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[s
             except AssertionError as error:
                 raise AssertionError(f"{config.name}, {name!r}: {error}.") from None
             except Exception as error:  # of the method's, or of the package's that names a mistake in it
-                raise AssertionError(
-                    f"{config.name}, {name!r}: it ends with {type(error).__name__}: {error}"
-                ) from error
+                raise AssertionError(f"{config.name}, {name!r}: failed with {type(error).__name__}: {error}") from error
             else:
                 report.checked.append(name)
     if processes == 1 or PROCESSES in leave_out:

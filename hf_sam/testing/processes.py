@@ -48,9 +48,9 @@ class Sent:
         kind = type(part)
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         if "<locals>" in kind.__qualname__:
-            raise CannotSend(f"{kind.__name__} is defined inside a function: define it at the top of a file")
+            raise CannotSend(f"{kind.__name__} is defined inside a function: define it at module level")
         if file is None or not Path(file).is_file():
-            raise CannotSend(f"{kind.__name__} is defined in no file")
+            raise CannotSend(f"{kind.__name__} is not defined in a file")
         fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         return cls(kind.__module__, str(Path(file).resolve()), kind.__qualname__, fields)
 

@@ -113,7 +113,7 @@ class AscentStep:
             for p, part in zip(eps.parameters, eps.tensors, strict=True):
                 if part.shape != local(p).shape:
                     raise ValueError(
-                        f"{name} must have the shape of the weights: for {self._parameters.names[p]} it is "
+                        f"{name} must have the shape of the weights: for {self._parameters.names[p]} its shape is "
                         f"{list(part.shape)} instead of {list(local(p).shape)}."
                     )
         if not len(eps):

@@ -102,5 +102,7 @@ class CurrentStep:
     def hessian_product(self, vector: Vector) -> Vector:
         """`H vector` at `w`, over all trainable parameters."""
         if self._hessian_product is None:
-            raise ValueError("step.hessian_product is there for descents that declare Needs.HVP.")
+            raise ValueError(
+                "step.hessian_product is available only to descents that declare Needs.HVP: add it to their needs."
+            )
         return self._hessian_product(vector)

@@ -59,8 +59,8 @@ class Memory(MutableMapping[str, Vector]):
     def _check(self, name: str) -> None:
         if name not in self.names:
             raise ValueError(
-                f"{self._owner} uses step.memory[{name!r}] and has not declared it: write memory = "
-                f"{(*self.names, name)!r} in the class, so that checkpoints keep it."
+                f"{self._owner} uses step.memory[{name!r}] without declaring it: write memory = "
+                f"{(*self.names, name)!r} in the class so that checkpoints keep it."
             )
 
     @property
@@ -103,7 +103,7 @@ class Memory(MutableMapping[str, Vector]):
             if tensor.shape != here:
                 raise ValueError(
                     f"The checkpoint holds a part of {parameter} of shape {list(tensor.shape)}, and this process one of shape "
-                    f"{list(here)}. Resume a sharded run on as many processes as the checkpoint has, sharded alike."
+                    f"{list(here)}. Resume a sharded run with the same number of processes and the same sharding."
                 )
             found.setdefault(name, {})[parameters[parameter]] = tensor
         for name, tensors in found.items():

@@ -57,7 +57,7 @@ class TrainedParameters:
         self.refresh()
         if not self.selected and (perturb in SELECTORS or not self._waits_for_thawing()):
             raise ValueError(
-                f"perturb={perturb!r} selects none of the {len(self.trainable)} trainable parameters of this model."
+                f"perturb={perturb!r} selects none of the {len(self.trainable)} trainable parameters of this model. Choose another selector."
             )
 
     def refresh(self) -> bool:
@@ -96,7 +96,7 @@ class TrainedParameters:
         named = select(self._model, self._perturb, {name: p for p, name in self.names.items()})
         logger.warning(
             f"perturb={self._perturb!r} selects frozen parameters only ({', '.join(list(named)[:3])}): nothing is perturbed "
-            "until they are thawed."
+            "until they are unfrozen."
         )
         return bool(named)
 
@@ -118,8 +118,8 @@ def refuse_unmatched(perturb: str | Sequence[str], names: Iterable[str], trainab
     for pattern in [perturb] if isinstance(perturb, str) else perturb:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters; they "
-                f"have names such as {', '.join(list(trainable)[:3])}. Shell patterns match the whole name."
+                f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters, "
+                f"whose names are like {', '.join(list(trainable)[:3])}. A shell pattern must match the whole name."
             )
 
 
@@ -151,8 +151,8 @@ def _head_of(model: nn.Module) -> set[str]:
     head = head_parameters(model)
     if not head:
         raise ValueError(
-            f"perturb='no-embeddings-no-head': no head can be told from the body of {type(model).__name__}, whose base model is "
-            "all there is, or which is no transformers model. Use 'no-embeddings', or shell patterns over parameter names."
+            f"perturb='no-embeddings-no-head': {type(model).__name__} has no recognisable head: it is a bare base model, or not a "
+            "transformers model. Use 'no-embeddings', or shell patterns over parameter names."
         )
     return head
 

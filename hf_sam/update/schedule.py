@@ -53,7 +53,7 @@ class Schedule:
         if config.rho > 0 and not start < min(end, max_steps):
             raise ValueError(
                 f"start={config.start} and end={config.end} leave no step to perturb in a run of {max_steps} steps "
-                f"(from step {start} to {min(end, max_steps)}). Lower start, raise end, or train for longer."
+                f"(from step {start} to {min(end, max_steps)}). Lower start, raise end, or train longer."
             )
         return cls(config, start, end)
 

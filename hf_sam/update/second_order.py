@@ -21,7 +21,7 @@ def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation not in (None, "eager", "sdpa"):
         raise ValueError(
-            f"second_order=True differentiates twice, which attn_implementation={implementation!r} cannot. Load the model "
+            f"second_order=True differentiates twice, which attn_implementation={implementation!r} does not support. Load the model "
             "with attn_implementation='eager' or 'sdpa'."
         )
     with sdpa_kernel(SDPBackend.MATH):

@@ -45,8 +45,8 @@ def check_config(folder: str, config: SAMConfig) -> bool:
         before = SAMConfig.from_dict(values).to_dict()
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} cannot be read as a SAM configuration ({error}). Restore it, or delete it to resume the checkpoint as one "
-            "of a stock Trainer's."
+            f"{path} cannot be read as a SAM configuration ({error}). Restore it, or delete it to resume the checkpoint as if "
+            "a stock Trainer had written it."
         ) from error
     now = config.to_dict()
     differences = [
@@ -56,8 +56,8 @@ def check_config(folder: str, config: SAMConfig) -> bool:
     ]
     if differences:
         raise ValueError(
-            f"The checkpoint {folder} was made under another SAM configuration: {'; '.join(differences)}. Resume with the "
-            f"same configuration; to go on under the new one on purpose, delete {CONFIG_NAME} from the checkpoint."
+            f"The checkpoint {folder} was written under another SAM configuration: {'; '.join(differences)}. Resume with the "
+            f"same configuration; to switch to the new one on purpose, delete {CONFIG_NAME} from the checkpoint."
         )
     return True
 
@@ -85,7 +85,7 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
     if own not in files:
         own = files[rank % len(files)]
         logger.warning(
-            f"{folder} holds the SAM state of {len(files)} processes: process {rank} goes on with {own.name}."
+            f"{folder} holds the SAM state of {len(files)} processes: process {rank} continues with {own.name}."
         )
     update.load_state_dict(load_file(own, device=str(update.device)))
 

@@ -239,9 +239,9 @@ class SharpnessAwareUpdate:
             self._is_complete and self.engine.optimizer_holds_parameters
         )  # DeepSpeed ignores what p.grad is given
         logger.warning_once(
-            "A pass has changed in place something that earlier passes had left alone (a buffer, a parameter without gradient, "
-            "or its own inputs), and what it was before is lost. From now on it is kept; this one step is "
-            + ("made without perturbation." if without_eps else "made from where the first pass has left it.")
+            "A pass changed something in place that earlier passes had not changed (a buffer, a parameter without gradient, or "
+            "its inputs), and its previous value is lost. From now on it is saved; this one step is "
+            + ("taken without perturbation." if without_eps else "taken from the state that the first pass left.")
         )
         return not without_eps
 

@@ -432,9 +432,9 @@ def test_no_records_is_a_message():
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ({"control": "adam"}, "control='adam' is no arm of these records, which have: adamw, sam"),
+        ({"control": "adam"}, "control='adam' is not an arm of these records, which have: adamw, sam"),
         ({"treatment": "samm"}, "treatment='samm'"),
-        ({"metric": "acc"}, "metric='acc' is in no record; there are: accuracy, nll"),
+        ({"metric": "acc"}, "metric='acc' is in no record. Allowed: accuracy, nll"),
     ],
 )
 def test_a_question_about_what_is_not_there_is_a_message(tmp_path, question, message):

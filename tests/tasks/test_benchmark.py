@@ -325,7 +325,7 @@ def test_the_users_own_model_and_data(tmp_path, encoder):
         (["--task=images"], "task=images is unknown. Give --task: image-classification"),
         (["--task=causal-lm"], "Give --dataset, or --synthetic true"),
         (["--methods", "smm"], "methods: 'smm' is unknown. Did you mean 'sam'"),
-        (["--methods", '{"method": "sam", "roh": 1}'], "methods: 'roh' is no field of SAMConfig"),
+        (["--methods", '{"method": "sam", "roh": 1}'], "methods: 'roh' is not a field of SAMConfig"),
         (["--methods", '{"method"'], "methods: "),
         (["--steps=0"], "steps=0 must be at least 1"),
         (["--steps=2", "--methods", "periodic"], "hold no perturbed step of periodic|hold no plain step of periodic"),
