@@ -278,7 +278,7 @@ def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
     report = compare.main([path, "--output_dir", str(tmp_path / "out"), "--report"])
     text = report.with_name("report.md").read_text()
     assert "2 of 4 runs" in text
-    assert "0 runs unfinished and 2 not begun" in text
+    assert "0 runs unfinished and 2 not started" in text
     assert "One seed gives no interval" in text
 
 
