@@ -63,7 +63,7 @@ class Step(Protocol):
         rho (`float`): Size of the perturbation: the schedule's, divided by the number of inner ascent steps.
         lr (`float`): The largest learning rate of the optimizer's groups.
         age (`int`): Steps since the last one that was due under `interval`; 0 in such a step.
-        is_first (`bool`): Whether this is the first step of the run, counting the steps before a resumption.
+        is_first (`bool`): Whether this is the first step since the run started or was resumed.
         weights (`Vector`): `w` over the perturbed parameters; do not change it in place.
         memory (`MutableMapping[str, Vector]`): State that the method keeps from step to step, under its declared names.
             In-place forms never overwrite what is read here.

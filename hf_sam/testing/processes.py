@@ -23,7 +23,7 @@ from ..methods.base import Ascent, Descent
 
 # Timeouts after which processes count as deadlocked: to start, and for each run.
 SECONDS, SECONDS_PER_RUN = 60, 10
-# For one of them, after another has ended.
+# For one process, after another has ended.
 SECONDS_ALONE = 30
 _SCRIPT = "__hf_sam_script__"
 Key = tuple[str, str]

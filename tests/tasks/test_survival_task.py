@@ -203,7 +203,7 @@ def test_one_seed_gives_no_interval_and_runs_without_scores_are_counted(tmp_path
     written = write_report([*records, *extra], tmp_path / "report", control="adamw", treatment="sam")
     text = written.with_name("report.md").read_text()
     assert "one seed gives no interval and says nothing about other seeds" in text
-    assert "1 finished runs have no such scores" in text
+    assert "1 finished runs lack these scores" in text
 
 
 def test_a_comparison_that_did_not_ask_has_no_such_section(tmp_path):
