@@ -78,7 +78,7 @@ def test_pairs_are_real_and_a_rerun_gives_the_same_numbers(study, tmp_path):
         assert losses_again[key] == losses[key]
         assert run.metrics == runs[key].metrics
     text = report.with_name("report.md").read_text()
-    assert "no difference that matters. none and adamw differ by less than" in text
+    assert "equivalent. none and adamw differ by less than" in text
     assert "Not a true pair" not in text
 
 
