@@ -278,7 +278,7 @@ def test_enough_seeds_can_establish_an_effect_and_its_absence(tmp_path):
     assert "the runs show neither a difference nor equivalence" in sentence
     assert f"95 % interval {100 * paired.t_low:+.1f} to {100 * paired.t_high:+.1f}" in sentence
     assert f"detect a difference of {100 * paired.detectable:.1f} points four times in five" in sentence
-    assert f"only that it is within ±{100 * paired.within:.1f} points" in sentence
+    assert f"only that the difference is within ±{100 * paired.within:.1f} points" in sentence
 
 
 def equal_but_for(records, gains):
