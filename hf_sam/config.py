@@ -1,4 +1,4 @@
-"""`SAMConfig`: what a user chooses, validated field by field, to and from JSON."""
+"""`SAMConfig`: the user's choices, validated field by field, with conversion to and from JSON."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
-# What a field is when neither the user nor the method says anything; for a method that does not use the field, a value that
-# says no more than silence does. A field that is not here stays None: off.
+# The value of a field that neither the user nor the method sets. For a method that does not use the field, giving this
+# value is the same as leaving it out. A field that is not listed stays None: off.
 DEFAULTS: dict[str, Any] = {
-    "rho": 0.005,  # a tenth of the usual one, which does harm in short fine-tuning: docs/methods.md, "The default rho"
+    "rho": 0.005,  # a tenth of the usual value, which hurts in short fine-tuning: docs/methods.md, "The default rho"
     "scope": "auto",
     "ascent_fraction": 1.0,
     "interval": 1,
@@ -75,35 +75,35 @@ class Parts(NamedTuple):
 
     @property
     def combines(self) -> bool:
-        """Whether the gradient for the optimizer is made out of `g_s`, not `g_s` itself."""
+        """Whether the optimizer gets a gradient built from `g_s` rather than `g_s` itself."""
         return combines(self.descent)
 
     @property
     def carries_on(self) -> bool:
-        """Whether anything is kept from step to step."""
+        """Whether the method keeps state from step to step."""
         return bool(self.ascent.memory or self.ascent.scalars or self.descent.memory)
 
     @property
     def copies(self) -> int:
-        """Copies of the perturbed weights that the method holds beyond stock training, in a step that logs."""
+        """Copies of the perturbed weights that the method holds in addition to stock training, in a step that logs."""
         return copies_of(*self)
 
 
 @dataclass
 class SAMConfig:
     r"""
-    What sharpness-aware minimization does, beside the usual `TrainingArguments`.
+    The configuration of sharpness-aware minimization, next to the usual `TrainingArguments`.
 
-    Every field left at `None` takes the default of the chosen method, else the one named here; after construction the
-    fields hold the values in force. `SAMConfig(rho=0)` is the stock Trainer.
+    A field left at `None` takes the default of the chosen method, or else the one given here; after construction the
+    fields hold the effective values. `SAMConfig(rho=0)` is the stock Trainer.
 
     Args:
         method (`str`, *optional*, defaults to `"sam"`):
             A row of [`~hf_sam.methods.METHODS`].
         rho (`float`, *optional*, defaults to 0.005, or what the method's row says, such as 0.5 for `"asam"`):
             Size of the perturbation: the p-norm of `eps` over all perturbed parameters together. At least 0. In our
-            fine-tuning runs the default was indistinguishable from no SAM, and 0.05 did harm; from scratch start at 0.05
-            (Foret et al. 2021). `hf-sam find-rho` looks for one.
+            fine-tuning runs the default was indistinguishable from no SAM, and 0.05 hurt; when training from scratch,
+            start at 0.05 (Foret et al. 2021). `hf-sam find-rho` searches for a good value.
         p (`float`, *optional*, defaults to 2.0):
             The norm that bounds the perturbation, in [1, inf]; `"inf"` is accepted. Foret et al. 2021, Equation 2.
         adaptive (`bool`, *optional*, defaults to `False`, `True` for `"asam"`):
@@ -111,29 +111,29 @@ class SAMConfig:
         eta (`float`, *optional*, defaults to 0.01):
             Added to `|w|` so that weights at zero move too. At least 0; only with `adaptive`.
         scope (`str`, *optional*, defaults to `"auto"`):
-            Over which examples one perturbation is computed. `"micro"`: each micro-batch. `"device"`: all that one
-            device sees in one optimizer step. `"global"`: the whole effective batch. `"auto"`: `"micro"` where `m` is
-            given, else `"device"` where parameters are replicated and `"global"` where they are sharded.
+            The examples over which one perturbation is computed. `"micro"`: each micro-batch. `"device"`: all examples
+            of one device in one optimizer step. `"global"`: the whole effective batch. `"auto"`: `"micro"` if `m` is
+            given, else `"device"` if parameters are replicated and `"global"` if they are sharded.
         m (`int`, *optional*):
-            Examples per perturbation, the paper's m-sharpness: splits each micro-batch further. Only with
-            `scope="micro"`.
+            Examples per perturbation, as in the paper's m-sharpness: each micro-batch is split further. Only with
+            `scope="micro"` or `"auto"`.
         ascent_steps (`int`, *optional*, defaults to 1):
-            Inner ascent steps K, each of size rho / K. Every one costs a pass.
+            Number K of inner ascent steps, each of size rho / K. Each costs one pass.
         ascent_fraction (`float`, *optional*, defaults to 1.0):
             Share of each micro-batch that the ascent pass sees, in (0, 1].
         interval (`int`, *optional*, defaults to 1):
-            Perturb every `interval`-th step; for `"carried"`, look for a direction in every `interval`-th step.
+            Perturb every `interval`-th step; for `"carried"`, compute a direction in every `interval`-th step.
         start, end (`int` or `float`, *optional*, default to 0.0 and 1.0):
-            First step that perturbs and first one that no longer does. A float in [0, 1] is a fraction of the steps
-            that the Trainer really runs, an int is a step.
+            First step that is perturbed, and first step that no longer is. A float in [0, 1] is a fraction of the steps
+            that the Trainer runs, an int is a step.
         rho_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"linear"` or `"cosine"` ramp from `rho_min` to `rho` between `start` and `end`; `"lr"` in proportion to
-            the learning rate, never below `rho_min`.
+            `"linear"` or `"cosine"` ramps from `rho_min` to `rho` between `start` and `end`; `"lr"` is proportional to
+            the learning rate, but never below `rho_min`.
         rho_min (`float`, *optional*, defaults to 0.0):
             Lower end of the schedule, in [0, rho].
         alpha (`float`, *optional*):
-            Weight of the extra component of `"gsam"` and `"looksam"`. At least 0. For `"carried"` the factor by which
-            the perturbation shrinks with each step that its direction grows older.
+            Weight of the extra component of `"gsam"` and `"looksam"`. At least 0. For `"carried"`, the factor by which
+            the perturbation shrinks with each step since its direction was computed.
         gamma (`float`, *optional*):
             `"wsam"`: weight of the sharpness term, in [0, 1). `"esam"`: share of the examples kept, in (0, 1].
         beta (`float`, *optional*):
@@ -143,7 +143,7 @@ class SAMConfig:
         ema_decay (`float`, *optional*):
             `"friendly"`: decay of that average, in [0, 1).
         perturb (`str` or `list[str]`, *optional*, defaults to `"all"`):
-            Which trainable parameters are perturbed, and counted in the norm: `"all"`, `"norm"` (normalisation layers
+            The trainable parameters that are perturbed and counted in the norm: `"all"`, `"norm"` (normalisation layers
             only), `"no-norm-no-bias"`, `"no-embeddings"` (neither tokens, patches, positions nor class tokens),
             `"no-embeddings-no-head"`, or shell patterns over parameter names such as `"*.attention.*"`.
         replay_rng (`bool`, *optional*, defaults to `True`):
@@ -151,19 +151,19 @@ class SAMConfig:
         weight_decay_in_ascent (`bool`, *optional*, defaults to `False`):
             Add the optimizer's `weight_decay * w` to the ascent gradient: the L2 term of the paper's objective.
         second_order (`bool`, *optional*, defaults to `False`):
-            Keep the term that the paper drops, `(d eps / d w)^T g_s`. For analysis: costs a Hessian-vector product.
+            Keep the term that the paper drops, `(d eps / d w)^T g_s`. For analysis; costs a Hessian-vector product.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
-            Round `w + eps` up or down at random, so that in expectation the perturbation survives in parameters that
-            are stored in 16 bits.
+            Round `w + eps` up or down at random, so that 16-bit parameters keep the perturbation in expectation.
         log_shares (`bool`, *optional*, defaults to `False`):
-            Log which share of the squared norm of `eps` each group of modules has, as `sam_share/attention` and the like.
+            Log the share of the squared norm of `eps` in each group of modules, such as `sam_share/attention`.
         ascent (`Ascent`, *optional*):
-            Where to perturb: an object of your own, or of `hf_sam.methods`, in the place of the method's; on the command
-            line the path of its class, `module:Class`. Its hyperparameters are set there. See `docs/write_your_own.md`.
+            Where to perturb: a custom object, or one of `hf_sam.methods`, that replaces the method's ascent; on the command
+            line, the path of its class, `module:Class`. Set its hyperparameters on the object. See `docs/write_your_own.md`.
         descent (`Descent`, *optional*):
-            What the optimizer gets, likewise.
+            What the optimizer gets: a custom object that replaces the method's descent, in the same way.
         options (`Mapping[str, Any]`, *optional*):
-            Hyperparameters of the method that have no field here; on the command line, as JSON, also those of classes.
+            Hyperparameters of the method that have no field here; on the command line, as JSON, also those of custom
+            classes.
 
     Raises:
         ValueError: An unknown method, a value out of range, or a field that the chosen method does not use. The
@@ -204,7 +204,7 @@ class SAMConfig:
             raise ValueError(
                 f"method={self.method!r} is unknown.{did_you_mean(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
-        # What the user has said, apart from what follows from it.
+        # What the user gave, without the values derived from it.
         self._given = {name: getattr(self, name) for name in self.fields() if getattr(self, name) is not None}
         for field, kind in (("ascent", Ascent), ("descent", Descent)):
             value = getattr(self, field)
@@ -220,7 +220,7 @@ class SAMConfig:
         for field, check in _CHECKS.items():
             if getattr(self, field) is not None:
                 setattr(self, field, check(field, getattr(self, field)))
-        for field in self._own:  # each one checked by its class
+        for field in self._own:  # each is checked by its class
             value = next((getattr(part, field) for part in self.parts if hasattr(part, field)), None)
             if field not in _FLAT:
                 self.options[field] = value
@@ -234,27 +234,27 @@ class SAMConfig:
         for option in self.options or ():
             if option not in self._own:
                 raise ValueError(
-                    f"options: {option!r} is no hyperparameter of {self.label}.{did_you_mean(option, self._own)} Allowed: "
-                    f"{', '.join(self._own) or 'none; those of ascent= and descent= are set there'}."
+                    f"options: {option!r} is not a hyperparameter of {self.label}.{did_you_mean(option, self._own)} Allowed: "
+                    f"{', '.join(self._own) or 'none; set those of ascent= and descent= on the objects'}."
                 )
             if getattr(self, option, None) is not None:
-                raise ValueError(f"{option} is given twice, as a field and in options. Leave one of them out.")
+                raise ValueError(f"{option} is given twice, as a field and in options. Remove one of them.")
         for field in self.fields():
             value = getattr(self, field)
             if value is None or self._uses(field):
                 continue
-            if value == DEFAULTS.get(field):  # a neutral value may be said aloud
+            if value == DEFAULTS.get(field):  # a neutral value may be given explicitly
                 setattr(self, field, None)
                 continue
             users = [name for name, row in METHODS.items() if field in fields_used(row)]
             raise ValueError(
-                f"{field}={value!r} has no meaning for {self.label}, which uses: "
+                f"{field}={value!r} is not used by {self.label}, which uses: "
                 f"{', '.join(name for name in self.fields() if self._uses(name))}. Leave {field} out, or choose "
                 f"a method that uses it: {', '.join(users) or 'none'}."
             )
 
     def _fill_in(self) -> None:
-        """Every field that is in use gets its value; those that another field switches on, if it does."""
+        """Give every used field its value; a field that another field switches on gets one only if it is on."""
         options = dict(self.options or {})
         for field in [option for option in options if option in _FLAT]:
             setattr(self, field, options.pop(field))
@@ -268,21 +268,21 @@ class SAMConfig:
         for field, switch in dependent.items():
             value = getattr(self, field)
             if value is not None and not is_on[field]:
-                raise ValueError(f"{field}={value!r} is used only with {switch}. Leave it out or set that.")
+                raise ValueError(f"{field}={value!r} is used only with {switch}. Leave {field} out, or set {switch}.")
             if value is None and is_on[field] and self._uses(field):
                 setattr(self, field, defaults.get(field, 0.0))
                 if field == "rho_min" and isinstance(self.rho, int | float):
-                    self.rho_min = min(self.rho_min, self.rho)  # a default gives way to the rho that the user chose
+                    self.rho_min = min(self.rho_min, self.rho)  # a default must not exceed the rho that the user chose
 
     def _check_combinations(self) -> None:
         if self.m is not None and self.scope not in ("auto", "micro"):
             raise ValueError(
-                f"m={self.m} splits micro-batches and needs scope='micro' (or 'auto'), not {self.scope!r}."
+                f"m={self.m} splits micro-batches and needs scope='micro' or 'auto', not scope={self.scope!r}."
             )
         if self.parts.needs & Needs.WHOLE_STEP and self.scope == "micro":
             raise ValueError(
-                f"scope='micro' does not go with {self.label}, which uses the gradient of a whole step again: "
-                "choose 'device', 'global' or 'auto'."
+                f"scope='micro' does not work with {self.label}, which reuses the gradient of a whole step. "
+                "Choose scope='device', 'global' or 'auto'."
             )
         if self.second_order:
             for field, needed in (
@@ -294,21 +294,21 @@ class SAMConfig:
             ):
                 if getattr(self, field) != needed:
                     raise ValueError(
-                        f"second_order=True is derived for plain sam: {field}={getattr(self, field)!r} must be {needed!r}."
+                        f"second_order=True is derived for plain sam only: {field}={getattr(self, field)!r} must be {needed!r}."
                     )
         if self.rho_min is not None and self.rho_min > self.rho:
             raise ValueError(f"rho_min={self.rho_min} must be at most rho={self.rho}.")
         if type(self.start) is type(self.end) and self.start >= self.end:
-            raise ValueError(f"start={self.start} must be below end={self.end}: as it is, no step would be perturbed.")
+            raise ValueError(f"start={self.start} must be below end={self.end}: otherwise no step is perturbed.")
 
     def changed(self, **changes: Any) -> SAMConfig:
-        """The configuration that the user would have made with these values beside, or in the place of, the ones given.
+        """A copy of this configuration with these values added to, or replacing, the ones that the user gave.
 
-        Another method takes over only what does not depend on the method: a radius or a hyperparameter chosen for one means
-        something else to the next.
+        If the method changes, only values that do not depend on the method are kept: a radius or hyperparameter chosen
+        for one method means something else for another.
 
         Raises:
-            ValueError: As the constructor does; also for a name that is no field.
+            ValueError: As the constructor; also for a name that is not a field.
         """
         given = dict(self._given)
         if changes.get("method", self.method) != self.method:
@@ -325,18 +325,18 @@ class SAMConfig:
 
     @property
     def name(self) -> str:
-        """The method's name, or what the user has put in its place."""
+        """The method's name, or the names of the custom classes that replace it."""
         own = [type(part).__name__ for part in (self.ascent, self.descent) if part is not None]
         return " + ".join([*([self.method] if self.method != "sam" or not own else []), *own])
 
     @property
     def label(self) -> str:
-        """The method as messages name it."""
+        """The method as it appears in messages."""
         return f"method={self.name!r}"
 
     @property
     def paper(self) -> str | None:
-        """The method's paper; None where the user has put something else in the place of a part."""
+        """The method's paper; None if a custom object replaces a part."""
         return self.row.paper if self.ascent is None and self.descent is None else None
 
     @property
@@ -354,7 +354,7 @@ class SAMConfig:
 
     @property
     def _classes(self) -> tuple[type[Ascent], type[Descent]]:
-        """Of the table's row; a user's own object stands in the place of one."""
+        """The classes of the table's row, before custom objects replace them."""
         ascent, descent = self.row.classes
         return ascent, ThroughPerturbation if self.second_order else descent
 
@@ -366,7 +366,7 @@ class SAMConfig:
 
     @cached_property
     def _own(self) -> dict[str, Any]:
-        """Hyperparameters of the row's classes that no object of the user's replaces, with their defaults."""
+        """Hyperparameters of those classes of the row that no custom object replaces, with their defaults."""
         given = zip(self.row.classes, (self.ascent, self.descent), strict=True)
         return {
             name: default for kind, part in given if part is None for name, default in hyperparameters(kind).items()
@@ -379,7 +379,7 @@ class SAMConfig:
 
     @property
     def passes_per_step(self) -> float:
-        """Forward-backward passes over the batch in a step that perturbs, the descent pass included."""
+        """Forward-backward passes over the batch in a perturbed step, including the descent pass."""
         ascent, descent = self.parts
         clean = (self.ascent_fraction or 1.0) if self.parts.needs & Needs.GRADIENT else 0.0
         return clean + (ascent.ascent_steps - 1) + 1.0 + descent.extra_passes
@@ -392,9 +392,9 @@ class SAMConfig:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are in force, as JSON can hold them.
+        """The fields in use, as values that JSON can hold.
 
-        `p=inf` becomes `"inf"`; an object of the user's becomes the path of its class and its fields.
+        `p=inf` becomes `"inf"`; a custom object becomes the path of its class and its fields.
         """
         values = {name: getattr(self, name) for name in self.fields() if getattr(self, name) not in (None, {})}
         values |= {name: describe_part(values[name]) for name in ("ascent", "descent") if name in values}
@@ -402,15 +402,15 @@ class SAMConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SAMConfig:
-        """The inverse of `to_dict`. Nothing is imported: a user's class is looked for in modules that are.
+        """The inverse of `to_dict`. It imports nothing: a custom class must be in a module that is already imported.
 
         Raises:
-            ValueError: A key that is no field (the message suggests the nearest one), or a class that is not imported.
+            ValueError: A key is not a field (the message suggests the nearest one), or a class is not imported.
         """
         for key in values:
             if key not in cls.fields():
                 hint = did_you_mean(key, cls.fields())
-                raise ValueError(f"{key!r} is no field of SAMConfig.{hint} Allowed: {', '.join(cls.fields())}.")
+                raise ValueError(f"{key!r} is not a field of SAMConfig.{hint} Allowed: {', '.join(cls.fields())}.")
         made = {
             name: part_from_description(values[name], kind)
             for name, kind in (("ascent", Ascent), ("descent", Descent))
@@ -441,7 +441,7 @@ def hyperparameters(kind: type) -> dict[str, Any]:
 
 
 def common_fields(ascent: Ascent | type, descent: Descent | type, row: Method) -> frozenset[str]:
-    """The `SAMConfig` fields, beside hyperparameters, that mean something for a pair of classes or objects."""
+    """The `SAMConfig` fields, apart from hyperparameters, that a pair of classes or objects uses."""
     needs = needs_of(ascent, descent)
     used = {"method", "ascent", "descent", "options", "rho", "start", "end", "rho_schedule", "rho_min"}
     if not needs & Needs.ATTACHMENT:
@@ -468,6 +468,6 @@ def fields_used(row: Method) -> frozenset[str]:
 
 
 def depends_on_method(name: str, old: Method, new: Method) -> bool:
-    """Whether a field's value chosen for the method `old` means something else, or nothing, to `new`."""
+    """Whether a value chosen for the method `old` means something else, or nothing, for `new`."""
     hyper = {field for row in METHODS.values() for kind in row.classes for field in hyperparameters(kind)}
     return name in _OF_THE_METHOD | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)

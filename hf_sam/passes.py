@@ -1,4 +1,4 @@
-"""How a Trainer runs one pass: its own training step, with the loss seen and, where a method asks for it, changed."""
+"""How a Trainer runs one pass: its own training step, whose loss is observed and, if a method needs it, changed."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ class TrainerPasses:
             self._hook = self._trainer.model.register_forward_hook(self._see)
 
     def end(self) -> None:
-        """Leave nothing on the model."""
+        """Remove everything from the model."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+        """Whether the optimizer's last step was skipped after an overflow in fp16."""
         return bool(self._trainer.accelerator.optimizer_step_was_skipped)
 
     # --- one pass ----------------------------------------------------------------------------------------------------
 
     def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
-        """One forward and backward of the base trainer; gradients add up in `p.grad`. Returns the loss.
+        """Run one forward and backward of the base trainer, adding gradients up in `p.grad`, and return the loss.
 
-        `synced` leaves synchronisation as the Trainer has set it for this micro-batch; otherwise there is none.
-        `is_ascent` where the gradients show where to perturb; otherwise the optimizer steps along them.
+        With `synced`, synchronisation is as the Trainer has set it for this micro-batch; otherwise there is none.
+        With `is_ascent`, the gradients determine the perturbation; otherwise the optimizer steps along them.
         """
         trainer, update = self._trainer, self._update
         is_clean = is_ascent and not update.runner.is_repeating
-        # Behind DDP the loss no longer depends on the logits: a gradient there needs the model itself.
+        # Through DDP's wrapper the loss does not depend on the logits: gradients with respect to them need the bare model.
         reaches_logits = is_clean and bool(update.needs & Needs.LOGITS)
         module = trainer.model if reaches_logits else model
         change = self._change_of(batch, is_clean)
@@ -83,7 +83,7 @@ class TrainerPasses:
         return loss
 
     def _change_of(self, batch: MicroBatch, is_clean: bool) -> Callable[[Tensor, Any], Tensor] | None:
-        """What becomes of a pass's loss: looked at in the clean pass, changed in the others."""
+        """What to do with a pass's loss: observe it in the clean pass, change it in the others."""
         needs, descent = self._update.needs, self._update.parts.descent
 
         def keep(loss: Tensor, labels: Any) -> Tensor:
@@ -110,9 +110,9 @@ class TrainerPasses:
         before: Snapshot | None = None,
         is_weighted: bool = True,
     ) -> Iterator[None]:
-        """The trainer's `compute_loss`, whoever has written it, hands its loss to `change` and is weighted.
+        """Inside, the trainer's `compute_loss`, custom or not, passes its loss to `change`, and the loss is weighted.
 
-        `before` is what a clean pass started from; it is completed when the trainer is about to call the model.
+        `before` is the state that a clean pass started from; it is completed just before the trainer calls the model.
         """
         trainer, update = self._trainer, self._update
         if change is None and before is None and not update.runner.takes_parts:
@@ -154,7 +154,7 @@ class TrainerPasses:
 
     @contextlib.contextmanager
     def _no_generation(self) -> Iterator[None]:
-        """A model that is asked to generate within a pass says why it must not."""
+        """Inside, `model.generate` raises an error that says why a pass must not generate."""
         attributes = vars(self._trainer.model)
         if not hasattr(self._trainer.model, "generate") or "generate" in attributes:
             yield
@@ -162,9 +162,9 @@ class TrainerPasses:
 
         def refuse(*args, **kwargs):
             raise ValueError(
-                f"SAMTrainer: {type(self._trainer).__name__} generates within its training step, so that the second pass "
-                "would see other completions than the first. Generate before training, or in a `training_step` that "
-                "overrides SAMTrainer's and then calls it."
+                f"SAMTrainer: {type(self._trainer).__name__} generates inside its training step, so the second pass would see "
+                "different completions from the first. Generate before training, or override SAMTrainer's `training_step`, "
+                "generate there and then call it."
             )
 
         attributes["generate"] = refuse
@@ -179,10 +179,10 @@ class TrainerPasses:
         self._outputs = output
 
     def _logits(self, is_needed: bool = True) -> Tensor | None:
-        """The model's logits in the pass that is going on.
+        """The model's logits in the current pass.
 
         Raises:
-            ValueError: Its output has none.
+            ValueError: The model's output has no logits.
         """
         outputs, self._outputs = self._outputs, None
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
@@ -192,16 +192,16 @@ class TrainerPasses:
             if not is_needed:
                 return None
             raise ValueError(
-                f"{self._update.config.label} needs a model whose output has `logits`; this one returned none. Choose another "
+                f"{self._update.config.label} needs a model whose output has `logits`, and this model returned none. Choose another "
                 "method."
             )
         return logits
 
     def _check_logits(self, loss: Tensor, logits: Tensor, labels: Any, batch: MicroBatch) -> None:
-        """Once: whether the loss depends on the parameters through the logits alone.
+        """Check once that the loss depends on the parameters only through the logits.
 
         Raises:
-            ValueError: It does not.
+            ValueError: The loss depends on them in other ways, too.
         """
         if self._has_checked_logits:
             return
@@ -210,8 +210,8 @@ class TrainerPasses:
             return
         label = self._update.config.label
         reason = (
-            f"{label} needs a loss that depends on the model through its logits alone. Leave auxiliary losses (router, boxes, "
-            "regularisers) out, or choose another method."
+            f"{label} needs a loss that depends on the parameters only through the logits. Turn auxiliary losses (router, "
+            "boxes, regularisers) off, or choose another method."
         )
         parameters = self._update.parameters.trainable
         (outer,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
@@ -229,7 +229,7 @@ class TrainerPasses:
             raise ValueError(reason)
 
     def losses_of_examples(self, batch: MicroBatch) -> Tensor:
-        """One forward at the present weights; the loss of every example, shape `(batch,)`."""
+        """Run one forward at the current weights; return the loss of every example, shape `(batch,)`."""
         trainer, found = self._trainer, []
 
         def look(loss: Tensor, labels: Any) -> Tensor:
@@ -254,8 +254,8 @@ class TrainerPasses:
                 f"logits {list(logits.shape)}, labels {list(labels.shape) if isinstance(labels, Tensor) else labels}"
             )
             raise ValueError(
-                f"{self._update.config.label} needs the loss of each example, which it takes from `logits` and `labels` of "
-                f"classification or language models; here they do not fit together ({shapes}). Choose another method."
+                f"{self._update.config.label} needs the loss of each example, computed from the `logits` and `labels` of a "
+                f"classification or language model; here their shapes do not match ({shapes}). Choose another method."
             ) from error
 
     # --- more than passes ------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class TrainerPasses:
         return self._parts.how_parts_add_up(batch, size)
 
     def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
-        """Add `H vector` at the present weights, of the batch's loss, to `product`."""
+        """Add `H vector` of the batch's loss at the current weights to `product`."""
         trainer = self._trainer
         with (
             twice_differentiable_attention(trainer.model),

@@ -26,7 +26,7 @@ from .update.telemetry import Telemetry
 
 logger = logging.get_logger(__name__)
 
-# What the Trainer and this module set on themselves: no state of a user's loss, and not to be put back after a pass.
+# Attributes that the Trainer and this module set: not state of a user's loss, so not restored after a pass.
 _OF_THE_TRAINER = {i.argval for i in dis.get_instructions(Trainer.__init__) if i.opname == "STORE_ATTR"} | {
     "_sam",
     "_sam_checkpoint",
@@ -42,30 +42,30 @@ _OF_THE_TRAINER = {i.argval for i in dis.get_instructions(Trainer.__init__) if i
 
 
 class SAMTrainerMixin:
-    """Adds sharpness-aware minimization to any `Trainer` whose `training_step` calls `super().training_step`.
+    """Add sharpness-aware minimization to any `Trainer` whose `training_step` calls `super().training_step`.
 
         class SAMSFTTrainer(SAMTrainerMixin, SFTTrainer): ...
 
     Args:
         sam_config (`SAMConfig`, *optional*):
-            What to do; None is plain SAM with its defaults. Every other argument is the base trainer's.
+            The configuration; None is plain SAM with its defaults. All other arguments are those of the base trainer.
 
     Raises:
-        TypeError: `sam_config` is no `SAMConfig`.
-        ValueError: The optimizer, engine or parameters cannot be right under SAM; says why and what to use instead.
+        TypeError: `sam_config` is not a `SAMConfig`.
+        ValueError: The optimizer, engine or parameters do not work with SAM; the message says why and what to use.
     """
 
-    # Attributes of the trainer that only the clean pass may change, beyond those that are found: what the stock Trainer
-    # sets itself is left alone.
+    # Further attributes of the trainer that only the clean pass may change. Custom attributes are found by themselves; those
+    # that the stock Trainer sets are not restored unless named here.
     sam_bookkeeping: tuple[str, ...] = ()
-    # Whether a part of a batch is a batch. It is not where a collator stacks chosen above rejected answers.
+    # Whether part of a batch is a valid batch. It is not if a collator stacks chosen above rejected answers.
     sam_splits_batches: bool = True
 
     def __init__(self, *args, sam_config: SAMConfig | None = None, **kwargs):
         if not isinstance(self, Trainer):
             raise TypeError(
-                f"SAMTrainerMixin goes with subclasses of transformers.Trainer, and {type(self).__name__} is none. Trainers "
-                "that wrap another one, such as setfit's, have to be trained through that one."
+                f"SAMTrainerMixin needs a subclass of transformers.Trainer, and {type(self).__name__} is not one. If it wraps "
+                "another trainer, as setfit's does, combine the mixin with that trainer."
             )
         if sam_config is None:
             sam_config = SAMConfig()
@@ -76,7 +76,7 @@ class SAMTrainerMixin:
         self._sam_passes: TrainerPasses | None = None
         self._sam_diagnosis: Diagnosis | None = None
         self._sam_checkpoint: str | None = None
-        self._sam_config_given: SAMConfig | None = None  # before a search for hyperparameters
+        self._sam_config_given: SAMConfig | None = None  # before a hyperparameter search
         super().__init__(*args, **kwargs)
         if sam_config.rho > 0:
             refuse_unsupported(self)
@@ -85,7 +85,7 @@ class SAMTrainerMixin:
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One micro-batch of a sharpness-aware step; the clean loss is returned."""
+        """Run one micro-batch of a sharpness-aware step and return the clean loss."""
         if self.sam_config.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._sam is None:  # called outside `train`
@@ -101,7 +101,7 @@ class SAMTrainerMixin:
     # --- a run -------------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        """The Trainer's own; an error, too, leaves nothing on the model."""
+        """Train as the base trainer does; after an error, too, nothing stays on the model."""
         try:
             return super().train(*args, **kwargs)
         except BaseException:
@@ -109,7 +109,7 @@ class SAMTrainerMixin:
             raise
 
     def start_update(self) -> None:
-        """Bind the update to the model, optimizer and number of steps of the run that begins."""
+        """Bind the update to the model, optimizer and number of steps of the run that starts."""
         self.end_update()
         self._sam = None
         if self.sam_config.rho == 0:
@@ -147,26 +147,28 @@ class SAMTrainerMixin:
         )
         if self._sam_checkpoint is not None:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)
-            self._sam_checkpoint = None  # another call of `train` begins anew
+            self._sam_checkpoint = None  # another call of `train` starts afresh
         m = self._sam.effective_m(self._train_batch_size, self.args.gradient_accumulation_steps)
-        logger.info(f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for m = {m} examples")
+        logger.info(
+            f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for every m = {m} examples"
+        )
 
     def end_update(self) -> None:
-        """Leave nothing on the model; what the run has measured stays readable."""
+        """Remove everything from the model; the measurements of the run stay readable."""
         if self._sam_passes is not None:
             self._sam_passes.end()
         if self._sam is not None and self._sam.attached is not None:
             self._sam.attached.remove()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Floating-point operations of one micro-batch, all passes of the present step included."""
+        """Floating-point operations of one micro-batch, including all passes of the current step."""
         ops = super().floating_point_ops(inputs)
         return ops if self._sam is None else int(ops * self._sam.schedule.passes(self.state.global_step))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """The Trainer's own, with the keys of the update added to training entries and its cost to the last one.
+        """Log as the base trainer does, adding the keys of the update to training entries and its cost to the last entry.
 
-        What a loss function logs in a pass that the clean one has gone before is left out.
+        What a loss function logs in a pass after the clean one is dropped.
         """
         if self._sam is not None and self._sam.runner.is_repeating:
             return
@@ -182,21 +184,21 @@ class SAMTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's own, with `sam_config.json` beside the weights."""
+        """Save as the base trainer does, with `sam_config.json` next to the weights."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             save_config(output_dir or self.args.output_dir, self.sam_config)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """The base trainer's own, with the section on sharpness-aware minimization; `push_to_hub` comes by here."""
+        """Write the base trainer's card with a section on sharpness-aware minimization; `push_to_hub` calls this."""
         super().create_model_card(*args, **kwargs)
         write_model_card(self, kwargs.get("dataset") or kwargs.get("dataset_name"), kwargs.get("tasks"))
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """The Trainer's own; the trial's `sam_*` values, which are none of `TrainingArguments`, go to `sam_config`.
+        """Set up a trial as the base trainer does; its `sam_*` values go to `sam_config`, not to `TrainingArguments`.
 
         Raises:
-            ValueError: A `sam_*` name that is no field of `SAMConfig`, or a value out of range.
+            ValueError: A `sam_*` name is not a field of `SAMConfig`, or a value is out of range.
         """
         if self.hp_search_backend is None or trial is None:
             super()._hp_search_setup(trial)
@@ -225,7 +227,7 @@ class SAMTrainerMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not check_config(checkpoint, self.sam_config):
-            logger.info(f"{checkpoint} was made by a stock Trainer: sharpness-aware minimization begins here.")
+            logger.info(f"{checkpoint} was written by a stock Trainer: sharpness-aware minimization starts here.")
         self._sam_checkpoint = checkpoint
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -235,9 +237,9 @@ class SAMTrainerMixin:
             save_state(output_dir, self._sam, self.args.process_index)
 
     def _is_measured_step(self) -> bool:
-        """Whether to measure what costs memory bandwidth: on the last perturbing step before the Trainer logs.
+        """Whether to measure values that cost memory bandwidth: on the last perturbed step before the Trainer logs.
 
-        Between epochs the Trainer's next entry cannot be foreseen; every 50th step stands in.
+        If the Trainer does not log by steps, its next entry cannot be predicted, and every 50th step is used.
         """
         step = self.state.global_step
         every = int(self.state.logging_steps if self.args.logging_strategy == "steps" else 0) or 50
@@ -246,7 +248,7 @@ class SAMTrainerMixin:
         return step == 0 or following is None or following >= next_entry
 
     def _read_telemetry(self) -> dict[str, float]:
-        """Means since the last entry, over steps and ranks; the one place that waits for the device."""
+        """Means since the last entry, over steps and ranks; the only place that waits for the device."""
         tables = nested_gather(self._sam.telemetry.drain(), self.args.parallel_mode)
         return Telemetry.means(tables)
 
@@ -256,7 +258,7 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
 
         trainer = SAMTrainer(model=model, args=args, train_dataset=data, sam_config=SAMConfig(rho=0.01))
 
-    Takes every argument of `Trainer`, and `sam_config` as [`SAMTrainerMixin`] describes it.
+    Takes every argument of `Trainer`, and `sam_config` as described in [`SAMTrainerMixin`].
     """
 
 

@@ -86,7 +86,7 @@ def test_infinity_survives_json():
 
 
 def test_unknown_key_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"'roh' is no field.*Did you mean 'rho'"):
+    with pytest.raises(ValueError, match=r"'roh' is not a field.*Did you mean 'rho'"):
         SAMConfig.from_dict({"roh": 0.1})
 
 

@@ -1,4 +1,4 @@
-"""What a step costs beside the stock Trainer's: counted passes, bytes and memory, and times taken in turns."""
+"""The cost of a step compared with the stock Trainer: counted passes, bytes and memory, and interleaved timings."""
 
 from .measure import Counted, Measurement, measure
 from .stepping import HandLoopTrainer, SteppedSAMTrainer, SteppedTrainer, stepped_trainer

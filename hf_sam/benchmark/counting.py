@@ -1,4 +1,4 @@
-"""What a step does, counted and not claimed: forward and backward calls, bytes between processes, memory at the peak."""
+"""Count what a step really does: forward and backward calls, bytes between processes, and peak memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ..methods.base import FORWARD_SHARE
 
 class PassCounter:
     """
-    Counts the examples that go forward and backward through a trainer's model.
+    Count the examples that go forward and backward through a trainer's model.
 
         with PassCounter(trainer) as count:
             trainer.take_steps(1)
         count.forward  # examples
 
-    A forward call is one of the whole model, seen by a hook on it; a backward call is one of `accelerator.backward`,
-    over the examples of the forward call before it.
+    A forward call is a call of the whole model, seen by a hook; a backward call is one of `accelerator.backward`, over
+    the examples of the preceding forward call.
     """
 
     def __init__(self, trainer: Trainer):
@@ -37,7 +37,7 @@ class PassCounter:
         self._last = 0
 
     def totals(self) -> np.ndarray:
-        """Examples so far: forward, backward, and in passes of both, a forward one counting as a third."""
+        """Examples so far: forward, backward, and in passes, where a forward call counts as a third of a pass."""
         passes = FORWARD_SHARE * self.forward + (1 - FORWARD_SHARE) * self.backward
         return np.array([self.forward, self.backward, passes])
 
@@ -62,16 +62,16 @@ class PassCounter:
 
 class PassClock(PassCounter):
     """
-    Also times the passes, from the call of the model to the end of `accelerator.backward`.
+    Also time the passes, from the call of the model to the end of `accelerator.backward`.
 
-    The device is waited for at both ends, so that what the host does meanwhile no longer overlaps with it: what is left of
-    a step is more than it is elsewhere, and never less.
+    The host waits for the device at both ends, so their work no longer overlaps: the time of a step outside its passes is
+    overestimated, never underestimated.
 
     Args:
-        trainer (`SteppedMixin`): Whose.
+        trainer (`SteppedMixin`): The trainer.
 
     Attributes:
-        seconds (`float`): Of all passes so far.
+        seconds (`float`): Time of all passes so far.
     """
 
     def __init__(self, trainer: Any):
@@ -91,9 +91,9 @@ class PassClock(PassCounter):
 
 class ByteCounter(TorchDispatchMode):
     """
-    Counts the bytes of the collectives that this process takes part in, whoever calls them: DDP's reducer, FSDP, or the
-    update. Each counts by its longest buffer: what an all-reduce reduces, an all-gather collects or a reduce-scatter
-    is given, whatever the algorithm sends for it.
+    Count the bytes of the collectives in which this process takes part, called by DDP's reducer, FSDP, or the update.
+    Each counts by its largest buffer: what an all-reduce reduces, an all-gather collects or a reduce-scatter takes as
+    input, whatever the algorithm sends.
     """
 
     def __init__(self):
@@ -102,7 +102,7 @@ class ByteCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its own dispatch comes first, and what that calls comes by here again
+            return NotImplemented  # its own dispatch comes first, and its calls arrive here again
         result = function(*args, **(kwargs or {}))
         if function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.name():
             self.bytes += max(sum(tensor.nbytes for tensor in _tensors(value)) for value in (*args, result))
@@ -119,23 +119,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 class PeakMemory:
     """
-    Weighs the memory that torch has handed out at the worst moment between `from_here` and the end of the block.
+    Measure the peak of the memory that torch has allocated between `from_here` and the end of the block.
 
         with PeakMemory() as memory:
-            trainer = build()  # so that all that is freed later has been seen
+            trainer = build()  # so that everything that is freed later was counted
             memory.from_here(trainer.args.device)
             trainer.take_steps(1)
         memory.bytes()
 
-    On an accelerator it is the allocator's own `max_memory_allocated`. On the CPU, whose allocator keeps no maximum, it
-    is the highest sum of all allocations and frees that torch's profiler sees since the block began; memory that
-    libraries allocate by themselves is not seen.
+    On an accelerator it is the allocator's own `max_memory_allocated`. On the CPU, whose allocator keeps no
+    maximum, it is the highest sum of all allocations and frees that torch's profiler sees in the block; memory that
+    libraries allocate on their own is not counted.
     """
 
     _MARK = "hf_sam.benchmark: from here"
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()  # a trainer of before, whose memory would be freed, and seen to be, in this block
+        gc.collect()  # otherwise the memory of an earlier trainer could be freed, and counted, in this block
         self._profiler = profile(profile_memory=True)
         self._profiler.__enter__()
         return self
@@ -144,7 +144,7 @@ class PeakMemory:
         self._profiler.__exit__(*error)
 
     def from_here(self, device: torch.device) -> None:
-        """What was held for a moment before does not count."""
+        """Start counting: earlier peaks are ignored."""
         self._module = None if device.type == "cpu" else torch.get_device_module(device)
         if hasattr(self._module, "reset_peak_memory_stats"):
             self._module.reset_peak_memory_stats()
@@ -152,7 +152,7 @@ class PeakMemory:
             pass
 
     def bytes(self) -> int | None:
-        """The peak, None where the device cannot tell; to be asked after the block."""
+        """The peak in bytes, None if the device cannot measure it; call it after the block."""
         if self._module is not None:
             return self._module.max_memory_allocated() if hasattr(self._module, "max_memory_allocated") else None
         allocations: list[tuple[int, int]] = []

@@ -1,8 +1,8 @@
-"""Interleaved timing: all contenders in one run, in turns, so that a machine that slows down slows all of them.
+"""Interleaved timing: all contenders take turns in one run, so that a machine that slows down slows all of them.
 
-Each contender has a model, an optimizer and a data loader of its own, all from the same beginning, as in an ordinary
-run. So that twenty copies of a large model need not be in memory at once, contenders run in groups, and the stock
-Trainer, against which all are measured, is in every group.
+Each contender has its own model, optimizer and data loader with the same initial state, as in an ordinary run. So that
+twenty copies of a large model need not be in memory at once, contenders run in groups, and the stock Trainer, against
+which all are measured, is in every group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import Trainer
 from .counting import ByteCounter, PassCounter, PeakMemory
 from .variants import STOCK, Contender
 
-# From a contender and the steps of its run to a trainer of `stepping.py`, not yet prepared.
+# From a contender and its number of steps to a trainer of `stepping.py` that is not yet prepared.
 Build = Callable[[Contender, int], Trainer]
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
@@ -27,12 +27,12 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True)
 class Counted:
     """
-    What one contender does in a step, on average over a run.
+    What one contender does per step, averaged over a run.
 
     Args:
-        forward, backward, passes (`float`): Examples that went so through the model, in units of the step's batch.
-        bytes (`float`): Handed to collectives by this process.
-        peak_memory (`int`, *optional*): In bytes, at the worst step; see [`~hf_sam.benchmark.counting.PeakMemory`].
+        forward, backward, passes (`float`): Examples that went through the model in this way, in units of the step's batch.
+        bytes (`float`): Bytes that this process passed to collectives.
+        peak_memory (`int`, *optional*): Peak over all steps, in bytes; see [`~hf_sam.benchmark.counting.PeakMemory`].
     """
 
     forward: float
@@ -45,15 +45,15 @@ class Counted:
 @dataclass(frozen=True)
 class Measurement:
     """
-    One contender's row.
+    The measurement of one contender.
 
     Args:
-        contender (`Contender`): Who.
-        counted (`Counted`, *optional*): None where the contender is impossible.
-        seconds (`list[float]`): Of each step after the warm-up.
-        perturbed (`list[bool]`): Whether that step was perturbed.
-        stock_seconds (`list[float]`): Of the stock Trainer's same step, in the same turns.
-        reason (`str`, *optional*): Why the contender is impossible for this model.
+        contender (`Contender`): The contender.
+        counted (`Counted`, *optional*): None if the contender cannot run.
+        seconds (`list[float]`): Time of each step after the warm-up.
+        perturbed (`list[bool]`): Whether each of these steps was perturbed.
+        stock_seconds (`list[float]`): Time of the stock Trainer's corresponding step, in the same turns.
+        reason (`str`, *optional*): Why the contender cannot run with this model.
     """
 
     contender: Contender
@@ -64,16 +64,16 @@ class Measurement:
     reason: str | None = None
 
     def step_seconds(self, quantile: float = 0.5) -> float:
-        """A quantile of the time of a step: of perturbed steps and of plain ones, weighted by the schedule."""
+        """A quantile of the step time, over perturbed and plain steps weighted by the schedule."""
         values = np.array(self.seconds)
         return sum(weight * float(np.quantile(values[rows], quantile)) for weight, rows in self._kinds())
 
     def ratio(self) -> float:
-        """Time of a step relative to the stock Trainer's: medians, each kind of step beside the same turns of stock."""
+        """Step time relative to the stock Trainer: medians, each kind of step against the stock Trainer in the same turns."""
         return float(self._ratio([rows for _, rows in self._kinds()]))
 
     def ratio_interval(self, rng: np.random.Generator) -> tuple[float, float]:
-        """Percentile bootstrap interval of `ratio`; a turn is drawn as a whole, with both its times."""
+        """Percentile bootstrap interval of `ratio`; the times of a step and of its stock counterpart are drawn together."""
         kinds = [rows for _, rows in self._kinds()]
         drawn = [rng.choice(rows, (RESAMPLES, len(rows))) for rows in kinds]
         tail = (1 - CONFIDENCE) / 2
@@ -81,7 +81,7 @@ class Measurement:
         return float(low), float(high)
 
     def _ratio(self, kinds: Sequence[np.ndarray]) -> np.ndarray:
-        """Over the last axis of each kind's rows, which are `(..., n)`."""
+        """The ratio over the last axis of each kind's rows, shape `(..., n)`."""
         own, stock = np.array(self.seconds), np.array(self.stock_seconds)
         weights = [weight for weight, _ in self._kinds()]
         return sum(
@@ -90,7 +90,7 @@ class Measurement:
         )
 
     def _kinds(self) -> list[tuple[float, np.ndarray]]:
-        """Weight and rows of the perturbed steps and of the plain ones, where a long run has such."""
+        """Weights and rows of perturbed and of plain steps, for each kind that a long run has."""
         share, perturbed = self.contender.share_perturbed, np.array(self.perturbed)
         kinds = [(share, np.flatnonzero(perturbed)), (1 - share, np.flatnonzero(~perturbed))]
         return [(weight, rows) for weight, rows in kinds if weight > 0]
@@ -108,24 +108,24 @@ def measure(
     progress: Callable[[str, int], None] = lambda what, steps: None,
 ) -> list[Measurement]:
     """
-    Count what every contender does, then time them in turns.
+    Count what every contender does, then time the contenders in turns.
 
     Args:
-        contenders (`Sequence[Contender]`): Who takes part; the stock Trainer does in any case, as the first.
-        build (`Callable`): Makes a contender's trainer for a run of so many steps, the same model and data each time.
+        contenders (`Sequence[Contender]`): The contenders; the stock Trainer is always added as the first.
+        build (`Callable`): Builds a contender's trainer for a number of steps, with the same model and data each time.
         steps (`int`, *optional*, defaults to 40): Timed steps of every contender.
-        warmup (`int`, *optional*, defaults to 5): Steps before them that are dropped.
-        block (`int`, *optional*, defaults to 5): Steps of one turn.
-        at_once (`int`, *optional*, defaults to 6): Contenders in memory at the same time, the stock one included.
-        seed (`int`, *optional*, defaults to 0): Of the order of the turns.
-        progress (`Callable[[str, int], None]`, *optional*): Told after each turn whose it was, and its steps.
+        warmup (`int`, *optional*, defaults to 5): Earlier steps that are not timed.
+        block (`int`, *optional*, defaults to 5): Steps per turn.
+        at_once (`int`, *optional*, defaults to 6): Contenders in memory at the same time, including the stock Trainer.
+        seed (`int`, *optional*, defaults to 0): Seed of the order of turns.
+        progress (`Callable[[str, int], None]`, *optional*): Called after each turn with the contender's name and its steps.
 
     Returns:
         `list[Measurement]`: In the order of `contenders`, the stock Trainer first.
 
     Raises:
-        ValueError: A contender would have no timed step of a kind that its schedule has, or the stock Trainer cannot
-            train this model.
+        ValueError: A contender would have no timed step of a kind in its schedule, or the stock Trainer cannot train
+            this model.
     """
     contenders = [STOCK, *(contender for contender in contenders if contender != STOCK)]
     for contender in contenders:
@@ -156,9 +156,9 @@ def measure(
 
 def turns(names: Sequence[str], steps: int, block: int, seed: int) -> Iterator[tuple[str, int]]:
     """
-    Whose turn it is, and for how many steps: in every round each once, in an order drawn anew.
+    The turns and their numbers of steps: every contender has one turn per round, in a new random order.
 
-    The last round has the steps that are left.
+    The last round takes the remaining steps.
     """
     rng = random.Random(seed)
     for first in range(0, steps, block):
@@ -169,10 +169,10 @@ def turns(names: Sequence[str], steps: int, block: int, seed: int) -> Iterator[t
 
 def count(contender: Contender, build: Build) -> Counted | str:
     """
-    Run a few steps of one contender alone, after one that is not counted, and count what they do.
+    Run a few steps of one contender alone, after one uncounted step, and count what they do.
 
     Returns:
-        `Counted`, or the reason why the contender is impossible for this model.
+        `Counted`, or the reason why the contender cannot run with this model.
     """
     steps = 1 + max(5, (contender.sam.interval or 1) if contender.sam else 1)
     kinds, counts = contender.perturbs(steps)[1:], []
@@ -210,7 +210,7 @@ def _timed(
     seed: int,
     progress: Callable[[str, int], None],
 ) -> dict[str, list[float]]:
-    """Seconds of every step of every contender of a group, which takes turns; the stock one is first."""
+    """Seconds of every step of every contender in a group, which take turns; the stock Trainer is first."""
     trainers = {contender.name: build(contender, steps) for contender in group}
     for trainer in trainers.values():
         trainer.prepare()
@@ -223,7 +223,7 @@ def _timed(
 
 
 def _groups(contenders: Sequence[Contender], size: int) -> Iterator[Sequence[Contender]]:
-    """Parts of at most `size`, as equal as can be; one empty part where there is nobody but the stock Trainer."""
+    """Parts of at most `size` and nearly equal size; one empty part if there is only the stock Trainer."""
     number = max(1, -(-len(contenders) // size))
     for index in range(number):
         yield contenders[index::number]
@@ -235,5 +235,5 @@ def _check_kinds(contender: Contender, steps: int, warmup: int) -> None:
     if (share > 0 and True not in kinds) or (share < 1 and False not in kinds):
         raise ValueError(
             f"steps={steps} after warmup={warmup} hold no {'perturbed' if True not in kinds else 'plain'} step of "
-            f"{contender.name}: give more steps, or leave {contender.name} out of methods."
+            f"{contender.name}: give more steps, or remove {contender.name} from methods."
         )

@@ -1,12 +1,12 @@
 """
-What a step of each method costs on the card at hand, in a few minutes.
+Measure the cost of a step of each method on the available GPU, in a few minutes.
 
     python -m hf_sam.benchmark.on_gpu --minutes 8 --output_dir outputs/bench-gpu
 
-A cell is a model, a batch size and a precision. In each, all contenders take the same steps from the same beginning: a few
-to warm up, two under the profiler, five in which the passes are timed apart, and then those that count, in turns. After
-every cell `bench.json` and `bench.md` are written anew. When the time is up, or on SIGTERM or Ctrl-C, what has been measured
-stays and the cells that are left are named.
+A cell is a model, a batch size and a precision. In each cell, all contenders take the same steps from the same initial
+state: a few to warm up, two under the profiler, five in which the passes are timed separately, and then the timed steps, in
+turns. `bench.json` and `bench.md` are rewritten after every cell. When the time is up, or on SIGTERM or Ctrl-C, the results
+so far are kept and the remaining cells are listed.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from .stepping import SteppedTrainer, stepped_trainer
 from .variants import CONTENDERS, STOCK, Contender
 
 NAMES = ("trainer", "hand-loop", "pytorch-optimizer", "sam", "asam", "gsam", "looksam", "msam", "periodic", "previous")
-WARMUP, PROFILED, SPLIT = 5, 2, 5  # steps before those that are timed; the schedules' period is 5
-BLOCK, SLOW = 5, 0.3  # steps of one turn, and seconds of a step from which on one turn is all
-WHEN_COMPILED = ("trainer", "hand-loop", "sam")  # each compiles for itself
-ENDING = 10.0  # seconds of `--minutes` for the end
-# What the profiler calls them: kernels and copies that are started, and waiting for the device. On the CPU: operations
-# that are dispatched, and numbers read from tensors.
+WARMUP, PROFILED, SPLIT = 5, 2, 5  # steps before the timed ones; the schedules' period is 5
+BLOCK, SLOW = 5, 0.3  # steps per turn, and seconds per step above which there is only one turn
+WHEN_COMPILED = ("trainer", "hand-loop", "sam")  # each is compiled separately
+ENDING = 10.0  # seconds of `--minutes` reserved for the end
+# The profiler's names for launches of kernels and copies, and for waiting for the device. On the CPU: for dispatched
+# operations, and for reading numbers from tensors.
 LAUNCHES = re.compile(r"(cuda|cu|hip)(Ext)?(Module)?(LaunchKernel|GraphLaunch|MemcpyAsync|MemsetAsync)|aten::")
 SYNCHRONISATIONS = re.compile(
     r"(cuda|cu|hip)(Stream|Event|Device|Ctx)Synchronize|(cuda|hip)Memcpy$|aten::_local_scalar_dense$"
@@ -67,7 +67,7 @@ COUNTED = {"launches": LAUNCHES, "synchronisations": SYNCHRONISATIONS}
 
 
 class Stop(BaseException):
-    """The time is up, or somebody wants this to end."""
+    """The time is up, or the process was asked to stop."""
 
 
 # --- models ------------------------------------------------------------------------------------------------------------
@@ -117,9 +117,9 @@ def llama(tiny: bool, lora: bool) -> tuple[Any, dict[str, Tensor]]:
 class Model:
     """
     Args:
-        build (`Callable`): From whether it is to be tiny to the model and one example.
-        batches (`tuple[int, int]`): Batch sizes that leave a large card idle, and that fill it.
-        home (`str`): The precision in which it is mostly trained, whose cells come first.
+        build (`Callable`): Takes whether the model is to be tiny; returns the model and one example.
+        batches (`tuple[int, int]`): A batch size that leaves a large GPU partly idle, and one that fills it.
+        home (`str`): The precision in which it is usually trained, whose cells come first.
         at_once (`int`): Contenders in memory at the same time.
     """
 
@@ -142,7 +142,7 @@ MODELS: dict[str, Model] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting; `fills` whether its batch is meant to fill the card."""
+    """One setting; `fills` says whether its batch is meant to fill the GPU."""
 
     model: str
     precision: str
@@ -154,7 +154,7 @@ class Cell:
 
 
 def cells(tiny: bool) -> list[Cell]:
-    """All of them; first every model in its home precision, then the first model in the others, then the rest."""
+    """All cells: first every model in its home precision, then the first model in the others, then the rest."""
     found = []
     for (name, model), precision, fills in itertools.product(MODELS.items(), PRECISIONS, (True, False)):
         batch_size = 2 + fills if tiny else model.batches[fills]
@@ -167,10 +167,10 @@ def cells(tiny: bool) -> list[Cell]:
 
 
 def build(cell: Cell, contender: Contender, model: Any, example: dict[str, Tensor], device: str) -> SteppedTrainer:
-    """A prepared trainer whose batches are one that lies on the device already."""
+    """A prepared trainer that repeats one batch, already on the device."""
     is_compiled = cell.precision == COMPILED
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
-        del os.environ[name]  # where the arguments of a compiled cell have left them
+        del os.environ[name]  # set by the arguments of a compiled cell
     torch.set_float32_matmul_precision("high" if cell.precision == TF32 else "highest")
     args = TrainingArguments(
         tempfile.gettempdir(),  # nothing is written there
@@ -196,12 +196,12 @@ def build(cell: Cell, contender: Contender, model: Any, example: dict[str, Tenso
     trainer = stepped_trainer(contender, model=model, args=args, train_dataset=[example] * cell.batch_size)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.prepare()
-    trainer._batches = itertools.repeat(next(trainer._batches))  # collating is not what is measured
+    trainer._batches = itertools.repeat(next(trainer._batches))  # collating is not measured
     return trainer
 
 
 def profiled(step: Callable[[], None], clock: Any, device: str) -> dict[str, int]:
-    """What one step starts and waits for, by the profiler."""
+    """Launches and waits of one step, from the profiler."""
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     clock.wait()
     clock.watch = watch = profile(activities=[kind])
@@ -212,7 +212,7 @@ def profiled(step: Callable[[], None], clock: Any, device: str) -> dict[str, int
 
 
 class Nothing:
-    """A step that does nothing: what the profiler itself starts and waits for."""
+    """An empty step: the launches and waits of the profiler itself."""
 
     def __init__(self, clock: Any):
         self._clock = clock
@@ -224,10 +224,10 @@ class Nothing:
 
 def looked_at(cell: Cell, contender: Contender, trainer: SteppedTrainer, before: int, device: str) -> dict[str, Any]:
     """
-    Counts of one step, its peak memory and the share that is spent outside of its passes, after a warm-up.
+    Counts of one step, its peak memory and the share of time outside its passes, after a warm-up.
 
     Args:
-        before (`int`): Bytes that were allocated before this trainer was made.
+        before (`int`): Bytes allocated before this trainer was built.
     """
     trainer.take_steps(WARMUP)
     own = profiled(Nothing(trainer.clock), trainer.clock, device)
@@ -240,7 +240,7 @@ def looked_at(cell: Cell, contender: Contender, trainer: SteppedTrainer, before:
         torch.cuda.reset_peak_memory_stats()
     outside, whole = [], []
     for _ in range(SPLIT):
-        if cell.precision == COMPILED:  # whose graph would break at the hooks
+        if cell.precision == COMPILED:  # hooks would break its graph
             trainer.take_steps(1)
             continue
         with PassClock(trainer) as passes:
@@ -255,7 +255,7 @@ def looked_at(cell: Cell, contender: Contender, trainer: SteppedTrainer, before:
 
 
 def weighted(contender: Contender, first: int, values: Sequence[float], average: Callable) -> float:
-    """The average of perturbed steps and that of plain ones, weighted by their shares in a long run."""
+    """The averages of perturbed and plain steps, weighted by their shares in a long run."""
     kinds, share = np.array(contender.perturbs(first + len(values))[first:]), contender.share_perturbed
     parts = ((share, np.array(values)[kinds]), (1 - share, np.array(values)[~kinds]))
     return float(sum(weight * average(part) for weight, part in parts if weight))
@@ -265,7 +265,7 @@ def weighted(contender: Contender, first: int, values: Sequence[float], average:
 
 
 def run_cell(cell: Cell, contenders: Sequence[Contender], device: str, steps: int) -> list[dict[str, Any]]:
-    """A row for each contender; where memory runs out, again with two of them at a time."""
+    """One row per contender; if memory runs out, it is repeated with two contenders at a time."""
     set_seed(0)
     try:
         model, example = MODELS[cell.model].build(device == "cpu")
@@ -297,7 +297,7 @@ def run_cell(cell: Cell, contenders: Sequence[Contender], device: str, steps: in
 def run_group(
     cell: Cell, group: Sequence[Contender], model: Any, example: dict[str, Tensor], device: str, steps: int
 ) -> dict[str, dict[str, Any]]:
-    """Those that are in memory together; the stock Trainer is the first."""
+    """The contenders that are in memory together; the stock Trainer is the first."""
     trainers, rows = {}, {}
     for contender in group:
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -339,10 +339,10 @@ def main(argv: Sequence[str] | None = None, age: float = 0.0) -> int:
     """
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
-        age (`float`, *optional*, defaults to 0): Seconds that count as spent already.
+        age (`float`, *optional*, defaults to 0): Seconds that count as already used.
 
     Returns:
-        `int`: What the process should exit with.
+        `int`: The exit status.
     """
     began = time.monotonic() - age
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None, age: float = 0.0) -> int:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The card and the versions."""
+    """The GPU and the versions of software."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, tiny models: a dry run",
         "memory": torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
@@ -404,7 +404,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write(document: dict[str, Any], folder: Path, began: float, left: Sequence[Cell], reason: str) -> None:
-    """Both files; each is complete whenever the process ends."""
+    """Write both files, so that each is complete whenever the process ends."""
     document |= {"seconds": round(time.monotonic() - began, 1), "left_out": [str(c) for c in left], "end": reason}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("bench.json", json.dumps(document, indent=1)), ("bench.md", page(document))):
@@ -418,7 +418,7 @@ HEAD += ("bookkeeping",)
 
 
 def page(document: dict[str, Any]) -> str:
-    """The tables, after what they say of `sam`."""
+    """The tables, after a summary for `sam`."""
     made, where = document["cells"], document["environment"]
     lines = [f"# What a step costs on {where['device']}", "", *summary(made), ""]
     for cell in made:
@@ -456,7 +456,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary(made: Sequence[dict[str, Any]]) -> list[str]:
-    """The worst that was seen, for who has a minute."""
+    """The worst values, as a short summary."""
     lines = []
     for name, fills, what in (
         ("sam", True, "where the batch fills the card"),

@@ -1,7 +1,7 @@
-"""SAM as people write it by hand: a loop over parameters, two passes, the base optimizer stepped once.
+"""SAM as usually written by hand: a loop over parameters, two passes, and one step of the base optimizer.
 
-The manner is that of the widely used PyTorch implementation of Foret et al. 2021 (github.com/davda54/sam): `first_step`
-climbs to `w + eps` and keeps a copy of every weight, `second_step` goes back and lets the base optimizer step.
+It follows the widely used PyTorch implementation of Foret et al. 2021 (github.com/davda54/sam): `first_step`
+moves to `w + eps` and keeps a copy of every weight; `second_step` moves back and steps the base optimizer.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.nn import Parameter
 
 class TwoPassLoop:
     """
-    One optimizer step of the loop by hand.
+    One optimizer step of the hand-written loop.
 
     Args:
-        model (`nn.Module`): As it is trained: wrapped for distributed training where there are several processes.
+        model (`nn.Module`): The model, wrapped for distributed training if there are several processes.
         optimizer (`torch.optim.Optimizer`): The base optimizer.
-        scheduler (`torch.optim.lr_scheduler.LRScheduler`): Of its learning rate.
-        accelerator (`Accelerator`): Runs the backward pass, and holds synchronisation back under accumulation.
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`): The scheduler of its learning rate.
+        accelerator (`Accelerator`): Runs the backward pass, and delays synchronisation under accumulation.
         rho (`float`): Size of the perturbation.
-        max_grad_norm (`float`): Where the gradient is clipped before the optimizer's step; 0 for not at all.
+        max_grad_norm (`float`): Norm at which the gradient is clipped before the optimizer's step; 0 for no clipping.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TwoPassLoop:
         self._kept: dict[Parameter, torch.Tensor] = {}
 
     def step(self, window: list[dict[str, Any]]) -> None:
-        """Both passes over the micro-batches of one optimizer step, and that step."""
+        """Run both passes over the micro-batches of one optimizer step, and the step."""
         self.model.train()
         self._passes(window)
         self.first_step()
@@ -55,7 +55,7 @@ class TwoPassLoop:
 
     @torch.no_grad()
     def first_step(self) -> None:
-        """`w <- w + rho g / ||g||`; the gradient is set to zero."""
+        """Set `w <- w + rho g / ||g||`, and the gradient to zero."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.stack([p.grad.norm(p=2) for p in parameters]).norm(p=2)
         scale = self.rho / (norm + 1e-12)
@@ -66,7 +66,7 @@ class TwoPassLoop:
 
     @torch.no_grad()
     def second_step(self) -> None:
-        """Back to `w`, and a step of the base optimizer along the gradient at `w + eps`."""
+        """Move back to `w`, and step the base optimizer along the gradient at `w + eps`."""
         for p, kept in self._kept.items():
             p.copy_(kept)
         self._kept = {}
@@ -85,7 +85,7 @@ class TwoPassLoop:
 
 class PytorchOptimizerLoop(TwoPassLoop):
     """
-    The same loop around `SAM` of the package pytorch_optimizer, as its users write it.
+    The same loop with `SAM` of the package pytorch_optimizer.
 
     Raises:
         ValueError: The package is not installed.

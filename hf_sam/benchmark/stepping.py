@@ -1,8 +1,8 @@
-"""Trainers that stop after every few optimizer steps, so that several can take turns.
+"""Trainers that pause after a few optimizer steps, so that several can take turns.
 
-`train()` prepares the run by the Trainer's own code (model, optimizer, scheduler, data loader, callbacks) and returns
-before the first step; `take_steps` then runs the Trainer's own loop over the next batches. Nothing of the sequence of a
-step is written a second time here, and the weights after n steps are those of an ordinary run, bit by bit.
+`train()` prepares the run with the Trainer's own code (model, optimizer, scheduler, data loader, callbacks) and returns
+before the first step; `take_steps` then runs the Trainer's own loop over the next batches. No part of a step is
+reimplemented here, and the weights after n steps are bitwise those of an ordinary run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SteppedMixin:
     Mixed into a `Trainer`; see the module.
 
     Attributes:
-        clock (`StepClock`): Seconds of every optimizer step so far.
+        clock (`StepClock`): The clock of the optimizer steps so far.
     """
 
     def __init__(self, *args, **kwargs):
@@ -36,13 +36,13 @@ class SteppedMixin:
         self.add_callback(self.clock)
 
     def prepare(self) -> None:
-        """Everything that comes before the first step."""
+        """Run everything before the first step."""
         self.train()
         self._batches = _without_end(self._loop["train_dataloader"])
         self._random_states = RandomStates([self.args.device])
 
     def take_steps(self, count: int) -> None:
-        """The next `count` optimizer steps, under random states of this trainer's own."""
+        """Take the next `count` optimizer steps, with this trainer's own random states."""
         elsewhere = RandomStates([self.args.device])
         self._random_states.restore()
         window = self.args.gradient_accumulation_steps
@@ -51,7 +51,7 @@ class SteppedMixin:
         elsewhere.restore()
 
     def close(self) -> None:
-        """What comes after the last step."""
+        """Run everything after the last step."""
         super()._finalize_training(*self._ending)
 
     def _take(self, batches: list[dict[str, Any]], window: int) -> None:
@@ -64,7 +64,7 @@ class SteppedMixin:
         }
         super()._run_epoch(**loop)
 
-    # --- the two places where the Trainer's `train` is held up
+    # --- the two places where the Trainer's `train` is paused
 
     def _run_epoch(self, **loop: Any) -> None:
         self._loop = loop
@@ -84,11 +84,11 @@ class SteppedSAMTrainer(SteppedMixin, SAMTrainerMixin, Trainer):
 
 class HandLoopTrainer(SteppedTrainer):
     """
-    A stock Trainer that only prepares; its steps are those of a loop by hand.
+    A stock Trainer that only prepares the run; a hand-written loop takes the steps.
 
     Args:
         rho (`float`): Size of the perturbation.
-        loop (`type`, *optional*, defaults to `TwoPassLoop`): Which loop.
+        loop (`type`, *optional*, defaults to `TwoPassLoop`): The loop.
     """
 
     def __init__(self, *args, rho: float, loop: type[TwoPassLoop] = TwoPassLoop, **kwargs):
@@ -120,14 +120,14 @@ def stepped_trainer(contender: Contender, **kwargs: Any) -> SteppedTrainer | Ste
 
 class StepClock(TrainerCallback):
     """
-    Times whole optimizer steps, from the batch at hand to the gradients set to zero: forward and backward passes,
-    clipping, optimizer, scheduler. Fetching the batch and logging are not part of it.
+    Time whole optimizer steps, from a fetched batch to zeroed gradients: forward and backward passes, clipping,
+    optimizer, scheduler. Fetching the batch and logging are not included.
 
     Args:
-        device (`torch.device`): Waited for before and after, where it is not the CPU.
+        device (`torch.device`): The device to wait for before and after each step, unless it is the CPU.
 
     Attributes:
-        seconds (`list[float]`): Of every step.
+        seconds (`list[float]`): Time of every step.
         watch (context manager, *optional*): Entered at the start and left at the end of a step, instead of timing it.
     """
 
@@ -157,7 +157,7 @@ class StepClock(TrainerCallback):
         self.stop()
 
     def wait(self) -> None:
-        """For what the device still has to do."""
+        """Wait for the pending work of the device."""
         if self._device.type != "cpu":
             torch.get_device_module(self._device).synchronize()
 

@@ -1,4 +1,4 @@
-"""Who takes part: the stock Trainer, `SAMTrainer` without a perturbation, loops by hand, every method, combinations."""
+"""The contenders: the stock Trainer, `SAMTrainer` without perturbation, hand-written loops, every method, combinations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..methods.table import METHODS
 from ..update.schedule import Schedule
 from .reference_loop import PytorchOptimizerLoop, TwoPassLoop
 
-LONG_RUN = 10_000  # steps; long enough that a schedule's share of perturbed steps is what it is in any run
+LONG_RUN = 10_000  # steps; long enough that a schedule's share of perturbed steps has converged
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Contender:
     One way to take an optimizer step.
 
     Args:
-        name (`str`): What tables and the command line call it.
+        name (`str`): Its name in tables and on the command line.
         sam (`SAMConfig`, *optional*): For `SAMTrainer`; None is the stock Trainer.
         loop (`type`, *optional*): A plain PyTorch loop with the update of `sam` instead of `SAMTrainer`.
     """
@@ -32,17 +32,17 @@ class Contender:
 
     @cached_property
     def share_perturbed(self) -> float:
-        """The share of a long run's steps that look for a perturbation."""
+        """The share of steps that compute a perturbation, in a long run."""
         return sum(self.perturbs(LONG_RUN)) / LONG_RUN
 
     @property
     def claimed_passes(self) -> float:
-        """Forward-backward passes a step, on average over a long run, by what the configuration says of itself."""
+        """Forward-backward passes per step according to the configuration, averaged over a long run."""
         schedule = self._schedule(LONG_RUN)
         return sum(schedule.passes(step) for step in range(LONG_RUN)) / LONG_RUN if schedule else 1.0
 
     def perturbs(self, steps: int, warmup_steps: int = 0) -> list[bool]:
-        """Which steps of a run look for a perturbation, and so cost `passes_per_step`; one may be carried on for free."""
+        """Which steps of a run compute a perturbation and so cost `passes_per_step`; carrying one on is free."""
         schedule = self._schedule(steps, warmup_steps)
         return [bool(schedule) and schedule.perturbs(step) and schedule.age(step) == 0 for step in range(steps)]
 

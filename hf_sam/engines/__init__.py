@@ -1,4 +1,4 @@
-"""Where a step runs: one process, DDP, sharded engines; and what each of them cannot do."""
+"""Engines on which a step runs (one process, DDP, sharded engines), and what each does not support."""
 
 from .base import Engine
 from .compatibility import refuse_unsupported

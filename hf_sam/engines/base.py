@@ -1,4 +1,4 @@
-"""One process, and DDP: how gradients are synchronised, and where norms are taken."""
+"""One process and DDP: how gradients are synchronised and norms are computed."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ class Engine:
     """One process, or DDP: every rank holds all parameters.
 
     Args:
-        trainer (`~transformers.Trainer`): Whose accelerator and model are read; it is never changed.
+        trainer (`~transformers.Trainer`): The trainer whose accelerator and model are read; it is never changed.
     """
 
-    # Whether parameters lie in memory that the engine knows by its address: they are then changed in place only.
+    # Whether the engine refers to the parameters' memory by address, so that they may only be changed in place.
     parameters_are_views = False
-    # Whether the engine moves parameters' memory about between and during passes.
+    # Whether the engine moves parameters' memory between and during passes.
     parameters_move = False
     # Whether the optimizer's groups hold the model's own parameters.
     optimizer_holds_parameters = True
 
     def __init__(self, trainer: Trainer):
         self._accelerator = trainer.accelerator
-        # DDP counts on every gradient, unless it looks for those that are missing.
+        # DDP expects every gradient, unless it searches for unused parameters.
         wrapper, scope = trainer.model_wrapped, self.scope(trainer.sam_config)
         counts = isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters
         self._needs_all_gradients = counts and scope == "global"
         if is_compiled(trainer) and overrides(trainer.sam_config.parts.ascent, "parameters"):
-            self._needs_all_gradients = True  # every other choice of parameters would be compiled anew
-        # DDP's buckets are then the gradients' own memory, which its next pass writes to.
+            self._needs_all_gradients = True  # every other choice of parameters would trigger a recompilation
+        # Gradients are then views of DDP's buckets, which its next pass overwrites.
         self._gradients_are_views = (
             isinstance(wrapper, DistributedDataParallel) and wrapper.gradient_as_bucket_view and scope == "global"
         )
 
     @property
     def may_skip_steps(self) -> bool:
-        """Whether the optimizer leaves out steps whose gradients have overflowed."""
+        """Whether the optimizer skips steps whose gradients have overflowed."""
         return self._accelerator.scaler is not None
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """The rank of this process."""
         return self._accelerator.process_index
 
     @property
     def batches(self) -> int:
-        """How many processes see different examples at the same time."""
+        """The number of processes that see different examples at the same time."""
         parallelism = self._accelerator.parallelism_config
         return self._accelerator.num_processes // (parallelism.non_data_parallel_size if parallelism else 1)
 
@@ -77,14 +77,14 @@ class Engine:
         return Reductions()
 
     def without_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Backward passes inside keep their gradients on this rank."""
+        """Inside, backward passes keep their gradients on this rank."""
         return self._accelerator.no_sync(model)
 
     @contextlib.contextmanager
     def ascent_pass(self, model: nn.Module, synced: bool) -> Iterator[nn.Module]:
-        """For a pass whose gradients show where to look, and are never stepped along; yields the module to run.
+        """For a pass whose gradients determine the perturbation and are never stepped along; yields the module to run.
 
-        `synced` leaves synchronisation as the Trainer has set it for this micro-batch; otherwise there is none.
+        With `synced`, synchronisation is as the Trainer has set it for this micro-batch; otherwise there is none.
         """
         with contextlib.nullcontext() if synced else self.without_sync(model):
             yield model
@@ -94,11 +94,11 @@ class Engine:
         return self.ascent_pass(model, synced)
 
     def finish_step(self) -> None:
-        """Called where the optimizer's step is due: after the last micro-batch, the weights being in place again."""
+        """Called when the optimizer's step is due: after the last micro-batch, with the weights restored."""
 
     @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-        """Backward passes inside leave no gradients at the other trainable parameters, and compute none if possible."""
+        """Inside, backward passes leave no gradients on the other trainable parameters, and compute none if possible."""
         if self._needs_all_gradients:
             yield
             put_gradients(dict.fromkeys(set(trainable).difference(chosen)))
@@ -111,23 +111,23 @@ class Engine:
         return take_gradients(parameters, are_views=self._gradients_are_views)
 
     def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
-        """The gradients there are, left where they are."""
+        """The existing gradients, left in place."""
         return {p: laid_out_as(p, p.grad) for p in parameters if p.grad is not None}
 
     def renew_copies(self) -> None:
-        """Drop what was derived from the weights, which have moved."""
+        """Drop everything derived from the weights, which have changed."""
         torch.clear_autocast_cache()
 
     def loss_scale(self, device: torch.device) -> Tensor | float:
-        """By how much gradients are larger than the loss's own, under fp16; read without waiting for the device."""
+        """The factor by which gradients are scaled up under fp16; read without waiting for the device."""
         scaler = self._accelerator.scaler
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
 
     def average_gradients(self, parameters: list[Parameter]) -> None:
-        """What DDP's backward does, for gradients that were made without it: their mean over all ranks.
+        """Average gradients over all ranks, as DDP's backward does, for gradients computed without it.
 
-        One bucket at a time, in the same order on every rank. A gradient that no rank has stays None; to learn that, a
-        rank waits for the device only where it has none itself.
+        One bucket at a time, in the same order on every rank. A gradient that no rank has stays None; to find out, a rank
+        waits for the device only if its own gradient is missing.
         """
         if self._accelerator.num_processes == 1 or not parameters:
             return
@@ -157,7 +157,7 @@ class Engine:
 
 
 def is_compiled(trainer: Trainer) -> bool:
-    """Whether `torch.compile` has the model, by the trainer's arguments or by the user."""
+    """Whether the model is compiled, by the trainer's arguments or by the user."""
     modules = (trainer.model, trainer.model_wrapped)
     by_user = any(
         hasattr(module, "_torchdynamo_orig_callable") or getattr(module, "_compiled_call_impl", None)
@@ -168,14 +168,14 @@ def is_compiled(trainer: Trainer) -> bool:
 
 @contextlib.contextmanager
 def loss_instead_of_backward(accelerator) -> Iterator[list[Tensor]]:
-    """Collect the losses that `training_step` hands to `accelerator.backward`, normalised as it does, and go no further."""
+    """Collect the losses that `training_step` passes to `accelerator.backward`, normalised as there, without a backward pass."""
     losses: list[Tensor] = []
     with replaced_backward(accelerator, lambda loss, **kwargs: losses.append(loss)):
         yield losses
 
 
 def backward_where_needed(accelerator) -> contextlib.AbstractContextManager:
-    """No backward pass where the loss does not depend on any parameter that requires a gradient."""
+    """Inside, skip the backward pass of a loss that depends on no parameter requiring a gradient."""
     backward = accelerator.backward
     return replaced_backward(
         accelerator, lambda loss, **kwargs: backward(loss, **kwargs) if loss.requires_grad else None

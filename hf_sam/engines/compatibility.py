@@ -1,4 +1,4 @@
-"""What is refused before training begins, because the update could not be right there, and what to use instead."""
+"""Setups that are refused before training starts because the update would be wrong there, and what to use instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Optimizers of `TrainingArguments.optim` that step inside `backward`: the clean pass would already move the weights.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
-# Trainers whose batches stack chosen above rejected answers: a part of such a batch is no batch.
+# Trainers whose batches stack chosen above rejected answers: part of such a batch is not a valid batch.
 STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "ORPOTrainer", "CPOTrainer", "BCOTrainer")
 # Trainers that generate completions in every training step.
 GENERATES = (
@@ -30,9 +30,9 @@ GENERATES = (
     "RLOOTrainer",
     "XPOTrainer",
 )
-# Distillation that does so for a share `lmbda` of the batches.
+# Distillation trainers that generate for a fraction `lmbda` of the batches.
 MAY_GENERATE = ("GKDTrainer", "GOLDTrainer", "MiniLLMTrainer")
-# Modes of `torch.compile` that replay CUDA graphs on a GPU.
+# `torch.compile` modes that replay CUDA graphs on a GPU.
 REPLAYS_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 # --- on any engine -------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def _replays_cuda_graphs(trainer: Trainer) -> bool:
 
 
 def _is_compiled_to_cuda_graphs(module: nn.Module) -> bool:
-    """By the user: `torch.compile(model, mode="reduce-overhead")`, or `model.compile(...)`."""
+    """Whether the user compiled the module this way: `torch.compile(model, mode="reduce-overhead")` or `model.compile(...)`."""
     for compiled in (module, getattr(module, "_compiled_call_impl", None)):
         config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
         if (config and config.get("triton.cudagraphs")) or _backend_of(compiled) == "cudagraphs":
@@ -77,7 +77,7 @@ def _is_compiled_to_cuda_graphs(module: nn.Module) -> bool:
 
 
 def _backend_of(compiled: Any) -> str | None:
-    """The name of the backend behind a compiled module or function, where it is not inductor."""
+    """The name of the backend of a compiled module or function, if it is not inductor."""
     context = getattr(compiled, "dynamo_ctx", None)
     cells = getattr(compiled, "__closure__", None) or ()
     callback = context.callback if context is not None else next((c.cell_contents for c in cells), None)
@@ -138,43 +138,43 @@ def _deepspeed_casts(trainer: Trainer) -> bool:
     return any(config.get(section, {}).get("enabled") is True for section in ("fp16", "torch_autocast", "amp"))
 
 
-# When, and what the user reads.
+# When a setup is refused, and the message.
 _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     (
         _generates,
-        "{trainer.__class__.__name__} generates its inputs inside the training step, so that a second pass would see other "
-        "ones. Sharpness-aware minimization needs a trainer with a fixed batch, such as SFTTrainer or DPOTrainer.",
+        "{trainer.__class__.__name__} generates its inputs inside the training step, so a second pass would see different "
+        "ones. Use a trainer with a fixed batch, such as SFTTrainer or DPOTrainer.",
     ),
     (
         _parts_of_pairs,
-        "m, ascent_fraction and method='esam' take parts of a batch, and {trainer.__class__.__name__} stacks pairs of "
-        "answers in one. Leave them out.",
+        "m, ascent_fraction and method='esam' split batches, but {trainer.__class__.__name__} stacks pairs of "
+        "answers in one batch, which cannot be split. Leave them out.",
     ),
     (
         _static_graph_meets_two_passes,
-        "ddp_static_graph=True needs every backward pass to be the same and synchronised, which only scope='global' with "
-        "perturb='all' is. Set ddp_static_graph=False, or choose that scope.",
+        "ddp_static_graph=True requires all backward passes to be identical and synchronised. Set ddp_static_graph=False, or "
+        "use scope='global' with perturb='all'.",
     ),
     (
         _steps_in_backward,
-        "optim={trainer.args.optim.value}: this optimizer steps inside backward, so the first pass would already change the "
-        "weights. Choose one that steps on `.grad`, such as adamw_torch or sgd.",
+        "optim={trainer.args.optim.value} steps inside backward, so the first pass would already change the weights. "
+        "Choose an optimizer that steps on `.grad`, such as adamw_torch or sgd.",
     ),
     (
         _replays_cuda_graphs,
-        "compiled into CUDA graphs (torch_compile_mode='reduce-overhead' or 'max-autotune'), the second pass would overwrite "
-        "the memory of the first one's gradients, in which the update keeps the weights. Use torch_compile_mode='default' or "
-        "'max-autotune-no-cudagraphs'.",
+        "the model is compiled into CUDA graphs (torch_compile_mode='reduce-overhead' or 'max-autotune'): the second pass would "
+        "overwrite the memory of the first pass's gradients, where the update keeps the weights. Use "
+        "torch_compile_mode='default' or 'max-autotune-no-cudagraphs'.",
     ),
     (
         lambda trainer: trainer.args.n_gpu > 1,
-        "{trainer.args.n_gpu} GPUs in one process (DataParallel) replicate the model anew in every forward pass. Start one "
-        "process per GPU with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0.",
+        "{trainer.args.n_gpu} GPUs in one process (DataParallel) are not supported: the model is replicated in every forward "
+        "pass. Start one process per GPU with `accelerate launch` or `torchrun`, or select one GPU with CUDA_VISIBLE_DEVICES=0.",
     ),
     (
         lambda trainer: kind_of(trainer) == "FSDP1",
-        "FSDP version 1 flattens parameters, so that neither their norm nor a choice among them can be had. Set "
-        "`fsdp_version: 2` in the accelerate configuration.",
+        "FSDP version 1 is not supported: it flattens parameters, so their norms cannot be computed and none can be selected. "
+        "Set `fsdp_version: 2` in the accelerate configuration.",
     ),
     (
         lambda trainer: kind_of(trainer) == "unknown",
@@ -183,28 +183,28 @@ _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     (
         _deepspeed_keeps_weights_elsewhere,
         "DeepSpeed's offload_optimizer, offload_param, zero_hpz_partition_size, mics_shard_size, zero_quantized_*, zenflow and "
-        "deepcompile keep or move weights and gradients in ways that a second pass would not see. Remove them from "
-        "`zero_optimization`, and use a higher stage or fewer trainable parameters (LoRA) instead.",
+        "deepcompile are not supported: they store or move weights and gradients where a second pass would not see them. Remove them "
+        "from the DeepSpeed configuration; to save memory, use a higher ZeRO stage or fewer trainable parameters (LoRA).",
     ),
     (
         _deepspeed_casts,
-        "DeepSpeed's fp16, amp and torch_autocast sections scale losses or cast inside its engine, which the first pass does "
-        "not go through. Use bf16.",
+        "DeepSpeed's fp16, amp and torch_autocast sections are not supported: they scale losses or cast inside DeepSpeed's "
+        "engine, which the first pass bypasses. Use bf16.",
     ),
     (
         _splits_sequences,
-        "context and sequence parallelism cut the batch in place during the first pass, so that the second would see a part "
-        "of it. Use FSDP2 or tensor parallelism without them.",
+        "context and sequence parallelism are not supported: they split the batch in place during the first pass, so the second "
+        "would see only part of it. Use FSDP2 or tensor parallelism without them.",
     ),
     (
         _splits_layers_or_experts,
-        "pipeline and expert parallelism (pp_size, ep_size > 1) keep other parameters on every rank, whose norm is not "
-        "supported. Use fsdp_size, dp_replicate_size and tp_size.",
+        "pipeline and expert parallelism (pp_size, ep_size > 1) are not supported: each rank holds different parameters, and "
+        "norms over them are not implemented. Use fsdp_size, dp_replicate_size and tp_size.",
     ),
     (
         _offloads,
-        "parameters offloaded to the CPU are not supported: their gradients arrive there after the pass that made them. "
-        "Switch offloading off, and shard over more devices or train fewer parameters (LoRA) instead.",
+        "parameters offloaded to the CPU are not supported: their gradients reach the CPU only after the pass that computed "
+        "them. Turn offloading off; to save memory, shard over more devices or train fewer parameters (LoRA).",
     ),
 ]
 
@@ -215,23 +215,23 @@ def _mixes_whole_and_sharded(trainer: Trainer) -> bool:
     return len({isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad}) > 1
 
 
-# What a method may need, as the user reads it; the rows of the documentation's table.
+# What a method may need, in the words of messages; also the rows of the table in the documentation.
 NEEDS: Mapping[Needs, str] = MappingProxyType(
     {
-        Needs.CLEAN_GRADIENT: "the clean gradient beside the perturbed one",
+        Needs.CLEAN_GRADIENT: "the clean gradient in addition to the perturbed one",
         Needs.SUBSET: "the loss of each example",
         Needs.LOGITS: "the derivative with respect to the logits",
         Needs.STEP_GRADIENT: "the gradient that the optimizer steps along",
         Needs.OPTIMIZER_STATE: "the optimizer's state",
-        Needs.NOISE: "noise of its own on every rank",
-        Needs.ATTACHMENT: "modules beside the model's own",
-        Needs.OWN_GRADIENT: "the optimizer to step along a gradient of its own making",
-        Needs.UNEVEN_PASSES: "passes that ranks make in different number",
+        Needs.NOISE: "independent noise on every rank",
+        Needs.ATTACHMENT: "extra modules attached to the model",
+        Needs.OWN_GRADIENT: "the optimizer to step along a gradient that the method builds",
+        Needs.UNEVEN_PASSES: "a number of passes that differs between ranks",
         Needs.WHOLE_TENSORS: "statistics of whole tensors",
         Needs.HVP: "a Hessian-vector product (second_order=True)",
     }
 )
-# What the fields of a configuration may ask for, whatever the method.
+# What the fields of a configuration may require, whatever the method.
 FIELDS: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
     {
         "scope='micro'": lambda trainer: trainer.sam_config.scope == "micro" or trainer.sam_config.m is not None,
@@ -244,23 +244,23 @@ FIELDS: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
     }
 )
 _DEFERRED = (
-    "FSDP2 holds unsynchronised gradients back, so that only the gradient of the whole batch can be seen. Choose "
+    "FSDP2 does not expose unsynchronised gradients, so only the gradient of the whole batch is available. Choose "
     "scope='global' (or 'auto')."
 )
 _SHARDED: dict[Needs | str, str] = {
-    Needs.ATTACHMENT: "they would have to be sharded like the model. Use one process or DDP.",
-    Needs.LOGITS: "it ends the engine's backward pass before it has begun. Use one process or DDP.",
+    Needs.ATTACHMENT: "these modules would have to be sharded like the model. Use one process or DDP.",
+    Needs.LOGITS: "it would end the engine's backward pass before it starts. Use one process or DDP.",
     Needs.NOISE: "every process would draw the same noise for its own shard. Use one process or DDP.",
-    Needs.UNEVEN_PASSES: "processes would wait for each other's shards. Use one process or DDP.",
-    Needs.WHOLE_TENSORS: "each process has a part of every tensor. Use one process or DDP.",
-    Needs.HVP: "it does not pass through sharded parameters. Use one process or DDP.",
+    Needs.UNEVEN_PASSES: "processes would deadlock waiting for each other's shards. Use one process or DDP.",
+    Needs.WHOLE_TENSORS: "each process holds only part of every tensor. Use one process or DDP.",
+    Needs.HVP: "it cannot be computed through sharded parameters. Use one process or DDP.",
     "stochastic_rounding=True": (
-        "where some trainable parameters are sharded and others replicated, the replicas would round differently. Leave it "
-        "out; parameters that are few can be kept in float32."
+        "some trainable parameters are sharded and others replicated, and the replicas would round differently. Leave it "
+        "out, or keep the replicated parameters in float32 if they are few."
     ),
 }
-_COMBINED = "gradients are DeepSpeed's own, spread over ranks. Use DDP or FSDP2."
-_FLAT = "DeepSpeed keeps the optimizer's groups and states in flat buffers. Use DDP or FSDP2."
+_COMBINED = "DeepSpeed keeps gradients in its own buffers, spread over ranks. Use DDP or FSDP2."
+_FLAT = "DeepSpeed keeps the optimizer's parameter groups and states in flat buffers. Use DDP or FSDP2."
 _ZERO: dict[Needs | str, str] = {
     Needs.CLEAN_GRADIENT: _COMBINED,
     Needs.STEP_GRADIENT: _COMBINED,
@@ -271,8 +271,10 @@ _ZERO: dict[Needs | str, str] = {
     Needs.ATTACHMENT: _FLAT,
     "weight_decay_in_ascent=True": _FLAT,
 }
-_ZERO3 = "ZeRO-3 reduces every gradient, so that only that of the whole batch can be seen. Choose scope='global' (or 'auto')."
-# For each engine what it lacks, and what the user reads.
+_ZERO3 = (
+    "ZeRO-3 reduces every gradient, so only that of the whole batch is available. Choose scope='global' (or 'auto')."
+)
+# What each engine lacks, and the message.
 LACKS: Mapping[str, Mapping[Needs | str, str]] = MappingProxyType(
     {
         "one process": {},
@@ -286,10 +288,10 @@ LACKS: Mapping[str, Mapping[Needs | str, str]] = MappingProxyType(
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
-    """Stop before training where the update could not be right.
+    """Raise before training starts if the update could not be correct in this setup.
 
     Raises:
-        ValueError: Says what cannot be supported and what to use instead.
+        ValueError: Names what is not supported and what to use instead.
     """
     for applies, reason in _ALWAYS:
         if applies(trainer):
@@ -297,7 +299,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     if names := [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.is_complex()]:
         raise ValueError(
             f"SAMTrainer: complex parameters are not supported, and this model trains {', '.join(names[:3])}. Store their real "
-            "view (`torch.view_as_real`), or freeze them."
+            "view (`torch.view_as_real`) instead, or freeze them."
         )
     kind, config = kind_of(trainer), trainer.sam_config
     for lack, reason in LACKS[kind].items():

@@ -1,4 +1,4 @@
-"""What Accelerate or transformers made of the model, and the engine for it."""
+"""Recognise how Accelerate or transformers has set up the model, and choose the engine for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPLICATED = (
 
 
 def kind_of(trainer: Trainer) -> str:
-    """The engine's row in the table of what is supported; `"unknown"` where it has none."""
+    """The engine's name in the support table; `"unknown"` if it is not listed."""
     accelerator = trainer.accelerator
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "FSDP2" if fsdp_modules(trainer.model) else "tensor parallel"

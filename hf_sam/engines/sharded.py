@@ -1,4 +1,4 @@
-"""Tensor parallelism and FSDP2: parameters are `DTensor`s, of which each rank holds a part."""
+"""Tensor parallelism and FSDP2: parameters are `DTensor`s, and each rank holds a part of each."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class ShardedEngine(Engine):
 
     def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
         for p in parameters:
-            if p not in self._shares:  # made once: moving a number to the device waits for it
+            if p not in self._shares:  # created once: moving a number to the device waits for it
                 self._shares[p] = torch.tensor(1 / replicas(p), dtype=torch.float64).to(p.device, torch.float32)
         return ShardedReductions([self._shares[p] for p in parameters])
 
     @contextlib.contextmanager
     def without_sync(self, model: nn.Module) -> Iterator[None]:
-        # Hooks of the Trainer's own average the gradients of replicated parameters wherever this flag is set.
+        # The Trainer's hooks average the gradients of replicated parameters if this flag is set.
         before, self._accelerator.sync_gradients = self._accelerator.sync_gradients, False
         try:
             yield
@@ -49,22 +49,22 @@ class ShardedEngine(Engine):
             self._accelerator.sync_gradients = before
 
     def average_gradients(self, parameters: list[Parameter]) -> None:
-        """Every rank has seen the same examples; what it holds whole may still have been rounded otherwise."""
+        """All ranks have seen the same examples, but their replicated gradients may differ by rounding."""
         if whole := [p for p in parameters if not isinstance(p, DTensor)]:
             super().average_gradients(whole)
 
 
 class FullyShardedEngine(ShardedEngine):
-    """FSDP2, by Accelerate's plugin or loaded sharded, HSDP and meshes with tensor parallelism included.
+    """FSDP2, by Accelerate's plugin or loaded sharded, including HSDP and meshes with tensor parallelism.
 
-    Gradients that wait for their synchronisation are held whole by FSDP itself and show in `p.grad` only after it.
+    FSDP keeps unsynchronised gradients unsharded, and they appear in `p.grad` only after synchronisation.
     """
 
     parameters_move = True
 
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
-        self._needs_all_gradients = True  # FSDP fixes at its first pass which ones it reduces
+        self._needs_all_gradients = True  # FSDP decides in its first pass which ones it reduces
         self._trainer = trainer
         self._sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
         self._modules = fsdp_modules(trainer.model)
@@ -95,7 +95,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def replicas(p: Tensor) -> int:
-    """How many processes of the world hold the same part of `p`."""
+    """The number of processes that hold the same part of `p`."""
     world = dist.get_world_size()
     if not isinstance(p, DTensor):
         return world

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO-0, 1 and 2: every rank holds all weights; optimizer states and gradients may be sharded.
 
-    Accelerate's `backward` steps the optimizer. Here the passes that look never reach DeepSpeed: their gradients are
-    taken from autograd and, at global scope, averaged. Those that step do, and its step comes when the weights are back.
+    Accelerate's `backward` steps the optimizer. Therefore ascent passes bypass DeepSpeed: their gradients are taken from
+    autograd and, at global scope, averaged. Descent passes go through DeepSpeed, which steps once the weights are restored.
     """
 
     parameters_are_views = True
@@ -70,7 +70,7 @@ class ZeroEngine(Engine):
             self._wanted = before
 
     def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
-        return {}  # those of the optimizer's are spread over ranks, and gathering them would cost what ZeRO saves
+        return {}  # the optimizer's gradients are spread over ranks, and gathering them would cost what ZeRO saves
 
 
 class Zero3Engine(ZeroEngine):
@@ -93,7 +93,7 @@ class Zero3Engine(ZeroEngine):
 
     @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-        self._wanted = list(chosen)  # until the gradients are taken: DeepSpeed makes all of them
+        self._wanted = list(chosen)  # until the gradients are taken: DeepSpeed computes all of them
         yield
 
     def take_gradients(self, parameters: Sequence[Parameter]) -> Gradients:

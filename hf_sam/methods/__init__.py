@@ -1,4 +1,4 @@
-"""What a method is: where to perturb, what the optimizer gets, and the table of the published ones."""
+"""Methods: where to perturb, what the optimizer gets, and the table of published methods."""
 
 from .ascents import AuxiliaryPair, Carried, Friendly, Geometry, Momentum, Noise, Previous, RandomTensors, Steepest
 from .base import Ascent, Descent, Method, Needs, Step

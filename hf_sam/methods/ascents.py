@@ -35,7 +35,7 @@ class Geometry(Ascent):
     eta: float = number(0.01, 0)
 
     def steepest(self, direction: Vector, step: Step, rho: float | None = None) -> Vector:
-        """The steepest perturbation of size `rho`, by default the step's, along `direction`, which is consumed."""
+        """The steepest perturbation of size `rho` (by default the step's) along `direction`, which is consumed."""
         scale = step.weights.abs() if self.adaptive else None
         if scale is not None:
             scale += self.eta
@@ -55,7 +55,7 @@ class Steepest(Geometry):
 
     Args:
         ascent_steps (`int`): Inner steps K, each of size rho / K.
-        weight_decay_in_ascent (`bool`): Climb along `g + weight_decay * w`, the paper's L2 term.
+        weight_decay_in_ascent (`bool`): Perturb along `g + weight_decay * w`, the paper's L2 term.
     """
 
     ascent_steps: int = whole(1)
@@ -63,7 +63,7 @@ class Steepest(Geometry):
 
     @property
     def logs_cosine(self) -> bool:
-        """Plain SAM holds one copy of the weights, in steps that log too."""
+        """Read `g` off the displacement, so that plain SAM holds one copy of the weights even in steps that log."""
         return self.adaptive
 
     def eps(self, g: Vector, step: Step) -> Vector:
@@ -74,10 +74,10 @@ class Steepest(Geometry):
 class Friendly(Geometry):
     """Along the batch's own part of the gradient, `g - sigma m` (Li et al. 2024, arXiv 2403.12350, Equation 10).
 
-    `m` is the running average of `g`, zero at first, so that the first step is plain SAM.
+    `m` is the running average of `g`. It starts at zero, so the first step is plain SAM.
 
     Args:
-        sigma (`float`): How much of the average is taken away.
+        sigma (`float`): How much of the average is subtracted.
         ema_decay (`float`): Decay of the average.
     """
 
@@ -104,7 +104,7 @@ class RandomTensors(Geometry):
     """A random choice of tensors, perturbed by `eps / beta` (Du et al. 2022, arXiv 2110.03141, Section 3.1).
 
     Args:
-        beta (`float`): Probability that a tensor is chosen. The authors' code, too, chooses whole tensors.
+        beta (`float`): Probability that a tensor is chosen. The authors' code also chooses whole tensors.
     """
 
     beta: float = number(0.6, 0, 1, above=True)
@@ -122,10 +122,10 @@ class RandomTensors(Geometry):
 
 @dataclass(frozen=True)
 class Carried(Geometry):
-    """The gradient of the last due step, climbed along until the next one (this project).
+    """Perturb along the gradient of the last due step until the next one (this project).
 
     Args:
-        alpha (`float`): Factor by which the perturbation shrinks with each step its direction grows older.
+        alpha (`float`): Factor by which the perturbation shrinks with each step since its direction was computed.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_STEP
@@ -149,7 +149,7 @@ class Carried(Geometry):
 
 @dataclass(frozen=True)
 class Previous(Ascent):
-    """Along the gradient that the step before went along; one pass (Ji et al. 2024, NeurIPS, S2-SAM)."""
+    """Along the gradient of the previous optimizer step; one pass (Ji et al. 2024, NeurIPS, S2-SAM)."""
 
     needs: ClassVar = Needs.NOTHING
     memory: ClassVar = ("gradient",)
@@ -164,9 +164,9 @@ class Previous(Ascent):
 
 @dataclass(frozen=True)
 class Momentum(Ascent):
-    """`eps = -rho v / ||v||`, v the optimizer's momentum: ahead, where it is about to carry the weights.
+    """`eps = -rho v / ||v||`, v the optimizer's momentum: ahead, in the direction of the next update.
 
-    One pass; none is perturbed while the learning rate warms up (Becker et al. 2024, arXiv 2401.12033, Algorithm 1).
+    One pass; no step is perturbed while the learning rate warms up (Becker et al. 2024, arXiv 2401.12033, Algorithm 1).
 
     Raises:
         ValueError: The optimizer has stepped and keeps no momentum that can be read.
@@ -179,7 +179,7 @@ class Momentum(Ascent):
         momentum = step.optimizer_state("exp_avg", "momentum_buffer")
         if momentum is None and not step.is_first:
             raise ValueError(
-                f"method='msam' perturbs along the optimizer's momentum, and {step.optimizer_name} keeps none that can be "
+                f"method='msam' perturbs along the optimizer's momentum, but {step.optimizer_name} keeps none that can be "
                 "read. Use one with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
             )
         return None if momentum is None else -steepest(momentum, step.rho)
@@ -202,7 +202,7 @@ class Noise(Ascent):
 
 @dataclass(frozen=True)
 class AuxiliaryPair(Ascent):
-    """A second LoRA pair that climbs at the base learning rate while the first one descends, in one pass.
+    """A second LoRA pair that ascends at the base learning rate while the first one descends, in one pass.
 
     Its `||s B2 A2||` stays at most rho (Bi-LoRA, Liu et al. 2025, arXiv 2508.19564).
     """

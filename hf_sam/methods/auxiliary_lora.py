@@ -1,4 +1,4 @@
-"""Bi-LoRA's second pair of low-rank factors, which climbs while the adapter descends (Liu et al. 2025, arXiv 2508.19564)."""
+"""Bi-LoRA's second pair of low-rank factors, which ascends while the adapter descends (Liu et al. 2025, arXiv 2508.19564)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 class AuxiliaryLora:
-    """One pair `(A2, B2)` beside each linear LoRA layer of a PEFT model; not part of the model, so never saved with it.
+    """One pair `(A2, B2)` for each linear LoRA layer of a PEFT model; not part of the model, so never saved with it.
 
-    Inside `active`, every such layer also adds `s B2 A2 x`, `s` the adapter's own scaling, and `backward` gives the pair
-    its gradient together with everybody else's. `climb` then moves the pair along it and keeps `||s B2 A2||_F`, over
+    Inside `active`, every such layer also adds `s B2 A2 x`, `s` the adapter's own scaling, and `backward` computes
+    the pair's gradient together with all others. `climb` then moves the pair along it and keeps `||s B2 A2||_F`, over
     all layers together, within rho.
 
     Args:
         model (`nn.Module`): A PEFT model whose active adapter is LoRA.
-        seed (`int`): Of the initial `A2`; `B2` begins at zero, as in LoRA.
+        seed (`int`): Seed of the initial `A2`; `B2` starts at zero, as in LoRA.
 
     Raises:
         ValueError: The model has no linear LoRA layer.
@@ -42,7 +42,7 @@ class AuxiliaryLora:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Passes inside run at the perturbed weights, recomputation in the backward pass included."""
+        """Passes inside run at the perturbed weights, including recomputation in the backward pass."""
         self._is_active = True
         try:
             yield
@@ -69,7 +69,7 @@ class AuxiliaryLora:
     def norm(self) -> Tensor:
         """`||s B2 A2||_F` over all layers, from the r x r matrices alone: `||B A||^2 = <B^T B, A A^T>`.
 
-        Layers of one shape are worked on together, so that the number of operations does not grow with the depth.
+        Layers of the same shape are processed together, so that the number of operations does not grow with the depth.
         """
         groups: dict[tuple, list[str]] = {}
         for name, (a, b) in self._pairs.items():
@@ -86,7 +86,7 @@ class AuxiliaryLora:
         return torch.stack(squares).sum().clamp(min=0).sqrt()
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -135,7 +135,7 @@ def linear_lora_layers(model: nn.Module, purpose: str) -> dict[str, nn.Module]:
     """The linear LoRA layers of a PEFT model, by name.
 
     Raises:
-        ValueError: It has none; the message begins with what they are wanted for.
+        ValueError: It has none; the message starts with their purpose.
     """
     layers = {name: module for name, module in model.named_modules() if _is_linear_lora(module)}
     if not layers:

@@ -2,7 +2,7 @@
 
 Both are frozen dataclasses whose fields are their hyperparameters. The package runs them: it accumulates and
 synchronises gradients, perturbs and restores the weights, keeps `memory` in checkpoints, and derives from `needs` what
-a step costs and where it cannot run. `docs/write_your_own.md` writes one from a formula.
+a step costs and where it cannot run. `docs/write_your_own.md` shows how to write one from a formula.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class Needs(Flag):
     NOTHING = 0
     # Of an ascent
     GRADIENT = auto()  # the gradient at w, from a pass of its own
-    WHOLE_STEP = auto()  # a gradient that stands for the whole step, not for one micro-batch
-    WHOLE_TENSORS = auto()  # statistics of single tensors, which a shard of one does not have
+    WHOLE_STEP = auto()  # a gradient of the whole step, not of one micro-batch
+    WHOLE_TENSORS = auto()  # statistics of whole tensors, which cannot be computed from a shard
     OPTIMIZER_STATE = auto()  # the base optimizer's state, such as its momentum
-    NOISE = auto()  # random numbers, other ones on every rank
+    NOISE = auto()  # random numbers, different on every rank
     # Of a descent
-    CLEAN_GRADIENT = auto()  # g beside g_s: one more copy of the weights
+    CLEAN_GRADIENT = auto()  # g in addition to g_s: one more copy of the weights
     SUBSET = auto()  # the loss of each example, and parts of a batch
     LOGITS = auto()  # the loss as a function of the model's logits
     HVP = auto()  # a Hessian-vector product
     # Derived from what a class overrides
     STEP_GRADIENT = auto()  # `after`: the gradient that the optimizer is about to step along
-    ATTACHMENT = auto()  # `attach`: modules beside the model's own
-    OWN_GRADIENT = auto()  # `gradient`, `between`, `may_skip`: the optimizer gets what the method makes
-    UNEVEN_PASSES = auto()  # `perturbed_examples`: passes that ranks make in different number
+    ATTACHMENT = auto()  # `attach`: extra modules attached to the model
+    OWN_GRADIENT = auto()  # `gradient`, `between`, `may_skip`: the optimizer gets a gradient that the method builds
+    UNEVEN_PASSES = auto()  # `perturbed_examples`: a number of passes that differs between ranks
 
 
 class Step(Protocol):
@@ -59,18 +59,18 @@ class Step(Protocol):
 
     Attributes:
         index (`int`): Optimizer steps before this one.
-        progress (`float`): Share of the run that has gone by, in [0, 1).
+        progress (`float`): Fraction of the run that is done, in [0, 1).
         rho (`float`): Size of the perturbation: the schedule's, divided by the number of inner ascent steps.
         lr (`float`): The largest learning rate of the optimizer's groups.
         age (`int`): Steps since the last one that was due under `interval`; 0 in such a step.
-        is_first (`bool`): Whether no step has gone before in this run, resumed or not.
+        is_first (`bool`): Whether this is the first step since the run started or was resumed.
         weights (`Vector`): `w` over the perturbed parameters; do not change it in place.
-        memory (`MutableMapping[str, Vector]`): What the method carries from step to step, under its declared names. What
-            is read here is never overwritten by an in-place form.
-        generator (`torch.Generator`): Random numbers that depend on seed, step, rank and micro-batch alone.
+        memory (`MutableMapping[str, Vector]`): State that the method keeps from step to step, under its declared names.
+            In-place forms never overwrite what is read here.
+        generator (`torch.Generator`): Random numbers that depend only on seed, step, rank and micro-batch.
         shared_random (`random.Random`): The same on every rank and in every micro-batch of the step.
         attached (`Any`): What `Ascent.attach` returned.
-        loss_scale (`Tensor` or `float`): By how much gradients outside of Vectors are scaled up, under fp16.
+        loss_scale (`Tensor` or `float`): The factor by which gradients outside Vectors are scaled up under fp16.
     """
 
     index: int
@@ -94,23 +94,23 @@ class Step(Protocol):
         """`H vector` at `w`, over all trainable parameters; only with `Needs.HVP`."""
 
     def record(self, **values: Tensor | float) -> None:
-        """Log scalars under names that `Telemetry` knows."""
+        """Log scalars under names listed in `Telemetry`."""
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """Where to perturb. Subclass it, write `eps`, and declare what that needs.
+    """Where to perturb. Subclass it, write `eps`, and declare what `eps` needs.
 
     Class attributes:
-        needs (`Needs`): `GRADIENT` by default; without it `eps` gets None for `g` and the step has one pass.
-        memory (`tuple[str, ...]`): Names under which `step.memory` carries Vectors from step to step. They are in
-            checkpoints, and each one counts as a copy of the perturbed weights.
+        needs (`Needs`): `GRADIENT` by default; without it, `eps` gets `g=None` and the step has one pass.
+        memory (`tuple[str, ...]`): Names under which `step.memory` keeps Vectors from step to step. Checkpoints
+            contain them, and each counts as a copy of the perturbed weights.
         scalars (`tuple[str, ...]`): The same for 0-dim tensors.
-        ascent_steps (`int`): How often `eps` is asked for; each further time costs a pass at the perturbed weights.
-        may_skip (`bool`): `eps` may return None in some steps and not in others, and ranks may differ in it.
-        perturbs_between (`bool`): Under `interval`, perturb in the steps between, too, without an ascent pass.
+        ascent_steps (`int`): How often `eps` is called; each further call costs a pass at the perturbed weights.
+        may_skip (`bool`): `eps` may return None in some steps but not in others, and ranks may differ.
+        perturbs_between (`bool`): Under `interval`, also perturb the steps in between, without an ascent pass.
         after_warmup (`bool`): Do not perturb while the learning rate warms up.
-        logs_cosine (`bool`): Keep a copy of `g` in steps that log, where `gradient_in` does not show it.
+        logs_cosine (`bool`): Keep a copy of `g` in steps that log, unless `gradient_in` provides it.
     """
 
     needs: ClassVar[Needs] = Needs.GRADIENT
@@ -129,28 +129,28 @@ class Ascent:
         """The perturbation, over the perturbed parameters or some of them.
 
         Args:
-            g (`Vector`, *optional*): The gradient at `w` over the perturbed parameters, unscaled and yours: in-place
-                forms may consume it. None without `Needs.GRADIENT`, and in a step between two due ones.
-            step (`Step`): The step it is for; `step.rho` is the size asked for.
+            g (`Vector`, *optional*): The gradient at `w` over the perturbed parameters, unscaled. You may overwrite it:
+                in-place forms may consume it. None without `Needs.GRADIENT`, and in a step between two due ones.
+            step (`Step`): The current step; `step.rho` is the requested size.
 
         Returns:
-            `Vector`, or None for no perturbation in this step. Where `g` or the result is not finite, nothing moves.
+            `Vector`, or None for no perturbation in this step. If `g` or the result is not finite, nothing is perturbed.
         """
-        raise NotImplementedError(f"{type(self).__name__} has to define eps(g, step).")
+        raise NotImplementedError(f"{type(self).__name__} must define eps(g, step).")
 
     def after(self, gradient: Vector, step: Step) -> None:
-        """Called when the gradient that the optimizer steps along is known, before clipping; to update `step.memory`."""
+        """Called before clipping, once the gradient that the optimizer steps along is known; to update `step.memory`."""
 
     def radius(self, step: Step) -> float:
-        """The size of the perturbation that is logged, `step.rho` unless the method shrinks it by a rule of its own."""
+        """The size of the perturbation to log: `step.rho`, unless the method has its own rule to shrink it."""
         return step.rho
 
     def ready(self, step: Step) -> bool:
-        """Whether this step's perturbation is known without an ascent pass; asked in steps between two due ones."""
+        """Whether this step's perturbation is known without an ascent pass; called in steps between two due ones."""
         return not self.needs & Needs.GRADIENT
 
     def parameters(self, names: Sequence[str], step: Step) -> Sequence[str]:
-        """Of the perturbed parameters' `names`, those whose gradient the ascent pass has to compute."""
+        """Of the perturbed parameters' `names`, those whose gradient the ascent pass must compute."""
         return names
 
     def examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor | None:
@@ -158,37 +158,38 @@ class Ascent:
         return None
 
     def perturbed_examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor | None:
-        """Indices of the examples whose loss is taken at `w + eps`, the others' being taken at `w`; None for all.
+        """Indices of the examples whose loss is taken at `w + eps`, while the others' is taken at `w`; None for all.
 
-        A class that overrides this perturbs for each micro-batch, from the gradient of those examples alone. It has a
-        `tail_weight` that multiplies their loss, and a `part`: the name of a batch entry that is not the model's, or None.
+        A class that overrides this perturbs for each micro-batch, from the gradient of those examples alone. It needs a
+        `tail_weight` that multiplies their loss, and a `part`: the name of a batch entry that the model does not take, or
+        None.
         """
         return None
 
     def resolved(self, train_dataset: Any) -> Ascent:
-        """Called once when a run begins: the ascent with what it takes from the training data filled in."""
+        """Called once when a run starts: return the ascent, completed with what it needs from the training data."""
         return self
 
     def attach(self, model: nn.Module, seed: int) -> Any:
-        """Set up what the method keeps beside the model for one run; it needs `state_dict`, `load_state_dict`, `remove`."""
+        """Set up what the method attaches to the model for one run; it needs `state_dict`, `load_state_dict`, `remove`."""
         return None
 
     def applied(self, step: Step) -> AbstractContextManager:
-        """A context around the passes at the perturbed weights, for a perturbation that is no Vector."""
+        """A context around the passes at the perturbed weights, for a perturbation that is not a Vector."""
         return contextlib.nullcontext()
 
     def gradient_in(self, displacement: Tensor) -> Tensor | None:
-        """`g` up to a factor, read off the realised displacement of one tensor, where no copy of `g` is to be kept."""
+        """`g` up to a factor, read off the realised displacement of one tensor, so that no copy of `g` is kept."""
         return None
 
 
 @dataclass(frozen=True)
 class Descent:
-    """What the optimizer gets. As it stands: `g_s`, the gradient at `w + eps`.
+    """What the optimizer gets. By default `g_s`, the gradient at `w + eps`.
 
     Class attributes:
         needs (`Needs`): `CLEAN_GRADIENT` to see `g` in `gradient`.
-        memory (`tuple[str, ...]`): As an ascent's.
+        memory (`tuple[str, ...]`): As in `Ascent`.
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
@@ -205,24 +206,24 @@ class Descent:
     def gradient(self, g: Vector | None, g_s: Vector, step: Step) -> Vector:
         """The gradient for the optimizer, over all trainable parameters, from `g` at `w` and `g_s` at `w + eps`.
 
-        Both are unscaled and yours. Where each rank perturbs for itself they are this rank's own, and the package takes
-        the ranks' mean of what is returned. `g` is None without `Needs.CLEAN_GRADIENT`.
+        Both are unscaled, and you may overwrite them. If each rank perturbs on its own, they are this rank's gradients, and
+        the package averages the results over ranks. `g` is None without `Needs.CLEAN_GRADIENT`.
         """
         return g_s
 
     def between(self, g: Vector, step: Step) -> Vector:
-        """The same in a step between two due ones, from the gradient of its one pass."""
+        """The gradient for the optimizer in a step between two due ones, from the gradient of its only pass."""
         return g
 
     def examples(self, before: Tensor, after: Tensor) -> Tensor | None:
-        """Indices of the examples to descend on, given every one's loss at `w` and at `w + eps`, shape `(batch,)`.
+        """Indices of the examples to descend on, given the loss of each at `w` and at `w + eps`, shape `(batch,)`.
 
         Only with `Needs.SUBSET`; None for all.
         """
         return None
 
     def keep(self, loss: Tensor, logits: Tensor) -> Any:
-        """What `loss` below needs of the clean pass; only with `Needs.LOGITS`."""
+        """What `loss` needs from the clean pass; only with `Needs.LOGITS`."""
         return None
 
     def loss(self, loss: Tensor, logits: Tensor, kept: Any) -> Tensor:
@@ -240,7 +241,7 @@ class Method:
         summary (`str`): The update in one sentence.
         ascent (`type[Ascent]`): Where to perturb.
         descent (`type[Descent]`): What the optimizer gets.
-        defaults (`Mapping[str, Any]`): `SAMConfig` fields whose default is another one than usual.
+        defaults (`Mapping[str, Any]`): `SAMConfig` fields with a different default for this method.
     """
 
     name: str
@@ -268,10 +269,10 @@ def _overrides(kind: type, name: str) -> bool:
 
 
 def needs_of(ascent: Ascent | type, descent: Descent | type) -> Needs:
-    """What a method needs, declared or shown by what it overrides."""
+    """What a method needs, as declared or as derived from what it overrides."""
     needs = ascent.needs | descent.needs
     if combines(descent) or overrides(descent, "between") or descent.needs:
-        needs |= Needs.GRADIENT  # a pass at w, also for an ascent that does without
+        needs |= Needs.GRADIENT  # a pass at w, even for an ascent that does not need one
     if overrides(ascent, "after"):
         needs |= Needs.STEP_GRADIENT
     if overrides(ascent, "attach"):
@@ -286,20 +287,20 @@ def needs_of(ascent: Ascent | type, descent: Descent | type) -> Needs:
 
 
 def combines(descent: Descent | type) -> bool:
-    """Whether the descent makes a gradient of its own out of `g_s`."""
+    """Whether the descent builds its own gradient from `g_s`."""
     return overrides(descent, "gradient")
 
 
 def copies_for_cosine(ascent: Ascent) -> bool:
-    """Whether a step that logs copies `g`, for its cosine to `g_s`, because eps does not show it."""
+    """Whether a step that logs copies `g` for its cosine with `g_s`, because it cannot be read off eps."""
     return ascent.logs_cosine and bool(ascent.needs & Needs.GRADIENT) and ascent.gradient_in(torch.ones(1)) is None
 
 
 def copies_of(ascent: Ascent, descent: Descent) -> int:
-    """Copies of the perturbed weights beyond the stock Trainer's, at the worst moment of a step that logs.
+    """Copies of the perturbed weights in addition to the stock Trainer's, at the peak of a step that logs.
 
-    One holds the weights to come back to, one each what `memory` carries; one more is `g`, kept for the descent or for the
-    cosine between `g` and `g_s`.
+    One copy holds the weights to restore, and `memory` needs one per name; one more is `g`, if it is kept for the descent
+    or for the cosine between `g` and `g_s`.
     """
     if needs_of(ascent, descent) & Needs.ATTACHMENT:
         return 0

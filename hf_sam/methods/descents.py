@@ -60,7 +60,7 @@ class Reused(Descent):
     LookSAM, Liu et al. 2022, arXiv 2203.02714, Algorithm 1 and Equation 5.
 
     Args:
-        alpha (`float`): Weight of the part that is used again.
+        alpha (`float`): Weight of the reused part.
     """
 
     needs: ClassVar = Needs.CLEAN_GRADIENT
@@ -84,7 +84,7 @@ class HardestHit(Descent):
     """g_s of the examples whose loss rises most under eps (ESAM, Du et al. 2022, arXiv 2110.03141, Equation 9).
 
     Args:
-        gamma (`float`): Share of the examples that is kept.
+        gamma (`float`): Share of the examples to keep.
     """
 
     needs: ClassVar = Needs.SUBSET
@@ -113,7 +113,7 @@ class Functional(Descent):
 
     def loss(self, loss: Tensor, logits: Tensor, kept: Any) -> Tensor:
         surrogate = (logits * kept).sum()
-        return loss.detach() + surrogate - surrogate.detach()  # the value of the one, the gradient of the other
+        return loss.detach() + surrogate - surrogate.detach()  # the value of `loss`, the gradient of `surrogate`
 
 
 @dataclass(frozen=True)

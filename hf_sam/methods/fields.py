@@ -1,4 +1,4 @@
-"""Hyperparameters with their ranges: one check for each kind of value, whose message names the field and what is allowed."""
+"""Hyperparameters with ranges: one check per kind of value, whose message names the field and what is allowed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def number(
         decay: float = number(0.9, 0, 1, below=True)    # [0, 1)
 
     Args:
-        default (`float`): Its value when the user says nothing.
+        default (`float`): The value if the user gives none.
         low, high (`float`, *optional*): The bounds, both included.
         above (`bool`, *optional*, defaults to `False`): The value must lie above `low`.
         below (`bool`, *optional*, defaults to `False`): The value must lie below `high`.
-        inf (`bool`, *optional*, defaults to `False`): Infinity is a value, too.
+        inf (`bool`, *optional*, defaults to `False`): Infinity is allowed, too.
     """
     return _field(default, is_number(low, high, above=above, below=below, inf=inf))
 
@@ -45,10 +45,10 @@ def _field(default: Any, check: Check) -> Any:
 
 
 def check_fields(instance: Any) -> None:
-    """Check every field of a frozen dataclass, and give each value its own type.
+    """Check every field of a frozen dataclass, and convert each value to its annotated type.
 
     Raises:
-        ValueError: A value is out of range, or of another type than its annotation.
+        ValueError: A value is out of range, or does not have its annotated type.
     """
     for field in dataclasses.fields(instance):
         check = field.metadata.get("check") or _BY_ANNOTATION.get(str(getattr(field.type, "__name__", field.type)))
@@ -63,7 +63,7 @@ def check_fields(instance: Any) -> None:
 def is_number(
     low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False, inf: bool = False
 ) -> Check:
-    """A finite number (or inf where `inf`) in [low, high], open at `low` where `above` and at `high` where `below`."""
+    """A finite number (or inf if `inf`) in [low, high], open at `low` if `above` and at `high` if `below`."""
     interval = (
         f"{'(' if above or low == -math.inf else '['}{low:g}, {high:g}"
         f"{']' if (high < math.inf and not below) or inf else ')'}"
@@ -107,7 +107,7 @@ def is_choice(allowed: Sequence[str]) -> Check:
 
 
 def is_flag(field: str, value: Any) -> bool:
-    """`True` or `False`, and nothing that is only like it."""
+    """Exactly `True` or `False`, not a value that only equals one of them."""
     if not isinstance(value, bool):
         raise ValueError(f"{field}={value!r} must be True or False.")
     return value
@@ -138,5 +138,5 @@ def is_selector(named: Sequence[str]) -> Check:
     return check
 
 
-# For fields of users' own classes that say no more than their type.
+# For fields of custom classes that declare only a type.
 _BY_ANNOTATION: dict[str, Check] = {"float": is_number(inf=True), "int": is_whole(-(2**63)), "bool": is_flag}

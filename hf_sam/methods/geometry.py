@@ -18,7 +18,7 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
         eps = rho * sign(g) |g|^(q-1) / ||g||_q^(q/p),   1/p + 1/q = 1          (Foret et al. 2021, Equation 2)
         eps = T d(T g),  d the above, T the scale;  p = 2: rho T^2 g / ||T g||   (Kwon et al. 2021, Equation 3)
 
-    Computed on `u = g / max|g|`, of which `eps` is the same function, so that no power of a small gradient underflows.
+    Computed from `u = g / max|g|`, which gives the same `eps`, so that no power of a small gradient underflows.
 
     Args:
         g (`Vector`): The gradient, or any direction.
@@ -28,7 +28,7 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
         scale (`Vector`, *optional*): The unit of each coordinate; the weights' own size in adaptive methods.
 
     Returns:
-        `Vector` that is exactly 0 where the norm of `g` is 0 or not finite.
+        `Vector`: exactly 0 if the norm of `g` is 0 or not finite.
     """
     if scale is not None:
         g *= scale
@@ -55,14 +55,14 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
 
 
 def _keep_signs_of_largest_(tensors: list[Tensor], largest: Tensor) -> None:
-    """-1 or 1 where a number's absolute value is the largest one, else 0."""
+    """-1 or 1 where the absolute value is the largest one, else 0."""
     winners = _are_largest(tensors, largest)
     torch._foreach_sign_(tensors)
     torch._foreach_mul_(tensors, winners)
 
 
 def _are_largest(tensors: list[Tensor], largest: Tensor) -> list[Tensor]:
-    """1 where a number's absolute value is the largest one, else 0."""
+    """1 where the absolute value is the largest one, else 0."""
     sizes = torch._foreach_abs(tensors)
     torch.ops.aten._foreach_add_.Tensor(sizes, -largest.to(sizes[0]))  # 0 for the largest, negative for others
     torch._foreach_sign_(sizes)
@@ -79,16 +79,16 @@ def _raise_(tensors: list[Tensor], power: float) -> None:
 
 
 def usable(norm: Tensor, scale: Tensor) -> Tensor:
-    """The scale, or exactly 0 where there is no direction: the norm is 0 or not finite."""
+    """The scale, or exactly 0 if there is no direction because the norm is 0 or not finite."""
     return torch.where(is_usable(norm), scale, torch.zeros_like(scale))
 
 
 def is_usable(norm: Tensor) -> Tensor:
-    """Whether a norm is neither 0 nor infinite, and a number at all."""
+    """Whether a norm is finite and not 0."""
     return (norm > 0) & (norm < math.inf)
 
 
 def projection(vector: Vector, onto: Vector) -> Tensor:
-    """`<v, u> / <u, u>`, or 0 where `u` is 0."""
+    """`<v, u> / <u, u>`, or 0 if `u` is 0."""
     square = onto.dot(onto)
     return torch.where(square > 0, vector.dot(onto) / square, torch.zeros_like(square))

@@ -1,4 +1,4 @@
-"""Flat-LoRA's noise on the merged weight of every LoRA layer, added to activations so that no weight is ever touched."""
+"""Flat-LoRA's noise on the merged weight of every LoRA layer, added to activations so that no weight changes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .base import Ascent, Needs, Step
 class LoraNoise(Ascent):
     """Gaussian noise on `W' = W + s B A` of each LoRA layer, row i with deviation `f_t rho ||W'_i|| / sqrt(n)`, in one pass.
 
-    `f_t = (1 - cos(pi t / T)) / 2` over the run, n the number of inputs; drawn again in every step (Flat-LoRA, Li et al. 2024,
+    `f_t = (1 - cos(pi t / T)) / 2` over the run, n the number of inputs; redrawn in every step (Flat-LoRA, Li et al. 2024,
     arXiv 2409.14396, and the authors' code). `(W' + N) x` is computed as `W' x + N x`, N drawn from its seed in the forward and
-    again in the backward pass: nothing is stored, nothing has to be restored, and quantized weights are no exception.
+    again in the backward pass: nothing is stored or restored, and quantized weights work, too.
     """
 
     needs: ClassVar = Needs.NOISE
@@ -44,7 +44,7 @@ class LoraNoise(Ascent):
 
 
 class NoisyLayers:
-    """The LoRA layers of a PEFT model, with a hook each that adds noise inside `noisy`.
+    """The LoRA layers of a PEFT model, each with a hook that adds noise inside `noisy`.
 
     Args:
         model (`nn.Module`): A PEFT model whose active adapter is LoRA.
@@ -61,7 +61,7 @@ class NoisyLayers:
 
     @contextlib.contextmanager
     def noisy(self, rho: float, generator: torch.Generator) -> Iterator[None]:
-        """Passes inside run at `W' + N`, recomputation in the backward pass included."""
+        """Passes inside run at `W' + N`, including recomputation in the backward pass."""
         dice = random.Random(generator.initial_seed())
         self._noise = rho, [dice.getrandbits(63) for _ in self._layers]
         try:
@@ -75,12 +75,12 @@ class NoisyLayers:
         return _deviations(list(self._layers.values())[i], self._squares[i], rho), seeds[i]
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing is carried from step to step."""
+        """Empty: nothing is kept from step to step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -97,7 +97,7 @@ class NoisyLayers:
 
 
 class _NoiseProduct(torch.autograd.Function):
-    """`x N^T` with N drawn from a seed, and drawn again for the gradient."""
+    """`x N^T` with N drawn from a seed, and redrawn for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int, inputs: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The table of published methods: a name, an ascent, a descent, defaults, and the paper.
 
-A method that only sets defaults is a row here. One with a formula of its own is a class in `ascents.py` or `descents.py`
-(or in any file of the user's), and a row. Passes, copies, fields in use and what is refused follow from the classes.
+A method that only sets defaults is a row here. A method with its own formula is a class in `ascents.py`, `descents.py` or
+a file of the user, and a row. Passes, copies, fields in use and refusals follow from the classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ascents and descents of the user's own, as text and back."""
+"""Custom ascents and descents: conversion to text and back."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def describe_part(part: Ascent | Descent) -> dict[str, Any]:
 
 
 def part_from_description(values: Any, kind: type) -> Ascent | Descent:
-    """The inverse of `describe_part`, for classes of modules that are imported: a file never causes an import.
+    """The inverse of `describe_part`, for classes of imported modules: a file never causes an import.
 
     Raises:
-        ValueError: The class is not there, no subclass of `kind`, or has other fields.
+        ValueError: The class is missing, is not a subclass of `kind`, or has other fields.
     """
     if isinstance(values, kind):
         return values
@@ -33,29 +33,29 @@ def part_from_description(values: Any, kind: type) -> Ascent | Descent:
     module, _, name = path.partition(":")
     if module not in sys.modules:
         raise ValueError(
-            f"{path} is a class of a module that is not imported, and a file may not import it: `import {module}` first, or "
-            f"name it on the command line (--sam_{kind.__name__.lower()} {path})."
+            f"{path} is a class of a module that is not imported, and files may not import modules: `import {module}` first, or "
+            f"give the class on the command line (--sam_{kind.__name__.lower()} {path})."
         )
     return make_part(_class_in(sys.modules[module], module, name, kind), fields)
 
 
 def load_part(path: str, kind: type) -> type:
-    """Import the class at `module:Class`, as the user has typed it.
+    """Import the class at `module:Class`.
 
     Raises:
-        ValueError: There is no such module or class, or it is no subclass of `kind`.
+        ValueError: The module or class does not exist, or the class is not a subclass of `kind`.
     """
     module, _, name = path.partition(":")
     if not name:
         raise ValueError(f"{path!r} must be the path of a class, as in my_package.my_module:MyClass.")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the command, as under `python -m`
+        sys.path.insert(0, "")  # for modules in the working directory, as under `python -m`
     try:
         found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"{path}: the module {module} cannot be imported ({error}). Start the command in the folder that has it, or put that "
-            "on PYTHONPATH."
+            f"{path}: the module {module} cannot be imported ({error}). Run the command in the folder that contains it, or add that "
+            "folder to PYTHONPATH."
         ) from error
     return _class_in(found, module, name, kind)
 
@@ -63,10 +63,10 @@ def load_part(path: str, kind: type) -> type:
 def load_parts(ascent: str | None, descent: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """`SAMConfig`'s `ascent`, `descent` and `options` from the paths of classes and one mapping of hyperparameters.
 
-    Each option goes to the class that has a field of its name; what is left is for the method's own parts.
+    Each option goes to the class that has a field of its name; the remaining options go to the method's own parts.
 
     Raises:
-        ValueError: A class that cannot be imported, or an option that is like a field of one and is none.
+        ValueError: A class cannot be imported, or an option resembles a field of a class but is not one.
     """
     left, made, known = dict(options or {}), {}, []
     for name, path, kind in (("ascent", ascent, Ascent), ("descent", descent, Descent)):
@@ -79,15 +79,15 @@ def load_parts(ascent: str | None, descent: str | None, options: Mapping[str, An
         raise ValueError(f"options={left!r}: {' and '.join(type(m).__name__ for m in made.values())} has no fields.")
     for key in left if made else ():
         if hint := did_you_mean(key, known):
-            raise ValueError(f"options: there is no field {key!r}.{hint} Allowed: {', '.join(known)}.")
+            raise ValueError(f"options: {key!r} is not a field.{hint} Allowed: {', '.join(known)}.")
     return {"ascent": None, "descent": None, **made, "options": left or None}
 
 
 def make_part(kind: type, values: Mapping[str, Any]) -> Ascent | Descent:
-    """An instance, with an error that names an unknown field.
+    """Create an instance.
 
     Raises:
-        ValueError: A field that the class does not have, or a value out of range.
+        ValueError: The class does not have a field, or a value is out of range; the message names the field.
     """
     known = [field.name for field in dataclasses.fields(kind) if field.init]
     for name in values:
@@ -98,7 +98,7 @@ def make_part(kind: type, values: Mapping[str, Any]) -> Ascent | Descent:
     try:
         return kind(**values)
     except TypeError as error:
-        raise ValueError(f"{kind.__name__} cannot be made: {error}.") from error
+        raise ValueError(f"{kind.__name__} cannot be created: {error}.") from error
 
 
 def _class_in(module: Any, module_name: str, name: str, kind: type) -> type:
@@ -108,7 +108,7 @@ def _class_in(module: Any, module_name: str, name: str, kind: type) -> type:
     if not isinstance(found, type) or not issubclass(found, kind):
         classes = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, kind) and v is not kind]
         raise ValueError(
-            f"{module_name}:{name} is no subclass of hf_sam.{kind.__name__}.{did_you_mean(name, classes)} The module has: "
+            f"{module_name}:{name} is not a subclass of hf_sam.{kind.__name__}.{did_you_mean(name, classes)} The module has: "
             f"{', '.join(classes) or 'none'}."
         )
     return found

@@ -1,4 +1,4 @@
-"""Ascents of later papers, each with a formula of its own."""
+"""Ascents of later papers, each with its own formula."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LossBudget(Ascent):
 
     Args:
         sigma (`float`): The budget, in units of the loss.
-        decay_start (`float`): Share of the run after which sigma falls to 0 by a cosine; 1 for never.
+        decay_start (`float`): Fraction of the run after which sigma falls to 0 along a cosine; 1 for never.
     """
 
     sigma: float = number(0.1, 0, above=True)
@@ -55,7 +55,7 @@ class Preconditioned(Ascent):
     The length is rho in the Euclidean norm, as in every other method; D is 1 before the optimizer's first step.
 
     Args:
-        floor (`float`): Added to `sqrt(exp_avg_sq)`, relative to its root mean square, so that a weight that has seldom
+        floor (`float`): Added to `sqrt(exp_avg_sq)`, relative to its root mean square, so that a weight that has rarely
             had a gradient does not take the whole perturbation.
 
     Raises:
@@ -70,7 +70,7 @@ class Preconditioned(Ascent):
         squares = step.optimizer_state("exp_avg_sq")
         if squares is None and not step.is_first:
             raise ValueError(
-                "method='precond' perturbs in the geometry of the optimizer's second moments, and "
+                "method='precond' perturbs in the geometry of the optimizer's second moments, but "
                 f"{step.optimizer_name} keeps none that can be read. Use one with `exp_avg_sq` (optim='adamw_torch')."
             )
         if squares is not None:
@@ -90,9 +90,9 @@ class AboveAverage(Geometry):
     along g, after one pass. To decide, the host reads one number from the device.
 
     Args:
-        decay (`float`): Of the running mean and variance; they begin at the first n, and 0.
+        decay (`float`): Decay of the running mean and variance, which start at the first n and at 0.
         lambda_1 (`float`): c at the end of the run.
-        lambda_2 (`float`): c at its beginning.
+        lambda_2 (`float`): c at the start of the run.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_STEP
@@ -115,9 +115,9 @@ class AboveAverage(Geometry):
 
 @dataclass(frozen=True)
 class Centred(Geometry):
-    """Along the gradient whose mean over all dimensions but the first is taken away (GCSAM, Hassan et al. 2025, arXiv 2501.11584).
+    """Along the gradient minus its mean over all dimensions but the first (GCSAM, Hassan et al. 2025, arXiv 2501.11584).
 
-    Tensors of one dimension stay as they are. The authors' code divides by the norm from before; here `||eps||` is rho.
+    Tensors with one dimension are not centred. The authors' code divides by the norm before centring; here `||eps||` is rho.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_TENSORS
@@ -133,11 +133,11 @@ class Centred(Geometry):
 class SparseByScore(Geometry):
     """Along the coordinates of each tensor whose |z-score| lies above a quantile (ZSharp, Yun 2025, arXiv 2505.02369).
 
-    z is taken within each tensor of more than one dimension; others stay as they are. `||eps||` is rho over all tensors; the
-    author's code gives every tensor that length of its own.
+    z is computed within each tensor with more than one dimension; others are not filtered. `||eps||` is rho over all tensors
+    together; the author's code gives each tensor that norm.
 
     Args:
-        quantile (`float`): Share of each tensor's coordinates that is left out.
+        quantile (`float`): Share of each tensor's coordinates to leave out.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_TENSORS
@@ -163,15 +163,15 @@ class TailClasses(Geometry):
     """Perturbed weights for the examples of rare classes only (ImbSAM, Zhou et al. 2023, arXiv 2308.07815).
 
     The gradient is that of the others at `w` plus `tail_weight` times that of the rare ones at `w + eps`, eps from the rare
-    ones' own gradient. What is rare is told by `tail_classes`, by the counts of the training labels, or by a column
-    of the batch.
+    ones' own gradient. Rare examples are given by `tail_classes`, by the counts of the training labels, or by a
+    column of the batch.
 
     Args:
         tail_classes (`list[int]`, *optional*): The rare classes.
-        tail_below (`int`): Where `tail_classes` is not given: classes with fewer training examples than this.
-        part (`str`, *optional*): Name of a batch entry that holds 1 for the examples to perturb for and 0 for others, in the
-            place of classes; needs `remove_unused_columns=False`.
-        tail_weight (`float`): Multiplies the rare examples' loss. The authors' code has 2.
+        tail_below (`int`): Without `tail_classes`: classes with fewer training examples than this are rare.
+        part (`str`, *optional*): Name of a batch entry that is 1 for the examples to perturb for and 0 for the others,
+            instead of classes; needs `remove_unused_columns=False`.
+        tail_weight (`float`): Factor of the rare examples' loss. The authors' code uses 2.
     """
 
     may_skip: ClassVar = True
@@ -185,7 +185,7 @@ class TailClasses(Geometry):
         return self.steepest(g, step)
 
     def resolved(self, train_dataset: Any) -> TailClasses:
-        """With the rare classes counted in the training data's labels."""
+        """Return the ascent with the rare classes, counted in the labels of the training data."""
         if self.part is not None or self.tail_classes is not None:
             return self
         counts = Counter(_labels_of(train_dataset))
@@ -195,23 +195,23 @@ class TailClasses(Geometry):
         if self.part is not None:
             if not isinstance(inputs.get(self.part), Tensor):
                 raise ValueError(
-                    f"part={self.part!r} is no tensor of the batch.{did_you_mean(self.part, inputs)} The batch has: "
+                    f"part={self.part!r} is not a tensor of the batch.{did_you_mean(self.part, inputs)} The batch has: "
                     f"{', '.join(map(str, inputs))}. Set remove_unused_columns=False so that the Trainer keeps the column."
                 )
             return inputs[self.part].flatten().nonzero().flatten().cpu()
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
-                "method='imbsam' needs one class for each example in `labels`. Where there is none, name a batch entry that "
-                "holds 1 for the examples to perturb for: options={'part': 'is_rare'}."
+                "method='imbsam' needs one class per example in `labels`. If there is none, name a batch entry that is 1 for the "
+                "examples to perturb for: options={'part': 'is_rare'}."
             )
         return torch.isin(labels, torch.tensor(self.tail_classes, device=labels.device)).nonzero().flatten().cpu()
 
 
 def _stacks(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Tensors of more than one dimension, those of one shape as a stack `(tensors, ...)` that may be changed in place.
+    """Tensors with more than one dimension, stacked by shape as `(tensors, ...)`; stacks may be changed in place.
 
-    There are as many stacks as shapes, whatever the depth of the model.
+    The number of stacks is that of shapes, whatever the depth of the model.
     """
     groups: dict[torch.Size, list[Tensor]] = {}
     for tensor in tensors:
@@ -253,6 +253,6 @@ def _labels_of(train_dataset: Any) -> list[int]:
         return [int(row["labels"] if "labels" in row else row["label"]) for row in rows]
     except (TypeError, KeyError, StopIteration, ValueError, AttributeError) as error:
         raise ValueError(
-            "method='imbsam' counts the training labels to find the rare classes, and these data have no column `labels` or "
+            "method='imbsam' counts the training labels to find the rare classes, but this data set has no column `labels` or "
             "`label` that can be counted. Name the classes: options={'tail_classes': [3, 7]}."
         ) from error

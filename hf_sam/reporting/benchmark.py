@@ -1,4 +1,4 @@
-"""Measurements as rows, a table to read, and drawings."""
+"""Measurements of the benchmark as rows, as a table and as drawings."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .document import Block, Document, Listing, Section, Table, Text, write_docu
 from .plots import COLOURS, INK, MARKERS, figure, is_narrow, size, styled
 from .results import compare_arms, guess_question, make_cells, uses_sam
 
-SETTING = ["parameters", "batch_size", "accumulation", "processes"]  # what a sweep varies
-# Fields that change what a step computes with, and not how long it takes.
+SETTING = ["parameters", "batch_size", "accumulation", "processes"]  # what a sweep can vary
+# Fields that change the values in a step but not its duration.
 WITHOUT_COST = {"rho", "rho_min", "rho_schedule", "eta", "alpha", "sigma", "ema_decay"}
 MEBI = 2**20
-SWEEP = "Time relative to the stock Trainer's against each part of the setting that varies, the others held."
+SWEEP = "Time relative to the stock Trainer against each setting that varies, the others held fixed."
 
 
 def row_of(measurement: Measurement, examples: int, seed: int = 0) -> dict[str, Any]:
     """
-    One measurement as a flat row; what an impossible contender lacks is None.
+    One measurement as a flat row; for a contender that cannot run, missing values are None.
 
     Args:
         measurement (`Measurement`): One contender.
-        examples (`int`): Of a whole step, over all processes.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        examples (`int`): Examples in a whole step, over all processes.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
     """
     contender, counted = measurement.contender, measurement.counted
     row: dict[str, Any] = {
@@ -95,7 +95,7 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def draw_ratios(rows: pd.DataFrame) -> Canvas:
-    """Time of a step relative to the stock Trainer's with its interval, and the passes that are claimed, for one setting."""
+    """Step time relative to the stock Trainer with its interval, and the passes of the method, for one setting."""
     rows = rows[rows.ratio.notna()]
     canvas = Canvas(figsize=size(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
     axes = canvas.subplots()
@@ -106,14 +106,14 @@ def draw_ratios(rows: pd.DataFrame) -> Canvas:
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(places, rows.contender)
     axes.invert_yaxis()
-    axes.set_xlabel("time of a step relative to stock")
+    axes.set_xlabel("step time relative to the stock Trainer")
     canvas.legend(loc="outside lower center", ncols=2)
     return canvas
 
 
 @styled
 def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
-    """The ratio against each part of the setting that varies, the others held; None where nothing does."""
+    """The ratio against each setting that varies, the others held fixed; None if nothing varies."""
     rows = rows[rows.ratio.notna() & (rows.contender != STOCK.name)]
     varied = [name for name in SETTING if rows[name].nunique() > 1]
     if not varied:
@@ -133,7 +133,7 @@ def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
         values = sorted(rows[name].unique())  # the settings themselves, instead of powers of ten
         axes.set_xticks(values, [EngFormatter(sep="")(value) for value in values])
         axes.minorticks_off()
-        axes.set(xlabel=name.replace("_", " "), ylabel="time relative to the stock Trainer's")
+        axes.set(xlabel=name.replace("_", " "), ylabel="step time relative to the stock Trainer")
     canvas.legend(loc="outside lower center", ncols=2 if is_narrow() else 5)
     return canvas
 
@@ -145,13 +145,13 @@ def write_benchmark_report(
     document: dict[str, Any], rows: pd.DataFrame, folder: Path, note: str, gained: pd.DataFrame | None = None
 ) -> Path:
     """
-    Writes `report.html` and what belongs to it.
+    Write `report.html` and its files.
 
     Args:
-        document (`dict`): What `benchmark.json` holds.
+        document (`dict`): The content of `benchmark.json`.
         rows (`pd.DataFrame`): See `row_of`, with the columns of `SETTING`.
-        folder (`Path`): Where it goes.
-        note (`str`): How the times were taken.
+        folder (`Path`): The output folder.
+        note (`str`): How the times were measured.
         gained (`pd.DataFrame`, *optional*): See `gains`.
     """
     groups = [group for _, group in rows.groupby(SETTING, sort=False)]
@@ -161,7 +161,7 @@ def write_benchmark_report(
     for number, (group, title) in enumerate(zip(groups, titles, strict=True)):
         text, caption = (
             readable(group[group.impossible.isna()]),
-            f"Time of a step relative to the stock Trainer's: {title}.",
+            f"Step time relative to the stock Trainer: {title}.",
         )
         table = Table(list(text.columns), text.to_numpy().tolist(), title, 1, stacked=True)
         drawing = figure(f"ratios-{number}", caption, draw_ratios, group, data=group)
@@ -169,7 +169,7 @@ def write_benchmark_report(
     sweep = [] if draw_sweep(rows) is None else [figure("sweep", SWEEP, draw_sweep, rows, data=rows)]
     frontier_blocks: list[Block] = []
     if gained is not None and not gained.empty:
-        caption = "Gain of every arm over the control against the time of its step; the line joins what nothing else dominates."
+        caption = "Gain of every arm over the control against its step time; the line joins the arms that no other arm dominates."
         frontier_blocks.append(figure("gains", caption, draw_frontier, gained, data=gained))
     impossible = dict(rows[rows.impossible.notna()][["contender", "impossible"]].itertuples(index=False))
     if impossible:
@@ -180,28 +180,28 @@ def write_benchmark_report(
         Section("How it scales", sweep),
         Section("Other settings", details),
         Section("Run it again", [Text(document["command"], "command")]),
-        Section("How the times were taken", [Text(note)], folded=True),
+        Section("How the times were measured", [Text(note)], folded=True),
     ]
     more = f" and {len(titles) - 1} other settings" if len(titles) > 1 else ""
-    lead = f"A step of each method beside the stock Trainer's, in turns in the same process: {titles[0]}{more}."
+    lead = f"Step times of every method and of the stock Trainer, interleaved in one process: {titles[0]}{more}."
     return write_document(Document("What a step costs", lead, sections, {"benchmark": rows}, document), folder)
 
 
 def cost_sentence(rows: pd.DataFrame, title: str) -> str:
-    """SAM's cost, or that of the first method, and the range of the others."""
+    """A sentence with the cost of SAM, or of the first method, and the range over all methods."""
     timed = rows[rows.ratio.notna() & (rows.contender != STOCK.name)]
     if timed.empty:
-        return f"No method could be timed beside the stock Trainer ({title})."
+        return f"No method could be timed against the stock Trainer ({title})."
     chosen = timed[timed.contender == "sam"] if (timed.contender == "sam").any() else timed.iloc[:1]
     row = chosen.iloc[0]
     sentence = (
-        f"A step of {row.contender} takes {row.ratio:.2f} times as long as the stock Trainer's [{row.ratio_low:.2f}, "
+        f"A step of {row.contender} takes {row.ratio:.2f} times as long as one of the stock Trainer [{row.ratio_low:.2f}, "
         f"{row.ratio_high:.2f}], for {row.claimed_passes:.3g} gradient passes"
     )
     if len(timed) == 1:
         return f"{sentence}."
-    cheap, dear = timed.loc[timed.ratio.idxmin()], timed.loc[timed.ratio.idxmax()]
-    return f"{sentence}; the methods range from {cheap.ratio:.2f} ({cheap.contender}) to {dear.ratio:.2f} ({dear.contender})."
+    cheap, costly = timed.loc[timed.ratio.idxmin()], timed.loc[timed.ratio.idxmax()]
+    return f"{sentence}; the methods range from {cheap.ratio:.2f} ({cheap.contender}) to {costly.ratio:.2f} ({costly.contender})."
 
 
 def _title(rows: pd.DataFrame, model: str) -> str:
@@ -217,20 +217,20 @@ def gains(
     records: Sequence[RunRecord], rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None = None
 ) -> pd.DataFrame:
     """
-    The gain of every arm of a comparison over its control, beside the time that its step has cost here.
+    The gain of every arm of a comparison over its control, with the step time measured here.
 
     Args:
-        records (`Sequence[RunRecord]`): Of a comparison.
-        rows (`pd.DataFrame`): Of one setting.
-        contenders (`Sequence[Contender]`): Whose rows they are.
-        control (`str`, *optional*): The arm to compare with; AdamW or the first without SAM when left out.
+        records (`Sequence[RunRecord]`): The records of a comparison.
+        rows (`pd.DataFrame`): The rows of one setting.
+        contenders (`Sequence[Contender]`): The contenders of these rows.
+        control (`str`, *optional*): The arm to compare with; if omitted, AdamW or the first arm without SAM.
 
     Returns:
         `pd.DataFrame`: One row for each task, condition, budget and arm whose configuration was timed. `gain` is in
-        the metric's own unit (points for an accuracy) and more is better.
+        the metric's own unit (points for an accuracy); higher is better.
 
     Raises:
-        ValueError: `control` is no arm of the records.
+        ValueError: `control` is not an arm of the records.
     """
     question = guess_question(records, control, None, None)
     ratios = dict(zip(rows.contender, rows.ratio, strict=True))
@@ -262,7 +262,7 @@ def gains(
 
 @styled
 def draw_frontier(frame: pd.DataFrame) -> Canvas:
-    """Gain against cost, one panel for each task, condition and budget; the line joins what nothing else dominates."""
+    """Gain against cost, one panel per task, condition and budget; the line joins the arms that no other arm dominates."""
     cells = list(frame.groupby(["task", "condition", "budget"], sort=False))
     arms = list(dict.fromkeys(frame.arm))
     columns = 1 if is_narrow() else min(len(cells), 3)
@@ -287,7 +287,7 @@ def draw_frontier(frame: pd.DataFrame) -> Canvas:
         axes.axhline(0, color=INK, linewidth=0.8)
         metric, control = metric_of(cell.metric.iloc[0]), cell.control.iloc[0]
         axes.set_title(", ".join(names), fontsize=9)
-        axes.set(xlabel="time of a step, relative to stock", ylabel=f"gain in {metric.label} over {control}")
+        axes.set(xlabel="step time relative to the stock Trainer", ylabel=f"gain in {metric.label} over {control}")
     for axes in list(panels):
         axes.remove()
     handles = [
@@ -301,7 +301,7 @@ def draw_frontier(frame: pd.DataFrame) -> Canvas:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, gain) that no other one beats in both, by cost."""
+    """The points (cost, gain) that no other point dominates, ordered by cost."""
     best: list[tuple[float, float]] = []
     for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or gain > best[-1][1]:

@@ -1,4 +1,4 @@
-"""The report of checkpoints that exist already: how good, how sure, where they differ, and what they cost."""
+"""The report of existing checkpoints: how good they are, how certain that is, where they differ, and their cost."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def make_checkpoint_document(
     The report of one or more checkpoints on one test split.
 
     Args:
-        checkpoints (`Sequence[Evaluated]`): The first is what the others are compared with.
-        facts (`dict[str, str]`): What was evaluated on, for the set-up.
-        examples (`Sequence[str]`): What to show of each test example.
+        checkpoints (`Sequence[Evaluated]`): The others are compared with the first.
+        facts (`dict[str, str]`): Facts about the evaluation data, for the set-up.
+        examples (`Sequence[str]`): The text to show for each test example.
         class_names (`Sequence[str]`, *optional*): `None` for language models.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-        sharpness (`dict`, *optional*): What `sharpness.json` of the same checkpoints holds.
-        image_of (`Callable`, *optional*): From the number of a test example to its image, where examples are images.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
+        sharpness (`dict`, *optional*): The content of `sharpness.json` of the same checkpoints.
+        image_of (`Callable`, *optional*): From the index of a test example to its image, if examples are images.
         survival (`Section`, *optional*): See `survival_section`.
-        command (`str`, *optional*): What makes this report again.
+        command (`str`, *optional*): The command that writes this report again.
     """
     rng = np.random.default_rng(seed)
     is_classifier = class_names is not None
@@ -93,7 +93,7 @@ def make_checkpoint_document(
 
 def _answer(checkpoints: Sequence[Evaluated], pairs: Sequence[dict], beside: Sequence[dict]) -> list[Block]:
     if not pairs:
-        return [Text("One checkpoint: nothing to compare it with. Its metrics:", "verdict")]
+        return [Text("One checkpoint, so there is no comparison. Its metrics:", "verdict")]
     first = checkpoints[0].name
     blocks: list[Block] = [Text(_sentence(pair, len(pairs)), "verdict") for pair in pairs if pair["first"] == first]
     if not beside:
@@ -123,12 +123,12 @@ def _next(pairs: Sequence[dict], command: str | None) -> list[Block]:
         blocks.append(
             Listing(
                 [
-                    "To compare the recipes instead of two runs of them, repeat both over seeds: recipes/compare.py does so, "
+                    "To compare the recipes rather than single runs of them, repeat both over seeds: recipes/compare.py does this "
                     "and tests the paired differences."
                 ]
             )
         )
-    return blocks + ([Text("This makes the report again:"), Text(command, "command")] if command else [])
+    return blocks + ([Text("This command writes this report again:"), Text(command, "command")] if command else [])
 
 
 def _favours(row: dict) -> str:
@@ -142,11 +142,11 @@ def _sentence(pair: dict, pairs: int) -> str:
     found = {
         "better": f"{pair['second']} is better than {pair['first']} on this test split",
         "worse": f"{pair['second']} is worse than {pair['first']} on this test split",
-        "equivalent": f"{pair['second']} and {pair['first']} differ by less than {POINTS_THAT_MATTER} points",
+        "equivalent": f"{pair['second']} and {pair['first']} are equivalent: they differ by less than {POINTS_THAT_MATTER} points",
         "undecided": f"Undecided between {pair['second']} and {pair['first']}",
     }[verdict(pair)]
     size = with_interval(pair["value"], pair["low"], pair["high"], pair["metric"])
-    unit = " points" if pair["metric"] == "accuracy" else " nats per token (less is better)"
+    unit = " points" if pair["metric"] == "accuracy" else " nats per token (lower is better)"
     several = f", {p_value(pair['p_holm'])} after Holm over {pairs} pairs" if pairs > 1 else ""
     return f"{found}: {pair['metric']} {size}{unit} ({_test_name(pair)} {p_equals(pair['p'])}{several})."
 
@@ -176,7 +176,7 @@ def _different_data(checkpoints: Sequence[Evaluated]) -> list[str]:
 
 
 def _few_examples(checkpoints: Sequence[Evaluated], pairs: Sequence[dict]) -> list[str]:
-    """How many test examples would show one point, where these cannot."""
+    """How many test examples are needed to detect one point, if there are too few."""
     found = []
     for pair in pairs:
         if pair["metric"] != "accuracy" or verdict(pair) != "undecided":
@@ -186,7 +186,7 @@ def _few_examples(checkpoints: Sequence[Evaluated], pairs: Sequence[dict]) -> li
         needed = math.ceil((2.8 * gain.std() / 0.01) ** 2)  # 1.96 + 0.84 standard errors: four times in five at 5 %
         if needed > len(gain):
             found.append(
-                f"Too few test examples to see one point between {pair['first']} and {pair['second']}: {len(gain)} here, about "
+                f"Too few test examples to detect one point between {pair['first']} and {pair['second']}: {len(gain)} here, about "
                 f"{needed:,} needed."
             )
     return found[:3]
@@ -206,8 +206,8 @@ def _setup(checkpoints: Sequence[Evaluated], facts: Mapping[str, str]) -> list[B
     ]
     columns = ["checkpoint", "path", "class", "trained on", "training data", "weights"]
     return [
-        Table(["what", "value"], [list(row) for row in facts.items()], "What was evaluated on", 99),
-        Table(columns, rows, "Checkpoints; data and weights by their fingerprints", 99),
+        Table(["what", "value"], [list(row) for row in facts.items()], "Evaluation data", 99),
+        Table(columns, rows, "Checkpoints, with fingerprints of data and weights", 99),
     ]
 
 
@@ -223,7 +223,12 @@ def _metric_table(checkpoints: Sequence[Evaluated], metrics: dict[str, dict[str,
             cells.append(number(estimate.value * scale, digits) + ends)
         rows.append([entry.name, *cells])
     return [
-        Table(["checkpoint", *map(_label, names)], rows, "With bootstrap intervals over test examples", stacked=True)
+        Table(
+            ["checkpoint", *map(_label, names)],
+            rows,
+            "Metrics with bootstrap intervals over test examples",
+            stacked=True,
+        )
     ]
 
 
@@ -246,7 +251,7 @@ def _pair_table(pairs: Sequence[dict]) -> list[Block]:
     unit = "points" if pairs[0]["metric"] == "accuracy" else "nats per token"
     columns = ["first", "second", f"{pairs[0]['metric']}, second minus first ({unit})", "test", "p", "Holm"]
     columns += [f"within ±{POINTS_THAT_MATTER} points: p", "verdict"]
-    return [Table(columns, rows, "Every pair, over the same test examples; the last p is of two one-sided tests", 2)]
+    return [Table(columns, rows, "Every pair, over the same test examples; the last p is from two one-sided tests", 2)]
 
 
 def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> list[Block]:
@@ -267,7 +272,7 @@ def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> 
     blocks: list[Block] = [Table(columns, rows, "Per class", 2, folded=len(rows) > 2 * MAX_CLASSES)]
     if count <= MAX_CLASSES:
         matrices = {frame.checkpoint.iloc[0]: frame[list(class_names)].to_numpy() for frame in frames}
-        caption = "Confusion: how many examples of each true class (row) were taken for each class (column)."
+        caption = "Confusion: how many examples of each true class (row) were predicted as each class (column)."
         data = pd.concat(frames, ignore_index=True)
         blocks.append(plots.figure("confusion", caption, drawings.draw_confusion, matrices, class_names, data=data))
     return blocks
@@ -275,7 +280,7 @@ def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> 
 
 def _calibration(checkpoints: Sequence[Evaluated]) -> list[Block]:
     tables = {entry.name: reliability(entry.predictions.confidence, entry.predictions.correct) for entry in checkpoints}
-    caption = "Reliability, 15 bins of confidence: below the diagonal is over-confident."
+    caption = "Reliability, 15 bins of confidence: below the diagonal is overconfident."
     return [plots.figure("reliability", caption, plots.draw_reliability, {"test split": tables}, list(tables))]
 
 
@@ -299,18 +304,21 @@ def _disagreements(
         cut = text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
         rows.append([str(index), cut, class_names[a.labels[index]], *cells])
     only_a, only_b = int((a.correct & ~b.correct)[differ].sum()), int((b.correct & ~a.correct)[differ].sum())
-    counted = f"{first.name} and {second.name} differ on {len(differ)} of {len(examples)} examples: {first.name} alone is right on {only_a}, {second.name} alone on {only_b}, neither on {len(differ) - only_a - only_b}."
+    counted = f"{first.name} and {second.name} differ on {len(differ)} of {len(examples)} examples: only {first.name} is right on {only_a}, only {second.name} on {only_b}, neither on {len(differ) - only_a - only_b}."
     blocks: list[Block] = [Text(counted)]
     if rows:
         blocks.append(
             Table(
-                ["index", "example", "true class", first.name, second.name], rows, "Those of which both are surest", 99
+                ["index", "example", "true class", first.name, second.name],
+                rows,
+                "The examples on which both are most confident",
+                99,
             )
         )
     if rows and image_of is not None:
         data = pd.DataFrame(rows, columns=["index", "example", "true class", first.name, second.name])
         titles = [f"{row[0]}: {row[2]}\n{row[3]}\n{row[4]}" for row in rows]
-        caption = f"The same examples: number and true class, what {first.name} says, what {second.name} says."
+        caption = f"The same examples: index and true class, prediction of {first.name}, prediction of {second.name}."
         images = [image_of(int(index)) for index in shown]
         blocks.append(plots.figure("disagreements", caption, drawings.draw_images, images, titles, data=data))
     return blocks
@@ -333,7 +341,7 @@ def _robustness(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> l
         cells = [f"{100 * row.accuracy:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in group.itertuples()]
         rows.append([kind, str(level), *cells])
     uncorrupted = {entry.name: entry.uncorrupted_accuracy for entry in checkpoints}
-    caption = "Accuracy on corrupted inputs; level 0 are the same examples as they are."
+    caption = "Accuracy on corrupted inputs; level 0 is the same examples without corruption."
     names = [entry.name for entry in checkpoints]
     return [
         Table(["corruption", "level", *names], rows, f"Accuracy (%) on the same {frame.examples.iloc[0]} examples", 2),
@@ -347,19 +355,19 @@ def _costs(checkpoints: Sequence[Evaluated], examples: int) -> list[Block]:
         rate = number(examples / entry.seconds, 1) if entry.seconds else NOTHING
         rows.append([entry.name, number(entry.model.get("parameters"), 0), number(entry.size / 2**20, 1), rate])
     columns = ["checkpoint", "parameters", "weights in memory (MiB)", "examples/s"]
-    return [Table(columns, rows, "Measured once, in this order, on this machine")]
+    return [Table(columns, rows, "Measured once, in this order, on one machine")]
 
 
 def _limits(checkpoints: Sequence[Evaluated], examples: int) -> list[Block]:
     found = [
         "Intervals and tests are over test examples. They say nothing about other seeds: each checkpoint is one run, "
         "and another run of the same recipe could differ by more than these intervals.",
-        "If a checkpoint was chosen, or its recipe tuned, on this split, its numbers are too good.",
+        "If a checkpoint was chosen or its recipe tuned on this split, its numbers are too optimistic.",
     ]
     if examples < 500:
         found.append(f"{examples} test examples: one example is {100 / examples:.1f} points.")
     if any(isinstance(entry.predictions, Predictions) for entry in checkpoints):
-        found.append("ECE is biased upwards on few examples, and its bootstrap interval more so.")
+        found.append("ECE is biased upwards with few examples, and its bootstrap interval even more so.")
     if any(entry.corrupted for entry in checkpoints):
-        found.append("Corruptions are synthetic and few; they are no measure of robustness at large.")
+        found.append("The corruptions are few and synthetic; they do not measure robustness in general.")
     return [Listing(found)]

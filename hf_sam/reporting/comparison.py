@@ -1,4 +1,4 @@
-"""The report of a comparison: the answer with its uncertainty on the first screen, and below it all that is needed to doubt it."""
+"""The report of a comparison: first the answer with its uncertainty, then everything needed to check it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .validity import threats
 MAX_ANSWERS = 12
 MAX_DRAWN = 40
 MAX_EXTRA_METRICS = 4
-BESIDE = ("nll", "ece")  # shown beside whatever is compared: accuracy alone hides what SAM changes
+BESIDE = ("nll", "ece")  # shown next to the compared metric: accuracy alone hides what SAM changes
 OTHER_METRICS = ("f1_macro", "mcc", "spearman", "brier")
 
 
@@ -52,33 +52,33 @@ def write_report(
     **question,
 ) -> Path:
     """
-    Writes the report of a set of runs.
+    Write the report of a set of runs.
 
     Args:
-        records (`Sequence[RunRecord]`): Ours and others', see `find_records` and `find_foreign_records`.
+        records (`Sequence[RunRecord]`): Records of hf_sam and of other trainers, see `find_records` and `find_foreign_records`.
         folder (`str` or `os.PathLike`): Receives `report.html`, `report.md`, `figures/` and `data/`.
         title (`str`, *optional*): Heading.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-        command (`str`, *optional*): What makes the runs and this report again.
-        control, treatment (`str`, *optional*): The arms of the question; guessed from the records where left out.
-        metric (`str`, *optional*): What is compared; the first known one that all runs have where left out.
-        margin (`float`, *optional*): The least difference that matters, as the metric is shown; 0.3 points where left out.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
+        command (`str`, *optional*): The command that repeats the runs and this report.
+        control, treatment (`str`, *optional*): The arms of the question; guessed from the records if omitted.
+        metric (`str`, *optional*): The compared metric; if omitted, the first known one that all runs have.
+        margin (`float`, *optional*): The margin of equivalence, in the unit in which the metric is shown; 0.3 points if omitted.
         arms (`Sequence[str]`, *optional*): The order in which arms are shown.
         problems (`Sequence[str]`, *optional*): Messages about files that could not be read.
         missing (`int`, *optional*, defaults to 0): Planned runs without a record.
 
     Returns:
-        `Path`: Of `report.html`.
+        `Path`: Path of `report.html`.
 
     Raises:
-        ValueError: No records at all, or a name in the question that no record has.
+        ValueError: There are no records, or no record has a name that the question uses.
     """
     study = make_study(records, seed=seed, **question)
     return write_document(make_document(study, title, Path(folder), seed, command), Path(folder))
 
 
 def make_document(study: Study, title: str, folder: Path, seed: int = 0, command: str | None = None) -> Document:
-    """The sections of the report, and the tables beside it, in which records are named from `folder`."""
+    """The sections of the report and its tables, in which paths of records are relative to `folder`."""
     question, rng = study.question, np.random.default_rng(seed)
     several = question.treatment != question.control
     sections = [
@@ -119,14 +119,14 @@ def _answer_blocks(study: Study) -> list[Block]:
         what = f"only {question.control} has finished runs" if done else "no run has finished"
         return [Text(f"No answer yet: {what}.", "warning")]
     if not asked:
-        return [Text("No answer yet: no seed has a finished run of both arms.", "warning")]
+        return [Text("No answer yet: no seed has finished runs of both arms.", "warning")]
     shown = asked[:MAX_ANSWERS]
     below = [
         Text(overall_sentence(entry, question.metric)) for entry in study.overall if entry.arm == question.treatment
     ]
     if len(asked) > MAX_ANSWERS:
         below.append(Text(f"{len(asked) - MAX_ANSWERS} more are in the tables below."))
-    caption = f"Mean difference; thin: 95 % interval, thick: 90 %.{_margin_words(study)}"
+    caption = f"Mean difference; thin line: 95 % interval, thick line: 90 %.{_margin_words(study)}"
     figure = _forest("answer", caption, shown)
     return [Text(headline(asked), "verdict"), Columns([_answer_table(study, shown), *below], figure)]
 
@@ -136,7 +136,7 @@ def _margin_words(study: Study) -> str:
     if question.margin is None:
         return ""
     margin = size(question.margin / metric_of(question.metric).scale, question.metric)
-    return f" Band: ±{margin}, the least that matters; equivalence is shown where the thick line is inside."
+    return f" Band: the margin of ±{margin}; two arms are equivalent if the thick line lies inside it."
 
 
 def _answer_table(study: Study, shown: Sequence[Comparison]) -> Table:
@@ -163,7 +163,7 @@ def _answer_table(study: Study, shown: Sequence[Comparison]) -> Table:
     ]
     columns = ["task", "budget", _label(question.metric), "difference [95 %]", "verdict", *map(_label, beside)]
     caption = f"{question.control} → {question.treatment}, means over seeds"
-    caption += "" if metric.higher_is_better else f"; less {metric.label} is better"
+    caption += "" if metric.higher_is_better else f"; lower {metric.label} is better"
     return Table(columns, rows, caption, 2, stacked=True)
 
 
@@ -171,7 +171,7 @@ def _next_blocks(study: Study, command: str | None) -> list[Block]:
     steps = next_steps(study)
     blocks: list[Block] = [Listing(steps)] if steps else []
     if command:
-        blocks += [Text("This makes the runs that are missing, and this report again:"), Text(command, "command")]
+        blocks += [Text("This command runs what is missing and writes this report again:"), Text(command, "command")]
     return blocks
 
 
@@ -204,18 +204,22 @@ def _result_blocks(study: Study, budget: str) -> list[Block]:
     caption = f"At {BUDGETS[budget]}: mean ± standard deviation over seeds, and the difference from {question.control}"
     table = Table(columns, rows, caption, 2, stacked=True)
     drawn = list(found.values())[:MAX_DRAWN]
-    figure = _forest(f"differences-{budget}", f"Differences from {question.control}, as above.", drawn) if drawn else []
+    figure = (
+        _forest(f"differences-{budget}", f"Differences from {question.control}, as in the table.", drawn)
+        if drawn
+        else []
+    )
     return [Columns([table, *share_blocks(study, list(found.values()))], figure)]
 
 
 def _forest(name: str, caption: str, entries: Sequence[Comparison]) -> list[Block]:
-    """The differences, drawn to fit a phone or a column beside a table."""
+    """A forest plot of the differences that fits a phone or a column next to a table."""
     canvas = plots.draw_differences(entries)
     return [Figure(name, canvas, caption, comparisons_table(entries))]
 
 
 def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
-    """Every test of every comparison, other metrics, and the same over test examples."""
+    """Every test of every comparison, other metrics, and differences over test examples."""
     if not study.comparisons:
         return []
     metric, question = study.question.metric, study.question
@@ -242,10 +246,11 @@ def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
 
     blocks: list[Block] = [
         Text(
-            "Verdicts go by the paired t-test over seeds after Holm's adjustment over the tasks and conditions of the same "
-            "arm and budget: better or worse at 5 %, leaning where that holds before the adjustment only. Equivalent is "
-            "what two one-sided t-tests, adjusted alike, show to be within the margin: evidence of absence. Undecided is "
-            "everything else: absence of evidence. " + (f"{floors}." if floors else "")
+            "Verdicts follow the paired t-test over seeds, with Holm's adjustment over the tasks and conditions of the same arm "
+            "and budget. Better or worse: significant at 5 %. Leans better or worse: significant only before the adjustment. "
+            "Equivalent: two one-sided t-tests, adjusted the same way, show that the difference is within the margin "
+            "(evidence of absence). Undecided: everything else (absence of evidence). "
+            + (f"{floors}." if floors else "")
         ),
         Table(columns, [row(entry) for entry in study.comparisons], "Every comparison", 3),
         *(Text(answer_of(entry)) for entry in study.asked[:MAX_ANSWERS] if len(study.asked) > 1),
@@ -268,7 +273,7 @@ def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
 
 
 def _rows(study: Study, names: Sequence[str], shown: Callable) -> list[list[str]]:
-    """One row for each cell and arm that has any of the metrics."""
+    """One row for each cell and arm with any of the metrics."""
     return [
         [cell.title, budget_name(cell.budget), arm, *(shown(cell.values(arm, name), name) for name in names)]
         for cell in study.cells

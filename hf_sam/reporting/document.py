@@ -1,7 +1,7 @@
 """A report as data - sections of text, tables and figures - and its two forms: one HTML file, and Markdown with files.
 
-Both forms come from the same sections, so they cannot say different things. Whatever is shown is escaped, and absolute
-paths shortened, here and once.
+Both forms come from the same sections, so they always agree. All text is escaped, and absolute paths are shortened, in
+this one place.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from matplotlib.figure import Figure as Canvas
 
 from ..experiments.records import plain, write_json
 
-MAX_EMBEDDED_BYTES = 200_000  # larger numbers are only in the file beside the report
-# What a drawing's colours become on a dark page: its ink, and the series that are too dark to be seen there.
+MAX_EMBEDDED_BYTES = 200_000  # larger tables are only in the file next to the report
+# Replacements for a drawing's colours on a dark page: its ink, and the series that are too dark there.
 DARK = {
     "#1c1e21": "#e6e8eb",
     "#000000": "#f4f5f6",
@@ -57,16 +57,16 @@ class Listing:
 @dataclass(frozen=True)
 class Table:
     """
-    A table of cells that are text already; every one can be downloaded as CSV.
+    A table of cells that are already text; every table can be downloaded as CSV.
 
     Args:
-        columns (`Sequence[str]`): The head.
+        columns (`Sequence[str]`): The header.
         rows (`Sequence[Sequence[str]]`): The body.
-        caption (`str`, *optional*, defaults to `""`): Above it.
-        numeric_from (`int`, *optional*, defaults to 1): The first column that is set flush right.
-        folded (`bool`, *optional*, defaults to `False`): Whether HTML shows it only on a click.
+        caption (`str`, *optional*, defaults to `""`): The caption above it.
+        numeric_from (`int`, *optional*, defaults to 1): The first right-aligned column.
+        folded (`bool`, *optional*, defaults to `False`): Whether HTML shows it only after a click.
         stacked (`bool`, *optional*, defaults to `False`):
-            Whether a phone shows each row as a block, headed by the columns before `numeric_from`; else it scrolls.
+            Whether a phone shows each row as a block, headed by the columns before `numeric_from`; otherwise it scrolls.
     """
 
     columns: Sequence[str]
@@ -87,11 +87,11 @@ class Figure:
     A drawing and its numbers.
 
     Args:
-        name (`str`): Names the files, `figures/<name>.svg` and `data/<name>.csv`.
+        name (`str`): The name of the files, `figures/<name>.svg` and `data/<name>.csv`.
         canvas (`matplotlib.figure.Figure`): The drawing.
-        caption (`str`): What it shows; also the text read to those who cannot see it.
-        data (`pd.DataFrame`): What was drawn.
-        narrow (`matplotlib.figure.Figure`, *optional*): The same for a phone.
+        caption (`str`): What it shows; also the alternative text for screen readers.
+        data (`pd.DataFrame`): The numbers drawn.
+        narrow (`matplotlib.figure.Figure`, *optional*): The drawing for a phone.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Columns:
-    """Blocks beside each other where there is room, the second ones below the first where there is not."""
+    """Blocks side by side if there is room, otherwise `second` below `first`."""
 
     first: list[Block]
     second: list[Block]
@@ -118,7 +118,7 @@ Block = Text | Listing | Table | Figure | Columns
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it; HTML shows a folded one only on a click."""
+    """A heading and its blocks; HTML shows a folded section only after a click."""
 
     title: str
     blocks: Sequence[Block]
@@ -135,12 +135,12 @@ class Document:
     A whole report.
 
     Args:
-        title (`str`): Its heading.
-        lead (`str`): One paragraph under it.
-        sections (`Sequence[Section]`): The rest; those without blocks are left out.
-        tables (`dict[str, pd.DataFrame]`, *optional*): More numbers, each written as `data/<name>.csv`.
-        numbers (`Any`, *optional*): What `numbers.json` holds.
-        warnings (`Sequence[str]`, *optional*): What a reader must know before anything else, above all sections.
+        title (`str`): The heading.
+        lead (`str`): One paragraph under the heading.
+        sections (`Sequence[Section]`): The rest; sections without blocks are left out.
+        tables (`dict[str, pd.DataFrame]`, *optional*): More tables, each written as `data/<name>.csv`.
+        numbers (`Any`, *optional*): The content of `numbers.json`.
+        warnings (`Sequence[str]`, *optional*): What a reader must know first, shown above all sections.
     """
 
     title: str
@@ -153,10 +153,10 @@ class Document:
 
 def write_document(document: Document, folder: Path) -> Path:
     """
-    Writes `report.html` (self-contained), `report.md` with `figures/`, and the numbers under `data/`.
+    Write `report.html` (self-contained), `report.md` with `figures/`, and the numbers under `data/`.
 
     Returns:
-        `Path`: Of `report.html`.
+        `Path`: Path of `report.html`.
     """
     sections = [section for section in document.sections if section.blocks]
     for name in ("figures", "data"):
@@ -182,7 +182,7 @@ def write_document(document: Document, folder: Path) -> Path:
 
 
 def to_svg(canvas: Canvas) -> bytes:
-    """The drawing as SVG on no ground, the same bytes for the same drawing; it turns light where a page is dark."""
+    """The drawing as SVG with a transparent background; reproducible byte for byte, and light on a dark page."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "hf_sam"}):
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
@@ -198,12 +198,12 @@ def to_svg(canvas: Canvas) -> bytes:
 
 
 def shorten_paths(text: str) -> str:
-    """`text` with paths as from the working directory, or at most the last two parts of those that are elsewhere."""
+    """`text` with paths relative to the working directory; of paths elsewhere, only the last two parts are kept."""
     return _PATH.sub(r"…\1", str(text).replace(f"{os.getcwd()}/", ""))
 
 
 def escape_markdown(text: str) -> str:
-    """`text` on one line, with what Markdown or HTML inside it would take for markup made harmless."""
+    """`text` on one line, with Markdown and HTML markup escaped."""
     line = html.escape(" ".join(shorten_paths(text).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
 

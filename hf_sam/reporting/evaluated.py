@@ -20,18 +20,18 @@ from .statistics import Estimate, bootstrap_examples, equivalence_p, holm, mcnem
 @dataclass
 class Evaluated:
     """
-    One checkpoint on the test split.
+    One checkpoint evaluated on the test split.
 
     Args:
-        name (`str`): What it is called.
+        name (`str`): Its name in the report.
         path (`str`): Folder or hub id.
         predictions (`Predictions` or `LanguagePredictions`): On the test split.
         model (`dict`): See `describe_model`.
         size (`int`): Bytes of the weights in memory.
-        seconds (`float`): Of the passes over the test split.
-        corrupted (`dict[tuple[str, int], Predictions]`): The same on corrupted inputs, by corruption and level.
-        corrupted_rows (`np.ndarray`, *optional*): Which examples those are; all where left out.
-        data (`dict`): What its run record says of the splits, see `describe_data`; empty where there is none.
+        seconds (`float`): Duration of the passes over the test split.
+        corrupted (`dict[tuple[str, int], Predictions]`): Predictions on corrupted inputs, by corruption and level.
+        corrupted_rows (`np.ndarray`, *optional*): Indices of the corrupted examples; all if omitted.
+        data (`dict`): The splits as in its run record, see `describe_data`; empty if there is no record.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Evaluated:
 
     @property
     def uncorrupted_accuracy(self) -> float:
-        """On the examples that are corrupted elsewhere, as they are."""
+        """The accuracy without corruption on the examples that are also evaluated with corruption."""
         right = self.predictions.correct
         return float((right if self.corrupted_rows is None else right[self.corrupted_rows]).mean())
 
@@ -74,7 +74,7 @@ def metric_estimates(checkpoints: Sequence[Evaluated], rng: np.random.Generator)
 
 
 def compare_checkpoints(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> list[dict]:
-    """Every pair of checkpoints: difference with its interval over examples, exact p, Holm over the pairs."""
+    """Compare every pair of checkpoints: difference with interval over examples, exact p, Holm over the pairs."""
     pairs = []
     for first, second in itertools.combinations(checkpoints, 2):
         a, b = first.predictions, second.predictions
@@ -98,7 +98,7 @@ def compare_checkpoints(checkpoints: Sequence[Evaluated], rng: np.random.Generat
 def differences_from_first(
     checkpoints: Sequence[Evaluated], pairs: Sequence[dict], rng: np.random.Generator
 ) -> list[dict]:
-    """Each classifier minus the first, in accuracy (as `pairs` have it) and in how sure it is, over the same examples."""
+    """Each classifier minus the first, in accuracy (from `pairs`) and in calibration, over the same examples."""
     first, rows = checkpoints[0], []
     for entry, pair in zip(checkpoints[1:], pairs, strict=False):  # those with the first come first
         rows.append({"checkpoint": entry.name, "minus": first.name, "metric": "accuracy"})

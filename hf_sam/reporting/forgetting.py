@@ -1,4 +1,4 @@
-"""The report on forgetting: first-task loss against second-task training loss over a grid of learning rates, and its one number."""
+"""The report on forgetting: first-task loss against second-task training loss over learning rates, and one summary number."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .document import Block, Document, Listing, Section, Table, Text
 from .formatting import number, p_value, value_and_spread, with_interval
 from .statistics import compare_paired
 
-SHOWN = ("accuracy", "perplexity")  # beside the losses
+SHOWN = ("accuracy", "perplexity")  # in addition to the losses
 
 
 def paths_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Point]]]:
-    """By start and replicate, the points of its learning rates in increasing order."""
+    """By start and replicate, one point per learning rate, in increasing order."""
     paths: dict[str, dict[int, list[Point]]] = {}
     for run in sorted(runs, key=lambda run: run["learning_rate"]):
         point = (run["second"]["train_loss"], run["first"]["loss"])
@@ -28,7 +28,7 @@ def paths_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Poin
 
 
 def matched_differences(found: Matched, control: str, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Every start minus the first one at matched training loss, paired over replicates."""
+    """Every start minus the control at matched training loss, paired over replicates."""
     pairs = {name: compare_paired(losses, found.losses[control], rng) for name, losses in found.losses.items()}
     return [{"start": name, "paired": paired} for name, paired in pairs.items() if paired and name != control]
 
@@ -46,19 +46,19 @@ def make_forgetting_document(
 
     Args:
         runs (`Sequence[Mapping]`): Each with `start`, `replicate`, `learning_rate`, `first` (scores) and `second` (metrics).
-        before (`Mapping[str, Sequence[Mapping]]`): By start, the first-task scores of each of its checkpoints before.
-        facts (`Mapping[str, str]`): What was trained and evaluated on.
+        before (`Mapping[str, Sequence[Mapping]]`): By start, the first-task scores of its checkpoints before fine-tuning.
+        facts (`Mapping[str, str]`): Facts about the training and evaluation data.
         names (`Sequence[str]`): The starts; the others are compared with the first.
-        target (`float`, *optional*): Second-task training loss to compare at.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        target (`float`, *optional*): The second-task training loss at which starts are compared.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
     """
     names = [name for name in names if any(run["start"] == name for run in runs)]
     found = match({name: paths_of(runs)[name] for name in names}, target)
     differences = matched_differences(found, names[0], np.random.default_rng(seed))
     frame = _mean_over_replicates(runs, names)
     caption = (
-        "Learning against forgetting, one point per learning rate: mean over replicates, bars from the lowest to the highest. Lower left is better. The dotted "
-        "line is the training loss at which starts are compared."
+        "Learning against forgetting, one point per learning rate: mean over replicates, bars from the lowest to the highest. Lower left is better. The "
+        "dotted line marks the training loss at which starts are compared."
     )
     sections = [
         Section("Answer", _answer(found, differences, names)),
@@ -85,8 +85,8 @@ def _answer(found: Matched, differences: Sequence[Mapping[str, Any]], names: Seq
     if found.target is None:
         return [
             Text(
-                "The starts have no second-task training loss in common, so there is nothing to compare at: give learning rates "
-                "further apart, smaller ones for a start that always has a lower loss, larger ones for one that always has a higher.",
+                "The starts have no second-task training loss in common, so they cannot be compared. Spread the learning rates further: "
+                "smaller ones for a start whose loss is always lower, larger ones for a start whose loss is always higher.",
                 "warning",
             )
         ]
@@ -100,7 +100,7 @@ def _answer(found: Matched, differences: Sequence[Mapping[str, Any]], names: Seq
         if name in found.unreached:
             blocks.append(
                 Text(
-                    f"{name}: {len(found.unreached[name])} replicates never have that training loss on this grid and are left out.",
+                    f"{name}: {len(found.unreached[name])} replicates never reach that training loss on this grid and are left out.",
                     "warning",
                 )
             )
@@ -112,7 +112,7 @@ def _answer(found: Matched, differences: Sequence[Mapping[str, Any]], names: Seq
             if paired.t_p is not None
             else "one pair, no interval"
         )
-        blocks.append(Text(f"{entry['start']} minus {names[0]}: {size} ({test}); less is better.", "answer"))
+        blocks.append(Text(f"{entry['start']} minus {names[0]}: {size} ({test}); lower is better.", "answer"))
     return blocks
 
 
@@ -159,7 +159,10 @@ def _rates_table(
     labels = ["second: training loss", *(f"second: {_labelled(metric)}" for metric in second)]
     labels += [f"first: {_labelled(metric)}" for metric in shown]
     return Table(
-        ["start", "learning rate", *labels], rows, "Mean ± sd over replicates; test split unless it says training", 2
+        ["start", "learning rate", *labels],
+        rows,
+        "Mean ± sd over replicates, on the test split unless marked as training",
+        2,
     )
 
 
@@ -169,14 +172,14 @@ def _labelled(metric: str) -> str:
 
 def _threats(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     found = [
-        "The comparison is at equal training loss, so a start that learns the second task more slowly is not rewarded for it; between "
-        "two learning rates the path is taken to be straight.",
-        "A larger learning rate in the first training is a known rival explanation: it belongs among the starts as a control.",
+        "The comparison is at equal training loss, so a start is not rewarded for learning the second task more slowly. Between "
+        "two learning rates, the path is interpolated linearly.",
+        "A larger learning rate in the first training is a known alternative explanation: include such a start as a control.",
     ]
     if len({run["replicate"] for run in runs}) < 3:
-        found.append("Fewer than three replicates: the difference may be one of seeds.")
+        found.append("Fewer than three replicates: the difference may come from the seeds.")
     if len(names) < 2:
-        found.append("One start alone says nothing about the others.")
+        found.append("There is only one start, so nothing can be compared.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Numbers and findings as a reader meets them: rounding, units, and sentences that promise no more than was seen."""
+"""Format numbers and findings for readers: rounding, units, and sentences that claim no more than was found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOTHING = "-"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with so many decimals; a dash where there is none."""
+    """`value` with `digits` decimals; a dash if it is missing."""
     if value is None or not math.isfinite(value):
         return NOTHING
     return f"{value:,.{digits}f}" if digits == 0 or abs(value) >= 10**-digits or value == 0 else f"{value:.2g}"
@@ -37,7 +37,7 @@ def signed(value: float, metric_name: str) -> str:
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, metric_name: str) -> str:
-    """`+1.2 [+0.3, +2.1]`, without what there is not."""
+    """`+1.2 [+0.3, +2.1]`, without the parts that are missing."""
     parts = [] if value is None else [signed(value, metric_name)]
     if low is not None:
         parts.append(f"[{signed(low, metric_name)}, {signed(high, metric_name)}]")
@@ -45,7 +45,7 @@ def with_interval(value: float | None, low: float | None, high: float | None, me
 
 
 def p_value(p: float | None) -> str:
-    """A p-value with as many digits as say something."""
+    """A p-value with as many digits as are meaningful."""
     if p is None:
         return NOTHING
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}".rstrip("0").ljust(4, "0")
@@ -69,44 +69,44 @@ def budget_name(budget: str) -> str:
 
 
 def where(entry: Comparison) -> str:
-    """Task, condition and budget in words."""
+    """Task, condition and budget as text."""
     return f"{entry.cell.title}, {budget_name(entry.cell.budget)}"
 
 
 def answer(entry: Comparison) -> str:
-    """One sentence: who against whom, on what, by how much, how sure."""
+    """One sentence: which arms, on what, by how much, and how certain."""
     paired, label = entry.paired, metric_of(entry.metric).label
     mean, seeds = paired.difference.value, len(paired.seeds)
     direction = "above" if mean > 0 else "below"
     gap = f"{size(mean, entry.metric)} {direction}" if mean else "level with"
     if seeds == 1:
         return (
-            f"{where(entry)}: one seed only, with which {label} under {entry.arm} is {gap} {entry.control}. One seed "
-            f"gives no interval and says nothing about others."
+            f"{where(entry)}: one seed only. With it, {label} of {entry.arm} is {gap} {entry.control}. One seed "
+            f"gives no interval and says nothing about other seeds."
         )
     interval = f"95 % interval {signed(paired.t_low, entry.metric)} to {signed(paired.t_high, entry.metric)}"
     finding = f"{label} is {gap} {entry.control} ({interval}, {seeds} seeds)"
     margin = None if entry.margin is None else f"±{size(entry.margin, entry.metric)}"
     if entry.verdict == "equivalent":
         return (
-            f"{where(entry)}: no difference that matters. {entry.arm} and {entry.control} differ by less than {margin} "
+            f"{where(entry)}: equivalent. {entry.arm} and {entry.control} differ by less than {margin} "
             f"(two one-sided tests, {p_equals(entry.p_equivalent)}); the mean difference is "
             f"{signed(mean, entry.metric)} ({interval}, {seeds} seeds)."
         )
     if entry.verdict == "undecided":
         within = f" within ±{size(paired.within, entry.metric)}" if margin else ""
         return (
-            f"{where(entry)}: undecided. {finding}: neither a difference nor its absence is shown; at this spread the "
-            f"seeds would find a difference of {size(paired.detectable, entry.metric)} four times in five"
-            + (f", and show only that it is{within}." if within else ".")
+            f"{where(entry)}: undecided. {finding}: the runs show neither a difference nor equivalence. With this spread, "
+            f"{seeds} seeds detect a difference of {size(paired.detectable, entry.metric)} four times in five"
+            + (f", and show only that the difference is{within}." if within else ".")
         )
     word = "better" if entry.verdict.endswith("better") else "worse"
     if entry.verdict.startswith("leans"):
         return (
-            f"{where(entry)}: {entry.arm} may be {word}. {finding}, but not after adjusting for {entry.family} tasks "
+            f"{where(entry)}: {entry.arm} leans {word}. {finding}, but not after adjusting for {entry.family} comparisons "
             f"({p_equals(entry.p_holm)})."
         )
-    small = f", though by less than {margin}, the least that matters" if entry.is_equivalent else ""
+    small = f", though by less than the margin of {margin}" if entry.is_equivalent else ""
     return f"{where(entry)}: {entry.arm} is {word}{small}. {finding}."
 
 
@@ -123,7 +123,7 @@ def headline(entries: Sequence[Comparison]) -> str:
     if len(sizes) > 1 and size(sizes[0], first.metric) != size(sizes[-1], first.metric):
         by = f" by {size(sizes[0], first.metric).split()[0]} to {size(sizes[-1], first.metric)}"
     if found["one seed"] == count:
-        return f"No verdict: with one seed, nothing can be said about {arm} against {control}."
+        return f"No verdict: one seed shows nothing about {arm} against {control}."
     if found["better"] == count:
         return f"Yes: {arm} is better than {control} in all {count} comparisons, in {label}{by}."
     if found["worse"] == count:
@@ -131,19 +131,19 @@ def headline(entries: Sequence[Comparison]) -> str:
     if found["equivalent"] == count:
         margin = size(first.margin, first.metric)
         return (
-            f"It makes no difference: in all {count} comparisons {arm} and {control} are within ±{margin} in {label}."
+            f"Equivalent: in all {count} comparisons {arm} and {control} are within ±{margin} of each other in {label}."
         )
     if found["undecided"] == count:
         return (
-            f"Undecided: none of the {count} comparisons shows that {arm} and {control} differ in {label}, and none "
-            f"shows that they do not."
+            f"Undecided: none of the {count} comparisons shows a difference in {label} between {arm} and {control}, and none "
+            f"shows equivalence."
         )
     words = {
         "better": "better",
         "worse": "worse",
-        "equivalent": "no different",
-        "leans better": "perhaps better",
-        "leans worse": "perhaps worse",
+        "equivalent": "equivalent",
+        "leans better": "leaning better",
+        "leans worse": "leaning worse",
         "undecided": "undecided",
         "one seed": "without a verdict (one seed)",
     }
@@ -154,7 +154,7 @@ def headline(entries: Sequence[Comparison]) -> str:
 
 
 def overall_sentence(entry: Overall, metric_name: str) -> str:
-    """The same across tasks."""
+    """One sentence about an arm across tasks."""
     gain, probability = entry.gain, entry.probability
     chance = f"{100 * probability.value:.0f} %"
     if probability.low is not None:

@@ -1,4 +1,4 @@
-"""The drawings of a report, each together with the table of what it shows. No display is needed."""
+"""The drawings of a report, each with the table of the numbers it shows. No display is needed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..experiments.plan import BUDGETS
 from .document import Figure
 from .results import Cell, Comparison, noise_level, value_of
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the control is black.
-# What is dark is made light on a dark page (`document.DARK`), which knows these by their values.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; the control is black.
+# On a dark page, `document.DARK` replaces the dark colours, by these values.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#888888", "#B22222")
 MARKERS = "osD^vP*X<"
 INK, BAND, PAPER = "#1c1e21", "#b0b8c0", "#fefefe"
@@ -29,7 +29,7 @@ STYLE = {
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
     ),
-    "text.parse_math": False,  # a name with a dollar sign is a name
+    "text.parse_math": False,  # names may contain dollar signs
     "svg.fonttype": "path",
     "font.size": 9,
     "axes.spines.top": False,
@@ -39,15 +39,15 @@ STYLE = {
     "legend.frameon": False,
 }
 MAX_PANELS = 12
-MAX_LABEL = 40  # characters of a name that a drawing has room for
+MAX_LABEL = 40  # characters of a name that fit into a drawing
 PHONE_WIDTH = 3.8  # inches, about 365 CSS pixels
 
 Drawing = tuple[Canvas, pd.DataFrame]
-_narrow: ContextVar[bool] = ContextVar("narrow", default=False)  # whether what is drawn is for a phone
+_narrow: ContextVar[bool] = ContextVar("narrow", default=False)  # whether to draw for a phone
 
 
 def styled(draw: Callable) -> Callable:
-    """Runs a drawing function under the report's style."""
+    """Run a drawing function with the report's style."""
 
     @functools.wraps(draw)
     def wrapper(*args, **kwargs):
@@ -59,12 +59,12 @@ def styled(draw: Callable) -> Callable:
 
 def figure(name: str, caption: str, draw: Callable, *args, data: pd.DataFrame | None = None) -> Figure:
     """
-    The figure that `draw(*args)` makes, once for a wide page and once for a phone.
+    Draw a figure with `draw(*args)`, once for a wide page and once for a phone.
 
     Args:
-        name, caption (`str`): Of the figure.
+        name, caption (`str`): Name and caption of the figure.
         draw (`Callable`): A drawing function; returns a canvas, or a canvas and its numbers.
-        data (`pd.DataFrame`, *optional*): The numbers, where `draw` returns none.
+        data (`pd.DataFrame`, *optional*): The numbers, if `draw` does not return them.
     """
     canvases = []
     for narrow in (False, True):
@@ -79,12 +79,12 @@ def figure(name: str, caption: str, draw: Callable, *args, data: pd.DataFrame | 
 
 
 def is_narrow() -> bool:
-    """Whether what is drawn is for a phone."""
+    """Whether the current drawing is for a phone."""
     return _narrow.get()
 
 
 def size(width: float, height: float) -> tuple[float, float]:
-    """Inches of a drawing: as given, or not wider than a phone."""
+    """Size of a drawing in inches, at most as wide as a phone if it is for one."""
     return (min(width, PHONE_WIDTH), height) if _narrow.get() else (width, height)
 
 
@@ -136,7 +136,7 @@ def draw_gains(rows: pd.DataFrame, label: str, name: str = "checkpoint", scale: 
 
 
 def _name_above(axes: Axes, row: int, name: str) -> None:
-    """Names a line of a forest plot above it: beside it the name would take half of a phone's width."""
+    """Write the name of a row of a forest plot above it; next to it, the name would take half of a phone's width."""
     text = axes.text(0.0, row - 0.33, _short(name, 52), transform=axes.get_yaxis_transform(), va="center")
     text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
 
@@ -148,7 +148,7 @@ def _no_left_side(axes: Axes, rows: int) -> None:
 
 
 def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.DataFrame:
-    """One row per run and log entry that has `key`: where it stood in steps and passes, and the value."""
+    """One row per run and log entry with `key`: steps and passes so far, and the value."""
     rows = []
     for cell in cells:
         for arm in arms:
@@ -164,7 +164,7 @@ def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.Dat
 
 @styled
 def draw_curves(cells: Sequence[Cell], arms: Sequence[str], points: pd.DataFrame, x: str, label: str) -> Drawing:
-    """Mean over seeds, with the range of the seeds shaded, against `x` (`"step"` or `"passes"`), one panel a cell."""
+    """Mean over seeds, with the range over seeds shaded, against `x` (`"step"` or `"passes"`), one panel per cell."""
     canvas, panels = _panels(cells)
     tables = []
     for axes, cell in zip(panels, cells, strict=False):
@@ -173,7 +173,7 @@ def draw_curves(cells: Sequence[Cell], arms: Sequence[str], points: pd.DataFrame
             chosen = points[inside & (points.arm == arm)]
             if chosen.empty:
                 continue
-            # passes per step may differ a little between seeds; a curve has one x per step
+            # passes per step may differ slightly between seeds; a curve needs one x per step
             grouped = chosen.groupby("step").agg(
                 x=(x if x == "passes" else "value", "mean"),
                 mean=("value", "mean"),
@@ -208,7 +208,7 @@ def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> 
                 values = cell.values(arm, metric_name)
                 if (cell.task, cell.budget) == (task, budget) and values:
                     low, high = min(values), max(values)
-                    mean = np.clip(np.mean(values), low, high)  # that of equal values may be off by a rounding
+                    mean = np.clip(np.mean(values), low, high)  # the mean of equal values may have a rounding error
                     points.append((noise_level(cell.condition), mean, low, high, len(values)))
             if not points:
                 continue
@@ -226,11 +226,11 @@ def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> 
 @styled
 def draw_reliability(tables: dict[str, dict[str, pd.DataFrame]], arms: Sequence[str]) -> Drawing:
     """
-    Accuracy against confidence; on the diagonal, confidence is what it says.
+    Accuracy against confidence; on the diagonal, confidence is perfectly calibrated.
 
     Args:
-        tables (`dict[str, dict[str, pd.DataFrame]]`): Panel title, then arm, to a table of `reliability`.
-        arms (`Sequence[str]`): Fixes the colours.
+        tables (`dict[str, dict[str, pd.DataFrame]]`): By panel title and arm, a table of `reliability`.
+        arms (`Sequence[str]`): The arms, which fix the colours.
     """
     canvas, panels = _panels(list(tables), str, height=2.7)
     frames = []
@@ -246,7 +246,7 @@ def draw_reliability(tables: dict[str, dict[str, pd.DataFrame]], arms: Sequence[
 
 @styled
 def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_label: str) -> Drawing:
-    """One point per run: `y`, a metric, against `x`, any number that a run has."""
+    """One point per run: the metric `y` against `x`, any number of a run."""
     metric = metric_of(y)
     canvas, panels = _panels(cells)
     rows = []
@@ -272,12 +272,12 @@ def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_l
 @styled
 def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -> Drawing:
     """
-    A metric over the levels of each treatment, one panel a kind; the leftmost point is the model as trained.
+    A metric over the levels of each treatment, one panel per kind; the leftmost point is the model as trained.
 
     Args:
         frame (`pd.DataFrame`): `name`, `kind`, `level`, `value` and the ends of its band, `low` and `high`.
-        names (`Sequence[str]`): Checkpoints or arms; fixes the colours.
-        metric_name (`str`): What `value` is.
+        names (`Sequence[str]`): Checkpoints or arms, which fix the colours.
+        metric_name (`str`): The metric of `value`.
     """
     scale = metric_of(metric_name).scale
     levels = frame.groupby("kind", sort=False)["level"].nunique()
@@ -301,12 +301,13 @@ def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -
 @styled
 def draw_frontier(frame: pd.DataFrame, names: Sequence[str], target: float | None) -> Drawing:
     """
-    First-task test loss against second-task training loss, one line a start, from the smallest learning rate to the largest.
+    First-task test loss against second-task training loss, one line per start, from the smallest learning rate to the
+    largest.
 
     Args:
         frame (`pd.DataFrame`): `start`, `learning_rate`, `second_train_loss`, `first_loss` and its range, `low` and `high`.
-        names (`Sequence[str]`): The starts; fixes the colours.
-        target (`float`, *optional*): Training loss at which starts are compared.
+        names (`Sequence[str]`): The starts, which fix the colours.
+        target (`float`, *optional*): The training loss at which starts are compared.
     """
     canvas = Canvas(figsize=size(5.5, 3.6), layout="constrained")
     axes = canvas.subplots()

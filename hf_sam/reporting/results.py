@@ -1,4 +1,4 @@
-"""From records to the tables of a report: which runs belong together, what they scored, how the arms compare."""
+"""From records to the tables of a report: which runs belong together, their scores, and how the arms compare."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .statistics import (
 )
 
 LEVEL = 0.05
-POINTS_THAT_MATTER = 0.3  # the margin of equivalence of metrics in percent, where the question names none
+POINTS_THAT_MATTER = 0.3  # the margin of equivalence of metrics in percent, unless the question names one
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cell:
         return self.task if self.condition == "clean" else f"{self.task}, {self.condition}"
 
     def scores(self, arm: str, metric: str) -> dict[int, float]:
-        """Seed to score, over the runs of our own that have a finite one."""
+        """From seed to score, over the runs of hf_sam with a finite score."""
         return {
             run.seed: run.metrics[metric]
             for run in self.runs.get(arm, [])
@@ -63,13 +63,13 @@ class Comparison:
     One arm against the control in one cell.
 
     Args:
-        cell (`Cell`): Where.
-        arm, control, metric (`str`): Who, against whom, by what.
+        cell (`Cell`): Task, condition and budget.
+        arm, control, metric (`str`): The arm, what it is compared with, and the metric.
         paired (`PairedComparison`): The differences.
-        margin (`float`, *optional*): What counts as a difference, in the metric's own unit (accuracy between 0 and 1).
+        margin (`float`, *optional*): The margin of equivalence, in the metric's own unit (accuracy between 0 and 1).
         p_holm (`float`, *optional*): The t-test's p-value adjusted over the cells of the same arm and budget.
-        p_equivalent (`float`, *optional*): That of the two one-sided tests against the margin, adjusted alike.
-        family (`int`, *optional*, defaults to 1): How many cells those are.
+        p_equivalent (`float`, *optional*): The p-value of the two one-sided tests against the margin, adjusted the same way.
+        family (`int`, *optional*, defaults to 1): The number of those cells.
     """
 
     cell: Cell
@@ -84,15 +84,15 @@ class Comparison:
 
     @property
     def is_equivalent(self) -> bool:
-        """Whether the difference is established to be within the margin."""
+        """Whether the difference is shown to be within the margin."""
         return self.p_equivalent is not None and self.p_equivalent <= LEVEL
 
     @property
     def verdict(self) -> str:
         """
-        `"better"` or `"worse"` where the paired t-test, after Holm's adjustment, says so at 5 %; `"equivalent"` where two
-        one-sided tests, adjusted alike, establish that the difference is within the margin; `"leans better"` or `"leans
-        worse"` where the t-test says so before the adjustment only; `"undecided"`, or `"one seed"`.
+        `"better"` or `"worse"` if the paired t-test is significant at 5 % after Holm's adjustment; `"equivalent"` if two
+        one-sided tests, adjusted the same way, show that the difference is within the margin; `"leans better"` or `"leans
+        worse"` if the t-test is significant only before the adjustment; else `"undecided"`, or `"one seed"`.
         """
         if self.paired.t_p is None:
             return "one seed"
@@ -106,7 +106,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Overall:
-    """One arm against the control across all tasks of one budget; gains, so that more is better for every metric."""
+    """One arm against the control across all tasks of one budget, as gains: higher is better for every metric."""
 
     arm: str
     control: str
@@ -149,12 +149,12 @@ def natural(text: str) -> list:
 
 
 def is_trial(run: RunRecord) -> bool:
-    """Whether the run served to find settings: its budget then reads `tuning steps`, `tuning steps+passes`, ..."""
+    """Whether the run is a tuning trial: its budget then reads `tuning steps`, `tuning steps+passes`, ..."""
     return run.budget.startswith(TUNING)
 
 
 def count_trials(records: Iterable[RunRecord]) -> dict[str, set[int]]:
-    """For each arm, how many finished trials it had in each task, condition and budget."""
+    """For each arm, its numbers of finished trials per task, condition and budget."""
     found: dict[str, dict[tuple, int]] = defaultdict(lambda: defaultdict(int))
     for run in records:
         if is_trial(run) and run.status == "finished":
@@ -169,18 +169,18 @@ def in_budget(run: RunRecord, budget: str) -> bool:
 
 
 def arm_order(records: Iterable[RunRecord], first: Sequence[str] = ()) -> list[str]:
-    """All arms: those of `first` in its order, then the others as they come."""
+    """All arms: those of `first` in that order, then the others in order of appearance."""
     found = dict.fromkeys(run.arm for run in records)
     return [arm for arm in dict.fromkeys([*first, *found]) if arm in found]
 
 
 def uses_sam(run: RunRecord) -> bool:
-    """Whether the record states a sharpness-aware method that does something."""
+    """Whether the record states a sharpness-aware method with rho above 0."""
     return bool((run.config.get("sam") or {}).get("rho"))
 
 
 def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
-    """Groups finished and foreign runs by task, condition and budget."""
+    """Group finished and foreign runs by task, condition and budget."""
     groups: dict[tuple[str, str, str], dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
     for run in records:
         if run.status in ("finished", "foreign") and not is_trial(run):
@@ -201,17 +201,17 @@ def guess_question(
     margin: float | None = None,
 ) -> Question:
     """
-    Completes a question from the records: AdamW or the first arm as control, `sam` or the next arm as treatment, and
-    the first of `METRICS` that most runs have; a margin of `POINTS_THAT_MATTER` where the metric is in percent.
+    Complete a question from the records: AdamW or the first arm as control, `sam` or the next arm as treatment, the
+    first of `METRICS` that most runs have, and a margin of `POINTS_THAT_MATTER` if the metric is in percent.
 
     Raises:
-        ValueError: A name that no record has.
+        ValueError: No record has the named arm or metric.
     """
     done = [run for run in records if run.status in ("finished", "foreign") and not is_trial(run)]
     arms = arm_order(done)
     for name, arm in (("control", control), ("treatment", treatment)):
         if arm is not None and arms and arm not in arms:
-            raise ValueError(f"{name}={arm!r} is no arm of these records, which have: {', '.join(arms)}.")
+            raise ValueError(f"{name}={arm!r} is not an arm of these records, which have: {', '.join(arms)}.")
     without_sam = [run.arm for run in done if run.status == "finished" and not uses_sam(run)]
     control = control or next(
         (arm for arm in arms if arm.lower() == "adamw"), next(iter([*without_sam, *arms]), "adamw")
@@ -223,7 +223,7 @@ def guess_question(
         for name, value in run.metrics.items():
             counts[name] += value is not None
     if metric is not None and counts and metric not in counts:
-        raise ValueError(f"metric={metric!r} is in no record; there are: {', '.join(counts)}.")
+        raise ValueError(f"metric={metric!r} is in no record. Allowed: {', '.join(counts)}.")
     most = max(counts.values(), default=0)
     known = [name for name in [*METRICS, *counts] if counts.get(name) == most > 0]
     metric = metric or next(iter(known), "accuracy")
@@ -305,7 +305,7 @@ def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
 
 
 def runs_table(records: Iterable[RunRecord], folder: Path) -> pd.DataFrame:
-    """One row per record, with every metric, cost and sharpness measure as a column; where it is, as from `folder`."""
+    """One row per record, with every metric, cost and sharpness measure as a column; paths are relative to `folder`."""
     return pd.DataFrame(
         {
             "task": run.task,
@@ -366,5 +366,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     if len(values) < 2:
         return float(np.mean(values)), math.nan
-    spread = float(np.std(values, ddof=1)) if min(values) < max(values) else 0.0  # equal ones may leave a rounding
+    spread = (
+        float(np.std(values, ddof=1)) if min(values) < max(values) else 0.0
+    )  # equal values may leave a rounding error
     return float(np.mean(values)), spread

@@ -1,4 +1,4 @@
-"""What cheaper arms keep of the gain of the treatment that a comparison asks about."""
+"""How much of the treatment's gain cheaper arms keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .study import Study
 
 
 def share_blocks(study: Study, comparisons: Sequence[Comparison]) -> list[Block]:
-    """Which cheaper arm keeps what the treatment gains; nothing where it gains nothing, or where it is alone."""
+    """Which cheaper arm keeps the treatment's gain; empty if there is no gain or no other arm."""
     treatment, control = study.question.treatment, study.question.control
     cells = {(cell.task, cell.condition, cell.budget): cell for cell in study.cells}
     rows = []
@@ -25,13 +25,13 @@ def share_blocks(study: Study, comparisons: Sequence[Comparison]) -> list[Block]
         rows.append([cell.title, entry.arm, f"{100 * entry.share:.0f} %{interval}", number(passes / base, 2)])
     if not rows:
         return []
-    caption = f"What an arm keeps of the gain of {treatment} over {control}, where there is one: ratio of the mean gains, Fieller's interval."
+    caption = f"Share of the gain of {treatment} over {control} that each arm keeps, where there is a gain: ratio of the mean gains, with Fieller's interval."
     return [Table(["task", "arm", "share kept", f"passes / {control}"], rows, caption, 2)]
 
 
 def shares_of_gain(comparisons: Sequence[Comparison], treatment: str) -> pd.DataFrame:
     """
-    What every arm keeps of the treatment's gain over the control, where Student's interval says that there is one.
+    How much of the treatment's gain over the control every arm keeps, in cells where Student's interval shows a gain.
 
     Returns:
         `pd.DataFrame`: One row for each other arm: `share` is the ratio of the two mean gains over the seeds that both

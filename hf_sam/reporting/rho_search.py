@@ -1,4 +1,4 @@
-"""What a search for rho found: the points of the curve, their drawing, and the sentence that recommends."""
+"""The result of a search for rho: the points of the curve, their drawing, and the recommendation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .plots import COLOURS, INK, MARKERS, figure, is_narrow, size, styled
 
 
 def curve(workshop: RhoWorkshop) -> pd.DataFrame:
-    """One row for each stage and rho: metric and loss, and the gain over 0 on the same examples and seeds."""
+    """One row for each stage and rho: metric and loss, and the gain over rho 0 on the same examples and seeds."""
     rows = []
     for stage in workshop.stages():
         for rho in sorted({phase.rho for phase in stage}):
@@ -65,7 +65,7 @@ def table(points: pd.DataFrame) -> str:
 
 
 def cells(points: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table of the curve."""
+    """Header and rows of the table of the curve."""
     name = points["metric"].iloc[0]
     metric = metric_of(name)
     rows = []
@@ -75,34 +75,34 @@ def cells(points: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         gain = f"failed, {row['error']}" if row["error"] else "" if row["rho"] == 0 else gain
         names = [row["stage"], str(row["steps"]), f"{row['rho']:g}", str(row["seeds"])]
         rows.append([*names, value, number(row["loss"]), gain])
-    return ["stage", "steps", "rho", "seeds", metric.label, "loss", "better than rho 0 by"], rows
+    return ["stage", "steps", "rho", "seeds", metric.label, "loss", "gain over rho 0"], rows
 
 
 def write_rho_report(
     workshop: RhoWorkshop, points: pd.DataFrame, found: dict[str, Any], command: str | None = None
 ) -> Path:
     """
-    Writes `report.html` and what belongs to it into the folder of the search.
+    Write `report.html` and its files into the folder of the search.
 
     Args:
         workshop (`RhoWorkshop`): The search.
         points (`pd.DataFrame`): See `curve`.
         found (`dict`): See `summary`.
-        command (`str`, *optional*): What makes the search again.
+        command (`str`, *optional*): The command that repeats the search.
     """
     search, plan, passes = workshop.search, workshop.search.plan, found["passes"]
     confidence = found["gain"]["confidence"] if found["gain"] else 0.95
     columns, rows = cells(points)
     caption = f"Metric, gain over rho 0 (bars: {100 * confidence:.3g} % intervals) and loss, one line for each stage of the search."
-    steps: list[Block] = [Text("Train with what was found:"), Text(found["command"], "command")]
+    steps: list[Block] = [Text("Train with the recommended rho:"), Text(found["command"], "command")]
     if command:
-        steps += [Text("This goes on with the search, or makes this report again:"), Text(command, "command")]
+        steps += [Text("This command continues the search, or writes this report again:"), Text(command, "command")]
     facts = {
         "values above 0": ", ".join(f"{rho:g}" for rho in search.rhos),
         "rungs": "; ".join(f"{rung.rhos} values to step {rung.step}" for rung in plan.rungs),
         "confirmation": f"0 and the best, {plan.seeds} new seeds, to step {plan.horizon}",
         "ordinary run": f"{plan.length} steps",
-        "schedule": "annealed at the last step" if plan.schedule == plan.horizon else "that of the whole run, paused",
+        "schedule": "annealed by the last step" if plan.schedule == plan.horizon else "that of the whole run, paused",
         "gradient passes": f"{passes['spent']:g} spent, {passes['planned']:g} planned, {passes['allowed']:g} allowed",
     }
     runs = [
@@ -124,7 +124,7 @@ def write_rho_report(
         Section("What to do next", steps),
         Section("Every value", [Table(columns, rows, "Values by stage; the confirmation decides", 3, stacked=True)]),
         Section(
-            "How it searched", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)], folded=True
+            "How the search ran", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)], folded=True
         ),
         Section("Every run", [Table(["rho", "seed", "steps", "status", "passes", "error"], runs, "", 6)], folded=True),
     ]
@@ -134,10 +134,10 @@ def write_rho_report(
     )
     warnings = []
     if not found["learnt"]:
-        warnings.append("Nothing is learnt yet in these runs: they cannot tell whether SAM helps.")
+        warnings.append("These runs have not learned anything yet: they cannot show whether SAM helps.")
     if plan.horizon < plan.length and plan.schedule != plan.horizon:
         warnings.append(
-            f"The runs were seen up to step {plan.horizon} of {plan.length} only: a rho that helps early may not help at the end."
+            f"The runs were scored only up to step {plan.horizon} of {plan.length}: a rho that helps early may not help at the end."
         )
     return write_document(
         Document("Search for rho", lead, sections, {"curve": points}, found, warnings), search.output_dir
@@ -145,7 +145,7 @@ def write_rho_report(
 
 
 def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
-    """The rho to use, the gain in the confirmation where there was one, and a sentence that says why."""
+    """The rho to use, the gain in the confirmation if there was one, and a sentence that says why."""
     stages, plan = workshop.stages(), workshop.search.plan
     far = f"after {plan.horizon} of {plan.schedule} steps"
     if len(stages) <= len(plan.rungs):
@@ -178,16 +178,16 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
             0.0,
             gain,
             (
-                f"Nothing is learnt yet {far}: no rho, 0 included, is better than always giving the same answer "
-                f"({metric.label} {floor}{' %' if metric.scale == 100 else ''}). Whether SAM helps cannot be seen from such "
-                f"runs: {remedy}."
+                f"Nothing is learned yet {far}: no rho, 0 included, is better than always giving the same answer "
+                f"({metric.label} {floor}{' %' if metric.scale == 100 else ''}). Such runs cannot show whether SAM helps: "
+                f"{remedy}."
             ),
         )
-    return 0.0, gain, f"SAM does not help here, as far as this search can tell: at rho {rho:g}, the best, {found}."
+    return 0.0, gain, f"SAM does not help here, as far as this search can show: at the best rho, {rho:g}, {found}."
 
 
 def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command: str) -> dict[str, Any]:
-    """All of it as JSON."""
+    """The whole result, ready for JSON."""
     rho, gain, sentence = conclusion(workshop)
     plan = workshop.search.plan
     records = [(phase, workshop.record(phase)) for phase in workshop.all_runs()]
@@ -197,7 +197,7 @@ def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command:
         "command": command,
         "gain": gain and asdict(gain),
         "learnt": workshop.has_learnt(workshop.stages()[-1]),
-        "floor": workshop.floor(workshop.stages()[-1]),  # what always giving the same answer scores
+        "floor": workshop.floor(workshop.stages()[-1]),  # the score of always giving the same answer
         "plan": asdict(plan),
         "passes": {
             "allowed": budget * plan.length,

@@ -1,4 +1,4 @@
-"""The sections of a report beside its answer: curves, cost, calibration, label noise, sharpness."""
+"""The sections of a report that follow its answer: curves, cost, calibration, label noise, sharpness."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def curve_blocks(study: Study) -> list[Block]:
             if x == "passes" and points.passes.isna().all():
                 continue
             cells = [cell for cell in logged if cell.budget == budget] or logged
-            caption = f"{label.capitalize()} over {words}: mean over seeds, range of the seeds shaded.{_cut(cells)}"
+            caption = f"{label.capitalize()} over {words}: mean over seeds, range over seeds shaded.{_cut(cells)}"
             name, arguments = f"curve-{key}-{words.split()[-1]}", (cells, study.arms, points, x, label)
             blocks.append(plots.figure(name, caption, plots.draw_curves, *arguments))
         break
     blocks += _cosine_blocks(study)
-    return blocks or [Text("No run logged anything more than once: set logging_steps to get curves.")]
+    return blocks or [Text("No run logged anything more than once. Set logging_steps to get curves.")]
 
 
 def _cosine_blocks(study: Study) -> list[Block]:
-    """For runs that kept the term that SAM drops: how little or much it turns the step, over training."""
+    """For runs with second_order=True: how much the second-order term turns the step, over training."""
     points = plots.curve_points(study.cells, study.arms, "sam_second_order_cosine")
     if points.empty:
         return []
@@ -80,14 +80,14 @@ def cost_blocks(study: Study) -> list[Block]:
     columns += [f"time / {study.question.control}", "samples/s", "peak memory (MiB)"]
     blocks: list[Block] = [
         Text(
-            "Means over seeds, of the training loop alone. A pass is one gradient of the whole effective batch. Trust passes "
-            "more than ratios of time, and ratios more than seconds: other work on the machine slows runs down."
+            "Means over seeds, for the training loop only. A pass is one gradient of the whole effective batch. Trust passes "
+            "more than time ratios, and ratios more than seconds: other work on the machine slows runs down."
         ),
         Table(columns, rows, "Cost of a run", 3, folded=len(rows) > MAX_OPEN_ROWS),
     ]
     cells = [cell for cell in study.cells if any(cell.values(arm, "seconds") for arm in study.arms)]
     if cells:
-        caption = f"What a run took and what it gave: {metric_of(metric).label} against seconds.{_cut(cells)}"
+        caption = f"Cost and result of each run: {metric_of(metric).label} against seconds.{_cut(cells)}"
         arguments = (cells, study.arms, "seconds", metric, "seconds of training")
         blocks.append(plots.figure("cost", caption, plots.draw_scatter, *arguments))
     return blocks
@@ -113,7 +113,7 @@ def calibration_blocks(study: Study) -> list[Block]:
             Table(
                 ["task", "budget", "arm", *labels],
                 rows,
-                "Mean ± sd over seeds; less is better",
+                "Mean ± sd over seeds; lower is better",
                 3,
                 len(rows) > MAX_OPEN_ROWS,
             )
@@ -126,7 +126,9 @@ def calibration_blocks(study: Study) -> list[Block]:
                 title = f"{cell.title}\n{budget_name(cell.budget)}"
                 tables.setdefault(title, {})[arm] = reliability(kept.confidence, kept.correct)
     if tables:
-        caption = f"Reliability, predictions of all seeds pooled, 15 bins: below the diagonal is over-confident.{_cut(tables)}"
+        caption = (
+            f"Reliability, predictions of all seeds pooled, 15 bins: below the diagonal is overconfident.{_cut(tables)}"
+        )
         blocks.append(plots.figure("reliability", caption, plots.draw_reliability, tables, study.arms))
     return blocks
 
@@ -137,7 +139,7 @@ def noise_blocks(study: Study) -> list[Block]:
         return []
     label = metric_of(study.question.metric).label
     caption = (
-        f"Test {label} when a share of the training labels is wrong: mean, bars from the lowest to the highest seed."
+        f"Test {label} against the share of wrong training labels: mean, with bars from the lowest to the highest seed."
     )
     return [plots.figure("label-noise", caption, plots.draw_noise, cells, study.arms, study.question.metric)]
 
@@ -177,4 +179,4 @@ def sharpness_blocks(study: Study) -> list[Block]:
 
 def _cut(panels: Sequence) -> str:
     more = len(panels) - plots.MAX_PANELS
-    return f" The first {plots.MAX_PANELS} panels; {more} more are in the numbers." if more > 0 else ""
+    return f" Only the first {plots.MAX_PANELS} panels are drawn; the numbers include {more} more." if more > 0 else ""

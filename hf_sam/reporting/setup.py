@@ -13,7 +13,7 @@ from .formatting import NOTHING
 from .results import count_trials, is_trial, natural, uses_sam
 from .study import Study
 
-# What distinguishes arms, as far as the Trainer's own arguments go.
+# The Trainer's arguments that can distinguish arms.
 ARGUMENTS = {
     "optim": "optimizer",
     "learning_rate": "learning rate",
@@ -43,9 +43,9 @@ def setup_blocks(study: Study) -> list[Block]:
         _arm_table(study, done),
         _facts(facts, "Common to all"),
         Text(
-            "Runs with the same seed are pairs: the same initial weights, examples, order, wrong labels and test split for "
-            "every arm. Where the fingerprints in the records say otherwise, the limits name it. The test split is read "
-            "once, at the last checkpoint. At equal passes an arm with cheaper steps takes as many more of them."
+            "Runs with the same seed are pairs: every arm has the same initial weights, examples, order, wrong labels and test "
+            "split. If the fingerprints in the records differ, the limits say so. The test split is read once, at the last "
+            "checkpoint. At equal passes, an arm with cheaper steps takes more of them."
         ),
     ]
 
@@ -64,7 +64,7 @@ def provenance_blocks(study: Study) -> list[Block]:
         "started": min((run.started for run in done if run.started), default=NOTHING),
         "ended": max((run.ended for run in done if run.ended), default=NOTHING),
     }
-    return [_facts(facts, "Where and when the runs were made; each record says it of its own run")]
+    return [_facts(facts, "Where and when the runs were made; each record has the details of its run")]
 
 
 def _done(study: Study) -> list[RunRecord]:
@@ -99,7 +99,7 @@ def _arm_table(study: Study, done: list[RunRecord]) -> Table:
 
 
 def _matters(name: str, sams: list[dict[str, Any]]) -> bool:
-    """Whether a SAM setting is anything but the default that every method has."""
+    """Whether a SAM setting differs from the default that all methods share."""
     return any(sam.get(name) != DEFAULTS.get(name) for sam in sams)
 
 
@@ -116,7 +116,7 @@ def _dig(run: RunRecord, path: tuple[str, ...]) -> Any:
 
 
 def _span(values: Iterable[Any], most: int = 6) -> str:
-    """The distinct values, in order, in words."""
+    """The distinct values, in order, as text."""
     texts = dict.fromkeys(_text(value) for value in values if value not in (None, "", []))
     shown = sorted(texts, key=natural)
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "") or NOTHING

@@ -1,4 +1,4 @@
-"""What was measured, as a section that a report can include: tables, drawings, and what they do not say."""
+"""Measured sharpness as a section for reports: tables, drawings and caveats."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FORMAT = "hf_sam.sharpness"
 VERSION = 1
 
 CAVEAT = (
-    "What was measured, not a verdict: for fine-tuned transformers sharpness and generalisation correlate weakly, and "
+    "These are measurements, not a verdict: for fine-tuned transformers, sharpness and generalisation correlate weakly, and "
     "measures disagree (Andriushchenko et al. 2023). Values of different architectures cannot be compared."
 )
-DESCRIPTIVE = ("loss", "gradient_norm", "weight_norm", "l2")  # beside sharpness, and no measure of it
+DESCRIPTIVE = ("loss", "gradient_norm", "weight_norm", "l2")  # shown with sharpness, but not measures of it
 # Rows of the table of numbers: key of `scalars`, and its meaning. `*` stands for a number.
 LABELS = {
     "loss": "loss",
@@ -46,19 +46,19 @@ Record = Mapping[str, Any]  # what `sharpness.json` holds
 
 
 def write_sharpness_report(record: Record, folder: Path, command: str | None = None) -> Path:
-    """Writes `report.html`, `report.md`, `figures/` and `data/` into `folder`; returns the path of `report.html`."""
+    """Write `report.html`, `report.md`, `figures/` and `data/` into `folder`; return the path of `report.html`."""
     names, subset = ", ".join(record["checkpoints"]), record["subset"]
     lead = f"{names}, on {subset['examples']} examples of the {subset['split']} split of {subset['dataset']}."
     sections = sharpness_sections(record)
     if command:
         sections.insert(
-            1, Section("What to do next", [Text("This measures all of it again:"), Text(command, "command")])
+            1, Section("What to do next", [Text("This command repeats all measurements:"), Text(command, "command")])
         )
     return write_document(Document("Sharpness", lead, sections, numbers=record), folder)
 
 
 def sharpness_sections(record: Record) -> list[Section]:
-    """What was found, and folded how, from what `sharpness.json` holds."""
+    """The results, and in a folded section how they were measured, from the content of `sharpness.json`."""
     found = [Text(_headline(record), "verdict"), Text(CAVEAT), *_warnings(record), *_figures(record), _numbers(record)]
     return [
         Section("Sharpness", found),
@@ -67,7 +67,7 @@ def sharpness_sections(record: Record) -> list[Section]:
 
 
 def _headline(record: Record) -> str:
-    """The measure that most people mean, of every checkpoint; no verdict."""
+    """The most common measure for every checkpoint, without a verdict."""
     checkpoints = record["checkpoints"]
     keys = list(dict.fromkeys(key for entry in checkpoints.values() for key in entry["scalars"]))
     key = next((key for key in keys if key not in DESCRIPTIVE), next(iter(keys), None))
@@ -80,7 +80,7 @@ def _headline(record: Record) -> str:
 def _warnings(record: Record) -> Iterator[Block]:
     if len({entry["fingerprint"] for entry in record["checkpoints"].values()}) > 1:
         yield Text(
-            "The checkpoints preprocess the examples differently, so that they were not measured on the same inputs.",
+            "The checkpoints preprocess the examples differently, so they were not measured on the same inputs.",
             "warning",
         )
 
@@ -100,8 +100,8 @@ def _setup(record: Record) -> Iterator[Block]:
         item = f"{names}: radius {config['radius']:g}, adaptive {config['adaptive_radius']:g} in units of the weights"
         if "worst" in taken:
             item += (
-                f"; boxes have the half side radius / sqrt(P). Worst case by {config['steps']} steps of projected ascent, "
-                "so a lower bound"
+                f"; boxes have the half side radius / sqrt(P). The worst case is found by {config['steps']} steps of projected ascent, "
+                "so it is a lower bound"
             )
         items.append(f"{item}.")
     if "average" in taken:
@@ -122,11 +122,11 @@ def _numbers(record: Record) -> Table:
     keys = dict.fromkeys(key for entry in checkpoints.values() for key in entry["scalars"])
     rows = [[label_of(key), *(_cell(entry, key) for entry in checkpoints.values())] for key in keys]
     size = ["parameters P", *(f"{entry['parameters']:,}" for entry in checkpoints.values())]
-    return Table(["measure", *checkpoints], [size, *rows], "Rise of the loss unless said otherwise", stacked=True)
+    return Table(["measure", *checkpoints], [size, *rows], "Rise of the loss unless stated otherwise", stacked=True)
 
 
 def label_of(key: str) -> str:
-    """What a key of `scalars` means, in words; a key that is not of ours stays as it is."""
+    """The label of a key of `scalars`; an unknown key is returned unchanged."""
     if key in LABELS:
         return LABELS[key]
     name, _, number = key.rpartition("_")
@@ -158,8 +158,8 @@ def _figures(record: Record) -> Iterator[Figure]:
     if found["density"]:
         eigenvalues = {name: result["eigenvalues"] for name, result in found["hessian"].items()}
         caption = (
-            "Spectral density of the Hessian by stochastic Lanczos quadrature; ticks at the foot are the largest "
-            "eigenvalues, found separately."
+            "Spectral density of the Hessian by stochastic Lanczos quadrature; ticks at the bottom are the largest "
+            "eigenvalues, computed separately."
         )
         yield figure("hessian-spectrum", caption, plots.draw_spectra, found["density"], eigenvalues)
     if found["slice_1d"]:
@@ -189,8 +189,8 @@ def _cost(record: Record) -> Table:
     return Table(
         ["checkpoint", "measure", "seconds", "epochs", "forward", "gradient", "curvature"],
         rows,
-        f"Cost. An epoch is the time of the gradients of {record['subset']['epoch_examples']} training examples on the "
-        f"same machine; passes are over the subset, a curvature pass is one product with a matrix. Peak memory of the "
+        f"Cost. An epoch is the time for the gradients of {record['subset']['epoch_examples']} training examples on the "
+        f"same machine. Passes are over the subset; a curvature pass is one matrix-vector product. Peak memory of the "
         f"process: {peaks}",
         2,
     )

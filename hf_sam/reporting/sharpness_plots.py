@@ -1,4 +1,4 @@
-"""The drawings of sharpness, each together with the table of what it shows. No display is needed."""
+"""The drawings of sharpness, each with the table of the numbers it shows. No display is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 0.008  # of the Gaussian bumps of a spectrum, as a share of its extent
 FLOOR = 0.2  # of a spectrum's logarithmic axis, in peaks of a single eigenvalue
 MAX_COLUMNS = 3
 
-Measures = Mapping[str, Mapping[str, Any]]  # checkpoint -> what one measure of it found
+Measures = Mapping[str, Mapping[str, Any]]  # from checkpoint to the result of one measure
 
 
 @styled
@@ -50,7 +50,7 @@ def draw_spectra(found: Measures, eigenvalues: Mapping[str, Sequence[float]]) ->
 
     Args:
         found (`Mapping`): Per checkpoint, the result of the measure `"density"`.
-        eigenvalues (`Mapping[str, Sequence[float]]`): Per checkpoint, eigenvalues to mark; may lack some.
+        eigenvalues (`Mapping[str, Sequence[float]]`): Per checkpoint, eigenvalues to mark; checkpoints may be missing.
     """
     densities = {n: SpectralDensity(np.array(r["nodes"]), np.array(r["weights"])) for n, r in found.items()}
     ends = [float(end) for d in densities.values() for end in (d.nodes.min(), d.nodes.max())]
@@ -80,7 +80,7 @@ def draw_spectra(found: Measures, eigenvalues: Mapping[str, Sequence[float]]) ->
 
 @styled
 def draw_slices(found: Measures) -> Drawing:
-    """The loss along random filter-normalised directions: thin lines, and their mean."""
+    """The loss along random filter-normalised directions as thin lines, with their mean."""
     rows = [
         (name, direction, alpha, loss)
         for name, result in found.items()

@@ -1,7 +1,7 @@
-"""Paired statistics over seeds, tasks and test examples. scipy resamples; the generator is always the caller's.
+"""Paired statistics over seeds, tasks and test examples. scipy does the resampling; the caller provides the generator.
 
 A difference is `treatment - control` between two runs with the same seed, and therefore the same initial head, data
-order, label noise and splits. Nothing here speaks of significance from one seed: intervals and p-values are `None`.
+order, label noise and splits. One seed gives no intervals and no p-values: they are `None`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
-MAX_EXACT_SEEDS = 14  # 2^14 sign patterns are enumerated; above, as many are drawn
+MAX_EXACT_SEEDS = 14  # 2^14 sign patterns are enumerated; with more seeds, that many are drawn
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Estimate:
 
     Args:
         value (`float`): The statistic of the data itself.
-        low, high (`float` or `None`): Ends of the interval; `None` where one observation cannot give any.
-        n (`int`): Observations (seeds, examples) behind it.
+        low, high (`float` or `None`): Ends of the interval; `None` if there is only one observation.
+        n (`int`): Number of observations (seeds, examples).
     """
 
     value: float
@@ -40,16 +40,16 @@ class Estimate:
 @dataclass(frozen=True)
 class PairedComparison:
     """
-    Treatment against control over the seeds both have.
+    Treatment against control over their common seeds.
 
     Args:
         difference (`Estimate`): Mean of the paired differences, percentile bootstrap over seeds.
         t_low, t_high (`float` or `None`): Student's interval of the same mean, which is wider for few seeds.
-        t_p (`float` or `None`): Two-sided p-value of the paired t-test, by which verdicts go.
+        t_p (`float` or `None`): Two-sided p-value of the paired t-test, which decides verdicts.
         spread (`float` or `None`): Standard deviation of the differences, at least one step of the metric.
-        detectable (`float` or `None`): The difference that the t-test would find four times in five, at this spread.
-        p_value (`float` or `None`): Two-sided, exact sign-flip.
-        p_floor (`float` or `None`): The least p-value that so many seeds can give, `2 / 2^n`.
+        detectable (`float` or `None`): The difference that the t-test detects four times in five, at this spread.
+        p_value (`float` or `None`): Two-sided p-value of the exact sign-flip test.
+        p_floor (`float` or `None`): The smallest sign-flip p-value for this number of seeds, `2 / 2^n`.
         differences (`tuple[float, ...]`): One per seed, in the order of `seeds`.
         seeds (`tuple[int, ...]`): The seeds that both arms finished.
     """
@@ -67,7 +67,7 @@ class PairedComparison:
 
     @property
     def equivalence_interval(self) -> tuple[float | None, float | None]:
-        """Student's interval at 90 %: two one-sided tests at 5 % establish any margin that holds all of it."""
+        """Student's interval at 90 %: two one-sided tests at 5 % show equivalence for any margin that contains it."""
         if self.spread is None:
             return None, None
         half = self.spread / math.sqrt(len(self.seeds)) * stats.t.ppf(CONFIDENCE, len(self.seeds) - 1)
@@ -75,7 +75,7 @@ class PairedComparison:
 
     @property
     def within(self) -> float | None:
-        """The least margin that two one-sided tests at 5 % establish."""
+        """The smallest margin for which two one-sided tests at 5 % show equivalence."""
         return None if self.spread is None else max(map(abs, self.equivalence_interval))
 
 
@@ -83,14 +83,14 @@ def compare_paired(
     treatment: Mapping[int, float], control: Mapping[int, float], rng: np.random.Generator
 ) -> PairedComparison | None:
     """
-    Compares two arms over the seeds that both have.
+    Compare two arms over their common seeds.
 
     Args:
-        treatment, control (`Mapping[int, float]`): Seed to score.
-        rng (`numpy.random.Generator`): What the bootstrap draws from.
+        treatment, control (`Mapping[int, float]`): From seed to score.
+        rng (`numpy.random.Generator`): The generator of the bootstrap.
 
     Returns:
-        `PairedComparison`, or `None` where no seed is common.
+        `PairedComparison`, or `None` if there are no common seeds.
     """
     seeds = tuple(sorted(treatment.keys() & control.keys()))
     if not seeds:
@@ -120,10 +120,10 @@ def bootstrap_mean(values: Sequence[float], rng: np.random.Generator) -> Estimat
 
 def resolution(scores: Sequence[float]) -> float:
     """
-    The step in which scores come: the least gap between two that differ, 0 where all are equal.
+    The step size of scores: the smallest gap between two different scores, 0 if all are equal.
 
     Accuracies on a small test split are multiples of one example. Differences over few seeds are then often equal, and
-    a spread of zero would make any of them significant; below one step no spread is believed.
+    a spread of zero would make any of them significant, so the spread is taken to be at least one step.
     """
     gaps = np.diff(np.unique(np.asarray(scores, dtype=float)))
     gaps = gaps[gaps > 1e-12]
@@ -131,7 +131,7 @@ def resolution(scores: Sequence[float]) -> float:
 
 
 def student_interval(values: Sequence[float], least_spread: float = 0.0) -> tuple[float, float]:
-    """Student's confidence interval of the mean of at least two values, whose spread is at least `least_spread`."""
+    """Student's confidence interval of the mean of two or more values, with a spread of at least `least_spread`."""
     values = np.asarray(values, dtype=float)
     error = _spread(values, least_spread) / math.sqrt(len(values))
     half = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
@@ -143,10 +143,9 @@ def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float
     Two-sided p-value of the paired t-test.
 
     Under the null either arm could have got either score of a pair, so differences are symmetric around zero whatever
-    the scores' own distribution, which is where the t-test keeps its level: in simulation it errs in at most 5.2 % of
-    cases for 2 to 10 seeds of normal, skewed, heavy-tailed, bimodal and coarse scores
-    (`tests/reporting/test_statistics.py`). An exact sign-flip test cannot go below 2 / 2^n: with five seeds it never
-    reaches 5 %.
+    the distribution of the scores. The t-test keeps its level there: in simulation it errs in at most 5.2 % of cases for
+    2 to 10 seeds of normal, skewed, heavy-tailed, bimodal and coarse scores (`tests/reporting/test_statistics.py`). An
+    exact sign-flip test cannot go below 2 / 2^n: with five seeds it never reaches 5 %.
     """
     differences = np.asarray(differences, dtype=float)
     error = _spread(differences, least_spread) / math.sqrt(len(differences))
@@ -157,15 +156,16 @@ def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float
 
 def equivalence_p(mean: float, spread: float, n: int, margin: float) -> float:
     """
-    p-value of two one-sided t-tests (Schuirmann 1987) against a true mean difference of `margin` or more either way.
+    p-value of two one-sided t-tests (Schuirmann 1987) against a true mean difference of `margin` or more in either
+    direction.
 
-    A small one is evidence that there is no difference of that size. A large p of the test for a difference is not: it
-    may as well come from too few or too unequal pairs.
+    A small value is evidence that there is no difference of that size. A large p-value of the test for a difference is
+    not: it may come from too few or too variable pairs.
 
     Args:
-        mean, spread (`float`): Of the paired differences; the standard deviation is that of a sample.
-        n (`int`): How many there are, at least two.
-        margin (`float`): What counts as a difference, above 0.
+        mean, spread (`float`): Mean and sample standard deviation of the paired differences.
+        n (`int`): Number of pairs, at least two.
+        margin (`float`): The margin of equivalence, above 0.
     """
     room, error = margin - abs(mean), spread / math.sqrt(n)
     if error == 0:
@@ -174,15 +174,15 @@ def equivalence_p(mean: float, spread: float, n: int, margin: float) -> float:
 
 
 def established_effect(n: int, level: float = 1 - CONFIDENCE) -> float:
-    """The mean difference, in standard deviations of the differences, from which `n` pairs establish it at `level`."""
+    """The mean difference, in standard deviations of the differences, that is just significant at `level` with `n` pairs."""
     return float(stats.t.ppf(1 - level / 2, n - 1) / math.sqrt(n))
 
 
 @lru_cache
 def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8) -> float:
-    """The true difference, in standard deviations, that the paired t-test of `n` pairs finds with this `power`."""
+    """The true difference, in standard deviations, that the paired t-test of `n` pairs detects with this `power`."""
     critical = stats.t.ppf(1 - level / 2, n - 1)
-    # scipy's noncentral t gives NaN far out: the power is averaged over the spread that is found, by its quantiles
+    # scipy's noncentral t gives NaN in the far tails, so average the power over quantiles of the sample spread
     found = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
 
     def excess(effect: float) -> float:
@@ -194,7 +194,7 @@ def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8)
 
 
 def seeds_needed(effect: float, spread: float, most: int = 1000) -> int | None:
-    """The least number of pairs whose t-test finds a true `effect` four times in five; `None` where above `most`."""
+    """The smallest number of pairs whose t-test detects a true `effect` four times in five; `None` if above `most`."""
     if spread * detectable_effect(most) > effect:
         return None
     return 2 + bisect.bisect_left(range(2, most + 1), True, key=lambda n: spread * detectable_effect(n) <= effect)
@@ -208,13 +208,14 @@ def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -
     """
     `mean(numerators) / mean(denominators)` of pairs, with Fieller's interval (Fieller 1954, JRSS B 16).
 
-    The interval holds the `k` for which the paired t-test does not tell `numerators` from `k * denominators`.
+    The interval contains every `k` for which the paired t-test does not reject `numerators = k * denominators`.
 
     Args:
-        numerators, denominators (`Sequence[float]`): Aligned; at least one pair.
+        numerators, denominators (`Sequence[float]`): Aligned pairs, at least one.
 
     Returns:
-        `Estimate`: Without ends where the mean of the denominators is not told from zero: any ratio is possible then.
+        `Estimate`: Without ends if the mean of the denominators does not differ significantly from zero: then any ratio
+        is possible.
     """
     x, y = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     n, ratio = len(x), float(x.mean() / y.mean()) if y.mean() else math.nan
@@ -236,8 +237,8 @@ def sign_flip_p(differences: Sequence[float], rng: np.random.Generator) -> float
     """
     Two-sided sign-flip (paired permutation) p-value of a mean difference.
 
-    Under the null either arm could have got either score of a pair, so every pattern of signs is equally likely. All
-    `2^n` are enumerated up to `MAX_EXACT_SEEDS` seeds, which makes the test exact; above, that many are drawn.
+    Under the null either arm could have got either score of a pair, so every pattern of signs is equally likely. Up to
+    `MAX_EXACT_SEEDS` seeds, all `2^n` are enumerated and the test is exact; above, `2^MAX_EXACT_SEEDS` are drawn.
     """
     result = stats.permutation_test(
         (np.asarray(differences, dtype=float),),
@@ -274,12 +275,12 @@ def probability_of_improvement(
     pairs_by_task: Sequence[tuple[Sequence[float], Sequence[float]]], rng: np.random.Generator
 ) -> Estimate:
     """
-    How likely a treatment run beats a control run on a task drawn at random, ties counting half (Agarwal et al. 2021).
+    The probability that a treatment run beats a control run on a random task, ties counting half (Agarwal et al. 2021).
 
     Args:
         pairs_by_task (`Sequence[tuple[Sequence[float], Sequence[float]]]`):
-            Scores of treatment and of control for each task, aligned by seed; more is better.
-        rng (`numpy.random.Generator`): What the bootstrap draws from.
+            Scores of treatment and of control for each task, aligned by seed; higher is better.
+        rng (`numpy.random.Generator`): The generator of the bootstrap.
     """
     wins = []  # per task, (treatment run, control run)
     for treatment, control in pairs_by_task:
@@ -296,7 +297,7 @@ def probability_of_improvement(
 
 
 def _stratified(samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], rng) -> Estimate:
-    """`statistic(*samples)` with a bootstrap that resamples each of `samples` by itself, along the last axis."""
+    """`statistic(*samples)` with a bootstrap that resamples each of `samples` separately, along the last axis."""
     value = float(statistic(*samples))
     n = sum(len(sample) for sample in samples)
     if min(len(sample) for sample in samples) < 2:
@@ -324,10 +325,10 @@ def bootstrap_examples(
     A metric with its percentile bootstrap interval over test examples.
 
     Args:
-        metric (`Callable[[np.ndarray], float]`): From the indices of examples, with repetition, to the metric.
-        n (`int`): How many examples there are.
-        rng (`numpy.random.Generator`): What the bootstrap draws from.
-        resamples (`int`, *optional*, defaults to 1000): How many draws.
+        metric (`Callable[[np.ndarray], float]`): Computes the metric from indices of examples, with repetition.
+        n (`int`): Number of examples.
+        rng (`numpy.random.Generator`): The generator of the bootstrap.
+        resamples (`int`, *optional*, defaults to 1000): Number of resamples.
     """
     value = float(metric(np.arange(n)))
     if n < 2:
@@ -345,7 +346,7 @@ def bootstrap_examples(
 
 
 def mcnemar_p(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
-    """Exact McNemar p-value of two classifiers on the same examples: a binomial test on those only one got right."""
+    """Exact McNemar p-value of two classifiers on the same examples: a binomial test on those that only one got right."""
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return 1.0 if only_a + only_b == 0 else float(stats.binomtest(only_a, only_a + only_b).pvalue)

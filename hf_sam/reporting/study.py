@@ -1,4 +1,4 @@
-"""All that a report is about, worked out once from the records."""
+"""Everything that a report shows, computed once from the records."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Study:
     The records of a comparison and what follows from them.
 
     Args:
-        records (`list[RunRecord]`): Every run, of whatever status.
-        question (`Question`): What is asked.
+        records (`list[RunRecord]`): Every run, whatever its status.
+        question (`Question`): The question.
         arms (`list[str]`): In the order in which they are shown, the control first.
         cells (`list[Cell]`): The runs that count, by task, condition and budget.
         comparisons (`list[Comparison]`): Every arm against the control, in every cell.
-        overall (`list[Overall]`): The same across cells.
-        predictions (`dict[Path, Predictions]`): By the path of their record, where they were kept.
+        overall (`list[Overall]`): Every arm against the control across cells.
+        predictions (`dict[Path, Predictions]`): Kept predictions, by the path of their record.
         problems (`list[str]`): Messages about files that could not be read.
-        missing (`int`): Planned runs that have no record.
+        missing (`int`): Planned runs without a record.
     """
 
     records: list[RunRecord]
@@ -69,8 +69,7 @@ class Study:
         """
         Mean difference in accuracy with its bootstrap interval over the test examples, the seeds held fixed.
 
-        `None` where the predictions of any of the seeds were not kept, or were not made on the same examples by both
-        arms and in all seeds.
+        `None` if the predictions of a seed were not kept, or if the examples differ between the arms or between seeds.
         """
         rows, labels = [], None
         for seed in comparison.paired.seeds:
@@ -102,10 +101,10 @@ def make_study(
     seed: int = 0,
 ) -> Study:
     """
-    Works out a study; the arguments are those of `write_report`.
+    Compute a study; the arguments are those of `write_report`.
 
     Raises:
-        ValueError: No records at all, or a name in the question that no record has.
+        ValueError: There are no records, or no record has a name that the question uses.
     """
     if not records:
         raise ValueError(" ".join(["There is no run record to report on.", *problems]))
@@ -133,6 +132,6 @@ def make_study(
 
 
 def _reading_order(run: RunRecord) -> tuple:
-    """So that a report depends on what the records say, not on how they came."""
+    """A sort key, so that a report does not depend on the order in which records were read."""
     seed = -1 if run.seed is None else run.seed
     return natural(run.task), natural(run.condition), run.budget, run.arm, seed, str(run.path)

@@ -1,4 +1,4 @@
-"""Whether the runs of a comparison can answer its question at all, and what to do where they cannot."""
+"""Check whether the runs of a comparison can answer its question, and say what to do if they cannot."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from .statistics import seeds_needed
 from .study import Study
 
 ONE_POINT = 0.01
-LATE_SHARE = 0.1  # of all that was learnt, in the last fifth of training
+LATE_SHARE = 0.1  # of the total improvement, in the last fifth of training
 FEW_CORRELATED = 0.05  # Matthews coefficient below which predictions are no better than chance
-MANY_SEEDS = 30  # more than anyone will run
+MANY_SEEDS = 30  # more than is practical
 MAX_NAMED = 4
 
 
 def warnings(study: Study) -> list[str]:
-    """What keeps these runs from answering: each in a sentence or two, the gravest first."""
+    """What keeps these runs from answering the question, the most serious first."""
     found = [_unfinished(study), _near_chance(study), _still_improving(study), _few_seeds(study)]
     return [message for message in found if message]
 
 
 def next_steps(study: Study) -> list[str]:
-    """What would make the answer better, or what follows from it."""
+    """What would make the answer more certain, or what to do with it."""
     asked, steps = study.asked, []
     treatment, control = study.question.treatment, study.question.control
     if any(run.status == "failed" for run in study.records):
         steps.append(
-            "Mend the cause of the failed runs (listed under Every run), then repeat the command with --retry_failed."
+            "Fix the cause of the failed runs (listed under Every run), then repeat the command with --retry_failed."
         )
     if study.missing or any(run.status in OPEN for run in study.records):
-        steps.append("Repeat the command: it goes on with the runs that are missing.")
+        steps.append("Repeat the command: it runs only what is missing.")
     if cells := chance_cells(study):
         steps.append(
-            f"Get beyond chance first on {_listed(cells, True)}: more steps, more data, another learning rate or rho."
+            f"Get above chance first on {_listed(cells, True)}: use more steps, more data, another learning rate or another rho."
         )
     if improving_cells(study):
         steps.append(
@@ -46,26 +46,30 @@ def next_steps(study: Study) -> list[str]:
         )
     needed = seeds_for_one_point(study)
     if needed and needed > MANY_SEEDS:
-        steps.append("Make the seeds agree more, by longer training or more data, before adding any: see above.")
+        steps.append(
+            "Before adding seeds, reduce the variance between them with longer training or more data: see above."
+        )
     elif needed:
-        steps.append(f"Repeat with --seeds 0 1 ... {needed - 1} to be able to see one point; finished runs are kept.")
+        steps.append(
+            f"Repeat with --seeds 0 1 ... {needed - 1} to detect a difference of one point; finished runs are kept."
+        )
     elif any(len(entry.paired.seeds) == 1 for entry in asked):
         steps.append("Repeat with --seeds 0 1 2 or more; finished runs are kept.")
     verdicts = {entry.verdict for entry in asked}
     if verdicts & {"better", "leans better"}:
         steps.append(
-            f"Before crediting sharpness, check the controls under All arms: a gain of {treatment} should exceed that of a "
-            f"random perturbation of the same size, of another learning rate, and of as many gradients spent without SAM."
+            f"Before crediting sharpness, check the controls under All arms: the gain of {treatment} should exceed the gains of a "
+            f"random perturbation of the same size, of another learning rate, and of the same number of gradients without SAM."
         )
     if verdicts & {"worse", "leans worse"}:
-        steps.append(f"Try a smaller rho: recipes/find_rho.py looks for one that helps {treatment}, 0 included.")
+        steps.append(f"Try a smaller rho: recipes/find_rho.py searches for the best one for {treatment}, 0 included.")
     if verdicts and verdicts <= {"equivalent"}:
-        steps.append(f"Use {control}: {treatment} costs more and changes nothing that matters here.")
+        steps.append(f"Use {control}: {treatment} costs more and is equivalent here.")
     return steps
 
 
 def chance_cells(study: Study) -> dict[str, list[str]]:
-    """Where arms of the question are no better than chance: cell to arms."""
+    """Where arms of the question are no better than chance: from cell to arms."""
     found: dict[str, list[str]] = {}
     for cell in study.cells:
         for arm in (study.question.control, study.question.treatment):
@@ -76,7 +80,7 @@ def chance_cells(study: Study) -> dict[str, list[str]]:
 
 
 def improving_cells(study: Study) -> dict[str, list[str]]:
-    """Where the curves of arms of the question still rise at the end: cell to arms."""
+    """Where the curves of arms of the question still improve at the end: from cell to arms."""
     found: dict[str, list[str]] = {}
     for cell in study.cells:
         for arm in dict.fromkeys((study.question.control, study.question.treatment)):
@@ -90,8 +94,8 @@ def improving_cells(study: Study) -> dict[str, list[str]]:
 
 def late_share(run: RunRecord, metric: str) -> float | None:
     """
-    The share of all that a run learnt which it learnt in the last fifth of its steps, by the first of the evaluated
-    metric, the evaluation loss and the training loss that it logged five times; `None` where it logged none.
+    The share of a run's total improvement that came in the last fifth of its steps, by the first of the evaluated
+    metric, the evaluation loss and the training loss that was logged at least five times; `None` if none was.
     """
     for key, sign in (
         (f"eval_{metric}", 1 if metric_of(metric).higher_is_better else -1),
@@ -112,7 +116,7 @@ def late_share(run: RunRecord, metric: str) -> float | None:
 
 
 def seeds_for_one_point(study: Study) -> int | None:
-    """Seeds with which every undecided comparison would find one point; `None` where none is, or it is no percentage."""
+    """Seeds needed to detect one point in every undecided comparison; `None` if there is none or the metric is not in percent."""
     if metric_of(study.question.metric).scale != 100:
         return None
     short = [entry for entry in study.asked if entry.verdict == "undecided" and entry.paired.detectable > ONE_POINT]
@@ -124,7 +128,7 @@ def _unfinished(study: Study) -> str:
     open_runs = study.missing + sum(run.status in OPEN for run in study.records)
     parts = [f"{number} {what}" for number, what in ((failed, "failed"), (open_runs, "not finished")) if number]
     total = len(study.records) + study.missing
-    return f"This is a part: of {total} runs, {' and '.join(parts)}." if parts else ""
+    return f"Incomplete: of {total} runs, {' and '.join(parts)}." if parts else ""
 
 
 def _near_chance(study: Study) -> str:
@@ -132,8 +136,8 @@ def _near_chance(study: Study) -> str:
     if not cells:
         return ""
     return (
-        f"No better than chance: {_listed(cells, with_arms=True)}. Models that have learnt nothing cannot show "
-        f"which way of learning is better."
+        f"No better than chance: {_listed(cells, with_arms=True)}. Models that have learned nothing cannot show "
+        f"which arm is better."
     )
 
 
@@ -142,15 +146,15 @@ def _still_improving(study: Study) -> str:
     if not cells:
         return ""
     return (
-        f"Still improving at the end of training: {_listed(cells, with_arms=True)} (more than {100 * LATE_SHARE:.0f} % of what "
-        f"was learnt came in the last fifth). The order of the arms may change in longer runs."
+        f"Still improving at the end of training: {_listed(cells, with_arms=True)} (more than {100 * LATE_SHARE:.0f} % of the "
+        f"improvement came in the last fifth). The order of the arms may change in longer runs."
     )
 
 
 def _few_seeds(study: Study) -> str:
     alone = [entry for entry in study.asked if len(entry.paired.seeds) == 1]
     if alone:
-        return f"One seed is no comparison: {_cells(alone)}. At least three are needed for a verdict."
+        return f"One seed is not a comparison: {_cells(alone)}. At least three are needed for a verdict."
     needed = seeds_for_one_point(study)
     if needed is None:
         return ""
@@ -158,16 +162,16 @@ def _few_seeds(study: Study) -> str:
     worst = max(short, key=lambda entry: entry.paired.detectable)
     more = f"about {needed}" if needed < 1000 else "more than a thousand"
     return (
-        f"Too few seeds to see one point: with {len(worst.paired.seeds)} seeds, at the spread found, a difference has to be "
-        f"{size(worst.paired.detectable, worst.metric)} to be found four times in five ({where(worst)}); to see one point "
-        f"would take {more} seeds."
+        f"Too few seeds to detect one point: with {len(worst.paired.seeds)} seeds and the spread found, a difference must be "
+        f"{size(worst.paired.detectable, worst.metric)} to be detected four times in five ({where(worst)}); detecting one "
+        f"point would take {more} seeds."
     )
 
 
 def _is_at_chance(study: Study, cell: Cell, arm: str) -> bool:
     kept = study.pooled_predictions(cell, arm)
     if kept is not None:
-        frequent = np.bincount(kept.labels).max() / len(kept.labels)  # what always giving one answer scores
+        frequent = np.bincount(kept.labels).max() / len(kept.labels)  # the accuracy of always predicting one class
         error = np.sqrt(frequent * (1 - frequent) / len(kept.labels) * max(1, len(cell.runs[arm])))
         return bool(kept.correct.mean() <= frequent + 2 * error)
     correlations = cell.values(arm, "mcc")

@@ -24,11 +24,11 @@ from .study import Study
 
 FORMAT, VERSION = "hf_sam.survival", 1
 TITLE = "What survives"
-SIDE_METRICS = ("nll", "ece")  # accuracy alone hides what happens to confidence
-HEADLINE = Treatment("bits per channel", 4)  # fixed before any result: the one that a sentence is about
+SIDE_METRICS = ("nll", "ece")  # accuracy alone hides changes of confidence
+HEADLINE = Treatment("bits per channel", 4)  # the treatment of the headline, fixed before any result
 CAVEAT = (
-    "Compare the scores before the changes in brackets: a checkpoint that has learnt less has less to lose. Biases and normalization "
-    "layers are never altered; merging takes in the embeddings, and the head only of language models."
+    "Compare the scores first, then the changes in brackets: a checkpoint that has learned less has less to lose. Biases and "
+    "normalization layers are never altered. Merging includes the embeddings, and the head only for language models."
 )
 
 Kept = Predictions | LanguagePredictions
@@ -38,7 +38,7 @@ Kept = Predictions | LanguagePredictions
 
 
 def scores_of(kept: Kept) -> dict[str, float]:
-    """Every metric of one evaluation; of a language model loss and perplexity."""
+    """Every metric of one evaluation; for a language model, loss and perplexity."""
     if isinstance(kept, LanguagePredictions):
         loss = kept.per_token()
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
@@ -46,7 +46,7 @@ def scores_of(kept: Kept) -> dict[str, float]:
 
 
 def survival_rows(found: Sequence[Survived[Kept]]) -> list[dict[str, Any]]:
-    """What a run record keeps: one entry per treatment and draw, with its scores, or with why there are none."""
+    """What a run record keeps: one entry per treatment and draw, with its scores, or with the reason why there are none."""
     rows = []
     for entry in found:
         row = {"kind": entry.treatment.kind, "level": entry.treatment.level, "draw": entry.treatment.draw}
@@ -58,14 +58,15 @@ def compare_survival(
     found: Mapping[str, Sequence[Survived[Kept]]], rng: np.random.Generator, resamples: int = 1000
 ) -> list[dict[str, Any]]:
     """
-    For each treatment and checkpoint the main score with its interval over test examples, and the difference from the first checkpoint.
+    For each treatment and checkpoint, the main score with its interval over test examples, and its difference from the
+    first checkpoint.
 
     Draws of one treatment are averaged, example by example.
 
     Args:
         found (`Mapping[str, Sequence[Survived]]`): By checkpoint, on the same examples.
-        rng (`np.random.Generator`): What the bootstrap draws from.
-        resamples (`int`, *optional*, defaults to 1000): How many draws.
+        rng (`np.random.Generator`): The generator of the bootstrap.
+        resamples (`int`, *optional*, defaults to 1000): Number of resamples.
     """
     first = _sums(next(iter(found.values())))
     rows = []
@@ -81,7 +82,7 @@ def compare_survival(
 
 
 def _sums(entries: Sequence[Survived[Kept]]) -> dict[Treatment, tuple[np.ndarray, np.ndarray]]:
-    """For each treatment what every example adds to the score, and its weight, `(n,)` both; draws averaged."""
+    """For each treatment, every example's contribution to the score and its weight, both `(n,)`; draws are averaged."""
     groups: dict[Treatment, list[Kept]] = {}
     for entry in entries:
         if entry.result is not None:
@@ -103,7 +104,7 @@ def _mean(sums: np.ndarray, weights: np.ndarray, rng: np.random.Generator, resam
 
 
 def survival_section(record: Mapping[str, Any]) -> Section:
-    """The section of a report on checkpoints, from what `survival.json` holds."""
+    """The section of a report on checkpoints, from the content of `survival.json`."""
     frame = pd.DataFrame(record["scores"])
     metric, names = record["metric"], list(record["checkpoints"])
     blocks: list[Block] = [Text(_what_was_done(record)), Text(CAVEAT)]
@@ -125,12 +126,12 @@ def _what_was_done(record: Mapping[str, Any]) -> str:
         for word, is_in in (("embeddings", config["alter_embeddings"]), ("the head", config["alter_head"]))
         if not is_in
     ]
-    alone = f" {' and '.join(left).capitalize()} stay as they are." if left else ""
+    alone = f" {' and '.join(left).capitalize()} were not altered." if left else ""
     return (
         f"Each checkpoint was altered without further training and evaluated again on the same {subset['examples']:,} examples of the "
         f"{subset['split']} split. Quantization rounds weights to the nearest of 2^bits levels, pruning sets the smallest weights of each "
-        f"matrix to zero, noise is Gaussian with the standard deviation of each matrix as its unit. Altered are {altered['tensors']} "
-        f"weight matrices with {altered['parameters']:,} of {altered['of']:,} parameters.{alone}"
+        f"matrix to zero, noise is Gaussian, in units of the standard deviation of each matrix. {altered['tensors']} weight "
+        f"matrices with {altered['parameters']:,} of {altered['of']:,} parameters were altered.{alone}"
     )
 
 
@@ -148,9 +149,9 @@ def _checkpoint_table(frame: pd.DataFrame, names: Sequence[str], metric: str) ->
             cells.append(with_interval(*map(_finite, ends), metric) if row else NOTHING)
         rows.append([treatment.label, *cells])
     unit = f" ({metric_of(metric).unit})" if metric_of(metric).unit else ""
-    better = "more" if metric_of(metric).higher_is_better else "less"
+    better = "higher" if metric_of(metric).higher_is_better else "lower"
     columns = ["treatment", *names, *(f"{name} minus {names[0]}" for name in names[1:])]
-    caption = f"{metric_of(metric).label.capitalize()}{unit}, in brackets the change from the checkpoint as trained; {better} is better"
+    caption = f"{metric_of(metric).label.capitalize()}{unit}, change from the checkpoint as trained in brackets; {better} is better"
     return Table(columns, rows, caption)
 
 
@@ -180,30 +181,28 @@ def _side_tables(checkpoints: Mapping[str, Any], names: Sequence[str]) -> list[B
         for metric in kept
         for name in names
     ]
-    return [
-        Table(["treatment", *columns], rows, "Loss and calibration beside it, in brackets the change; less is better")
-    ]
+    return [Table(["treatment", *columns], rows, "Loss and calibration, changes in brackets; lower is better")]
 
 
 # --- comparisons ---------------------------------------------------------------------------------------------------
 
 
 def survival_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
-    """The section of a comparison: per task and budget the scores of every arm, and paired differences from the control."""
+    """The section of a comparison: per task and budget, the scores of every arm and paired differences from the control."""
     blocks: list[Block] = []
     for index, cell in enumerate(study.cells):
         frame = cell_frame(cell, study.arms)
         if not frame.empty:
             blocks += _cell_blocks(study, cell, frame, index, rng)
     if not blocks:
-        return [Text("Not measured; `survival: true` in the YAML of the comparison measures it.")]
+        return [Text("Not measured. Set `survival: true` in the YAML of the comparison to measure it.")]
     without = [run for run in study.records if run.status == "finished" and not run.survival and not is_trial(run)]
-    missing = f" {len(without)} finished runs have no such scores." if without else ""
+    missing = f" {len(without)} finished runs lack these scores." if without else ""
     blocks += _problems({f"{run.arm}, seed {run.seed}": run.survival for run in study.records})
     what = (
         "Each run's final model, altered without further training and evaluated again. Quantization rounds weights to the nearest of "
-        "2^bits levels, pruning sets the smallest weights of each matrix to zero, noise is Gaussian with the standard deviation of each "
-        "matrix as its unit. Embeddings and head stay as they are unless the plan says otherwise."
+        "2^bits levels, pruning sets the smallest weights of each matrix to zero, noise is Gaussian, in units of the standard deviation of "
+        "each matrix. Embeddings and head are not altered unless the plan says so."
     )
     return [Text(what + missing), Text(CAVEAT), *blocks]
 
@@ -237,11 +236,11 @@ def _cell_blocks(study: Study, cell: Cell, frame: pd.DataFrame, index: int, rng:
             cells.append(score + change)
         rows.append([treatment.label, *cells])
     unit = f" ({metric_of(metric).unit})" if metric_of(metric).unit else ""
-    caption = f"{where}: {metric_of(metric).label}{unit}, mean ± sd over seeds, in brackets the mean change from the model as trained"
+    caption = f"{where}: {metric_of(metric).label}{unit}, mean ± sd over seeds, mean change from the model as trained in brackets"
     blocks.append(Table(["treatment", *arms], rows, caption))
     curves = _band_over_seeds(frame, arms, metric)
     if _has_curves(curves):
-        words = f"{where}: {metric_of(metric).label} after each treatment, mean over seeds, range of the seeds shaded."
+        words = f"{where}: {metric_of(metric).label} after each treatment, mean over seeds, range over seeds shaded."
         blocks.append(plots.figure(f"survival-{index + 1}", words, plots.draw_survival, curves, arms, metric))
     side = [name for name in SIDE_METRICS if name in frame and name != metric]
     rows = [
@@ -270,14 +269,14 @@ def _cell_blocks(study: Study, cell: Cell, frame: pd.DataFrame, index: int, rng:
     if rows:
         columns = ["treatment", "arm", "seeds", f"score minus {study.question.control}'s [Student]"]
         columns += ["change minus the control's [Student]", "t-test p of the score", "Holm"]
-        title = f"{where}: paired over seeds; Holm over the treatments of an arm"
+        title = f"{where}: paired over seeds; Holm's adjustment over the treatments of an arm"
         blocks.append(Table(columns, rows, title, 2, folded=True))
     return blocks
 
 
 def paired_survival(frame: pd.DataFrame, control: str, metric: str, rng: np.random.Generator) -> list[dict[str, Any]]:
     """
-    Every arm against the control under every treatment, paired over seeds.
+    Compare every arm with the control under every treatment, paired over seeds.
 
     Returns:
         A list of `treatment`, `arm`, `score` and `change` (`PairedComparison`, of the score itself and of its change from the
@@ -315,7 +314,7 @@ def _headline(paired: Sequence[Mapping[str, Any]], question: Question, metric: s
     sentence += f", as trained {_difference(plain['score'], metric)}" if plain else ""
     seeds = len(altered["score"].seeds)
     if altered["p"] is None:
-        return [f"{sentence}; one seed gives no interval and says nothing about others."]
+        return [f"{sentence}; one seed gives no interval and says nothing about other seeds."]
     return [
         f"{sentence} ({seeds} seeds, paired t-test p {p_value(altered['p'])}, Holm over {len(found) - (plain is not None)} treatments {p_value(altered['p_holm'])})."
     ]
@@ -349,7 +348,7 @@ def _band_over_seeds(frame: pd.DataFrame, arms: Sequence[str], metric: str) -> p
 
 
 def _metric_in(frame: pd.DataFrame, question: Question) -> str:
-    asked = "loss" if question.metric == "perplexity" else question.metric  # which explodes at few bits
+    asked = "loss" if question.metric == "perplexity" else question.metric  # perplexity explodes at few bits
     return next(name for name in (asked, "accuracy", "loss") if name in frame)
 
 
@@ -365,7 +364,7 @@ def _mean_and_spread(values: Sequence[float], metric: str) -> str:
 
 
 def _mean_over_draws(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per treatment that could be had, in their order, metrics averaged over draws."""
+    """One row per treatment with a result, in their order, metrics averaged over draws."""
     frame = pd.DataFrame([row for row in rows if "problem" not in row])
     frame = frame.astype({"level": float})
     return frame.groupby(["kind", "level"], sort=False, dropna=False).mean().reset_index().drop(columns="draw")

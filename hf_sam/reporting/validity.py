@@ -1,4 +1,4 @@
-"""What could make the answer wrong, as far as the records themselves show it."""
+"""What could make the answer wrong, as far as the records show."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ MAX_LISTED = 10
 
 
 def threats(study: Study) -> list[Block]:
-    """The section "Threats to validity": what this set of runs, and not comparisons in general, has against it."""
+    """The threats to validity of this set of runs, not of comparisons in general."""
     found = [
         *_about_seeds(study),
         *_about_tuning(study),
         *_about_runs(study),
         *_about_pairs(study),
         *_about_machines(study),
-        *_shortened([f"Left out, since it could not be read: {problem}" for problem in study.problems]),
-        "The test split was read once per run. Whoever picks the best of many arms has selected on it all the same: the "
-        "answer is about the arm that the question named beforehand.",
+        *_shortened([f"Left out because it could not be read: {problem}" for problem in study.problems]),
+        "The test split was read once per run. Picking the best of many arms still selects on it: the answer is about the arm "
+        "that the question named beforehand.",
     ]
     return [Listing(found)]
 
@@ -34,16 +34,17 @@ def threats(study: Study) -> list[Block]:
 def _about_seeds(study: Study) -> list[str]:
     counts = sorted({len(entry.paired.seeds) for entry in study.comparisons})
     if not counts:
-        return ["Nothing could be paired: there is no interval and no test in this report."]
+        return ["No runs could be paired: this report has no intervals and no tests."]
     found = []
     if counts[0] == 1:
-        found.append("Some comparisons rest on one seed: they have no interval, and none of them shows anything.")
+        found.append("Some comparisons rest on one seed: they have no interval and show nothing.")
     if counts[-1] > 1 and counts[0] < FEW_SEEDS:
         least = min(n for n in counts if n > 1)
         found.append(
-            f"Few seeds ({least}{' or more' if counts[-1] > least else ''}). The paired t-test is valid with so few, but finds large "
-            f"effects only: {detectable_effect(least):.1f} standard deviations of the paired differences, four times in five. "
-            f"The bootstrap interval is too narrow: in simulation it covers five normal differences 83 % of the time, not 95 %."
+            f"Few seeds ({least}{' or more' if counts[-1] > least else ''}). The paired t-test is valid with so few, but detects "
+            f"only large effects: {detectable_effect(least):.1f} standard deviations of the paired differences, four times in five. "
+            f"The bootstrap interval is too narrow: in simulation, with five normal differences, it covers the truth 83 % of the "
+            f"time, not 95 %."
         )
     return found
 
@@ -52,7 +53,9 @@ def _about_tuning(study: Study) -> list[str]:
     trials = count_trials(study.records)
     arms = dict.fromkeys(run.arm for run in study.records if run.status == "finished" and not is_trial(run))
     if not trials:
-        return ["Nothing was tuned: every arm ran with the settings it was given, which may suit some arms better."]
+        return [
+            "Nothing was tuned: every arm ran with the settings it was given, which may suit some arms better than others."
+        ]
     counts = {arm: trials.get(arm, {0}) for arm in arms}
     if len(set().union(*counts.values())) > 1:
         listed = ", ".join(f"{arm} {' or '.join(map(str, sorted(count)))}" for arm, count in counts.items())
@@ -88,22 +91,24 @@ def _about_runs(study: Study) -> list[str]:
     metric = study.question.metric
     found = []
     if status["failed"]:
-        found.append(f"{_count(status['failed'], 'run')} failed, listed with errors: what failed counts nowhere.")
+        found.append(f"{_count(status['failed'], 'run')} failed: listed with errors, not counted anywhere.")
     unfinished = sum(status[name] for name in OPEN)
     if unfinished or study.missing:
-        found.append(f"{_count(unfinished, 'run')} unfinished and {study.missing} not begun: this is a part.")
+        found.append(
+            f"{_count(unfinished, 'run')} unfinished and {study.missing} not started: this comparison is incomplete."
+        )
     if status["foreign"]:
         found.append(
-            f"{_count(status['foreign'], 'run')} written by something else: shown beside the others but not "
-            f"paired or tested, since nothing says that they had the same head, order, noise and splits."
+            f"{_count(status['foreign'], 'run')} not written by hf_sam: shown with the others but not paired "
+            f"or tested, since nothing shows that the head, order, noise and splits were the same."
         )
     resumed = [run for run in study.records if run.resumed_from is not None]
     if resumed:
         parts = sum(not run.has_whole_costs for run in resumed)
         found.append(
-            f"{_count(len(resumed), 'run')} interrupted and resumed: seconds and passes are the sums of the parts"
+            f"{_count(len(resumed), 'run')} interrupted and resumed: seconds and passes are summed over the parts"
             + (
-                f", but for {parts}, whose earlier parts are not known and which are left out of timings."
+                f", except for {parts}, whose earlier parts are unknown and which are left out of timings."
                 if parts
                 else "."
             )
@@ -111,7 +116,7 @@ def _about_runs(study: Study) -> list[str]:
     without = [run for run in study.records if run.status == "finished" and run.metrics.get(metric) is None]
     if without:
         label = metric_of(metric).label
-        found.append(f"{_count(len(without), 'finished run')} without a finite {label}: counted nowhere.")
+        found.append(f"{_count(len(without), 'finished run')} without a finite {label}: not counted anywhere.")
     return found
 
 
@@ -122,7 +127,9 @@ def _about_pairs(study: Study) -> list[str]:
         if run.status == "finished" and in_budget(run, "steps"):
             by_size.setdefault((run.task, run.condition), set()).add(run.steps)
     uneven = [f"{task}, {condition}" for (task, condition), steps in by_size.items() if len(steps) > 1]
-    return found + [f"Equal steps were not equal in {where}." for where in uneven[:MAX_LISTED]]
+    return found + [
+        f"At equal steps, the arms did not take the same number of steps in {where}." for where in uneven[:MAX_LISTED]
+    ]
 
 
 def _about_machines(study: Study) -> list[str]:
@@ -130,7 +137,7 @@ def _about_machines(study: Study) -> list[str]:
     found = []
     git = [run.environment.get("git") or {} for run in done]
     if any(entry.get("dirty") for entry in git):
-        found.append("Some runs were made from a working copy with uncommitted changes.")
+        found.append("Some runs were made from a working tree with uncommitted changes.")
     for what, values in (
         ("commits of the code", {entry.get("commit") for entry in git}),
         ("versions of torch", {(run.environment.get("packages") or {}).get("torch") for run in done}),

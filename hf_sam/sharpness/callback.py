@@ -1,4 +1,4 @@
-"""Sharpness while a model trains, logged like any other metric, in a run that goes on as if nothing had happened."""
+"""Log sharpness during training like any other metric, without affecting the run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .subset import Subset
 
 class SharpnessCallback(TrainerCallback):
     """
-    Measures the model every so many steps and logs the numbers as `sharpness/<name>`.
+    Measure the model every `every` steps and log the numbers as `sharpness/<name>`.
 
         trainer.add_callback(SharpnessCallback(trainer, SharpnessConfig(measures=["sam"]), every=100))
 
     Weights, gradients, random states, the data order and the Trainer's own log entries are bitwise those of the run
-    without it. Every process must have the callback: they share the work.
+    without the callback. Every process must have the callback, since they share the work.
 
     Args:
         trainer (`Trainer`):
-            The one that the callback is added to; its `log` reaches whatever the run reports to.
+            The trainer that the callback is added to; its `log` reports the numbers.
         config ([`SharpnessConfig`], *optional*):
             What to measure; SAM's own sharpness by default, at the cost of a few passes over the subset.
         dataset (`Dataset`, *optional*, defaults to the training set):
-            What to measure it on. It should be free of augmentation.
+            The data to measure on, without augmentation.
         num_examples (`int`, *optional*, defaults to 256):
             Size of the subset.
         every (`int`, *optional*, defaults to 100):
-            Measure after each so many optimizer steps, and at the start and the end.
+            Measure after every `every` optimizer steps, and at the start and the end.
         batch_size (`int`, *optional*, defaults to the evaluation batch size):
             Examples per batch.
 
     Raises:
-        ValueError: `every` below 1.
+        ValueError: `every` is below 1.
     """
 
     def __init__(
@@ -80,6 +80,6 @@ class SharpnessCallback(TrainerCallback):
             )
         results = measure(SubsetLoss(model, self._subset), self.config)
         self._measured_at = state.global_step
-        should_log = control.should_log  # `log` clears it, and the Trainer's own entry of this step would be lost
+        should_log = control.should_log  # `log` clears it, which would drop the Trainer's own entry of this step
         self.trainer.log({f"sharpness/{name}": value for name, value in scalars(results).items()})
         control.should_log = should_log

@@ -1,4 +1,4 @@
-"""What can be learnt about a large symmetric matrix from a few products with it: eigenvalues, trace, spectral density."""
+"""Eigenvalues, trace and spectral density of a large symmetric matrix, estimated from a few products with it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Eigenvalues:
     """Eigenvalues from one end of the spectrum, the outermost first.
 
     Args:
-        values (`list[float]`): Those that converged.
-        converged (`bool`): Whether these are all that were asked for.
+        values (`list[float]`): The converged eigenvalues.
+        converged (`bool`): Whether all requested eigenvalues converged.
     """
 
     values: list[float]
@@ -47,14 +47,14 @@ class SpectralDensity:
 
     Args:
         nodes (`np.ndarray`): Ritz values, shape `(draws, steps)`.
-        weights (`np.ndarray`): Their weights, each row adding up to 1, shape `(draws, steps)`.
+        weights (`np.ndarray`): Their weights, where each row sums to 1, shape `(draws, steps)`.
     """
 
     nodes: np.ndarray
     weights: np.ndarray
 
     def on_grid(self, grid: np.ndarray, width: float) -> np.ndarray:
-        """The density on `grid`, each point widened to a Gaussian of standard deviation `width`; shape of `grid`."""
+        """The density on `grid`, with each point smoothed by a Gaussian of standard deviation `width`; shape of `grid`."""
         z = (grid[:, None] - self.nodes.ravel()) / width
         bumps = np.exp(-0.5 * z**2) / (width * math.sqrt(2 * math.pi))
         return bumps @ self.weights.ravel() / len(self.nodes)
@@ -71,10 +71,10 @@ def top_eigenvalues(
 
     Args:
         operator ([`CurvatureOperator`]): The matrix. About `4 k` (at least 20) vectors of length P are held.
-        k (`int`, *optional*, defaults to 5): How many; at most P - 1.
+        k (`int`, *optional*, defaults to 5): Number of eigenvalues, at most P - 1.
         tolerance (`float`, *optional*, defaults to 1e-3): Accuracy relative to each eigenvalue.
-        max_products (`int`, *optional*, defaults to 300): About when to give up; what has converged is returned.
-        seed (`int`, *optional*, defaults to 0): Of the start vector.
+        max_products (`int`, *optional*, defaults to 300): Approximate limit on products; what has converged by then is returned.
+        seed (`int`, *optional*, defaults to 0): Seed of the start vector.
     """
     return _eigenvalues(operator.to_scipy(), k, "LA", tolerance, max_products, seed)
 
@@ -91,14 +91,14 @@ def most_negative_eigenvalue(
 
     Args:
         largest (`float`, *optional*):
-            The largest eigenvalue, to which `tolerance` is relative: the smallest may be 0. Computed where left out.
+            The largest eigenvalue, to which `tolerance` is relative because the smallest may be 0. Computed if omitted.
         operator, tolerance, max_products, seed:
             As in `top_eigenvalues`.
     """
     if largest is None:
         top = top_eigenvalues(operator, 1, tolerance=1e-1, max_products=max_products, seed=seed)
         largest = max(top.values, default=0.0)
-    # Shifted so that all eigenvalues are at or below 0, the sought one near -(largest + |smallest|).
+    # Shift so that all eigenvalues are at most 0 and the wanted one is near -(largest + |smallest|).
     matrix = operator.to_scipy()
     shifted = LinearOperator(matrix.shape, matvec=lambda v: matrix.matvec(v) - largest * v, dtype=matrix.dtype)
     found = _eigenvalues(shifted, 1, "SA", tolerance, max_products, seed)
@@ -111,8 +111,8 @@ def hutchinson_trace(operator: CurvatureOperator, probes: int = 16, *, block: in
     Args:
         operator ([`CurvatureOperator`]): The matrix.
         probes (`int`, *optional*, defaults to 16): Number of sign vectors.
-        block (`int`, *optional*, defaults to 4): Probes that share a forward and backward pass; each costs memory P.
-        seed (`int`, *optional*, defaults to 0): Of the sign vectors.
+        block (`int`, *optional*, defaults to 4): Probes that share a forward and backward pass; each needs memory P.
+        seed (`int`, *optional*, defaults to 0): Seed of the sign vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     values: list[float] = []
@@ -128,14 +128,14 @@ def hutchinson_trace(operator: CurvatureOperator, probes: int = 16, *, block: in
 def spectral_density(operator: CurvatureOperator, steps: int = 40, draws: int = 2, *, seed: int = 0) -> SpectralDensity:
     """Stochastic Lanczos quadrature (Golub and Meurant 2009; for networks Papyan 2018, Ghorbani et al. 2019).
 
-    No vector is orthogonalised against more than its two predecessors: memory is 3 P, and the copies of converged
-    eigenvalues that appear share out the weight of the one.
+    Each vector is orthogonalised only against its two predecessors: memory is 3 P, and the spurious copies of converged
+    eigenvalues share the weight of the true one.
 
     Args:
         operator ([`CurvatureOperator`]): The matrix.
-        steps (`int`, *optional*, defaults to 40): Products per random start, that is points per draw.
-        draws (`int`, *optional*, defaults to 2): Random starts.
-        seed (`int`, *optional*, defaults to 0): Of the starts.
+        steps (`int`, *optional*, defaults to 40): Products per random start, which is also the number of points per draw.
+        draws (`int`, *optional*, defaults to 2): Number of random starts.
+        seed (`int`, *optional*, defaults to 0): Seed of the starts.
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = [_lanczos_quadrature(operator, steps, generator) for _ in range(draws)]

@@ -16,7 +16,7 @@ class Line:
     """The loss on the straight line from one checkpoint to another.
 
     Args:
-        t (`list[float]`): Where, 0 at the first and 1 at the second.
+        t (`list[float]`): Positions on the line, 0 at the first checkpoint and 1 at the second.
         losses (`list[float]`): `L((1 - t) w_0 + t w_1)`.
     """
 
@@ -25,15 +25,15 @@ class Line:
 
     @property
     def barrier(self) -> float:
-        """The largest rise of the loss above the chord between its ends (Frankle et al. 2020); 0 where there is none."""
+        """The largest rise of the loss above the chord between its ends (Frankle et al. 2020); 0 if there is none."""
         chord = (1 - np.array(self.t)) * self.losses[0] + np.array(self.t) * self.losses[-1]
         return float((np.array(self.losses) - chord).max())
 
 
 def filter_normalised_direction(loss: SubsetLoss, seed: int = 0) -> Tensor:
-    """A Gaussian direction, each filter of which has the norm of the filter it moves (Li et al. 2018, Section 4).
+    """A Gaussian direction in which each filter has the norm of the weights' filter (Li et al. 2018, Section 4).
 
-    A filter is a row: all weights of one output unit or channel. Vectors (biases and normalisation layers) stay put.
+    A filter is a row: all weights of one output unit or channel. Vectors (biases and normalisation layers) are not moved.
 
     Returns:
         `Tensor`: Shape `(P,)`.
@@ -63,7 +63,7 @@ def slice_2d(loss: SubsetLoss, first: Tensor, second: Tensor, alphas: list[float
 def line_between(first: SubsetLoss, second: SubsetLoss, points: int = 11) -> Line:
     """The loss between two checkpoints of one architecture, on the subset of the first.
 
-    Running statistics are interpolated like weights, not estimated anew.
+    Running statistics are interpolated like weights, not re-estimated.
 
     Raises:
         ValueError: The checkpoints have parameters of different names or shapes.
@@ -71,7 +71,7 @@ def line_between(first: SubsetLoss, second: SubsetLoss, points: int = 11) -> Lin
     if first.shapes != second.shapes:
         names = [n for n in {**first.shapes, **second.shapes} if first.shapes.get(n) != second.shapes.get(n)]
         raise ValueError(
-            f"A line needs two checkpoints of one architecture; these differ in {len(names)} parameters, such as "
+            f"A line needs two checkpoints of one architecture, but these differ in {len(names)} parameters, such as "
             f"{names[0]!r}."
         )
     t = [float(value) for value in np.linspace(0, 1, points)]

@@ -16,9 +16,9 @@ from ..update.parameters import TrainedParameters
 from .subset import Batch, Subset, forward_arguments
 from .undisturbed import check_whole, undisturbed
 
-# How far, relatively, the loss of a batch may be from the mean over its labels before it is taken for something else.
+# The relative difference between the loss of a batch and the mean over its labels above which they count as different.
 MEAN_TOLERANCE = 1e-4
-# Below this, padding and the order of sums explain it.
+# Smaller differences come from padding and the order of summation.
 ROUNDING = 1e-5
 
 
@@ -27,31 +27,31 @@ class SubsetLoss:
     `L(w)`: the mean loss over all labels of a fixed subset, as a function of the flat vector `w` of shape `(P,)`.
 
     The loss is the model's own, in evaluation mode and without label smoothing, weighted by labels (tokens for language
-    models), so that the batch size and the number of processes change nothing beyond rounding. Every evaluation hands
-    its own weights to the model (`torch.func.functional_call`): the model's weights, buffers, gradients, modes and
-    random state are never touched. Under `torch.distributed` every process takes its share of the batches and all get
-    the same result.
+    models), so that the batch size and the number of processes change only the rounding. Every evaluation passes its
+    own weights to the model (`torch.func.functional_call`): the model's weights, buffers, gradients, modes and random
+    state do not change. Under `torch.distributed`, every process takes a share of the batches and all get the same
+    result.
 
     Args:
         model (`nn.Module`):
-            Any transformers model that returns a loss when it is given labels, not wrapped for distributed training. A
+            Any transformers model that returns a loss for labelled inputs, not wrapped for distributed training. A
             PEFT model is measured in the space of its trainable factors; merge it first to measure the full weights.
         subset ([`Subset`]):
             The examples.
         perturb (`str` or `list[str]`, *optional*, defaults to `"all"`):
             The trainable parameters that make up `w`, as in [`SAMConfig`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            What everything is computed in, whatever the model is stored in.
+            The dtype of all computation, whatever the dtype of the model.
         progress (`Callable[[int], Any]`, *optional*):
-            Called with 1 after each batch, for instance the `update` of a tqdm bar.
+            Called with 1 after each batch, such as the `update` of a tqdm bar.
 
     Attributes:
         weights (`Tensor`): The model's own `w`, shape `(P,)`.
-        num_labels (`int`): The labels (tokens) that the mean is taken over.
+        num_labels (`int`): Number of labels (tokens) in the mean.
         passes (`dict[str, float]`): Passes over the subset made so far, by kind.
 
     Raises:
-        ValueError: The model is sharded or quantised, returns no loss, or one that is not a mean over its labels.
+        ValueError: The model is sharded or quantised, or its loss is missing or not a mean over its labels.
     """
 
     def __init__(
@@ -64,14 +64,16 @@ class SubsetLoss:
         progress: Callable[[int], Any] | None = None,
     ):
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype={dtype} is too coarse for differences of losses: use torch.float32 or float64.")
+            raise ValueError(
+                f"dtype={dtype} is too coarse for differences between losses: use torch.float32 or torch.float64."
+            )
         check_whole(model)
         self.model, self.subset, self.dtype, self.progress = model, subset, dtype, progress
         parameters = TrainedParameters(model, perturb)
         selected = {parameters.names[p]: p for p in parameters.selected}
         self.shapes = {name: p.shape for name, p in selected.items()}
         self.weights = torch.cat([p.detach().to(dtype).flatten() for p in selected.values()])
-        # What is not in `w`. Buffers are copied: a forward pass may write into the ones it is given.
+        # Everything outside `w`. Buffers are copied because a forward pass may write into them.
         self._frozen = {name: _cast(p.detach(), dtype) for name, p in model.named_parameters() if name not in selected}
         self.buffers = {name: _cast(buffer.clone(), dtype) for name, buffer in model.named_buffers()}
         self.device = self.weights.device
@@ -82,7 +84,9 @@ class SubsetLoss:
         self._shifted = self._labels_are_shifted()
         self._set_subset(subset)
         if self.num_labels == 0:
-            raise ValueError("The subset has no labels that count: all are -100, which the loss leaves out.")
+            raise ValueError(
+                "The subset has no labels to count: all are -100, which the loss ignores. Choose other examples."
+            )
         self.passes = dict.fromkeys(self.passes, 0.0)
 
     # --- the function ----------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ class SubsetLoss:
 
     @property
     def rank_and_world(self) -> tuple[int, int]:
-        """The number of this process and of all that share the work."""
+        """The rank of this process and the number of processes that share the work."""
         if self._distributed and dist.is_available() and dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
@@ -138,7 +142,7 @@ class SubsetLoss:
 
     @property
     def first_batch(self) -> Batch:
-        """A batch to try things on."""
+        """A batch for checks."""
         return self._batches[0]
 
     def leaf(self, weights: Tensor | None = None) -> Tensor:
@@ -158,7 +162,7 @@ class SubsetLoss:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
-                "The model returned no loss. Give examples with a 'labels' (or 'label') column to a model with a head "
+                "The model returned no loss. Use examples with a 'labels' (or 'label') column and a model with a head "
                 f"for the task; this batch has {', '.join(batch)}."
             )
         return loss.squeeze() * _count_labels(batch, self._shifted), outputs
@@ -183,22 +187,22 @@ class SubsetLoss:
         return [total / self.num_labels for total in totals]
 
     def count(self, kind: str, number: int = 1) -> None:
-        """Note `number` passes over the examples of this function, in units of passes over the whole subset."""
+        """Count `number` passes over the examples of this function, in units of passes over the whole subset."""
         self.passes[kind] += number * len(self.subset) / self._whole
 
     # --- labels ----------------------------------------------------------------------------------------------------
 
     def _set_subset(self, subset: Subset) -> None:
         self.subset = subset
-        # A batch without labels has no mean loss (0 / 0), and no part in the sum.
+        # A batch without labels has no mean loss (0 / 0) and adds nothing to the sum.
         self._batches = [batch for batch in subset if _count_labels(batch, self._shifted)]
         self.num_labels = sum(_count_labels(batch, self._shifted) for batch in self._batches)
 
     def _labels_are_shifted(self) -> bool:
         """Whether the model predicts the label at the next position, so that the first label of a row does not count.
 
-        Models do not say, so it is tried: the loss of several examples together must be the mean over their labels. The
-        examples with the fewest and the most labels tell; where all have as many, there is nothing to tell.
+        Models do not declare this, so it is tested: the loss of several examples together must be the mean over their
+        labels. The examples with the fewest and the most labels show it; if all have the same number, it does not matter.
         """
         by_length = sorted(self.subset.examples, key=_length)
         examples = by_length if len(by_length) < 4 else [*by_length[:2], *by_length[-2:]]
@@ -215,13 +219,13 @@ class SubsetLoss:
         if errors.get(shifted, 0.0) < MEAN_TOLERANCE:
             return shifted
         raise ValueError(
-            "The loss of a batch is not the mean over its labels (it depends on which examples come together, as with "
-            "contrastive or auxiliary losses), so that sharpness would depend on the batch size."
+            "The loss of a batch is not the mean over its labels, so sharpness would depend on the batch size. Contrastive and "
+            "auxiliary losses, which depend on which examples share a batch, are not supported."
         )
 
 
 def _count_labels(batch: Batch, shifted: bool) -> int:
-    """The labels that the mean over one batch is taken over: all but -100, and all elements of real-valued targets."""
+    """The number of labels in the mean over one batch: all except -100, and all elements of real-valued targets."""
     labels = next((value for name, value in batch.items() if name in ("labels", "label")), None)
     if labels is None:
         return len(next(iter(batch.values())))  # one loss per example, as in question answering

@@ -16,7 +16,7 @@ from .loss import SubsetLoss
 
 @dataclass(frozen=True)
 class Objective:
-    r"""The paper's objective `max_{||eps|| <= rho} L(w + eps) + lambda ||w||_2^2` (Foret et al. 2021, Equation 1), taken apart.
+    r"""The paper's objective `max_{||eps|| <= rho} L(w + eps) + lambda ||w||_2^2` (Foret et al. 2021, Equation 1), by term.
 
     Args:
         loss (`float`): `L(w)`.
@@ -36,12 +36,12 @@ class Objective:
 
 
 def scaling(weights: Tensor, adaptive: bool, eta: float = 0.0) -> Tensor | float:
-    """`T`, in units of which perturbations are measured: `|w| + eta` per coordinate, or 1 (Kwon et al. 2021)."""
+    """`T`, the unit of perturbations: `|w| + eta` per coordinate, or 1 (Kwon et al. 2021)."""
     return weights.abs() + eta if adaptive else 1.0
 
 
 def ascent_direction(gradient: Tensor, scale: Tensor | float, p: float) -> Tensor:
-    """The `eps` of largest `g^T eps` with `||T^-1 eps||_p <= 1`, for p = 2 or infinity; 0 where `g` is 0."""
+    """The `eps` that maximises `g^T eps` subject to `||T^-1 eps||_p <= 1`, for p = 2 or infinity; 0 if `g` is 0."""
     scaled = scale * gradient
     if p == math.inf:
         return scale * torch.sign(scaled)
@@ -58,7 +58,7 @@ def sam_sharpness(
     eta: float = 0.0,
     known: tuple[float, Tensor] | None = None,
 ) -> dict[float, float]:
-    """`L(w + eps) - L(w)` for each rho, `eps` being SAM's own: `rho` times the direction of steepest ascent at `w`.
+    """`L(w + eps) - L(w)` for each rho, where `eps` is SAM's perturbation: `rho` times the direction of steepest ascent at `w`.
 
     Args:
         loss ([`SubsetLoss`]): The function.
@@ -66,7 +66,7 @@ def sam_sharpness(
         p (`float`, *optional*, defaults to 2.0): The norm that bounds `eps`: 2 or infinity.
         adaptive (`bool`, *optional*, defaults to `False`): Bound `eps / (|w| + eta)` instead of `eps`.
         eta (`float`, *optional*, defaults to 0.0): Only with `adaptive`.
-        known (`tuple[float, Tensor]`, *optional*): What `loss.gradient()` returned, to save a pass.
+        known (`tuple[float, Tensor]`, *optional*): The result of `loss.gradient()`, to save a pass.
     """
     clean, gradient = loss.gradient() if known is None else known
     direction = ascent_direction(gradient, scaling(loss.weights, adaptive, eta), p)
@@ -87,7 +87,7 @@ def l2_term(loss: SubsetLoss, weight_decay: float) -> float:
 def m_sharpness(loss: SubsetLoss, m: int, rho: float, **kind) -> float:
     """The mean of `sam_sharpness` over chunks of `m` examples, each with its own `eps` (Foret et al. 2021, Section 4.1).
 
-    Chunks count by their labels, so that the clean parts add up to `L(w)` for every m. Processes share the chunks.
+    Chunks are weighted by their labels, so that the clean losses average to `L(w)` for every m. Processes share the chunks.
 
     Args:
         loss ([`SubsetLoss`]): The function.
@@ -111,16 +111,16 @@ def worst_case_sharpness(
 ) -> float:
     """`max L(w + eps) - L(w)` over `||eps||_p <= rho` (adaptive: `||eps / |w| ||_p <= rho`), by projected ascent.
 
-    The first step goes to SAM's own `eps`; a step that does not climb is taken back and halved. A lower bound on the
-    maximum, never below `sam_sharpness` nor below 0.
+    The first step goes to SAM's `eps`; a step that does not raise the loss is undone and halved. The result is a lower
+    bound on the maximum, never below `sam_sharpness` or 0.
 
     Args:
         loss ([`SubsetLoss`]): The function.
         rho (`float`): Radius of the ball.
-        p (`float`, *optional*, defaults to 2.0): Its norm: 2 or infinity.
+        p (`float`, *optional*, defaults to 2.0): Norm of the ball: 2 or infinity.
         adaptive (`bool`, *optional*, defaults to `False`): Bound each coordinate in units of its weight.
-        steps (`int`, *optional*, defaults to 20): Gradients after the first.
-        seed (`int`, *optional*, defaults to 0): Of the direction in which to leave a point without a gradient.
+        steps (`int`, *optional*, defaults to 20): Number of gradients after the first.
+        seed (`int`, *optional*, defaults to 0): Seed of the direction in which to leave a point with zero gradient.
     """
     scale = scaling(loss.weights, adaptive)
     clean, gradient = loss.gradient()
@@ -143,15 +143,15 @@ def average_sharpness(
 ) -> Estimate:
     """`E[L(w + xi)] - L(w)` over Gaussian `xi` of standard deviation `sigma` (adaptive: `sigma |w|`) per coordinate.
 
-    Each draw is used with both signs, which takes the gradient's part out of the variance. The same seed gives the same
+    Each draw is used with both signs, which removes the gradient's contribution to the variance. The same seed gives the same
     draws for every checkpoint of one architecture.
 
     Args:
         loss ([`SubsetLoss`]): The function.
-        sigma (`float`): Standard deviation; `rho / sqrt(P)` gives perturbations of about the norm rho.
-        adaptive (`bool`, *optional*, defaults to `False`): In units of each weight.
-        draws (`int`, *optional*, defaults to 8): Pairs of opposite perturbations.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        sigma (`float`): Standard deviation; `rho / sqrt(P)` gives perturbations with a norm of about rho.
+        adaptive (`bool`, *optional*, defaults to `False`): Measure `sigma` in units of each weight.
+        draws (`int`, *optional*, defaults to 8): Number of pairs of opposite perturbations.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     scale, clean = scaling(loss.weights, adaptive), loss()

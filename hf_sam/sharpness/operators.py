@@ -1,7 +1,7 @@
-"""The Hessian and the generalised Gauss-Newton matrix of a [`SubsetLoss`] as linear operators, never built densely.
+"""The Hessian and the generalised Gauss-Newton matrix of a [`SubsetLoss`] as linear operators, never stored densely.
 
-Both differentiate backwards twice. Forward-mode differentiation of a vectorised gradient, which curvlinops is built on,
-gives wrong products through `layer_norm` and none through `silu` (torch 2.13), that is for most transformers.
+Both use reverse-mode differentiation twice. Forward-mode differentiation of a vectorised gradient, on which curvlinops is
+built, gives wrong products through `layer_norm` and none through `silu` (torch 2.13), which affects most transformers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .loss import SubsetLoss
 from .subset import Batch
 from .undisturbed import undisturbed
 
-# Beginnings of what torch says where a kernel has no second derivative.
+# How torch's messages start when a kernel has no second derivative.
 ONCE_DIFFERENTIABLE = ("derivative for", "trying to differentiate twice")
 
 
 class CurvatureOperator:
-    """A symmetric matrix of shape `(P, P)` that is known through its products with vectors.
+    """A symmetric matrix of shape `(P, P)`, given by its products with vectors.
 
     Args:
         loss ([`SubsetLoss`]): The function.
-        weights (`Tensor`, *optional*): Where, shape `(P,)`; the model's own weights by default.
+        weights (`Tensor`, *optional*): The point `w`, shape `(P,)`; the model's own weights by default.
 
     Raises:
         ValueError: A kernel of the model cannot be differentiated twice.
@@ -85,10 +85,10 @@ class GaussNewton(CurvatureOperator):
             (slope,) = torch.autograd.grad(loss, logits, create_graph=True, allow_unused=True)  # dl/dz
         if slope is None:
             raise ValueError(
-                "The Gauss-Newton matrix needs a model whose loss is computed from the 'logits' that it returns. Leave "
-                "the measure 'gauss_newton' out for this model."
+                "The Gauss-Newton matrix needs a model whose loss is computed from the 'logits' that it returns. Remove "
+                "the measure 'gauss_newton' for this model."
             )
-        # J^T u is linear in u, so that its derivative with respect to u, applied to v, is J v.
+        # J^T u is linear in u, so its derivative with respect to u, applied to v, is J v.
         u = torch.zeros_like(logits, requires_grad=True)
         (pulled_back,) = torch.autograd.grad(logits, leaf, grad_outputs=u, create_graph=True)
         products = []
@@ -101,8 +101,8 @@ class GaussNewton(CurvatureOperator):
 def check_twice_differentiable(loss: SubsetLoss) -> None:
     """Differentiate one batch twice, through every node of the graph.
 
-    A kernel that is marked as differentiable once raises only where its node is visited. Asked for the derivative with
-    respect to given inputs, torch visits the nodes that lead there, and would leave out that kernel's share silently.
+    A kernel that is differentiable only once raises only if its node is visited. For derivatives with respect to given
+    inputs, torch visits only the nodes that lead there, and would silently omit that kernel's contribution.
 
     Raises:
         ValueError: A kernel of the model cannot be differentiated twice.
@@ -126,7 +126,7 @@ def check_twice_differentiable(loss: SubsetLoss) -> None:
 
 
 def _vector_jacobian(outputs: Tensor, inputs: Tensor, vector: Tensor) -> Tensor:
-    """`vector^T d outputs / d inputs`, zero where nothing depends on the inputs; the graph is kept."""
+    """`vector^T d outputs / d inputs`, zero if the outputs do not depend on the inputs; the graph is kept."""
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
     (product,) = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""Several measures of one checkpoint: what to measure, one result that JSON can hold, and its numbers by name."""
+"""Several measures of one checkpoint: their configuration, a JSON-compatible result, and its numbers by name."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ Result = dict[str, Any]
 @dataclass
 class SharpnessConfig:
     """
-    What is measured, and how finely.
+    What to measure, and how accurately.
 
     Args:
         measures (`list[str]`, *optional*):
             Any of `"sam"`, `"m"`, `"worst"`, `"average"`, `"hessian"`, `"gauss_newton"`, `"density"`, `"slice_1d"`,
             `"slice_2d"`.
         rho (`list[float]`, *optional*):
-            Sizes of SAM's own perturbation.
+            Sizes of SAM's perturbation.
         adaptive_rho (`list[float]`, *optional*):
-            The same in units of the weights, for `"sam"`.
+            Sizes in units of the weights, for `"sam"`.
         radius, adaptive_radius (`float`, *optional*, default to 0.05 and 0.5):
-            The balls of `"m"` and `"worst"`. The boxes of `"worst"` have the half side `radius / sqrt(P)`, so that
-            their corners lie on the ball.
+            Radii of the balls of `"m"` and `"worst"`. The boxes of `"worst"` have the half side `radius / sqrt(P)`, so
+            that their corners lie on the ball.
         m (`list[int]`, *optional*, defaults to `[1, 16]`):
             Examples per chunk of the m-sharpness.
         steps (`int`, *optional*, defaults to 10):
-            Gradients of the projected ascent of `"worst"`.
+            Number of gradients in the projected ascent of `"worst"`.
         sigma, adaptive_sigma (`float`, *optional*, default to 0.005 and 0.1):
             Standard deviation of the noise of `"average"`, per weight and relative to each weight.
         draws (`int`, *optional*, defaults to 8):
-            Pairs of noise vectors.
+            Number of pairs of noise vectors.
         eigenvalues (`int`, *optional*, defaults to 5):
-            The largest ones of `"hessian"` and `"gauss_newton"`.
+            Number of largest eigenvalues for `"hessian"` and `"gauss_newton"`.
         tolerance (`float`, *optional*, defaults to 1e-2):
             Relative accuracy of eigenvalues.
         max_products (`int`, *optional*, defaults to 150):
-            When the search for eigenvalues gives up.
+            Limit on the products in the search for eigenvalues.
         probes (`int`, *optional*, defaults to 8):
-            Sign vectors of the trace.
+            Number of sign vectors for the trace.
         lanczos_steps, lanczos_draws (`int`, *optional*, default to 30 and 2):
-            Of `"density"`.
+            Steps per draw and number of draws of `"density"`.
         extent (`float`, *optional*, defaults to 0.5):
             Slices reach from `-extent` to `extent` times the norm of each filter.
         points (`int`, *optional*, defaults to 11):
@@ -68,12 +68,12 @@ class SharpnessConfig:
         directions (`int`, *optional*, defaults to 3):
             Random directions of `"slice_1d"`.
         weight_decay (`float`, *optional*, defaults to 0.0):
-            Of the L2 term of the objective.
+            Weight decay in the L2 term of the objective.
         seed (`int`, *optional*, defaults to 0):
-            Of everything random.
+            Seed of all random draws.
 
     Raises:
-        ValueError: An unknown measure, or a number out of range.
+        ValueError: A measure is unknown, or a number is out of range.
     """
 
     measures: list[str] = field(default_factory=lambda: ["sam", "m", "worst", "average", "hessian"])
@@ -100,7 +100,7 @@ class SharpnessConfig:
 
     def __post_init__(self):
         for name in ("measures", "rho", "adaptive_rho", "m"):
-            setattr(self, name, list(dict.fromkeys(getattr(self, name))))  # said twice, measured once
+            setattr(self, name, list(dict.fromkeys(getattr(self, name))))  # measure duplicates once
         for name in self.measures:
             if name not in MEASURES:
                 raise ValueError(f"measures: {name!r} is unknown. Allowed: {', '.join(MEASURES)}.")
@@ -125,15 +125,15 @@ def measure(
     loss: SubsetLoss, config: SharpnessConfig, on_measure: Callable[[str], Any] | None = None
 ) -> dict[str, Result]:
     """
-    The measures that `config` names, each with what it cost.
+    Take the measures that `config` names, and note the cost of each.
 
     Args:
         loss ([`SubsetLoss`]): The function.
         config ([`SharpnessConfig`]): What to measure.
-        on_measure (`Callable[[str], Any]`, *optional*): Told the name of each measure before it begins.
+        on_measure (`Callable[[str], Any]`, *optional*): Called with the name of each measure before it starts.
 
     Returns:
-        `dict[str, dict]`: By measure: its numbers, as JSON can hold them, `seconds`, and `passes` over the subset by
+        `dict[str, dict]`: By measure: its numbers in JSON-compatible form, `seconds`, and `passes` over the subset by
         kind (a curvature pass is a product with the Hessian).
     """
     results = {}

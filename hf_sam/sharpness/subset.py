@@ -1,4 +1,4 @@
-"""The fixed examples on which sharpness is measured, named by the hash of what the model sees."""
+"""The fixed examples on which sharpness is measured, identified by a hash of the model's inputs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Batch = dict[str, Tensor]
 
 
 class Subset:
-    """Examples in a fixed order, and how they are put into batches.
+    """Examples in a fixed order, and how they are batched.
 
     Args:
         examples (`Sequence[Mapping]`):
-            Preprocessed examples, as the Trainer gives them to its data collator.
+            Preprocessed examples, as the Trainer passes them to its data collator.
         data_collator (`Callable`, *optional*, defaults to `transformers.default_data_collator`):
-            Makes a batch of a list of examples. Must not draw random numbers.
+            Turns a list of examples into a batch. It must not draw random numbers.
         batch_size (`int`, *optional*, defaults to 16):
-            Examples per batch: a matter of memory and speed, not of the numbers.
+            Examples per batch; affects memory and speed, but not the results.
 
     Raises:
-        ValueError: No examples, or a collator that is not deterministic.
+        ValueError: There are no examples, or the collator is not deterministic.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Subset:
         self.examples = list(examples)
         self.batch_size = batch_size
         self.data_collator = data_collator or default_data_collator
-        with torch.random.fork_rng([]):  # one that draws is refused; it leaves no trace either
+        with torch.random.fork_rng([]):  # a collator that draws is refused, and must not change the random state
             first, second = (self._batch(self.examples[:batch_size]) for _ in range(2))
         if any(not torch.equal(first[name], second[name]) for name in first):
             raise ValueError(
-                "The data collator draws random numbers, so that the loss would differ from pass to pass. Use one "
-                "without augmentation or random masking; for masked language models mask the data set once, beforehand."
+                "The data collator draws random numbers, so the loss would differ from pass to pass. Use one without "
+                "augmentation or random masking; for masked language models, mask the data set once, beforehand."
             )
 
     @classmethod
@@ -65,15 +65,13 @@ class Subset:
     ) -> Subset:
         """`num_examples` of a map-style data set, drawn without replacement by `seed`; all of it by default.
 
-        Columns that the model's `forward` does not take are left out, as the Trainer does.
+        Columns that the model's `forward` does not take are dropped, as in the Trainer.
 
         Raises:
-            ValueError: A data set without a length, or without any column that the model takes.
+            ValueError: The data set has no length, or no column that the model takes.
         """
         if not isinstance(dataset, Sized):
-            raise ValueError(
-                "Sharpness is measured on a fixed subset and needs a data set with a length, not a stream."
-            )
+            raise ValueError("Sharpness is measured on a fixed subset: give a data set with a length, not a stream.")
         count = len(dataset) if num_examples is None else min(num_examples, len(dataset))
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         accepted = {*forward_arguments(model), *LABEL_NAMES}
@@ -106,7 +104,7 @@ class Subset:
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of the SHA-256 of all examples in order; the batch size has no part in it."""
+        """The first 16 hexadecimal digits of the SHA-256 of all examples in order, whatever the batch size."""
         digest = hashlib.sha256()
         for example in self.examples:
             for name in sorted(example):
@@ -121,6 +119,6 @@ class Subset:
 
 
 def forward_arguments(model: nn.Module) -> set[str]:
-    """The names of the arguments of `model.forward`; a PEFT adapter's are those of the model inside it."""
+    """The names of the arguments of `model.forward`; for a PEFT adapter, those of the model inside it."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)

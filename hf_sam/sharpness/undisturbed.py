@@ -1,4 +1,4 @@
-"""Measure a model without leaving a trace in it: modes, attention, precision flags and random state come back."""
+"""Measure a model without changing it: modes, attention, precision flags and random state are restored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-# Attention that torch can differentiate twice; "sdpa" because `undisturbed` pins its kernel to plain matrix products.
+# Attention that torch can differentiate twice; "sdpa" is one because `undisturbed` selects its kernel of matrix products.
 TWICE_DIFFERENTIABLE_ATTENTION = (None, "eager", "sdpa")
 
 
@@ -19,9 +19,9 @@ TWICE_DIFFERENTIABLE_ATTENTION = (None, "eager", "sdpa")
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, float32 arithmetic in full precision and attention that can be differentiated twice.
 
-    On exit every module is in its own mode again, and the attention implementations, precision flags, a forward that
-    Accelerate wrapped for mixed precision and the random states of the CPU and of the model's device are what they
-    were. Weights, buffers and gradients are never touched here: see [`~hf_sam.sharpness.SubsetLoss`].
+    On exit, the modes of all modules, the attention implementations, the precision flags, a forward that Accelerate
+    wrapped for mixed precision, and the random states of the CPU and of the model's device are restored. Weights,
+    buffers and gradients are never changed here: see [`~hf_sam.sharpness.SubsetLoss`].
 
     Args:
         model (`nn.Module`): The model, not wrapped for distributed training.
@@ -48,13 +48,13 @@ def check_whole(model: nn.Module) -> None:
     """Refuse a model of which this process holds only a part, or whose weights are not floating-point numbers.
 
     Raises:
-        ValueError: Parameters that are sharded, spread over devices, or quantised.
+        ValueError: Parameters are sharded, spread over devices, or quantised.
     """
     parameters = dict(model.named_parameters())
     if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters.values()):
         raise ValueError(
-            "The model's parameters are sharded over processes. Sharpness needs whole ones: save a checkpoint and "
-            "measure that with `hf-sam sharpness`."
+            "The model's parameters are sharded over processes. Sharpness needs unsharded ones: save a checkpoint and "
+            "measure it with `hf-sam sharpness`."
         )
     if len({p.device for p in parameters.values()}) > 1:
         raise ValueError("The model is spread over several devices. Load it without device_map to measure it.")
@@ -73,13 +73,13 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:  # one by one: a user may keep a part of a training model in evaluation mode
+        for module, training in modes:  # one by one: part of a training model may be in evaluation mode
             module.training = training
 
 
 @contextmanager
 def _original_forward(model: nn.Module) -> Iterator[None]:
-    """Set aside the `forward` that Accelerate installs for mixed precision: it would turn autocast on again."""
+    """Remove the `forward` that Accelerate installs for mixed precision, which would turn autocast on again."""
     wrapped = vars(model).get("forward")
     if "_original_forward" not in vars(model) or wrapped is None:
         yield
@@ -109,12 +109,14 @@ def _differentiable_attention(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for config, implementation in before.values():
-            config._attn_implementation_internal = implementation  # past the setter, which would ask the hub again
+            config._attn_implementation_internal = (
+                implementation  # bypasses the setter, which would query the hub again
+            )
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32: its 10 bits of mantissa would drown differences of losses."""
+    """Turn TF32 off: differences between losses would be lost in its 10-bit mantissa."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""The conformance suite for methods, the package's own and users': `check_method`."""
+"""The conformance suite for the package's and custom methods: `check_method`."""
 
 from .conformance import Report, check_method, check_on_processes
 

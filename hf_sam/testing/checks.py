@@ -1,4 +1,4 @@
-"""What every method must keep to, one function each, seen through the Trainer on a tiny network in float64."""
+"""The checks that every method must pass, one function each, on a tiny network in float64 under the Trainer."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ LONGEST_INTERVAL = 3
 
 
 class LeftOut(Exception):
-    """A check does not apply to the method; the message says why."""
+    """Raised when a check does not apply to a method; the message says why."""
 
 
 class Case:
     """A method under test.
 
     Args:
-        config (`SAMConfig`): It is shortened: perturbed from the first step to the last, at least every third one.
-        folder (`Path`): For checkpoints.
-        report (`Report`): For what is measured.
+        config (`SAMConfig`): The configuration, shortened: perturbed from the first step to the last, at least every third.
+        folder (`Path`): Folder for checkpoints.
+        report (`Report`): Report for measurements.
     """
 
     def __init__(self, config: SAMConfig, folder: Path, report: Any):
         self.config, self.folder, self.report = shortened(config), folder, report
         self.interval = self.config.interval or 1
         self.needs, self.parts = self.config.parts.needs, self.config.parts
-        # Parts of a batch have other dropout masks than the whole.
+        # Parts of a batch have different dropout masks from the whole.
         self.dropout = 0.0 if self.config.m else DROPOUT
 
     def run(self, config: SAMConfig | None = None, **options) -> Run:
-        """A run of the method, of two intervals and a step unless `max_steps` says otherwise."""
+        """A run of the method, over two intervals and one step unless `max_steps` is given."""
         options = {"max_steps": 2 * self.interval + 1, **options}
         return run(config or self.config, self.folder / "run", **options)
 
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def long(self) -> dict:
-        """Options of the runs that are compared with `whole`."""
+        """Options of the runs to compare with `whole`."""
         steps = 2 * self.interval + 3
         return {"max_steps": steps, "dropout": self.dropout, "save_strategy": "steps", "save_steps": 2}
 
@@ -82,16 +82,16 @@ def chooses_examples(config: SAMConfig) -> bool:
 
 
 def with_scope(config: SAMConfig, scope: str) -> SAMConfig:
-    """One perturbation for all examples of a device, or of all: the whole of each batch, however it is split."""
+    """The configuration with one perturbation per device or for all devices, computed from whole batches however split."""
     changes = {"m": None, "ascent_fraction": None if config.ascent_fraction is None else 1.0}
     return config.changed(**changes, **({"scope": scope} if config.scope is not None else {}))
 
 
-# --- the checks, in the order in which they are made ------------------------------------------------------------------
+# --- the checks, in the order in which they run -----------------------------------------------------------------------
 
 
 def trains(case: Case) -> None:
-    """It trains."""
+    """The method trains."""
     seen = case.run(dropout=case.dropout)
     for step, weights in enumerate(seen.trajectory):
         assert torch.isfinite(weights).all(), f"the weights are not finite after step {step}"
@@ -137,7 +137,7 @@ def draws_from_the_step(case: Case) -> None:
 
 
 def copies_in_place(case: Case) -> None:
-    """In-place forms could as well copy: nothing is read that one of them has consumed."""
+    """In-place forms behave as copies would: nothing is read after one of them has consumed it."""
 
     def copied(vector: Vector) -> list[Tensor]:
         vector._data, vector._factor = vector.clone()._data, None
@@ -156,7 +156,7 @@ def copies_in_place(case: Case) -> None:
 
 
 def restores(case: Case) -> None:
-    """Between steps the weights are bitwise what the optimizer's update alone makes of them."""
+    """Between steps the weights are bitwise the result of the optimizer's updates alone."""
     seen = case.run(dropout=case.dropout, learning_rate=0.0)
     for step, weights in enumerate(seen.trajectory):
         assert torch.equal(weights, seen.initial), (
@@ -166,7 +166,7 @@ def restores(case: Case) -> None:
 
 
 def restores_after_exceptions(case: Case) -> None:
-    """The same where the model raises, in every pass of a step, an error or KeyboardInterrupt."""
+    """Weights are also restored when the model raises an error or KeyboardInterrupt, in any pass of a step."""
 
     passes = case.run(max_steps=case.interval).passes
     for number, (step, direction, _) in enumerate(passes):
@@ -201,8 +201,8 @@ def vanishes(case: Case) -> None:
     changes |= {"replay_rng": True} if case.config.replay_rng is not None else {}
     changes |= {"ascent_fraction": 1.0} if case.config.ascent_fraction is not None else {}
     config = case.config.changed(**changes)
-    sees_all = not chooses_examples(case.config)  # else passes draw other dropout masks than the whole batch's
-    # Not logged, which would warn that so small a perturbation is lost to rounding.
+    sees_all = not chooses_examples(case.config)  # else passes draw different dropout masks from the whole batch
+    # Not logged, because a log would warn that such a small perturbation is lost to rounding.
     options = {"dropout": case.dropout if sees_all else 0.0, "max_steps": 3, "logging_strategy": "no"}
     assert_equal(
         case.run(config, **options),
@@ -214,7 +214,7 @@ def vanishes(case: Case) -> None:
 
 
 def accumulates(case: Case) -> None:
-    """One micro-batch of eight examples and eight of one make the same steps."""
+    """One micro-batch of eight examples and eight micro-batches of one give the same steps."""
     reasons = {
         "examples are chosen in each micro-batch": chooses_examples(case.config),
         "scope='micro' computes one perturbation for each micro-batch": case.config.scope == "micro" or case.config.m,
@@ -233,9 +233,9 @@ def accumulates(case: Case) -> None:
 
 
 def counts_passes(case: Case) -> None:
-    """The network sees as many passes as `config.passes_per_step` says."""
+    """The network runs as many passes as `config.passes_per_step` states."""
     if case.needs & Needs.HVP:
-        raise LeftOut("a Hessian-vector product is no pass that can be counted in the network")
+        raise LeftOut("a Hessian-vector product is not a pass that can be counted in the network")
     batch, steps = 8, 2 * case.interval + 1
     seen = case.run(per_device_train_batch_size=batch)
     share = {"forward": FORWARD_SHARE, "backward": 1 - FORWARD_SHARE}
@@ -243,7 +243,7 @@ def counts_passes(case: Case) -> None:
     case.report.passes = by_step[2 * case.interval]
     for step, counted in enumerate(by_step):
         expected = seen.trainer._sam.schedule.passes(step)
-        # A share of a batch is a whole number of examples. Without eps there is no second pass.
+        # A fraction of a batch is a whole number of examples. Without eps there is no second pass.
         may_be_fewer = case.parts.ascent.may_skip or step == 0
         assert counted <= expected + 0.2, wrong_passes(step, counted, expected)
         assert may_be_fewer or counted >= expected - 0.2, wrong_passes(step, counted, expected)
@@ -258,9 +258,9 @@ def wrong_passes(step: int, counted: float, expected: float) -> str:
 
 
 def holds_its_copies(case: Case) -> None:
-    """No more than `config.parts.copies` copies of the weights are held, at the end of any backward pass."""
+    """At the end of every backward pass, at most `config.parts.copies` copies of the weights are held."""
     if case.needs & Needs.ATTACHMENT:
-        raise LeftOut("what is attached to a model has a size of its own")
+        raise LeftOut("attached modules have a size of their own")
     stock, ours = (peak_copies(case, is_stock) for is_stock in (True, False))
     case.report.copies = ours - stock
     assert case.report.copies <= case.parts.copies + 0.1, (
@@ -270,7 +270,7 @@ def holds_its_copies(case: Case) -> None:
 
 
 class Wide(nn.Module):
-    """Almost all memory is weights."""
+    """A network whose memory is almost entirely weights."""
 
     def __init__(self):
         super().__init__()
@@ -301,7 +301,7 @@ def peak_copies(case: Case, is_stock: bool) -> float:
 
 
 def live_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct storages that some tensor refers to; a gradient is one once it has been looked at."""
+    """Bytes of all distinct storages that tensors refer to, including gradients that have been accessed."""
     gradients = [p.grad for p in model.parameters()]
     sizes = {}
     for thing in gc.get_objects():
@@ -313,7 +313,7 @@ def live_bytes(model: nn.Module) -> int:
 
 
 def survives_zero_gradients(case: Case) -> None:
-    """Steps whose gradient is exactly zero leave finite weights, and a finite memory."""
+    """Steps whose gradient is exactly zero leave weights and memory finite."""
     zero = {0, case.interval + 1}
     seen = case.run(factor=lambda seen: float(seen.step not in zero), max_steps=2 * case.interval + 2)
     advice = "divide by norms through hf_sam.methods.steepest, or guard them with hf_sam.methods.geometry.usable"
@@ -335,7 +335,7 @@ def survives_overflows(case: Case) -> None:
         what = f"after an fp16 overflow in {lost if lost == 'every' else 'the ' + lost} pass of a step"
         assert_finite(seen, what)
         before, after = seen.memories[at - 1], seen.memories[at]
-        if torch.equal(seen.trajectory[at], seen.trajectory[at - 1]):  # the step was left out
+        if torch.equal(seen.trajectory[at], seen.trajectory[at - 1]):  # the step was skipped
             same = before.keys() == after.keys() and all(torch.allclose(before[k], after[k]) for k in before)
             assert same, f"step.memory has changed {what}, although the optimizer left the step out"
         else:

@@ -18,14 +18,14 @@ from .processes import run_on_processes
 
 @dataclass
 class Report:
-    """What `check_method` has found.
+    """The result of `check_method`.
 
     Attributes:
         method (`str`): The method's name.
-        passes (`float`, *optional*): Forward-backward passes over the batch in a step that perturbs, as counted in the network.
-        copies (`float`, *optional*): Copies of the perturbed weights beyond the stock Trainer's, at the worst moment.
-        checked (`list[str]`): The checks that hold.
-        left_out (`dict[str, str]`): Those that were not made, and why.
+        passes (`float`, *optional*): Forward-backward passes over the batch in a perturbed step, counted in the network.
+        copies (`float`, *optional*): Copies of the perturbed weights in addition to the stock Trainer's, at the peak.
+        checked (`list[str]`): The checks that passed.
+        left_out (`dict[str, str]`): The checks that were left out, and why.
     """
 
     method: str
@@ -45,24 +45,24 @@ PROCESSES = "two processes"
 
 
 def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[str] = ()) -> Report:
-    """Check that a method keeps to what the package promises; it takes seconds, and no network.
+    """Check that a method keeps the promises of the package; takes seconds and needs no network.
 
         check_method(SAMConfig(ascent=MyAscent(), descent=MyDescent()))
 
     Args:
-        config (`SAMConfig`): The method, by name or by its own objects.
-        processes (`int`, *optional*, defaults to 2): How many to run it on, too; 1 leaves that out.
-        leave_out (`Sequence[str]`, *optional*): Names of checks that the method is not meant to keep to.
+        config (`SAMConfig`): The method, given by name or by custom objects.
+        processes (`int`, *optional*, defaults to 2): Number of processes for a distributed run; 1 leaves it out.
+        leave_out (`Sequence[str]`, *optional*): Names of checks that the method is not meant to pass.
 
     Returns:
         `Report`: What a step costs, what was checked, what was left out and why.
 
     Raises:
-        AssertionError: The method breaks one; the message says which and what to do.
-        ValueError: There is nothing to check at `rho=0`, or `leave_out` names no check.
+        AssertionError: The method fails a check; the message says which one and what to do.
+        ValueError: `rho=0` leaves nothing to check, or `leave_out` has an unknown name.
     """
     if config.rho == 0:
-        raise ValueError("rho=0 is the stock Trainer: there is no method to check. Give a rho above 0.")
+        raise ValueError("rho=0 is the stock Trainer, so there is no method to check. Give a rho above 0.")
     unknown = set(leave_out).difference([*CHECKS, PROCESSES])
     if unknown:
         raise ValueError(
@@ -81,10 +81,8 @@ def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[s
                 report.left_out[name] = str(reason)
             except AssertionError as error:
                 raise AssertionError(f"{config.name}, {name!r}: {error}.") from None
-            except Exception as error:  # of the method's, or of the package's that names a mistake in it
-                raise AssertionError(
-                    f"{config.name}, {name!r}: it ends with {type(error).__name__}: {error}"
-                ) from error
+            except Exception as error:  # raised by the method, or by the package about a mistake in it
+                raise AssertionError(f"{config.name}, {name!r}: failed with {type(error).__name__}: {error}") from error
             else:
                 report.checked.append(name)
     if processes == 1 or PROCESSES in leave_out:
@@ -98,19 +96,19 @@ def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[s
 
 
 def check_on_processes(configs: Mapping[str, SAMConfig], processes: int = 2) -> dict[str, dict[str, str]]:
-    """The part of `check_method` that takes several processes, for many methods in one launch.
+    """The part of `check_method` that needs several processes, for many methods in one launch.
 
-    Ranks hold the same weights after every step, and `scope="global"` is the run on one process.
+    Ranks must hold the same weights after every step, and `scope="global"` must equal the run on one process.
 
     Args:
-        configs (`Mapping[str, SAMConfig]`): The methods, by any name.
-        processes (`int`, *optional*, defaults to 2): How many.
+        configs (`Mapping[str, SAMConfig]`): The methods, under arbitrary names.
+        processes (`int`, *optional*, defaults to 2): Number of processes.
 
     Returns:
-        `dict[str, dict[str, str]]`: What was left out for each of them, and why.
+        `dict[str, dict[str, str]]`: What was left out for each method, and why.
 
     Raises:
-        AssertionError: Ranks differ, or wait for each other.
+        AssertionError: Ranks differ or deadlock.
     """
     left_out: dict[str, dict[str, str]] = {name: {} for name in configs}
     runs: dict[tuple[str, str], tuple[SAMConfig, dict]] = {}

@@ -1,4 +1,4 @@
-"""A tiny network, its data, and one watched run of the Trainer: what the conformance suite trains with."""
+"""A tiny network, its data, and an observed run of the Trainer for the conformance suite."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CLASSES = 3
 
 
 class Network(nn.Module):
-    """Two layers with a normalisation and dropout between, and one parameter that no loss ever reaches.
+    """Two layers with normalisation and dropout in between, and one parameter that never affects the loss.
 
     Attributes:
-        factor (`Callable[[], float]`): Multiplies the loss; asked in every forward pass.
+        factor (`Callable[[], float]`): Returns a factor of the loss; called in every forward pass.
     """
 
     factor: Callable[[], float] = staticmethod(lambda: 1.0)
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
 
 def network(needs: Needs, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The network; as a PEFT model with LoRA layers for methods that attach something to those."""
+    """The network, as a PEFT model with LoRA layers for methods that need them."""
     set_seed(0)
     model = Network(dropout).to(dtype)
     if needs & Needs.ATTACHMENT:
@@ -54,7 +54,7 @@ def network(needs: Needs, dropout: float = 0.0, dtype: torch.dtype = torch.float
 
 
 def examples(count: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
-    """Labelled random vectors, the same ones each time."""
+    """Labelled random vectors, always the same."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, 5, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(CLASSES, (count,), generator=generator)
@@ -68,14 +68,14 @@ def flat(model: nn.Module) -> Tensor:
 
 @dataclass
 class Run(TrainerCallback):
-    """What was seen of one run.
+    """Observations of one run.
 
     Attributes:
-        initial (`Tensor`): The weights before it.
+        initial (`Tensor`): The weights before the run.
         trajectory (`list[Tensor]`): The weights after each optimizer step.
-        memories (`list[dict[str, Tensor]]`): What the method carries on after each step.
-        passes (`list[tuple[int, str, int]]`): Step, `"forward"` or `"backward"`, examples: of every one that the inside of
-            the network has seen.
+        memories (`list[dict[str, Tensor]]`): The method's state after each step.
+        passes (`list[tuple[int, str, int]]`): Step, `"forward"` or `"backward"`, and examples of every pass through the
+            inside of the network.
     """
 
     at_pass: Callable[[Run, str], None] | None = None
@@ -88,11 +88,11 @@ class Run(TrainerCallback):
 
     @property
     def step(self) -> int:
-        """The present step, from 0."""
+        """The current step, from 0."""
         return self.trainer.state.global_step
 
     def watch(self, module: nn.Module) -> None:
-        """Note every forward and backward pass through a module."""
+        """Record every forward and backward pass through a module."""
 
         def note(direction: str, count: int) -> None:
             self.passes.append((self.step, direction, count))
@@ -118,7 +118,7 @@ class Run(TrainerCallback):
 
 
 def arguments(folder: Path, needs: Needs, **options) -> TrainingArguments:
-    """A short run on the CPU that visits the examples in their order and writes nothing."""
+    """Arguments of a short run on the CPU that visits the examples in order and writes nothing."""
     has_state = bool(needs & Needs.OPTIMIZER_STATE)
     defaults = {
         "per_device_train_batch_size": 4,
@@ -152,19 +152,19 @@ def prepared(
     factor: Callable[[Run], float] | None = None,
     **options,
 ) -> Run:
-    """A watched trainer, not yet run.
+    """An observed trainer, not yet run.
 
     Args:
         config (`SAMConfig`): The method.
-        folder (`Path`): For checkpoints.
-        stock (`bool`): The Trainer without it.
-        dropout (`float`): Of the network.
-        dtype (`torch.dtype`): Of weights and data.
+        folder (`Path`): Folder for checkpoints.
+        stock (`bool`): Use the stock Trainer instead.
+        dropout (`float`): Dropout of the network.
+        dtype (`torch.dtype`): The dtype of weights and data.
         scaled (`bool`): Scale the loss, as fp16=True does on a GPU.
         at_pass (`Callable`): Called in every forward and backward pass.
         at_step (`Callable`): Called before every step.
-        factor (`Callable`): By what the loss is multiplied.
-        options: `TrainingArguments`.
+        factor (`Callable`): Returns the factor of the loss.
+        options: Further `TrainingArguments`.
     """
     needs = config.parts.needs
     model = network(needs, dropout, dtype)
@@ -189,7 +189,7 @@ def prepared(
 
 
 def run(config: SAMConfig, folder: Path, *, resume: Path | None = None, **options) -> Run:
-    """The same, run; `resume` is a checkpoint to go on from."""
+    """The observations of such a trainer's run; `resume` is a checkpoint to resume from."""
     seen = prepared(config, folder, **options)
     seen.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return seen
@@ -197,7 +197,7 @@ def run(config: SAMConfig, folder: Path, *, resume: Path | None = None, **option
 
 @contextlib.contextmanager
 def frozen_garbage() -> Iterator[None]:
-    """The Trainer collects garbage at the start of each run, which would visit every imported module each time."""
+    """Inside, skip the garbage collection at the start of each run, which would visit every imported module."""
     import gc
 
     is_ours = gc.get_freeze_count() == 0

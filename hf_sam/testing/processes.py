@@ -1,4 +1,4 @@
-"""Runs of methods on several processes of this machine, users' classes included."""
+"""Runs of methods on several local processes, including custom classes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from torch import Tensor
 from ..config import SAMConfig
 from ..methods.base import Ascent, Descent
 
-# After how long processes are taken to wait for each other: to start, and for each run.
+# Timeouts after which processes count as deadlocked: to start, and for each run.
 SECONDS, SECONDS_PER_RUN = 60, 10
-# For one of them, after another has ended.
+# For one process, after another has ended.
 SECONDS_ALONE = 30
 _SCRIPT = "__hf_sam_script__"
 Key = tuple[str, str]
 
 
 class CannotSend(Exception):
-    """Another process cannot come by a class; the message says why."""
+    """Raised when a class cannot be sent to another process; the message says why."""
 
 
 @dataclasses.dataclass
 class Sent:
-    """An object of a user's class, for another process: where the class is, and the fields."""
+    """An object of a custom class for another process: the location of the class, and the fields."""
 
     module: str
     file: str | None
@@ -44,19 +44,19 @@ class Sent:
 
     @classmethod
     def of(cls, part: Ascent | Descent) -> Sent:
-        """Raises `CannotSend` where the class has no name in a file."""
+        """Raise `CannotSend` if the class is not defined at module level of a file."""
         kind = type(part)
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         if "<locals>" in kind.__qualname__:
-            raise CannotSend(f"{kind.__name__} is defined inside a function: define it at the top of a file")
+            raise CannotSend(f"{kind.__name__} is defined inside a function: define it at module level")
         if file is None or not Path(file).is_file():
-            raise CannotSend(f"{kind.__name__} is defined in no file")
+            raise CannotSend(f"{kind.__name__} is not defined in a file")
         fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
         return cls(kind.__module__, str(Path(file).resolve()), kind.__qualname__, fields)
 
     def make(self) -> Ascent | Descent:
         """The object."""
-        if self.module == "__main__":  # a script, which is imported under another name, as multiprocessing does
+        if self.module == "__main__":  # a script, imported under another name, as in multiprocessing
             module = sys.modules.get(_SCRIPT) or _import_file(_SCRIPT, self.file)
         else:
             try:
@@ -81,7 +81,7 @@ def packed(config: SAMConfig) -> bytes:
     """A configuration, for `unpacked` in another process.
 
     Raises:
-        CannotSend: A class of the user's, or the value of a field, cannot be sent.
+        CannotSend: A custom class, or the value of a field, cannot be sent.
     """
     values = {name: getattr(config, name) for name in config.fields() if getattr(config, name) is not None}
     values |= {name: Sent.of(values[name]) for name in ("ascent", "descent") if name in values}
@@ -100,13 +100,13 @@ def unpacked(text: bytes) -> SAMConfig:
 def run_on_processes(
     runs: Mapping[Key, tuple[SAMConfig, dict]], folder: Path, processes: int
 ) -> tuple[dict[Key, list[list[Tensor]]], dict[str, str]]:
-    """Make every run on `processes` processes, over gloo.
+    """Do every run on `processes` processes, with gloo.
 
     Returns:
-        The weights after each step, for each rank, by run; and why what was not sent was not.
+        By run, the weights after each step for each rank; and the reasons for runs that could not be sent.
 
     Raises:
-        AssertionError: A process ended with an error, or they wait for each other.
+        AssertionError: A process ended with an error, or the processes deadlock.
     """
     jobs, unsent = {}, {}
     for key, (config, options) in runs.items():
@@ -143,7 +143,7 @@ def run_on_processes(
 
 
 def _wait(started: list[subprocess.Popen], seconds: float) -> str | None:
-    """Until all have ended; returns what went wrong."""
+    """Wait until all have ended; return what went wrong."""
     deadline = time.monotonic() + seconds
     while True:
         codes = [process.poll() for process in started]

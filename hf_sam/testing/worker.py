@@ -14,7 +14,7 @@ from .processes import unpacked
 
 
 def main(folder: Path) -> None:
-    """Make every job of `folder` and leave the weights after each step in `RANK.pt`."""
+    """Do every job of `folder` and write the weights after each step to `RANK.pt`."""
     rank, found = os.environ["RANK"], {}
     with frozen_garbage():
         for key, (config, options) in pickle.loads((folder / "jobs").read_bytes()).items():

@@ -1,4 +1,4 @@
-"""From the gradient at `w` to the perturbation: asked of the method, checked, applied, and measured."""
+"""From the gradient at `w` to the perturbation: computed by the method, checked, applied, and measured."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 
 class AscentStep:
-    """What becomes of an ascent's `eps`.
+    """Compute, check and record an ascent's `eps`.
 
     Args:
         parts (`Parts`): The ascent and descent, as resolved for the run.
         config (`SAMConfig`): The user's choices.
-        engine (`Engine`): What lies in memory how, and whether steps may be skipped.
-        parameters (`TrainedParameters`): Who is perturbed.
-        space (`Space`): Of the Vectors.
-        optimizer (`torch.optim.Optimizer`): Whose weight decay may take part.
+        engine (`Engine`): Memory layout, and whether steps may be skipped.
+        parameters (`TrainedParameters`): The perturbed parameters.
+        space (`Space`): The space of the Vectors.
+        optimizer (`torch.optim.Optimizer`): The optimizer, whose weight decay may be added.
         telemetry (`Telemetry`): Where sizes are recorded.
-        model (`nn.Module`): Whose modules are told apart.
+        model (`nn.Module`): The model, whose modules are grouped.
 
     Attributes:
-        is_measured (`bool`): Whether the present step's values are about to be logged.
-        has_overflowed (`Tensor`, *optional*): Whether an ascent pass of this step has, under fp16.
+        is_measured (`bool`): Whether the current step's values are about to be logged.
+        has_overflowed (`Tensor`, *optional*): Whether an ascent pass of this step has overflowed, under fp16.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class AscentStep:
         self._has_checked_shapes = False
 
     def weights(self, step: Step) -> Perturbation:
-        """A context in which weights can be moved, and after which they are bitwise what they were."""
+        """A context in which weights can be perturbed, and after which they are restored bitwise."""
         generator = step.generator if self._config.stochastic_rounding else None
         is_on_cpu = self._parameters.trainable[0].device.type == "cpu"
         swaps_memory = is_on_cpu and not self._engine.parameters_are_views and not self._space.in_buckets
         return Perturbation(generator, self._engine.renew_copies, swaps_memory, self._space.in_buckets)
 
     def eps(self, g: Vector, step: Step, rho: float, is_first: bool = True) -> Vector | None:
-        """The perturbation that the method makes of `g`, which it consumes.
+        """The method's perturbation for `g`, which is consumed.
 
         Args:
-            step (`Step`): Of this inner ascent step.
-            rho (`float`): Of all of them together.
+            step (`Step`): The current inner ascent step.
+            rho (`float`): The size of all inner steps together.
             is_first (`bool`): Whether `g` is the gradient at `w`.
         """
-        if not len(g):  # nothing that is perturbed took part in this pass
+        if not len(g):  # no perturbed parameter took part in this pass
             return None
         ascent = self._ascent
         norm = g.norm()
@@ -95,10 +95,10 @@ class AscentStep:
         return eps
 
     def checked(self, eps: Vector | None, norm: Tensor | None = None) -> Vector | None:
-        """`eps` over perturbed parameters only, and 0 where it or the gradient is not finite.
+        """`eps` restricted to the perturbed parameters, and 0 if it or the gradient is not finite.
 
         Raises:
-            ValueError: It is no Vector, or has not the shape of the weights.
+            ValueError: `eps` is not a Vector, or does not have the shape of the weights.
         """
         if eps is None:
             return None
@@ -113,7 +113,7 @@ class AscentStep:
             for p, part in zip(eps.parameters, eps.tensors, strict=True):
                 if part.shape != local(p).shape:
                     raise ValueError(
-                        f"{name} must have the shape of the weights: for {self._parameters.names[p]} it is "
+                        f"{name} must have the shape of the weights: for {self._parameters.names[p]} its shape is "
                         f"{list(part.shape)} instead of {list(local(p).shape)}."
                     )
         if not len(eps):
@@ -132,7 +132,7 @@ class AscentStep:
 
     @property
     def _wants_copy(self) -> bool:
-        """Whether `g` has to be copied for the cosine: neither the descent keeps it nor does eps show it."""
+        """Whether `g` must be copied for the cosine: the descent does not keep it, and it cannot be read off eps."""
         return not (self._needs & Needs.CLEAN_GRADIENT) and copies_for_cosine(self._ascent)
 
     @cached_property
@@ -141,15 +141,17 @@ class AscentStep:
         return {p: by_name.get(name, "other") for p, name in self._parameters.names.items()}
 
     def observe(self, weights: Perturbation, clean: Vector | None, perturbed: Gradients) -> None:
-        """Record the realised size of the perturbation, and the cosine between `g` and `g_s` where `g` is at hand."""
+        """Record the realised size of the perturbation, and the cosine between `g` and `g_s` if `g` is available."""
         g = self._observed if clean is None else clean
         self._observed = None
-        shares_of = GROUPS if self._config.log_shares else ("embeddings", "head")  # the two that a diagnosis looks at
+        shares_of = (
+            GROUPS if self._config.log_shares else ("embeddings", "head")
+        )  # the two groups that the diagnosis needs
         gradient_in = self._ascent.gradient_in
         record_displacement(self._telemetry, self._space, weights, perturbed, g, gradient_in, self._groups, shares_of)
 
     def group_sizes(self) -> dict[str, float]:
-        """The share of the perturbed weights that each group of modules has."""
+        """Each module group's share of the perturbed weights."""
         sizes = dict.fromkeys(GROUPS, 0)
         for p in self._parameters.selected:
             sizes[self._groups[p]] += p.numel()

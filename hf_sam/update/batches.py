@@ -1,4 +1,4 @@
-"""A micro-batch as a pass needs it: inputs, loss normalisation and what the pass starts from, whole or in parts."""
+"""A micro-batch for a pass: inputs, loss normalisation and the initial state of the pass, whole or in parts."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor
 
 from .replay import Snapshot
 
-# How the losses of the parts of a batch make up that of the whole: their sum, or a mean in proportion to examples or to
-# labelled items.
+# How the losses of parts combine to the loss of the whole batch: as a sum, or as a mean weighted by examples or by labelled
+# items.
 ADDING_UP = ("sum", "examples", "labelled")
 
 
 @dataclass
 class MicroBatch:
-    """What the Trainer hands to one `training_step`, kept so that the pass can be run again.
+    """The arguments of one `training_step`, kept so that the pass can be repeated.
 
     Args:
-        inputs (`Mapping[str, Any]`): What the data collator returned, of whatever kind.
+        inputs (`Mapping[str, Any]`): The data collator's output.
         num_items_in_batch (`Tensor` or `int`, *optional*): Labelled items in the whole window; divides the loss of
             models that accept it.
         accumulation_steps (`float`): Divides the loss of all other models.
-        before (`Snapshot`, *optional*): What the clean pass started from.
-        fraction (`float`, *optional*, defaults to 1.0): Share of the Trainer's micro-batch that this is.
-        weights (`Mapping[str, float | Tensor]`, *optional*): For each way in which the losses of parts may add up, what
-            the loss is multiplied by so that a part counts as its share of the whole, or stands for the whole.
-        kept (`Any`): What the clean pass leaves for a descent with a changed loss: the loss of each example, or what
-            `Descent.keep` returned.
+        before (`Snapshot`, *optional*): The state that the clean pass started from.
+        fraction (`float`, *optional*, defaults to 1.0): Its share of the Trainer's micro-batch.
+        weights (`Mapping[str, float | Tensor]`, *optional*): For each way in which losses of parts combine, the factor
+            of the loss with which a part counts as its share of the whole, or stands for the whole.
+        kept (`Any`): What the clean pass keeps for a descent with a changed loss: the loss of each example, or the
+            result of `Descent.keep`.
     """
 
     inputs: Mapping[str, Any]
@@ -46,30 +46,30 @@ class MicroBatch:
     kept: Any = field(default=None, repr=False)
 
     def fresh_inputs(self) -> Any:
-        """Inputs whose containers are new and whose tensors are not, so that a pass that pops labels leaves them here."""
+        """Inputs in new containers with the same tensors, so that a pass that pops labels does not change the original."""
         return _copied(self.inputs)
 
     def without(self, name: str | None) -> MicroBatch:
-        """The same batch without the entry `name`, which is not the model's."""
+        """The same batch without the entry `name`, which the model does not take."""
         if name is None:
             return self
         return dataclasses.replace(self, inputs={key: value for key, value in self.inputs.items() if key != name})
 
     @property
     def size(self) -> int | None:
-        """How many examples it holds: the common length of most of its tensors, or of its lists; None if there is none."""
+        """Number of examples: the most common length of its tensors, or else of its lists; None if there is none."""
         return batch_size(self.inputs)
 
     def chunks(self, m: int) -> list[Tensor]:
-        """Indices of parts of `m` examples each, the last one smaller where `m` does not divide."""
+        """Indices of parts of `m` examples each; the last part may be smaller."""
         return list(torch.arange(self.size or 0).split(m))
 
     def part(self, indices: Tensor) -> MicroBatch:
-        """The examples at `indices`, shape `(k,)`, weighted so that the parts' losses add up to the whole's."""
+        """The examples at `indices`, shape `(k,)`, weighted so that the losses of parts add up to that of the whole."""
         return self._taken(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
 
     def sample(self, indices: Tensor) -> MicroBatch:
-        """The examples at `indices`, their loss scaled to stand for the whole's."""
+        """The examples at `indices`, with the loss scaled to represent the whole batch."""
         return self._taken(indices, lambda share, labelled: {"sum": 1 / labelled, "examples": 1.0, "labelled": 1.0})
 
     def _taken(self, indices: Tensor, weights: Callable[[float, Any], dict[str, Any]]) -> MicroBatch:
@@ -81,7 +81,7 @@ class MicroBatch:
         return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weights=weights)
 
     def times(self, factor: float) -> MicroBatch:
-        """The same batch, its loss multiplied by `factor`."""
+        """The same batch with its loss multiplied by `factor`."""
         weights = {way: weight * factor for way, weight in self.weights.items()}
         return dataclasses.replace(self, weights=weights)
 
@@ -89,15 +89,15 @@ class MicroBatch:
 class ChangedInputs:
     """Whether passes change batches in place: normalise pixels, count, ask for gradients of inputs.
 
-    The first batch of each layout is copied whole and compared afterwards; batches of a layout that has changed are copied
-    always, others never. Tensors' version counters tell where one that was left alone changes after all.
+    The first batch of each layout is copied as a whole and compared afterwards. Batches of a layout that has changed are
+    always copied, others never. Tensors' version counters show whether an unchanged layout changes later after all.
     """
 
     def __init__(self):
         self._changes: dict[tuple, bool] = {}
 
     def protect(self, batch: MicroBatch) -> Callable[[], bool]:
-        """Call before the clean pass, and what it returns after it: then the inputs are whole again, or it is False."""
+        """Call this before the clean pass and its result after the pass: that restores the inputs, or returns False."""
         layout, tensors = _layout(batch.inputs), list(_tensors(batch.inputs))
         kept = _deep_copy(batch.inputs) if self._changes.get(layout, True) else None
         traces = [_trace(t) for t in tensors]
@@ -115,7 +115,7 @@ class ChangedInputs:
         return mend
 
     def protected(self, batch: MicroBatch) -> Any:
-        """Inputs for a pass that may change them while another one is still to come."""
+        """Inputs for a pass that may change them, if another pass follows."""
         return _deep_copy(batch.inputs) if self._changes.get(_layout(batch.inputs)) else batch.fresh_inputs()
 
 
@@ -125,12 +125,12 @@ def _layout(inputs: Any) -> tuple:
 
 
 def _trace(tensor: Tensor) -> tuple:
-    """What changes with most changes in place."""
+    """A value that changes with most in-place changes."""
     return tensor._version if not tensor.is_inference() else 0, tensor.requires_grad, tensor.grad is None
 
 
 def _deep_copy(inputs: Any) -> Any:
-    """A copy in which entries that share memory share it still; what cannot be copied is passed on."""
+    """A copy in which entries that share memory still do; entries that cannot be copied are kept as they are."""
     memo: dict = {}
 
     def copied(value: Any) -> Any:
@@ -150,7 +150,7 @@ def _deep_copy(inputs: Any) -> Any:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two entries are equal as far as it can be told."""
+    """Whether two entries are equal, as far as this can be checked."""
     if isinstance(value, Tensor):
         return value.requires_grad == other.requires_grad and torch.equal(value.detach(), other.detach())
     if isinstance(value, Mapping):
@@ -165,7 +165,7 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def batch_size(inputs: Any) -> int | None:
-    """The first dimension that most tensors share, wherever they are; without tensors, the length that most lists share."""
+    """The most common first dimension of tensors at any depth; without tensors, the most common length of lists."""
     lengths = [len(t) for t in _tensors(inputs) if t.dim() > 0]
     if not lengths and isinstance(inputs, Mapping):
         lengths = [len(v) for v in inputs.values() if isinstance(v, list | tuple)]
@@ -173,7 +173,7 @@ def batch_size(inputs: Any) -> int | None:
 
 
 def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], share: float) -> Tensor | float:
-    """The share of the whole's labelled items that a part has; `share`, that of its examples, where labels are no tensor."""
+    """A part's share of the labelled items; if labels are not a tensor, `share`, its share of the examples."""
     labels, own = (inputs.get("labels") if isinstance(inputs, Mapping) else None for inputs in (whole, part))
     if not isinstance(labels, Tensor) or not isinstance(own, Tensor) or labels.dim() < 1:
         return share
@@ -183,13 +183,13 @@ def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], share: flo
 def how_losses_add_up(
     whole: float, parts: list[float], shares: Mapping[str, list[float]], tolerance: float
 ) -> str | None:
-    """Which of `ADDING_UP` makes the whole's loss out of the parts', the nearest one; None if none does.
+    """The entry of `ADDING_UP` that best gives the loss of the whole from those of its parts; None if none does.
 
     Args:
         whole (`float`): The loss of the batch.
         parts (`list[float]`): The loss of each of its parts.
-        shares (`Mapping[str, list[float]]`): For each way to add up, the weight of each part.
-        tolerance (`float`): Relative difference that rounding may make.
+        shares (`Mapping[str, list[float]]`): For each way to combine losses, the weight of each part.
+        tolerance (`float`): Relative difference that rounding may cause.
     """
     errors = {
         way: abs(sum(w * loss for w, loss in zip(weights, parts, strict=True)) - whole)
@@ -212,7 +212,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _copied(value: Any) -> Any:
-    """Containers are new ones of the same type; what they hold is the same."""
+    """Copy containers, but not what they hold."""
     if isinstance(value, MutableMapping):
         new = copy.copy(value)
         for key, entry in value.items():

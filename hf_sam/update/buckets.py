@@ -1,4 +1,4 @@
-"""Lists of tensors that are worked on together: as many operations as there are buckets, whatever the number of tensors."""
+"""Operations on whole lists of tensors: one per bucket, whatever the number of tensors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-# Temporary copies are made of this much at a time, counted in float32.
+# Temporary copies have at most this size at a time, counted in float32.
 BUCKET_BYTES = 64 * 2**20
-# A bucket is at most this share of a list, unless it is smaller than this: in a model of a few tens of millions of weights
-# 64 MiB are most of them.
+# A bucket is at most this share of a list, but at least this size: in a model of a few tens of millions of weights, 64 MiB
+# are most of them.
 BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**16
-# A piece of a tensor, copied to a wider type, is of this share of a list, but no less than this many numbers.
+# A piece of a tensor, copied to a wider type, has this share of a list, but at least this many numbers.
 PIECE_SHARE, SMALLEST_PIECE = 32, 2**12
-# Where, and for which types, a kernel adds a multiple to a whole list that reads the factor, and whether to add at all,
-# from the device. (On a CPU it drops most of a tensor of 16 bits; elsewhere its factor is float32.)
+# Devices and types for which a kernel adds a multiple to a whole list, reading the factor, and whether to add at all, from
+# the device. (On a CPU it drops most of a tensor of 16 bits; elsewhere its factor is float32.)
 _FUSED = {
     "cpu": (torch.float32, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -34,7 +34,7 @@ def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequ
 
     Args:
         most_bytes (`int`, *optional*): Counted in float32; None for groups of any size.
-        apart (`Sequence[int]`, *optional*): One number for each tensor; tensors of different ones are kept apart.
+        apart (`Sequence[int]`, *optional*): One number per tensor; tensors with different numbers are kept apart.
     """
     first = lists[0]
     if not first:
@@ -58,24 +58,24 @@ def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequ
 
 
 def buckets(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same groups of every list: of one device and type each, and at most `bucket_bytes` of the first one."""
+    """The same groups of every list, each of one device and type, with at most `bucket_bytes` of the first list."""
     for group in grouped(*lists, most_bytes=bucket_bytes(lists[0])):
         yield tuple(taken(tensors, group) for tensors in lists)
 
 
 def bucket_bytes(tensors: Iterable[Tensor]) -> int:
-    """How much of these tensors a bucket may hold, counted in float32, for a few copies of it to be less than the whole."""
+    """The size of a bucket of these tensors, counted in float32, such that a few copies are smaller than the whole."""
     return min(BUCKET_BYTES, max(4 * sum(t.numel() for t in tensors) // BUCKET_SHARE, SMALLEST_BUCKET))
 
 
 def piece_size(tensors: Iterable[Tensor], share: int = PIECE_SHARE) -> int:
-    """How many numbers of these tensors may be copied at a time, for all copies to be small beside the whole."""
+    """How many numbers of these tensors to copy at a time, such that all copies are small compared with the whole."""
     share = sum(t.numel() for t in tensors) // share
     return min(max(share, SMALLEST_PIECE), BUCKET_BYTES // 4)
 
 
 def pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of tensors of one shape, cut alike along their first dimension into parts of about `size` numbers."""
+    """Views of tensors of one shape, split alike along the first dimension into parts of about `size` numbers."""
     numel = tensors[0].numel()
     if numel <= size or not tensors[0].dim():
         yield tensors
@@ -92,7 +92,7 @@ def taken(entries: Sequence, group: list[int]) -> list:
 def for_each(
     function: Callable[..., Sequence[Tensor]], *lists: Sequence[Tensor], most_bytes: int | None = None
 ) -> list[Tensor]:
-    """The tensors that `function` makes of each group of the lists, in the order of the lists."""
+    """The results of `function` for each group of the lists, in the order of the lists."""
     groups = grouped(*lists, most_bytes=most_bytes)
     if len(groups) == 1:
         return list(function(*map(list, lists)))
@@ -109,7 +109,7 @@ def flattened(tensors: list[Tensor]) -> Tensor:
 
 
 def in_float32(tensors: list[Tensor]) -> list[Tensor]:
-    """One bucket in float32 or better, to be read only: copied where it is in 16 bits."""
+    """One bucket in float32 or better, read-only: copied if it is in 16 bits."""
     exact = torch.promote_types(tensors[0].dtype, torch.float32)
     if tensors[0].dtype == exact:
         return tensors
@@ -120,7 +120,7 @@ def in_float32(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Every number in memory of its own."""
+    """Copies of all tensors."""
     return for_each(lambda group: torch._foreach_mul(group, 1), tensors)
 
 
@@ -139,7 +139,7 @@ def multiply_(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
     """The same in place."""
     for group in (taken(tensors, indices) for indices in grouped(tensors)):
         if isinstance(factor, Tensor) and group[0].dtype.itemsize == 2:
-            # The kernel of gradient scalers: the factor stays in float32, which a product in 16 bits would round.
+            # The kernel of gradient scalers keeps the factor in float32; a product in 16 bits would round it.
             unused = torch.zeros((), device=group[0].device)
             scale = factor.to(group[0].device, torch.float32)
             torch._amp_foreach_non_finite_check_and_unscale_(group, unused, scale)
@@ -151,7 +151,7 @@ def multiply_(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
 def add_number_(tensors: list[Tensor], number: float | Tensor) -> None:
     """Add a number to every entry, in place."""
     for group in (taken(tensors, indices) for indices in grouped(tensors)):
-        if isinstance(number, Tensor):  # which `torch._foreach_add_` would read on the host
+        if isinstance(number, Tensor):  # `torch._foreach_add_` would read it on the host
             torch.ops.aten._foreach_add_.Tensor(group, _for(group[0], number))
         else:
             torch._foreach_add_(group, number)
@@ -185,8 +185,8 @@ def add_multiple_(
     """`mine += factor * theirs` for one bucket, computed in float32 or better, without waiting for the factor.
 
     Args:
-        unless (`Tensor`, *optional*): Where this 0-dim flag is 1 nothing happens, whatever `theirs` holds; else it is 0.
-        rounded (`Callable`, *optional*): How sums are rounded to the type of `mine`, where not to the nearest.
+        unless (`Tensor`, *optional*): A 0-dim flag, 0 or 1: if it is 1, nothing is added, whatever `theirs` holds.
+        rounded (`Callable`, *optional*): How to round sums to the type of `mine`, if not to the nearest.
     """
     weight = mine[0]
     exact = torch.promote_types(weight.dtype, torch.float32)
@@ -195,7 +195,7 @@ def add_multiple_(
     factor = factor.to(weight.device, exact)
     rounds = rounded is not None and weight.dtype != exact
     if not rounds and _lie_alike(mine, theirs):
-        # The optimizers' own kernel, uphill: one launch for the list, which reads the factor and the flag by itself.
+        # The optimizers' own kernel with the opposite sign: one launch for the list, which reads factor and flag on the device.
         torch._fused_sgd_(
             mine,
             theirs,
@@ -232,7 +232,7 @@ def _for(tensor: Tensor, factor: float | Tensor) -> float | Tensor:
 
 
 def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    """Whether both lists of one bucket have the same numbers at the same places, without gaps, where a kernel takes that."""
+    """Whether both lists of one bucket have the same dense memory layout, and a kernel exists for them."""
     if mine[0].dtype != theirs[0].dtype or mine[0].dtype not in _FUSED.get(mine[0].device.type, ()):
         return False
     if all(map(Tensor.is_contiguous, mine)) and all(map(Tensor.is_contiguous, theirs)):
@@ -241,7 +241,7 @@ def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its numbers fill a stretch of memory, each place once."""
+    """Whether its numbers fill a contiguous range of memory, each place once."""
     if tensor.is_contiguous():
         return True
     steps = [(size - 1, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
@@ -260,12 +260,12 @@ def in_pairs_(
 
 
 def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """What a function makes of the lists of each type and device, number by number."""
+    """The elementwise results of a function of the lists of each type and device."""
     return for_each(function, tensors)
 
 
 def map_lists(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """What a function makes of lists of at most one bucket."""
+    """The results of a function of lists of at most one bucket each."""
     return for_each(function, tensors, most_bytes=BUCKET_BYTES)
 
 
@@ -279,7 +279,7 @@ def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]
 
 
 def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
-    """`||t||_order` of each tensor, 0-dim; of a tensor without numbers it is 0."""
+    """`||t||_order` of each tensor, 0-dim; 0 for an empty tensor."""
 
     def one_group(group: list[Tensor]) -> list[Tensor]:
         is_widened = order in (1, 2) and group[0].device.type == "cpu" and group[0].dtype != dtype
@@ -309,7 +309,7 @@ def _norm(tensor: Tensor, order: float, dtype: torch.dtype) -> Tensor:
 def dots(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The inner product of each pair, 0-dim, computed in float32 or better.
 
-    There is no sum of single tensors for lists, but a norm: of products x, `sum x = 2 sum max(x, 0) - sum |x|`.
+    For lists, torch has no sum per tensor but a norm per tensor: for products x, `sum x = 2 sum max(x, 0) - sum |x|`.
     """
 
     def one_group(a: list[Tensor], b: list[Tensor]) -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""What is inside of values that are changed in place: containers, arrays, generators, objects of users' own classes."""
+"""The contents of values that change in place: containers, arrays, generators, objects of custom classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-# Objects of these packages look after themselves; those of users' own classes are looked into.
+# Objects of these packages are not inspected; those of custom classes are.
 _LIBRARIES = frozenset(
     [
         "torch",
@@ -40,16 +40,16 @@ _LIBRARIES = frozenset(
     ]
 )
 _DEEPEST = 4
-# Nothing is inside of these.
+# These have no contents.
 _ATOMS = frozenset([str, int, float, bool, type(None), bytes])
 
 
 class Contents:
-    """The contents of one value, and of what it holds, as they are now.
+    """A snapshot of the contents of a value and, recursively, of what it holds.
 
     Args:
-        value (`Any`): Something that `is_looked_into`.
-        is_deep (`bool`): Copy tensors and arrays inside, too, whose numbers may change in place.
+        value (`Any`): A value for which `is_looked_into` holds.
+        is_deep (`bool`): Also copy tensors and arrays inside, whose numbers may change in place.
     """
 
     def __init__(self, value: Any, is_deep: bool, depth: int = 0):
@@ -76,7 +76,7 @@ class Contents:
                 self._inner = [Contents(v, is_deep, depth + 1) for v in inner]
 
     def has_changed(self) -> bool:
-        """Whether anything inside is no longer what it was, as far as it can be told; never for generators."""
+        """Whether anything inside has changed, as far as this can be checked; always False for generators."""
         value = self.value
         if not self._is_generator and not self._is_data:
             return not self._has_the_same_entries() or any(inner.has_changed() for inner in self._inner)
@@ -87,7 +87,7 @@ class Contents:
         return self._copy is not None and not np.array_equal(value, self._copy)
 
     def restore(self) -> None:
-        """Put everything back, in place: whoever holds the value sees it."""
+        """Restore everything in place, so that all holders of the value see it."""
         value = self.value
         if self._is_generator:
             _set_state(value, self._copy)
@@ -112,12 +112,12 @@ class Contents:
 
 
 def is_generator(value: Any) -> bool:
-    """Whether random numbers come from it."""
+    """Whether a value is a random number generator."""
     return isinstance(value, _GENERATORS)
 
 
 def is_looked_into(value: Any) -> bool:
-    """Whether a pass may change what is inside of this value, in a way that is ours to undo."""
+    """Whether a pass may change the contents of this value in a way that must be undone."""
     if isinstance(value, (*_CONTAINERS, *_GENERATORS, np.ndarray)):
         return True
     return (
@@ -128,7 +128,7 @@ def is_looked_into(value: Any) -> bool:
 
 
 def entries(value: Any, depth: int = 0) -> int:
-    """How many entries it has, those of containers and arrays within it, too."""
+    """The number of its entries, including those of containers and arrays inside."""
     if isinstance(value, np.ndarray):
         return value.size
     if is_generator(value):
@@ -148,7 +148,7 @@ def modules_in(values: Iterable[Any], depth: int = 0) -> Iterator[nn.Module]:
 
 
 def named_modules_in(values: dict[str, Any]) -> dict[str, nn.Module]:
-    """The modules among named values and in containers among them, by a name of their own."""
+    """The modules among named values and in containers among them, by unique names."""
     found = {name: list(modules_in([value])) for name, value in values.items()}
     return {
         name if len(modules) == 1 else f"{name}.{i}": module
@@ -158,7 +158,7 @@ def named_modules_in(values: dict[str, Any]) -> dict[str, nn.Module]:
 
 
 def parts_of(function: Any) -> list[Any]:
-    """What a function computes with beside its arguments: its own object, bound arguments, and what it closes over."""
+    """What a function uses in addition to its arguments: its own object, bound arguments, and closed-over values."""
     if function is None:
         return []
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
@@ -170,7 +170,7 @@ def parts_of(function: Any) -> list[Any]:
 def _is_filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
-    except ValueError:  # a name that is not bound yet
+    except ValueError:  # a variable that is not bound yet
         return False
 
 
@@ -186,7 +186,7 @@ def _refill(value: Any, keys: list[Any], values: list[Any]) -> None:
     container = value if isinstance(value, _CONTAINERS) else vars(value)
     container.clear()
     if isinstance(container, dict):
-        dict.update(container, zip(keys, values, strict=True))  # a Counter's own would count
+        dict.update(container, zip(keys, values, strict=True))  # Counter.update would count
     elif isinstance(container, set):
         container.update(values)
     else:

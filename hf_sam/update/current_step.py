@@ -1,4 +1,4 @@
-"""What a method can ask about the optimizer step it runs in: see `hf_sam.methods.Step`."""
+"""The information that a method gets about the current optimizer step: see `hf_sam.methods.Step`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class CurrentStep:
         index (`int`), progress (`float`), rho (`float`), age (`int`), is_first (`bool`): As in `Step`.
         selected (`list[Parameter]`): The perturbed parameters.
         optimizer (`torch.optim.Optimizer`): Read only.
-        space (`Space`): Of the Vectors.
-        memory (`Memory`): What the method carries on.
-        seed (`tuple`): What random numbers depend on beside `index`: the run's seed, the rank, the micro-batch.
-        telemetry (`Telemetry`): Where `record` goes.
+        space (`Space`): The space of the Vectors.
+        memory (`Memory`): The method's state.
+        seed (`tuple`): What random numbers depend on, besides `index`: the run's seed, the rank, the micro-batch.
+        telemetry (`Telemetry`): Where `record` writes.
         attached (`Any`): What `Ascent.attach` returned.
-        loss_scale (`Tensor` or `float`): By how much gradients outside of Vectors are scaled up.
+        loss_scale (`Tensor` or `float`): The factor by which gradients outside Vectors are scaled up.
         hessian_product (`Callable`, *optional*): For descents that need it.
     """
 
@@ -64,20 +64,20 @@ class CurrentStep:
 
     @property
     def weights(self) -> Vector:
-        """`w` over the perturbed parameters, where they are now."""
+        """`w` over the perturbed parameters, at their current values."""
         weights = list(self._space.layout(self._selected).weights)
         return Vector(self._selected, weights, self._space, is_shared=True)
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """Random numbers that depend on nothing but seed, step, rank and micro-batch: a resumed run draws the same."""
+        """A generator that depends only on seed, step, rank and micro-batch, so that a resumed run draws the same numbers."""
         seed, rank, micro = self._seed
         key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "")
         return torch.Generator(self._selected[0].device).manual_seed(random.Random(key).getrandbits(63))
 
     @cached_property
     def shared_random(self) -> random.Random:
-        """The same on every rank and in every micro-batch of the step."""
+        """A generator that is the same on every rank and in every micro-batch of the step."""
         return random.Random(f"{self._seed[0]} {self.index}")
 
     @property
@@ -88,7 +88,7 @@ class CurrentStep:
     def optimizer_state(self, *names: str) -> Vector | None:
         """The first of the states `names` that the optimizer keeps of each perturbed parameter; None if there are none.
 
-        One that is kept in few bits (torchao's 8-bit and 4-bit optimizers) is returned as the numbers it stands for.
+        A quantized state (torchao's 8-bit and 4-bit optimizers) is returned dequantized.
         """
         found: dict[Parameter, Tensor] = {}
         for p in self._selected:
@@ -102,5 +102,7 @@ class CurrentStep:
     def hessian_product(self, vector: Vector) -> Vector:
         """`H vector` at `w`, over all trainable parameters."""
         if self._hessian_product is None:
-            raise ValueError("step.hessian_product is there for descents that declare Needs.HVP.")
+            raise ValueError(
+                "step.hessian_product is available only to descents that declare Needs.HVP: add it to their needs."
+            )
         return self._hessian_product(vector)

@@ -1,4 +1,4 @@
-"""What a method carries from step to step."""
+"""The state that a method keeps from step to step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .vector import Space, Vector
 
 
 class Memory(MutableMapping[str, Vector]):
-    """Vectors under declared names. Where a step may yet be skipped (fp16), they count once it was not.
+    """Vectors under declared names. If a step may be skipped later (fp16), they are kept only once it was not.
 
     Args:
         names (`Sequence[str]`): The declared names.
-        owner (`str`): Whose they are, for messages.
+        owner (`str`): The method's label, for messages.
         scalars (`Sequence[str]`, *optional*): Names that hold 0-dim tensors instead.
-        waits (`bool`, *optional*, defaults to `False`): Keep what is written apart until `settle`.
+        waits (`bool`, *optional*, defaults to `False`): Keep new values separate until `settle`.
     """
 
     def __init__(self, names: Sequence[str], owner: str, waits: bool = False, scalars: Sequence[str] = ()):
@@ -59,17 +59,17 @@ class Memory(MutableMapping[str, Vector]):
     def _check(self, name: str) -> None:
         if name not in self.names:
             raise ValueError(
-                f"{self._owner} uses step.memory[{name!r}] and has not declared it: write memory = "
-                f"{(*self.names, name)!r} in the class, so that checkpoints keep it."
+                f"{self._owner} uses step.memory[{name!r}] without declaring it: write memory = "
+                f"{(*self.names, name)!r} in the class so that checkpoints keep it."
             )
 
     @property
     def is_complete(self) -> bool:
-        """Whether every declared name holds something."""
+        """Whether every declared name has a value."""
         return all(name in self for name in self.names)
 
     def settle(self, was_skipped: bool) -> None:
-        """The step in which the latest Vectors were written is over: keep them, or forget them if it was skipped."""
+        """Keep the Vectors written in the step that has ended, or drop them if it was skipped."""
         if not was_skipped:
             self._kept.update(self._pending)
         self._pending.clear()
@@ -103,10 +103,12 @@ class Memory(MutableMapping[str, Vector]):
             if tensor.shape != here:
                 raise ValueError(
                     f"The checkpoint holds a part of {parameter} of shape {list(tensor.shape)}, and this process one of shape "
-                    f"{list(here)}. Resume a sharded run on as many processes as the checkpoint has, sharded alike."
+                    f"{list(here)}. Resume a sharded run with the same number of processes and the same sharding."
                 )
             found.setdefault(name, {})[parameters[parameter]] = tensor
         for name, tensors in found.items():
-            ordered = sorted(tensors, key=lambda p: space.position[p])  # so that norms are summed as they were
+            ordered = sorted(
+                tensors, key=lambda p: space.position[p]
+            )  # so that norms are summed in the same order as before
             self[name] = Vector(ordered, [tensors[p] for p in ordered], space)
         self.settle(was_skipped=False)

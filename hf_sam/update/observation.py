@@ -1,4 +1,4 @@
-"""What the perturbed weights show of the step: the realised size of eps, and the cosine between both gradients."""
+"""Values measured at the perturbed weights: the realised size of eps, and the cosine between both gradients."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def record_displacement(
     """Record the realised `||(w + eps) - w||`, and `cos(g, g_s)` over the perturbed parameters.
 
     Args:
-        perturbation (`Perturbation`): While the weights are moved.
+        perturbation (`Perturbation`): The current perturbation, while the weights are moved.
         perturbed (`Gradients`): `g_s`.
-        clean (`Vector`, *optional*): `g`, where it was kept.
-        gradient_in (`Callable`): Elsewhere `g` up to a factor, read off the displacement; where that is None there is no
-            cosine.
+        clean (`Vector`, *optional*): `g`, if it was kept.
+        gradient_in (`Callable`): Otherwise gives `g` up to a factor, read off the displacement; if it returns None, there
+            is no cosine.
         groups (`Mapping[Parameter, str]`): The group of modules that each parameter belongs to.
-        shares_of (`Sequence[str]`): Record which share of the squared norm these groups have.
+        shares_of (`Sequence[str]`): Record these groups' shares of the squared norm.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
@@ -83,12 +83,12 @@ def _total(space: Space, parameters: list[Parameter], parts: Tensor) -> Tensor:
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
-    device = parts[0].device  # a model split over several devices has scalars on each
+    device = parts[0].device  # a model split over several devices has scalars on each of them
     return torch.stack([part if part.device == device else part.to(device) for part in parts])
 
 
 def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, float]:
-    """The means that are logged: without the intended size, and without a cosine that is undefined."""
+    """The means to log: without the intended size, and without an undefined cosine."""
     return {
         name: value
         for name, value in means.items()

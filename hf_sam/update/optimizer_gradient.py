@@ -1,4 +1,4 @@
-"""From the gradients that passes leave to the one that the optimizer steps along."""
+"""From the gradients of passes to the gradient that the optimizer steps along."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class OptimizerGradient:
-    """Makes Vectors of gradients, has the descent work on them, and puts what it returns into `p.grad`.
+    """Turn gradients into Vectors, call the descent on them, and put its result into `p.grad`.
 
     Args:
         descent (`Descent`): What the optimizer gets.
         engine (`Engine`): How gradients are scaled and averaged.
-        parameters (`TrainedParameters`): Who trains.
-        space (`Space`): Of the Vectors.
-        runner (`PassRunner`): For Hessian products.
-        scope (`str`): Where it is not `"global"`, gradients are a rank's own, and so is what is made of them: the ranks' mean
-            is taken at the end.
-        device (`torch.device`): Of the parameters.
+        parameters (`TrainedParameters`): The trained parameters.
+        space (`Space`): The space of the Vectors.
+        runner (`PassRunner`): Runs Hessian products.
+        scope (`str`): Unless it is `"global"`, each rank has its own gradients and results, which are averaged over ranks at
+            the end.
+        device (`torch.device`): The device of the parameters.
     """
 
     def __init__(
@@ -57,22 +57,22 @@ class OptimizerGradient:
         return Vector(parameters, parts_of_gradients(gradients, parameters), self._space, factor=factor)
 
     def combine(self, clean: Vector | None, accumulated: Gradients, step: Step, is_last: bool) -> None:
-        """From `g` and `g_s` to what the optimizer steps along, added to what earlier micro-batches `accumulated`."""
+        """From `g` and `g_s` to the optimizer's gradient, added to what earlier micro-batches have `accumulated`."""
         perturbed = take_gradients(self._parameters.trainable)
         g_s = self.vector(perturbed)
-        if clean is not None:  # a parameter may take part in one of the passes only
+        if clean is not None:  # a parameter may take part in only one of the passes
             clean, g_s = clean.widened(g_s), g_s.widened(clean)
         gradient = self._returned(self._descent.gradient(clean, g_s, step), "gradient")
         self.hand_over(gradient, perturbed, accumulated, is_last)
 
     def between(self, step: Step, is_last: bool) -> None:
-        """The same in a step between two due ones, from the gradient of its one pass."""
+        """The optimizer's gradient in a step between two due ones, from the gradient of its only pass."""
         gradients = self._engine.take_gradients(self._parameters.trainable)
         g = self._descent.between(self.vector(gradients), step)
         self.hand_over(self._returned(g, "between"), gradients, {}, is_last)
 
     def _returned(self, gradient: Any, method: str) -> Vector:
-        """What the descent has returned; an error that names it where that is no Vector."""
+        """The descent's result; an error that names the descent if it is not a Vector."""
         if not isinstance(gradient, Vector):
             raise ValueError(
                 f"{type(self._descent).__name__}.{method} must return a Vector over the trainable parameters, not "
@@ -81,7 +81,7 @@ class OptimizerGradient:
         return gradient
 
     def hand_over(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
-        """Put `gradient` into `p.grad`, scaled and laid out as the gradients `like`."""
+        """Put `gradient` into `p.grad`, with the scale and memory layout of the gradients `like`."""
         scale = self._engine.loss_scale(self._device)
         if isinstance(scale, Tensor):
             gradient *= scale
@@ -102,7 +102,7 @@ class OptimizerGradient:
         self.average(is_last)
 
     def average(self, is_last: bool) -> None:
-        """Take the ranks' mean, where that is not done yet and the optimizer is about to step."""
+        """Average over ranks, unless that is done, if the optimizer is about to step."""
         if is_last and self._scope != "global":
             self._engine.average_gradients(self._parameters.in_model)
 
@@ -111,10 +111,10 @@ class OptimizerGradient:
         product = {p: torch.zeros_like(p) for p in self._parameters.trainable}
         direction = dict(zip(vector.parameters, vector.numbers(), strict=True))
         self._runner.add_hessian_products(window, direction, product)
-        if self._scope == "global":  # g and g_s are the ranks' means: so has the product to be
+        if self._scope == "global":  # g and g_s are averaged over ranks, so the product must be, too
             put_gradients(product)
             self._engine.average_gradients(self._parameters.trainable)
             product = take_gradients(self._parameters.trainable)
         parameters = [p for p in self._parameters.trainable if p in product]
         parts = [local(product[p]) for p in parameters]
-        return Vector(parameters, parts, self._space)  # of a loss that nobody has scaled
+        return Vector(parameters, parts, self._space)  # this loss was not scaled

@@ -1,4 +1,4 @@
-"""Which parameters train and which are perturbed; gradients put aside and back."""
+"""Which parameters train and which are perturbed; moving gradients out of `p.grad` and back."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-n
 
 
 class TrainedParameters:
-    """Who trains and who is perturbed, asked anew in every step: callbacks freeze and thaw layers.
+    """The trained and perturbed parameters, updated in every step because callbacks freeze and unfreeze layers.
 
     Args:
-        model (`nn.Module`): The model, not wrapped for distributed training, so that names are the user's own.
+        model (`nn.Module`): The model, not wrapped for distributed training, so that names are those the user knows.
         perturb (`str` or `list[str]`): `SAMConfig.perturb`.
-        optimizer (`torch.optim.Optimizer`, *optional*): Whose groups say what is trained, where they hold the model's own
-            parameters; None where they do not (DeepSpeed), and `requires_grad` alone decides.
-        others (`Mapping[str, nn.Module]`, *optional*): Modules beside the model whose parameters the optimizer may
-            hold, such as a loss with weights of its own, by the prefix of their names.
+        optimizer (`torch.optim.Optimizer`, *optional*): Its groups define what is trained, if they hold the model's own
+            parameters; None if they do not (DeepSpeed): then `requires_grad` alone decides.
+        others (`Mapping[str, nn.Module]`, *optional*): Modules outside the model whose parameters the optimizer may
+            hold, such as a loss with weights, by the prefix of their names.
 
     Attributes:
-        names (`dict[Parameter, str]`): Of every parameter, trained or not.
-        trainable (`list[Parameter]`): What requires a gradient, of the model and of the optimizer.
-        in_model (`list[Parameter]`): Of these, the model's.
-        selected (`list[Parameter]`): Of these, what is perturbed: it is selected, and the optimizer steps it.
+        names (`dict[Parameter, str]`): The names of all parameters, trained or not.
+        trainable (`list[Parameter]`): Parameters of the model and the optimizer that require a gradient.
+        in_model (`list[Parameter]`): The trainable parameters of the model.
+        selected (`list[Parameter]`): The perturbed parameters of the model: selected, and stepped by the optimizer.
 
     Raises:
-        ValueError: Nothing is selected, or a pattern matches no parameter that trains.
+        ValueError: Nothing is selected, or a pattern matches no trainable parameter.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class TrainedParameters:
         self.refresh()
         if not self.selected and (perturb in SELECTORS or not self._waits_for_thawing()):
             raise ValueError(
-                f"perturb={perturb!r} selects none of the {len(self.trainable)} trainable parameters of this model."
+                f"perturb={perturb!r} selects none of the {len(self.trainable)} trainable parameters of this model. Choose another selector."
             )
 
     def refresh(self) -> bool:
-        """Look again; returns whether anything has changed."""
+        """Update the lists; return whether anything has changed."""
         if self._seen is not None and self._seen == self._state():
             return False
         is_first = self._seen is None
@@ -92,11 +92,11 @@ class TrainedParameters:
         return [p.requires_grad for p in self._all], list(groups)
 
     def _waits_for_thawing(self) -> bool:
-        """Whether the patterns name parameters that a callback may thaw; says so."""
+        """Whether the patterns name frozen parameters, which a callback may unfreeze; if so, warn."""
         named = select(self._model, self._perturb, {name: p for p, name in self.names.items()})
         logger.warning(
             f"perturb={self._perturb!r} selects frozen parameters only ({', '.join(list(named)[:3])}): nothing is perturbed "
-            "until they are thawed."
+            "until they are unfrozen."
         )
         return bool(named)
 
@@ -118,13 +118,13 @@ def refuse_unmatched(perturb: str | Sequence[str], names: Iterable[str], trainab
     for pattern in [perturb] if isinstance(perturb, str) else perturb:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters; they "
-                f"have names such as {', '.join(list(trainable)[:3])}. Shell patterns match the whole name."
+                f"perturb: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters, "
+                f"whose names are like {', '.join(list(trainable)[:3])}. A shell pattern must match the whole name."
             )
 
 
 def select(model: nn.Module, perturb: str | Sequence[str], trainable: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """Of the parameters `trainable`, by name, those that are perturbed."""
+    """The perturbed ones among the parameters `trainable`, given by name."""
     if perturb == "all":
         return dict(trainable)
     if perturb in ("norm", "no-norm-no-bias"):
@@ -151,8 +151,8 @@ def _head_of(model: nn.Module) -> set[str]:
     head = head_parameters(model)
     if not head:
         raise ValueError(
-            f"perturb='no-embeddings-no-head': no head can be told from the body of {type(model).__name__}, whose base model is "
-            "all there is, or which is no transformers model. Use 'no-embeddings', or shell patterns over parameter names."
+            f"perturb='no-embeddings-no-head': {type(model).__name__} has no recognisable head: it is a bare base model, or not a "
+            "transformers model. Use 'no-embeddings', or shell patterns over parameter names."
         )
     return head
 
@@ -161,7 +161,7 @@ def _head_of(model: nn.Module) -> set[str]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter or gradient, sharing its memory: the whole of it unless it is sharded."""
+    """This process's part of a parameter or gradient, sharing its memory: the whole unless it is sharded."""
     kind = type(tensor)
     if kind is Tensor or (kind is Parameter and "ds_tensor" not in vars(tensor)):
         return tensor.detach()
@@ -178,22 +178,22 @@ def parts_of_gradients(gradients: Gradients, parameters: Sequence[Parameter]) ->
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether `local` of it is all of it."""
+    """Whether `local` returns the whole of it."""
     return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_tensor")
 
 
 def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
-    """The gradient, divided among processes as its parameter is."""
+    """The gradient, sharded like its parameter."""
     if type(gradient) is not Tensor and isinstance(gradient, DTensor) and gradient.placements != p.placements:
         return gradient.redistribute(placements=p.placements)
     return gradient
 
 
 def take_gradients(parameters: Iterable[Parameter], *, are_views: bool = False) -> Gradients:
-    """Move the gradients out of `p.grad`, which is left at None, as after `zero_grad`.
+    """Move the gradients out of `p.grad`, which is set to None, as after `zero_grad`.
 
-    What is taken belongs to the caller alone: a gradient that lies in a buffer of somebody else's (`are_views`, or a
-    storage larger than itself) is copied out of it.
+    The caller owns the result: a gradient inside another buffer (`are_views`, or a storage larger than itself) is
+    copied.
     """
     taken = {}
     for p in parameters:
@@ -214,7 +214,7 @@ def put_gradients(gradients: Gradients) -> None:
 
 @contextlib.contextmanager
 def gradients_only_for(chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-    """Backward passes inside compute no gradients of the other trainable parameters."""
+    """Inside, backward passes compute no gradients of the other trainable parameters."""
     if chosen is trainable:
         yield
         return

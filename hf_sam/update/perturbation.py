@@ -15,22 +15,22 @@ from .vector import Scalar, Vector
 
 
 class Perturbation:
-    """Moves weights away and puts them back bitwise: `with Perturbation() as weights: weights.add(eps)`.
+    """Perturb weights and restore them bitwise: `with Perturbation() as weights: weights.add(eps)`.
 
-    What is saved and what is perturbed share two memories, the weights' own and the perturbation's (the ascent
-    gradient's, for the plain method), so that one copy of the perturbed parameters is all that is held beyond stock
-    training. Weights are put back, never recomputed by subtraction, whatever the block raises.
+    Saved and perturbed weights share two memories, that of the weights and that of the perturbation (for the plain method,
+    of the ascent gradient), so that only one copy of the perturbed parameters is held in addition to stock training.
+    Weights are restored, never recomputed by subtraction, whatever the block raises.
 
     Args:
         generator (`torch.Generator`, *optional*):
             Round `w + eps` stochastically to the parameters' 16-bit type with this generator.
         renew_copies (`Callable[[], None]`, *optional*, defaults to `torch.clear_autocast_cache`):
-            Called whenever weights have moved: what was derived from them is stale.
+            Called whenever weights have changed, because values derived from them are stale.
         swaps_memory (`bool`, *optional*, defaults to `False`):
-            Let parameters point to the perturbed weights and back instead of copying both ways. Halves the memory
-            traffic, which is what a step on a CPU spends here; wrong where something else holds on to their addresses
-            (CUDA graphs, flat buffers).
-        in_buckets (`bool`, *optional*, defaults to `False`): Where memory is not swapped, work on whole lists.
+            Let parameters point to the perturbed weights and back instead of copying in both directions. This halves the
+            memory traffic, which dominates on a CPU; wrong if something else refers to their addresses (CUDA graphs,
+            flat buffers).
+        in_buckets (`bool`, *optional*, defaults to `False`): If memory is not swapped, work on whole lists.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Perturbation:
         swaps_memory: bool = False,
         in_buckets: bool = False,
     ):
-        # Parameters, their weights, and copies of these from before, in the order in which they were moved.
+        # Parameters, their weights, and copies of the original weights, in the order in which they were moved.
         self._saved: list[tuple[Sequence[Parameter], list[Tensor], list[Tensor]]] = []
         self._moved: set[int] = set()  # ids of parameters
         self._generator = generator
@@ -67,7 +67,7 @@ class Perturbation:
     def _restore(self) -> None:
         for parameters, weights, originals in reversed(
             self._saved
-        ):  # of two that share memory the first was saved whole
+        ):  # of two that share memory, the first was saved completely
             if self._swaps_memory:
                 parameters[0].data = originals[0]
             elif len(weights) == 1:
@@ -82,10 +82,10 @@ class Perturbation:
 
     @torch.no_grad()
     def add(self, eps: Vector) -> None:
-        """`w <- w + eps`; the memory of `eps` is taken over unless it belongs to somebody else, too.
+        """Set `w <- w + eps`, reusing the memory of `eps` unless it is shared.
 
-        Where the factor of `eps` is the number 0, as `Vector.where` makes it, nothing moves, not even where a direction is
-        NaN or infinite; a tensor is not read.
+        If the factor of `eps` is 0, as from `Vector.where`, no weight changes, even if a direction is NaN or infinite; a
+        factor that is a tensor is not read on the host.
         """
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
@@ -94,7 +94,7 @@ class Perturbation:
         if self._in_buckets and not self._swaps_memory:
             self._add_in_buckets(eps, factor)
         else:
-            # Tensor by tensor: each one stays in the CPU's cache through its few operations.
+            # Tensor by tensor, so that each one stays in the CPU's cache during its few operations.
             for p, direction in zip(eps.parameters, eps.tensors, strict=True):
                 self._add_one(p, direction, factor, eps.is_shared)
         self._renew_copies()
@@ -119,11 +119,11 @@ class Perturbation:
         self._moved.update(map(id, parameters))
 
     def _add_in_buckets(self, eps: Vector, factor: Scalar) -> None:
-        """As many operations as there are buckets, whatever the number of tensors."""
+        """Use one operation per bucket, whatever the number of tensors."""
         if not isinstance(factor, Tensor):
             factor = torch.full((), factor, dtype=torch.float32, device=eps.tensors[0].device)
         parameters, directions, layout = eps.parameters, eps.tensors, eps.layout
-        is_zero = (factor == 0).float()  # then directions need not be numbers
+        is_zero = (factor == 0).float()  # then directions may be NaN
         rounded = None if self._generator is None else partial(round_stochastically, generator=self._generator)
         apart = layout.turns  # weights that share memory one after the other, not within one kernel
         if self._moved:
@@ -140,16 +140,16 @@ class Perturbation:
             self._save(owners, weights, torch._foreach_mul(weights, 1))  # an interruption from here on is undone
             buckets.add_multiple_(weights, along, factor, is_zero, rounded)
             if not eps.is_shared and along[0].dtype == weights[0].dtype:
-                torch._foreach_copy_(along, self._saved[-1][2])  # so that only a bucket is held twice
+                torch._foreach_copy_(along, self._saved[-1][2])  # so that only one bucket is held twice
                 self._saved[-1] = (owners, weights, along)
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
-        """What was really added to parameters after rounding, `(w + eps) - w`, one part of one of them at a time."""
+        """The displacement after rounding, `(w + eps) - w`, one part of one parameter at a time."""
         for parameters, moved, _ in self.displacements():
             yield from zip(parameters, moved, strict=True)
 
     def displacements(self) -> Iterator[tuple[Sequence[Parameter], list[Tensor], slice]]:
-        """The same of several parameters at a time, or of some rows of a large one; all else is held beside it."""
+        """The displacement of several parameters at a time, or of some rows of a large one."""
         size = buckets.piece_size((t for _, _, originals in self._saved for t in originals), 4 * buckets.PIECE_SHARE)
         for parameters, weights, originals in self._saved:
             if self._swaps_memory:
@@ -193,7 +193,7 @@ class Perturbation:
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round float32 `values` to one of the two neighbours in `dtype`, the nearer one more often, so that E[out] = in.
+    """Round float32 `values` to one of the two neighbours in `dtype`, with probabilities such that E[out] = in.
 
     Args:
         values (`Tensor`): float32, any shape.
@@ -203,6 +203,6 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
     nearest = values.to(dtype)
     other = torch.nextafter(nearest, torch.where(values > nearest, torch.inf, -torch.inf).to(dtype))
     gap = (other.float() - nearest.float()).abs()
-    share = (values - nearest.float()).abs() / gap  # of the way from the nearest to the other neighbour
+    share = (values - nearest.float()).abs() / gap  # fraction of the way from the nearest to the other neighbour
     draw = torch.rand(values.shape, generator=generator, device=values.device)
     return torch.where(draw < share, other, nearest)

@@ -36,14 +36,14 @@ class RandomStates:
 
 
 class _NumpyState:
-    """Numpy's global state. Getting and setting it takes longer than all others together: done only after a draw.
+    """Numpy's global state. Getting and setting it takes longer than all others together, so it is done only after a draw.
 
-    That something was drawn shows in the generator's memory, unless the second number of a pair of normal ones was kept:
+    The generator's memory shows whether something was drawn, unless the second of a pair of normal numbers is pending:
     then the state is always read and set.
     """
 
     _latest: _NumpyState | None = None
-    _of_a_pair: bytes | None = None  # the latest memory that was seen with such a number, and may be seen without it
+    _of_a_pair: bytes | None = None  # the last memory seen with a pending number; it may occur without one, too
 
     def __init__(self, memory: bytes | None):
         self._state = np.random.get_state(legacy=False)
@@ -64,7 +64,7 @@ class _NumpyState:
 
 
 def _memory() -> bytes | None:
-    """The generator's memory, where it is numpy's usual one."""
+    """The generator's memory, if it is numpy's default generator."""
     generator = np.random.get_bit_generator()
     return (
         ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES) if type(generator) is np.random.MT19937 else None

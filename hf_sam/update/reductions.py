@@ -12,14 +12,14 @@ from . import buckets
 
 
 class Reductions:
-    """Global norms and inner products of lists of tensors that this process holds whole.
+    """Global norms and inner products of lists of tensors that this process holds completely.
 
     Every method returns a 0-dim tensor on the device of the first argument and does not synchronise with the host.
-    `ShardedReductions` overrides `sum` and `max`, through which every other method goes.
+    `ShardedReductions` overrides `sum` and `max`, which all other methods use.
     """
 
     def sum(self, parts: Tensor) -> Tensor:
-        """Add one value per tensor, shape `(n,)`, up to a scalar."""
+        """Sum one value per tensor, shape `(n,)`, to a scalar."""
         return parts.sum()
 
     def max(self, parts: Tensor) -> Tensor:
@@ -31,14 +31,16 @@ class Reductions:
         dtype = accumulation_dtype(tensors)
         if in_buckets:
             return self.together(_stack(buckets.norms(tensors, order, dtype)), order)
-        if order == float("inf"):  # which an empty shard does not have
+        if order == float("inf"):  # an empty shard has no maximum
             parts = _stack(
                 [
                     torch.linalg.vector_norm(t, order).to(dtype) if t.numel() else t.new_zeros((), dtype=dtype)
                     for t in tensors
                 ]
             )
-        elif any(t.dtype != dtype and t.device.type == "cpu" for t in tensors):  # there norms are taken of a wider copy
+        elif any(
+            t.dtype != dtype and t.device.type == "cpu" for t in tensors
+        ):  # on a CPU norms are computed from a wider copy
             size = buckets.piece_size(tensors)
             parts = _stack([_norm_of_pieces(buckets.pieces(size, t), order, dtype) for t in tensors])
         else:
@@ -46,11 +48,11 @@ class Reductions:
         return self.max(parts) if order == float("inf") else self.sum(parts**order) ** (1 / order)
 
     def together(self, norms: Tensor, order: float) -> Tensor:
-        """The norm of the whole, given that of each tensor, shape `(n,)`."""
+        """The norm of the whole from the norms of the tensors, shape `(n,)`."""
         return torch.linalg.vector_norm(norms, order)
 
     def dot(self, left: list[Tensor], right: list[Tensor], in_buckets: bool = False) -> Tensor:
-        """The inner product of the concatenations of both lists."""
+        """The inner product of the concatenations of two lists."""
         dtype = accumulation_dtype(left)
         if in_buckets:
             return self.sum(_stack(buckets.dots(left, right, dtype)))
@@ -64,12 +66,12 @@ class Reductions:
 
 
 class ShardedReductions(Reductions):
-    """The same where each process holds a part of every tensor: one all-reduce of one number for each reduction.
+    """Reductions when each process holds a part of every tensor: one all-reduce of one number per reduction.
 
     Args:
         shares (`list[Tensor]`):
-            For each tensor of the lists to come one 0-dim tensor: 1 over the number of processes that hold the same
-            part of it, so that what is replicated counts once.
+            One 0-dim tensor for each tensor of the lists: 1 over the number of processes that hold the same part of it,
+            so that replicated parts count once.
     """
 
     def __init__(self, shares: list[Tensor]):
@@ -89,13 +91,13 @@ class ShardedReductions(Reductions):
         return self.max(norms) if order == float("inf") else self.sum(norms**order) ** (1 / order)
 
     def count(self, tensors: list[Tensor]) -> int:
-        """How many numbers there are, over all processes; waits for them."""
+        """How many numbers there are, over all processes; waits for these."""
         counts = torch.tensor([t.numel() for t in tensors], dtype=torch.float64, device=self._shares.device)
         return int(self.sum(counts).item())
 
 
 def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
-    """float64 where any tensor is, else float32."""
+    """float64 if any tensor is, else float32."""
     return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
@@ -107,7 +109,7 @@ def _stack(scalars: list[Tensor]) -> Tensor:
 
 
 def _dot(left: Tensor, right: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    """The inner product of two flat tensors, in `dtype`, without a copy of either as a whole."""
+    """The inner product of two flat tensors, in `dtype`, without a full copy of either."""
     if left.dtype == right.dtype == dtype:
         return torch.dot(left, right)
     products = [torch.dot(a.to(dtype), b.to(dtype)) for a, b in buckets.pieces(size, left, right)]

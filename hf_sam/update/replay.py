@@ -1,4 +1,4 @@
-"""The second pass starts as the first one did: random states, and whatever else a forward pass reads and writes."""
+"""Let the second pass start as the first one did: random states, and all else that a forward pass reads and writes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch.nn.modules.batchnorm import _NormBase
 from .contents import Contents, entries, is_looked_into, modules_in
 from .random_states import RandomStates
 
-# What `nn.Module` itself keeps in `__dict__`; its tensors are looked at through `_buffers` and `_parameters`.
+# What `nn.Module` itself keeps in `__dict__`; tensors are found through `_buffers` and `_parameters`.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-# A container with more entries than this is data, not state.
+# A container with more entries than this counts as data, not state.
 _MOST_ENTRIES = 10_000
 # Tensors whose numbers can be copied and compared, unlike sharded and quantized ones.
 _PLAIN = (Tensor, nn.Parameter)
-# Optimizer steps in which passes are watched by value, when a run begins and whenever modules have changed.
+# Number of optimizer steps in which passes are watched by value, at the start of a run and after modules have changed.
 _WATCHED_STEPS = 2
 
 
 @dataclass
 class Snapshot:
-    """What `PassState` looked like at one moment.
+    """A snapshot of `PassState`.
 
     Attributes:
-        random_states (`RandomStates`, *optional*): None where random numbers are not to be replayed.
-        namespaces (`list`): Dictionaries of modules, and what was in them.
-        tensors (`list`): Tensors that a pass may change in place, their versions, and their numbers where they are copied.
-        addresses (`list[int]`): Of the tensors' memory.
-        contents (`list[Contents]`): Of containers, arrays, generators and objects.
+        random_states (`RandomStates`, *optional*): None if random numbers are not replayed.
+        namespaces (`list`): Dictionaries of modules, and their contents.
+        tensors (`list`): Tensors that a pass may change in place, their versions, and copies of their numbers if taken.
+        addresses (`list[int]`): Addresses of the tensors' memory.
+        contents (`list[Contents]`): Contents of containers, arrays, generators and objects.
         own (`dict`): The owner's plain attributes.
-        is_watched (`bool`): Whether everything that can be is copied, to be compared.
-        is_whole (`bool`): Whether all that the pass after it has changed can be put back.
+        is_watched (`bool`): Whether everything that can be copied is, for comparison.
+        is_whole (`bool`): Whether everything that the following pass has changed can be restored.
     """
 
     random_states: RandomStates | None
@@ -50,20 +50,25 @@ class Snapshot:
 
 
 class PassState:
-    """All that a forward pass reads and writes beside trained weights, found by watching clean passes.
+    """Everything that a forward pass reads and writes apart from trained weights, found by watching clean passes.
 
-    Covered are buffers and parameters without gradient (changed in place, or replaced), modules that are replaced, numbers,
-    tensors, arrays, containers and users' objects that modules keep as plain attributes, generators that they own, and the
-    same of modules and of plain attributes that hang on `owner`, the trainer. What a pass assigns anew is put back by
-    reference. What it changes in place has to be copied before: for a few steps passes are watched by value; afterwards
-    only what has been seen to change is copied, and tensors' version counters tell whether anything new does.
+    This covers:
+
+    - buffers and parameters without gradient, changed in place or replaced;
+    - modules that are replaced;
+    - numbers, tensors, arrays, containers, generators and objects of custom classes that modules keep as plain attributes;
+    - the same for modules and plain attributes of `owner`, the trainer.
+
+    What a pass reassigns is restored by reference. What it changes in place must be copied before: for a few steps, passes
+    are watched by value; afterwards only what has been seen to change is copied, and tensors' version counters show
+    whether anything else changes.
 
     Args:
-        roots (`Sequence[nn.Module]`): The model, and modules beside it.
-        owner (`object`, *optional*): Whose plain attributes count, too.
-        ignored (`Iterable[str]`, *optional*): Attributes of `owner` that do not.
-        watches_parameters (`bool`, *optional*, defaults to `True`): Parameters without gradient count. They cannot where
-            the engine moves their memory around.
+        roots (`Sequence[nn.Module]`): The model, and modules outside it.
+        owner (`object`, *optional*): An object whose plain attributes are restored, too.
+        ignored (`Iterable[str]`, *optional*): Attributes of `owner` that are not.
+        watches_parameters (`bool`, *optional*, defaults to `True`): Watch parameters without gradient. This is impossible
+            if the engine moves their memory.
         looked_into (`Sequence[Any]`, *optional*): More objects that a pass may change.
     """
 
@@ -89,10 +94,10 @@ class PassState:
     # --- what there is -----------------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """List everything that may change; again whenever modules have come, gone or changed their mode."""
+        """List everything that may change; repeated when modules have been added, removed or changed their mode."""
         roots = [*self._roots, *modules_in(self._own_attributes().values())]
         self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
-        # Layers of torch's own keep no state in attributes; walking them would cost most.
+        # torch's own layers keep no state in attributes, and walking them would cost most.
         custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules")]
         self._namespaces = [vars(m) for m in custom] + [m._modules for m in custom if m._modules]
         self._namespaces += [m._buffers for m in self._modules if m._buffers]
@@ -101,7 +106,7 @@ class PassState:
                 m for m in self._modules if any(p is not None and not p.requires_grad for p in m._parameters.values())
             )
             self._namespaces += [m._parameters for m in frozen]
-        self._always = {  # of BatchNorm, whose kernels change them without a change of version
+        self._always = {  # BatchNorm's kernels change its buffers without changing their versions
             id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
         }
         found: dict[int, Tensor] = {}
@@ -125,10 +130,10 @@ class PassState:
 
     @torch.no_grad()
     def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
-        """What is now.
+        """Take a snapshot of the current state.
 
         Args:
-            random_states (`RandomStates`, *optional*): Kept with it.
+            random_states (`RandomStates`, *optional*): Random states to keep with it.
             step (`int`): The optimizer step.
             budget (`int`, *optional*): Bytes of parameters without gradient that may be copied while passes are watched
                 by value, the smallest first.
@@ -157,7 +162,7 @@ class PassState:
         return value if version == tensor._version and id(tensor) not in self._moving else tensor.detach().clone()
 
     def look_again(self, snapshot: Snapshot, budget: int | None = None) -> None:
-        """Between the trainer's `model.train()` and the forward: take in modules that have come, or changed their mode."""
+        """Between the trainer's `model.train()` and the forward: include modules that are new or have changed their mode."""
         if self._signature == self._state_of_modules():
             return
         self._signature = self._step = None
@@ -168,7 +173,7 @@ class PassState:
         snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses
 
     def _affordable(self, budget: int | None) -> Iterator[int]:
-        """The ids of buffers and attributes, and parameters without gradient as far as the budget goes."""
+        """The ids of buffers and attributes, and of parameters without gradient within the budget."""
         for tensor in sorted(self._tensors, key=Tensor.numel):
             if isinstance(tensor, nn.Parameter) and budget is not None:
                 if tensor.nbytes > budget:
@@ -186,7 +191,7 @@ class PassState:
             has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
                 self._moving.add(id(tensor))
-                before.is_whole &= value is not None  # otherwise what it was is lost
+                before.is_whole &= value is not None  # otherwise the previous value is lost
             elif before.is_watched and value is not None and isinstance(tensor, nn.Parameter):
                 self._unchanged[id(tensor)] = version, value
         for contents in before.contents:
@@ -195,13 +200,13 @@ class PassState:
                 before.is_whole &= contents.is_deep
         changed = [(now, then) for now, then in before.namespaces if not _are_alike(now, then)]
         if any(len(now) != len(then) or _modules_differ(now, then) for now, then in changed):
-            self._signature = None  # an attribute has appeared, or a module: look again
+            self._signature = None  # a new attribute or module: list again
 
     # --- putting back -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Make everything what it was when the snapshot was captured."""
+        """Restore everything to the state of the snapshot."""
         if snapshot.random_states is not None:
             snapshot.random_states.restore()
         for namespace, before in snapshot.namespaces:
@@ -213,7 +218,7 @@ class PassState:
                 del own[name]
             own.update(snapshot.own)
         for tensor, _, value in snapshot.tensors:
-            if value is None or tensor.requires_grad:  # thawed since, and perturbed
+            if value is None or tensor.requires_grad:  # unfrozen since, and perturbed
                 continue
             if tensor.shape == value.shape:
                 tensor.detach().copy_(value)
@@ -224,9 +229,9 @@ class PassState:
 
 
 def _put_back(namespace: dict[str, Any], before: dict[str, Any]) -> None:
-    mode = namespace.get("training")  # is the trainer's to set
+    mode = namespace.get("training")  # set by the trainer
     for name in [name for name, value in namespace.items() if name not in before and _is_data(value)]:
-        del namespace[name]  # but for what was set up once, such as the mark of installed hooks
+        del namespace[name]  # except what is set up once, such as the mark of installed hooks
     namespace.update(before)
     if mode is not None:
         namespace["training"] = mode
@@ -245,7 +250,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether a pass may change this tensor in place in a way that is ours to undo."""
+    """Whether a pass may change this tensor in place in a way that must be undone."""
     return isinstance(value, Tensor) and not value.requires_grad and not value.is_inference()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# What turns raw input into hidden states, by the kind its class says it is: BertEmbeddings, ViTPatchEmbeddings, Qwen2VLPatchEmbed,
+# Modules that turn raw input into hidden states, by the name of their class: BertEmbeddings, ViTPatchEmbeddings, Qwen2VLPatchEmbed,
 # MobileNetV2Stem, Wav2Vec2FeatureEncoder. Not SwinPatchMerging, which divides hidden states; rotary embeddings have no parameters.
 _INPUT_KIND = re.compile(r"(Embeddings?|Embed|Embedder|Stem|FeatureEncoder)$")
 _TASK = re.compile(r"For[A-Z]|Head")  # BertForMaskedLM, GPT2LMHeadModel; not BertModel, MaskFormerModel
@@ -40,7 +40,7 @@ def embedding_parameters(model: nn.Module) -> set[str]:
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """What comes after the body: task heads, and output embeddings that are not tied to the input's."""
+    """Parameters after the body: task heads, and output embeddings not tied to the input embeddings."""
     body = {p for outer in _outermost(model) for part in _body(outer) for p in part.parameters()}
     for outer in _outermost(model):
         output = _asked(outer, "get_output_embeddings")
@@ -50,7 +50,7 @@ def head_parameters(model: nn.Module) -> set[str]:
 
 
 def groups_of(model: nn.Module) -> dict[str, str]:
-    """For each parameter's name the group of modules it belongs to, one of `GROUPS`."""
+    """For each parameter name, its group of modules, one of `GROUPS`."""
     embeddings, head = embedding_parameters(model), head_parameters(model)
     norms = {p for m in model.modules() if "norm" in type(m).__name__.lower() for p in m._parameters.values()}
 
@@ -67,13 +67,13 @@ def groups_of(model: nn.Module) -> dict[str, str]:
 
 
 def _is_table_or_reads_pictures(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d | nn.Conv3d):  # 1 x 1: not a stem but a squeeze-and-excitation
+    if isinstance(module, nn.Conv2d | nn.Conv3d):  # 1 x 1: not a stem but squeeze-and-excitation
         return module.in_channels <= 4 and module.groups == 1 and max(module.kernel_size) > 1
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def _is_token(name: str, p: Tensor, is_in_layer: bool) -> bool:
-    """A bare parameter that is a token or a position: by its word, or broadcast over the batch outside the stack of layers."""
+    """A bare parameter that is a token or a position: by its name, or broadcast over the batch outside the stack of layers."""
     shape = getattr(p, "ds_shape", p.shape)
     if "token" in name or is_in_layer or not shape:
         return "token" in name
@@ -89,14 +89,14 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _outermost(model: nn.Module) -> list[nn.Module]:
-    """The transformers models in `model`, but not those inside them; PEFT's wrappers are looked through."""
+    """The transformers models in `model`, but not those inside them; PEFT's wrappers are unwrapped."""
     if hasattr(model, "get_base_model"):
         return _outermost(model.get_base_model())
     return [model] if isinstance(model, PreTrainedModel) else [m for c in model.children() for m in _outermost(c)]
 
 
 def _body(model: nn.Module) -> list[nn.Module]:
-    """The part of a transformers model below its head: its base model, or the models that it is put together from."""
+    """The part of a transformers model below its head: its base model, or the models that it combines."""
     if not _TASK.search(type(model).__name__):
         return [model]
     if model.base_model is not model and isinstance(model.base_model, PreTrainedModel):
@@ -108,5 +108,5 @@ def _body(model: nn.Module) -> list[nn.Module]:
 def _asked(module: nn.Module, question: str) -> Any:
     try:
         return getattr(module, question)()
-    except Exception:  # it is a user's own code, and what is asked for is no more than a name
+    except Exception:  # this may be custom code, and only a name is needed
         return None

@@ -1,4 +1,4 @@
-"""The passes of a step: the clean ones, and those that begin as these did and leave no trace."""
+"""The passes of a step: clean passes, and passes that start from the same state and leave no trace."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class Passes(Protocol):
-    """How the trainer runs one pass of its own: forward, loss, backward."""
+    """How the trainer runs one pass: forward, loss, backward."""
 
     def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
-        """One forward and backward; gradients add up in `p.grad`. Returns the loss, detached."""
+        """Run one forward and backward, adding gradients up in `p.grad`; return the detached loss."""
 
     def losses_of_examples(self, batch: MicroBatch) -> Tensor:
-        """One forward; the loss of every example, shape `(batch,)`."""
+        """Run one forward; return the loss of every example, shape `(batch,)`."""
 
     def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
         """Add `H vector` of the batch's loss to `product`."""
@@ -39,26 +39,25 @@ class Passes(Protocol):
         """How the losses of parts of `size` examples make up the batch's: one of `batches.ADDING_UP`."""
 
     def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+        """Whether the optimizer's last step was skipped after an overflow in fp16."""
 
 
 class PassRunner:
-    """Runs the passes of one run's steps, each from where the clean pass of its micro-batch began.
+    """Run the passes of all steps, each from the state in which the clean pass of its micro-batch started.
 
     Args:
         passes (`Passes`): How the trainer runs one.
         config (`SAMConfig`): The user's choices.
         parts (`Parts`): The ascent and descent, as resolved for the run.
         engine (`Engine`): Which gradients are computed and synchronised.
-        parameters (`TrainedParameters`): Who trains.
-        state (`PassState`): What passes read and write beside weights.
+        parameters (`TrainedParameters`): The trained parameters.
+        state (`PassState`): What passes read and write apart from weights.
         telemetry (`Telemetry`), cost (`Cost`): Where losses and passes are counted.
 
     Attributes:
-        index (`int`): The present optimizer step.
-        is_repeating (`bool`): Whether a pass runs that the clean one has gone before: what it logs and counts is not to be
-            seen.
-        adding_up (`str`, *optional*): How the losses of parts make up a batch's; known when parts are first taken.
+        index (`int`): The current optimizer step.
+        is_repeating (`bool`): Whether the current pass follows the clean one, so that its logs and counts are dropped.
+        adding_up (`str`, *optional*): How losses of parts combine to a batch's; known once parts are first used.
     """
 
     def __init__(
@@ -83,8 +82,8 @@ class PassRunner:
         self.parameters_changed()
 
     def parameters_changed(self) -> None:
-        """Other parameters train than before."""
-        # Of frozen parameters that may be copied while passes are watched: no more than gradients take anyway.
+        """React to a change of the trained parameters."""
+        # Limit on copies of frozen parameters while passes are watched: no more memory than gradients take anyway.
         self._most_bytes = sum(p.nbytes for p in self._parameters.trainable)
 
     @property
@@ -107,7 +106,7 @@ class PassRunner:
     def ascend(
         self, model: nn.Module, batch: MicroBatch, chosen: Sequence[Parameter], step: Step, *, synced: bool
     ) -> Tensor:
-        """The clean pass, the only one whose traces stay: the gradients of `chosen` add up in `p.grad`."""
+        """Run the clean pass, the only one with lasting side effects, adding the gradients of `chosen` up in `p.grad`."""
         seen = self._seen(batch, step)
         batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._most_bytes)
         mend = self.changed_inputs.protect(batch)
@@ -121,7 +120,7 @@ class PassRunner:
         return loss
 
     def _seen(self, batch: MicroBatch, step: Step) -> MicroBatch:
-        """What of the batch the ascent pass sees."""
+        """The part of the batch that the ascent pass sees."""
         size, fraction = batch.size, self._config.ascent_fraction or 1.0
         indices = self.parts.ascent.examples(batch.inputs, step)
         if indices is None and fraction < 1:
@@ -138,7 +137,7 @@ class PassRunner:
             self.adding_up = self._passes.how_parts_add_up(batch, size)
 
     def descend(self, model: nn.Module, window: list[MicroBatch], *, synced: bool) -> Tensor:
-        """The passes at `w + eps`, of the examples and the loss that the method descends on."""
+        """Run the passes at `w + eps`, with the examples and the loss that the method descends on."""
         if self.descends_on_part:
             window = [self._chosen_examples(batch) for batch in window]
         return self.run_all(model, window, synced=synced)
@@ -151,10 +150,10 @@ class PassRunner:
         return batch.sample(self.parts.descent.examples(batch.kept, after))
 
     def run_all(self, model: nn.Module, window: list[MicroBatch], *, synced: bool, is_ascent: bool = False) -> Tensor:
-        """Run the window as the clean pass saw it, if there was one; returns the sum of its losses.
+        """Run the window as the clean pass saw it, if there was one; return the sum of its losses.
 
-        `synced` leaves synchronisation after the last one as the trainer has set it; otherwise there is none.
-        `is_ascent` where the gradients show where to perturb; otherwise the optimizer steps along them.
+        With `synced`, synchronisation after the last one is as the trainer has set it; otherwise there is none.
+        With `is_ascent`, the gradients determine the perturbation; otherwise the optimizer steps along them.
         """
         losses = []
         for batch in window:
@@ -166,7 +165,7 @@ class PassRunner:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def add_hessian_products(self, window: list[MicroBatch], vector: Gradients, product: Gradients) -> None:
-        """Add `H vector` of the window's loss at the present weights to `product`."""
+        """Add `H vector` of the window's loss at the current weights to `product`."""
         for batch in window:
             self.state.restore(batch.before)
             self._passes.add_hessian_product(batch, vector, product)
@@ -174,7 +173,7 @@ class PassRunner:
 
     @contextlib.contextmanager
     def leaving_no_trace(self) -> Iterator[Snapshot]:
-        """Passes inside are repetitions: everything ends as the clean pass has left it, which is what this yields."""
+        """Passes inside are repetitions: afterwards everything is as the clean pass left it, which this yields."""
         now = self.state.capture(self._random_states(), self.index, self._most_bytes)
         was_repeating, self.is_repeating = self.is_repeating, True
         try:

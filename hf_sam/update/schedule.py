@@ -1,4 +1,4 @@
-"""When and how far: which optimizer steps perturb, and by how much."""
+"""Which optimizer steps are perturbed, and by how much."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 from ..config import SAMConfig
 
-# A learning rate given as a function of the step is looked at this often to find its peak.
+# Number of samples of a learning rate given as a function of the step, to find its peak.
 _LOOKS = 1000
 
 
 class Kind(Enum):
-    """What an optimizer step does."""
+    """The kinds of optimizer steps."""
 
     PLAIN = "the stock step"
     BETWEEN = "one pass at w, whose gradient the descent changes"
@@ -26,12 +26,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`SAMConfig`'s `interval`, `start`, `end`, `rho_schedule` resolved against the steps that are really run.
+    """`SAMConfig`'s `interval`, `start`, `end`, `rho_schedule` resolved for the number of steps that are run.
 
     Args:
         config (`SAMConfig`): The user's choices.
-        start (`int`): First step that may perturb.
-        end (`int`): First step that no longer does.
+        start (`int`): First step that may be perturbed.
+        end (`int`): First step that no longer is.
     """
 
     config: SAMConfig
@@ -40,10 +40,10 @@ class Schedule:
 
     @classmethod
     def resolve(cls, config: SAMConfig, max_steps: int, warmup_steps: int = 0) -> Schedule:
-        """Fractions become steps of a run of `max_steps`; momentum is trusted only after `warmup_steps`.
+        """Turn fractions into steps of a run of `max_steps`; momentum is used only after `warmup_steps`.
 
         Raises:
-            ValueError: No step of this run would perturb.
+            ValueError: No step of this run would be perturbed.
         """
         start, end = (
             moment if isinstance(moment, int) else round(moment * max_steps) for moment in (config.start, config.end)
@@ -53,7 +53,7 @@ class Schedule:
         if config.rho > 0 and not start < min(end, max_steps):
             raise ValueError(
                 f"start={config.start} and end={config.end} leave no step to perturb in a run of {max_steps} steps "
-                f"(from step {start} to {min(end, max_steps)}). Lower start, raise end, or train for longer."
+                f"(from step {start} to {min(end, max_steps)}). Lower start, raise end, or train longer."
             )
         return cls(config, start, end)
 
@@ -66,7 +66,7 @@ class Schedule:
         return self.is_inside(step) and self.age(step) == 0
 
     def next_perturbed(self, step: int) -> int | None:
-        """The first step from `step` on that perturbs; None if there is none."""
+        """The first perturbed step from `step` on; None if there is none."""
         step = max(step, self.start)
         if not self.config.parts.ascent.perturbs_between:
             step += -(step - self.start) % (self.config.interval or 1)
@@ -81,7 +81,7 @@ class Schedule:
         return self.config.passes_per_step if self.is_due(step) else 1.0
 
     def is_inside(self, step: int) -> bool:
-        """Whether `step` lies between start and end, perturbed or between two steps that are."""
+        """Whether `step` lies between start and end, whether it is perturbed or not."""
         return self.config.rho > 0 and self.start <= step < self.end
 
     def rho(self, step: int, lr_fraction: float = 1.0) -> float:
@@ -107,8 +107,8 @@ class Schedule:
 def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) -> float:
     """The highest learning rate that any group of the optimizer will have in a run of `max_steps`.
 
-    It is `max_lr` where a cyclic schedule has left one, the base rate times the largest factor where the schedule is a
-    function of the step, and otherwise the rate that the group began with.
+    It is `max_lr` if a cyclic schedule has one, the base rate times the largest factor if the schedule is a function of the
+    step, and otherwise the group's initial rate.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # inside Accelerate's wrapper
     peaks = list(getattr(scheduler, "max_lrs", None) or ())  # of CyclicLR
@@ -124,5 +124,5 @@ def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) ->
 
 
 def lr_fraction(optimizer: torch.optim.Optimizer, peak: float) -> float:
-    """The present learning rate of the fastest group, relative to its peak."""
+    """The current learning rate of the group with the largest one, relative to the peak."""
     return max(float(group["lr"]) for group in optimizer.param_groups) / peak if peak > 0 else 0.0

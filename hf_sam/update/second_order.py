@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """Attention by plain matrix products, the kernel that has a second derivative.
+    """Use the attention kernel of plain matrix products, which has a second derivative.
 
     Raises:
         ValueError: The model uses an attention implementation that cannot be switched from outside.
@@ -21,7 +21,7 @@ def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation not in (None, "eager", "sdpa"):
         raise ValueError(
-            f"second_order=True differentiates twice, which attn_implementation={implementation!r} cannot. Load the model "
+            f"second_order=True differentiates twice, which attn_implementation={implementation!r} does not support. Load the model "
             "with attn_implementation='eager' or 'sdpa'."
         )
     with sdpa_kernel(SDPBackend.MATH):
@@ -33,7 +33,7 @@ def add_hessian_vector_product(loss: Tensor, vector: dict[Parameter, Tensor], pr
 
     Args:
         loss (`Tensor`): Scalar, with its graph.
-        vector (`dict[Parameter, Tensor]`): `v`; parameters that it leaves out count as 0.
+        vector (`dict[Parameter, Tensor]`): `v`; missing parameters count as 0.
         product (`dict[Parameter, Tensor]`): One tensor for every parameter to differentiate with respect to.
     """
     directions = list(vector)

@@ -1,4 +1,4 @@
-"""The functions of `buckets` that Vectors use, for a CPU: tensor by tensor where that keeps a tensor in the cache."""
+"""The functions of `buckets` that Vectors use, for a CPU: tensor by tensor if that keeps a tensor in the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .buckets import piece_size, pieces
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Every number in memory of its own."""
+    """Copies of all tensors."""
     return list(map(torch.clone, tensors))
 
 
@@ -59,12 +59,12 @@ def in_pairs_(
 
 
 def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """What a function makes of a list, number by number."""
+    """The elementwise results of a function of a list."""
     return list(function(tensors))
 
 
 def map_lists(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """What a function makes of lists of at most one bucket."""
+    """The results of a function of lists of at most one bucket each."""
     return [new for tensor in tensors for new in function([tensor])]
 
 
@@ -75,7 +75,7 @@ def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]
 
 
 def _by_device(tensors: list[Tensor], scalar: float | Tensor) -> Iterator[tuple[list[Tensor], float | Tensor]]:
-    """The tensors of each device, with the scalar there."""
+    """The tensors of each device, with the scalar on that device."""
     if not isinstance(scalar, Tensor) or all(t.device == scalar.device for t in tensors):
         yield tensors, scalar
         return

@@ -1,4 +1,4 @@
-"""Where Vectors live, and what is known of their parameters beside numbers: found once rather than in every step."""
+"""The space of Vectors: facts about their parameters that are computed once rather than in every step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from . import buckets, singly
 from .parameters import is_whole, local
 from .reductions import Reductions
 
-# Of so many lists of parameters a Space knows what does not change from step to step.
+# The number of lists of parameters whose constant facts a Space keeps.
 _MOST_KNOWN = 16
 
 
 class Space:
-    """Where Vectors live: how norms are taken over all processes, and how tensors are best worked on.
+    """The space of Vectors: how norms are computed over all processes, and how tensors are processed.
 
     Args:
-        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Reductions over parts of these parameters.
-        order (`Sequence[Parameter]`, *optional*): In which sums of Vectors over different parameters are sorted.
+        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Returns reductions over parts of these parameters.
+        order (`Sequence[Parameter]`, *optional*): The order of parameters in sums of Vectors over different ones.
         in_buckets (`bool`, *optional*, defaults to `False`): Work on whole lists, so that the number of operations does
-            not grow with the number of tensors, as an accelerator wants it; otherwise tensor by tensor where that
-            keeps them in the CPU's cache.
+            not grow with the number of tensors, which suits an accelerator; otherwise tensor by tensor if that keeps
+            them in the CPU's cache.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Space:
         self._layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
 
     def layout(self, parameters: Sequence[Parameter]) -> Layout:
-        """What is known of a list of parameters, found once: how they lie in memory, and reductions over them."""
+        """Facts about a list of parameters, computed once: their memory layout, and reductions over them."""
         key = tuple(map(id, parameters))
         if key in self._layouts:
             self._layouts.move_to_end(key)
@@ -51,20 +51,20 @@ class Space:
         return self._layouts[key]
 
     def changed(self, order: Sequence[Parameter]) -> None:
-        """Other parameters train than before."""
+        """React to a change of the trained parameters."""
         self.position.update({p: i for i, p in enumerate(order)})
         self._layouts.clear()
 
 
 class Layout:
-    """How a list of parameters lies in memory, and how sums over it are taken.
+    """The memory layout of a list of parameters, and reductions over it.
 
     Args:
         parameters (`tuple[Parameter, ...]`): The list.
-        reductions (`Reductions`): Over one tensor for each of them.
+        reductions (`Reductions`): Reductions over one tensor for each parameter.
 
     Attributes:
-        size (`int`, *optional*): How many numbers they have over all processes, where that has been asked.
+        size (`int`, *optional*): How many numbers they have over all processes, once computed.
     """
 
     def __init__(self, parameters: tuple[Parameter, ...], reductions: Reductions):
@@ -83,14 +83,14 @@ class Layout:
 
     @property
     def turns(self) -> list[int]:
-        """For each parameter how many earlier ones it shares memory with: none of two with one number do."""
+        """For each parameter, how many earlier ones it shares memory with; those with equal numbers do not overlap."""
         self._look()
         if not self._turns:
             self._turns = turns(self._weights)
         return self._turns
 
     def _look(self) -> None:
-        """Notice weights that lie elsewhere than they did."""
+        """Update the layout if weights have moved in memory."""
         weights = self.parameters if self._are_whole else [local(p) for p in self.parameters]
         addresses = list(map(Tensor.data_ptr, weights))
         if not self._weights or addresses != self._addresses:
@@ -99,10 +99,10 @@ class Layout:
 
 
 def turns(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor a number that no other one has that shares memory with it; 0 where none does."""
+    """A number for each tensor that differs from those of tensors sharing memory with it; 0 if none does."""
     found = [0] * len(tensors)
     spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t), i) for i, t in enumerate(tensors) if t.numel())
-    open_until: list[tuple[int, int]] = []  # the ends of spans that reach beyond the present start, and their numbers
+    open_until: list[tuple[int, int]] = []  # ends of the spans that reach beyond the current start, and their numbers
     for start, end, i in spans:
         open_until = [(until, number) for until, number in open_until if until > start]
         taken = {number for _, number in open_until}
@@ -112,6 +112,6 @@ def turns(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first to the last number."""
+    """The span of bytes from the first to the last number."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""SAM's own part of the Trainer's checkpoints: the configuration of the run, and what its method carries on."""
+"""SAM's part of the Trainer's checkpoints: the configuration of the run, and the state of its method."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def save_config(folder: str, config: SAMConfig) -> None:
 
 
 def check_config(folder: str, config: SAMConfig) -> bool:
-    """Whether the checkpoint was made by a SAM trainer; one by a stock Trainer is a fine start and returns False.
+    """Whether a SAM trainer wrote the checkpoint; one of a stock Trainer is a valid start and returns False.
 
     Raises:
-        ValueError: It was made under another configuration (the message names every difference and the remedy), or the
-            file is damaged.
+        ValueError: The configuration differs (the message names every difference and the fix), or the file is damaged.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -41,12 +40,12 @@ def check_config(folder: str, config: SAMConfig) -> bool:
         values = json.loads(path.read_text(encoding="utf-8"))
         for name, own in json.loads(config.to_json()).items():
             if name in ("ascent", "descent") and values.get(name) == own:
-                values[name] = getattr(config, name)  # a class that is defined in a function has no path to be found by
+                values[name] = getattr(config, name)  # a class defined in a function cannot be found by a path
         before = SAMConfig.from_dict(values).to_dict()
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} cannot be read as a SAM configuration ({error}). Restore it, or delete it to resume the checkpoint as one "
-            "of a stock Trainer's."
+            f"{path} cannot be read as a SAM configuration ({error}). Restore it, or delete it to resume the checkpoint as if "
+            "a stock Trainer had written it."
         ) from error
     now = config.to_dict()
     differences = [
@@ -56,8 +55,8 @@ def check_config(folder: str, config: SAMConfig) -> bool:
     ]
     if differences:
         raise ValueError(
-            f"The checkpoint {folder} was made under another SAM configuration: {'; '.join(differences)}. Resume with the "
-            f"same configuration; to go on under the new one on purpose, delete {CONFIG_NAME} from the checkpoint."
+            f"The checkpoint {folder} was written under another SAM configuration: {'; '.join(differences)}. Resume with the "
+            f"same configuration; to switch to the new one on purpose, delete {CONFIG_NAME} from the checkpoint."
         )
     return True
 
@@ -65,18 +64,18 @@ def check_config(folder: str, config: SAMConfig) -> bool:
 def save_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
     """Write this rank's `sam_state_{rank}.safetensors`; nothing for a method without state.
 
-    Where every rank perturbs for itself its state is its own, so each one writes a file.
+    If every rank perturbs on its own, ranks have different states, so each writes a file.
     """
     tensors = {name: tensor.contiguous() for name, tensor in update.state_dict().items()}
     if tensors:
-        Path(folder).mkdir(parents=True, exist_ok=True)  # this rank may be here before rank 0 has made it
+        Path(folder).mkdir(parents=True, exist_ok=True)  # this rank may arrive before rank 0 has created it
         save_file(tensors, Path(folder) / STATE_NAME.format(rank=rank))
 
 
 def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
-    """The inverse of `save_state`. On more ranks than the checkpoint has, the first ones' state is shared out.
+    """The inverse of `save_state`. With more ranks than the checkpoint has, the states of the first ones are reused.
 
-    Ranks go on alike: if one of them finds nothing, none takes up what the others have.
+    All ranks proceed alike: if one finds no state, none loads any.
     """
     files = sorted(Path(folder).glob(STATE_NAME.format(rank="*")))
     if not update.engine.agree(bool(files)):
@@ -85,17 +84,17 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
     if own not in files:
         own = files[rank % len(files)]
         logger.warning(
-            f"{folder} holds the SAM state of {len(files)} processes: process {rank} goes on with {own.name}."
+            f"{folder} holds the SAM state of {len(files)} processes: process {rank} continues with {own.name}."
         )
     update.load_state_dict(load_file(own, device=str(update.device)))
 
 
 def reload_renamed_weights(model: nn.Module, folder: str) -> None:
-    """Load the weights that `Trainer` has just missed, if it has.
+    """Load the weights that `Trainer` has missed, if any.
 
     `save_pretrained` writes some architectures (ViT and DINOv2 among them) under the names of their original release,
-    and `Trainer` reads checkpoints back by the model's present names, leaving the rest at their initial values with a
-    warning. `from_pretrained` knows both.
+    and `Trainer` reads checkpoints by the model's current names, leaving the rest at their initial values with a
+    warning. `from_pretrained` knows both names.
     """
     if not isinstance(model, PreTrainedModel) or (Path(folder) / "adapter_config.json").exists():
         return

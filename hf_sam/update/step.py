@@ -1,4 +1,4 @@
-"""One optimizer step of Algorithm 1 (Foret et al. 2021), whatever the method and wherever it runs."""
+"""One optimizer step of Algorithm 1 (Foret et al. 2021), for every method and engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Whether to work on whole lists, as on an accelerator; None asks the device. Tests set it.
+# Whether to work on whole lists, as on an accelerator; None depends on the device. Tests set it.
 IN_BUCKETS: bool | None = None
 
 
@@ -42,19 +42,19 @@ class SharpnessAwareUpdate:
         config (`SAMConfig`): The user's choices.
         model (`nn.Module`): The model, not wrapped for distributed training.
         optimizer (`torch.optim.Optimizer`): The base optimizer; read, never stepped here.
-        engine (`Engine`): How gradients are synchronised and norms are taken.
+        engine (`Engine`): How gradients are synchronised and norms are computed.
         passes (`Passes`): How the trainer runs one pass.
         max_steps (`int`): Optimizer steps of the whole run.
-        seed (`int`): For whatever the method draws; the same on every rank, so that ranks decide alike.
-        warmup_steps (`int`, *optional*, defaults to 0): Those in which the learning rate warms up.
-        scheduler (*optional*): The learning rate's.
-        others (`dict[str, nn.Module]`, *optional*): Modules beside the model that take part in its loss, by name.
-        train_dataset (*optional*): What the method may look up in the training data.
-        owner (`object`, *optional*): Whose plain attributes are restored for the second pass, but for those `ignored`.
-        looked_into (`Sequence[Any]`, *optional*): More objects whose contents are.
+        seed (`int`): Seed of the method's random numbers; the same on every rank, so that ranks decide alike.
+        warmup_steps (`int`, *optional*, defaults to 0): Steps in which the learning rate warms up.
+        scheduler (*optional*): The learning rate scheduler.
+        others (`dict[str, nn.Module]`, *optional*): Modules outside the model that take part in its loss, by name.
+        train_dataset (*optional*): The training data, for methods that need it.
+        owner (`object`, *optional*): The object whose plain attributes, except `ignored`, are restored for the second pass.
+        looked_into (`Sequence[Any]`, *optional*): More objects whose contents are restored.
 
     Raises:
-        ValueError: `config.perturb` selects nothing, or no step of the run would perturb.
+        ValueError: `config.perturb` selects nothing, or no step of the run would be perturbed.
     """
 
     def __init__(
@@ -109,16 +109,16 @@ class SharpnessAwareUpdate:
     def run(
         self, model: nn.Module, batch: MicroBatch, index: int, is_last: bool, measured: Callable[[], bool]
     ) -> Tensor:
-        """One micro-batch of optimizer step `index`; returns its loss.
+        """Run one micro-batch of optimizer step `index` and return its loss.
 
-        Perturbed weights never leave this call: where the perturbation needs the whole accumulation window, all but
-        its last micro-batch only run the ascent pass, and the last one runs the descent passes of the window.
+        Weights are never perturbed after this call: if the perturbation needs the whole accumulation window, all but its
+        last micro-batch run only the ascent pass, and the last one runs the descent passes of the window.
 
         Args:
-            model (`nn.Module`): The model as the trainer has wrapped it.
-            batch (`MicroBatch`): What the trainer has drawn.
+            model (`nn.Module`): The model as wrapped by the trainer.
+            batch (`MicroBatch`): The micro-batch.
             index (`int`): Optimizer steps before this one.
-            is_last (`bool`): Whether gradients are synchronised, and the optimizer steps, after this micro-batch.
+            is_last (`bool`): Whether gradients are synchronised and the optimizer steps after this micro-batch.
             measured (`Callable[[], bool]`): Whether this step's values are about to be logged.
         """
         if self._begins:
@@ -175,21 +175,21 @@ class SharpnessAwareUpdate:
         ):
             eps = self._eps(g) if can_repeat else None
             del g
-            if eps is None and self._is_complete:  # this step goes along g
+            if eps is None and self._is_complete:  # this step follows g
                 self.outgoing.hand_over(self.outgoing.vector(gradients), gradients, accumulated, is_last)
                 return clean_loss
-            gradients.clear()  # of an eps that is made of something else: g is not needed any more
+            gradients.clear()  # eps does not use their memory, and g is no longer needed
             if eps is not None:
                 weights.add(eps)  # w + eps
-                eps = None  # its memory goes with the saved weights, which are given up before gradients are combined
+                eps = None  # its memory is released with the saved weights, before gradients are combined
                 self._climb_on(model, weights, window, is_last)
             if not self.parts.combines:
                 put_gradients(accumulated)
-            # g_s = grad L(w + eps), in p.grad; left to each rank where the ranks' mean is taken of what is made of it
+            # g_s = grad L(w + eps), in p.grad; not averaged over ranks if the result computed from it is averaged later
             synced = is_last and (self.scope == "global" or not (self.parts.combines or self.parts.ascent.may_skip))
             perturbed_loss = self.runner.descend(model, window, synced=synced)
             if self.ascent_step.is_measured:
-                # Where other micro-batches' gradients have been added to g_s there is no cosine.
+                # If gradients of other micro-batches were added to g_s, there is no cosine.
                 is_alone = self.parts.combines or not accumulated
                 perturbed = self.engine.gradients(self.parameters.selected) if is_alone else {}
                 self.ascent_step.observe(weights, clean, perturbed)
@@ -203,7 +203,7 @@ class SharpnessAwareUpdate:
         return clean_loss if self.runner.sees_all else perturbed_loss
 
     def _copy(self, g: Vector, gradients: Gradients) -> Vector:
-        """A copy of the whole gradient; where that is `g` its norm is taken once for both."""
+        """A copy of the whole gradient; if it is `g`, its norm is computed once for both."""
         if self.parameters.selected is not self.parameters.trainable:
             return self.outgoing.vector(gradients).clone()
         g.norm()
@@ -213,7 +213,7 @@ class SharpnessAwareUpdate:
         return self.ascent_step.eps(g, self._step(self.rho / self.parts.ascent.ascent_steps), self.rho, is_first)
 
     def _step_on_part(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """The examples that the method names at `w + eps`, eps from their own gradient; the others at `w`."""
+        """Take the examples that the method names at `w + eps`, with eps from their own gradient, and the others at `w`."""
         ascent = self.parts.ascent
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
         batch = batch.without(ascent.part)
@@ -232,16 +232,16 @@ class SharpnessAwareUpdate:
         return torch.stack(losses).sum()
 
     def _can_repeat(self, window: list[MicroBatch]) -> bool:
-        """Whether the second pass can start as the first did, or must be made all the same."""
+        """Whether the second pass can start as the first did, or must run in any case."""
         if all(part.before.is_whole for part in window):
             return True
         without_eps = (
             self._is_complete and self.engine.optimizer_holds_parameters
-        )  # DeepSpeed ignores what p.grad is given
+        )  # DeepSpeed ignores assignments to p.grad
         logger.warning_once(
-            "A pass has changed in place something that earlier passes had left alone (a buffer, a parameter without gradient, "
-            "or its own inputs), and what it was before is lost. From now on it is kept; this one step is "
-            + ("made without perturbation." if without_eps else "made from where the first pass has left it.")
+            "A pass changed something in place that earlier passes had not changed (a buffer, a parameter without gradient, or "
+            "its inputs), and its previous value is lost. From now on it is saved; this one step is "
+            + ("taken without perturbation." if without_eps else "taken from the state that the first pass left.")
         )
         return not without_eps
 
@@ -255,9 +255,9 @@ class SharpnessAwareUpdate:
                 weights.add(eps)
 
     def _one_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """For perturbations known without a clean pass; the loss returned is the perturbed one."""
+        """Run a step whose perturbation is known without a clean pass; the returned loss is the perturbed one."""
         if callable(getattr(self._optimizer, "train", None)):
-            self._optimizer.train()  # schedule-free optimizers move the weights here: before eps, not within
+            self._optimizer.train()  # schedule-free optimizers move the weights here, which must happen before eps is added
         step = self._step()
         with self.ascent_step.weights(self._step()) as weights, self.parts.ascent.applied(step):
             eps = self.ascent_step.checked(self.parts.ascent.eps(None, step))
@@ -271,7 +271,7 @@ class SharpnessAwareUpdate:
         return loss
 
     def _step_between(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """A plain pass, whose gradient the descent leads along what it has kept."""
+        """Run a plain pass, whose gradient the descent combines with what it has kept."""
         loss = self.runner.run_all(model, [batch], synced=self.scope == "global")
         if is_last:
             self.outgoing.between(self._step(), is_last)
@@ -283,7 +283,7 @@ class SharpnessAwareUpdate:
     # --- what kind of step -------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, index: int, measured: bool) -> None:
-        """Look at the schedule, at what trains, and at what became of the step before."""
+        """Update the schedule, the trained parameters, and the outcome of the previous step."""
         self.settle()
         if self.parameters.refresh():
             self.runner.parameters_changed()
@@ -309,7 +309,7 @@ class SharpnessAwareUpdate:
         return Kind.BETWEEN if has_between else Kind.PLAIN
 
     def _ascent_parameters(self) -> list[Parameter]:
-        """The parameters whose gradients the ascent pass has to compute."""
+        """The parameters whose gradients the ascent pass must compute."""
         if self.parts.combines or self.parts.ascent.may_skip:
             return self.parameters.trainable
         if not overrides(self.parts.ascent, "parameters"):
@@ -319,24 +319,24 @@ class SharpnessAwareUpdate:
 
     @property
     def _is_complete(self) -> bool:
-        """Whether the gradient of the ascent pass is the whole one, which the optimizer could step along."""
+        """Whether the gradient of the ascent pass is complete, so that the optimizer could step along it."""
         return self.runner.sees_all and len(self._chosen) == len(self.parameters.trainable)
 
     def settle(self) -> None:
-        """Between two steps: keep what the last one has left in memory, unless a pass of it overflowed."""
+        """Between two steps: keep what the last one wrote to memory, unless one of its passes overflowed."""
         if not self._is_unsettled:
             return
         self._is_unsettled = False
         was_skipped = self.runner.was_skipped()
         overflow, self.ascent_step.has_overflowed = self.ascent_step.has_overflowed, None
-        if overflow is not None:  # the optimizer may have stepped all the same, along a finite g_s
+        if overflow is not None:  # the optimizer may still have stepped along a finite g_s
             was_skipped |= bool(overflow)
         self.memory.settle(was_skipped)
-        # What a skipped step would have found out is looked for in the next one, not an interval later.
+        # What a skipped step should have computed is computed in the next step, not an interval later.
         self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
 
     def _step(self, rho: float | None = None, window: list[MicroBatch] | None = None) -> CurrentStep:
-        """What the method may ask; about the curvature where the micro-batches of the `window` are given."""
+        """The `Step` for the method; it offers Hessian products if the micro-batches of the `window` are given."""
         rank = self.engine.rank if self.scope != "global" else 0
         return CurrentStep(
             index=self.index,
@@ -355,10 +355,10 @@ class SharpnessAwareUpdate:
             hessian_product=None if window is None else partial(self.outgoing.hessian_product, window),
         )
 
-    # --- what stays of a step ----------------------------------------------------------------------------------------
+    # --- the end of a step -------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """The gradient that the optimizer is about to step along is known."""
+        """Call the method's `after` hook, now that the gradient that the optimizer is about to step along is known."""
         if self.needs & Needs.STEP_GRADIENT:
             gradient = self.outgoing.vector(self.engine.gradients(self.parameters.selected)).share()
             self.parts.ascent.after(gradient, self._step())
@@ -370,7 +370,7 @@ class SharpnessAwareUpdate:
             self.telemetry.record(sam_sharpness=losses["perturbed_loss"] - losses["clean_loss"])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method carries from step to step, by name, for a checkpoint."""
+        """The method's state, by name, for a checkpoint."""
         self.settle()
         state = self.memory.state_dict(self.parameters.names)
         if self.attached is not None:
@@ -387,7 +387,7 @@ class SharpnessAwareUpdate:
             self.memory.load_state_dict(state, by_name, self.space)
 
     def effective_m(self, batch_size: int, accumulation_steps: int) -> int:
-        """Examples that share one perturbation, where every micro-batch is full."""
+        """Number of examples that share one perturbation if every micro-batch is full."""
         if self.scope == "micro":
             return min(self.config.m or batch_size, batch_size)
         return batch_size * accumulation_steps * (self.engine.batches if self.scope == "global" else 1)

@@ -1,4 +1,4 @@
-"""What a step logs: gathered on the device, read by the host only when the Trainer logs."""
+"""The values that a step logs, collected on the device and read by the host only when the Trainer logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .roles import GROUPS
 
-# Events of blocks not yet added up; on a device they are over long before there are as many again.
+# Maximum number of events not yet added up; a device finishes them long before as many new ones exist.
 MOST_PENDING = 64
 
 
@@ -20,13 +20,13 @@ class Telemetry:
     """Means of scalars between two log entries.
 
     Args:
-        device (`torch.device`): Where tensors are added up.
+        device (`torch.device`): The device on which tensors are summed.
 
     Attributes:
-        has_recorded (`set[str]`): The names of what has been observed in this run.
+        has_recorded (`set[str]`): The names recorded in this run.
     """
 
-    # All that can be recorded, in the order in which ranks exchange it; `_intended_norm` is read, not logged.
+    # All names that can be recorded, in the order in which ranks exchange them; `_intended_norm` is read, not logged.
     NAMES = (
         "sam_rho",
         "sam_ascent_grad_norm",
@@ -61,7 +61,7 @@ class Telemetry:
             self._step[name] = self._step[name] + value if name in self._step else value
 
     def close_step(self) -> dict[str, Tensor]:
-        """The sums of the step that ends here."""
+        """Record the sums of the step that ends."""
         sums, self._step = self._step, {}
         return sums
 
@@ -77,13 +77,13 @@ class Telemetry:
 
     @classmethod
     def means(cls, tables: Tensor) -> dict[str, float]:
-        """The means over all ranks' tables, shape `(2 * ranks, n)`, of what was recorded; waits for the device."""
+        """The means over all ranks' tables, shape `(2 * ranks, n)`, of the recorded values; waits for the device."""
         sums, counts = tables.reshape(-1, 2, len(cls.NAMES)).sum(0).tolist()
         return {name: total / count for name, total, count in zip(cls.NAMES, sums, counts, strict=True) if count}
 
 
 class Stopwatch:
-    """Adds up the time of enclosed blocks: on the host for the CPU, by events that need no waiting elsewhere.
+    """Sum the time of enclosed blocks: on the host for the CPU, elsewhere by events that need no waiting.
 
     Args:
         device (`torch.device`): The device that does the work.
@@ -103,12 +103,12 @@ class Stopwatch:
             self._seconds += self._now() - self._start
             return
         self._pending.append((self._start, self._now()))
-        if len(self._pending) >= MOST_PENDING:  # read those that are over; wait only for a device that lags far behind
+        if len(self._pending) >= MOST_PENDING:  # read finished events; wait only for a device that lags far behind
             running = (i for i, (_, end) in enumerate(self._pending) if not end.query())
             self._read(max(next(running, len(self._pending)), MOST_PENDING // 2))
 
     def reset(self) -> None:
-        """Forget what was measured so far."""
+        """Reset the sum."""
         self._seconds = 0.0
         self._pending.clear()
 
@@ -132,7 +132,7 @@ class Stopwatch:
 
 
 class Cost:
-    """Counts the passes of a run, and times them against its whole training steps.
+    """Count the passes of a run, and time them relative to whole training steps.
 
     Args:
         device (`torch.device`): The device that does the work.
@@ -147,7 +147,7 @@ class Cost:
 
     @contextlib.contextmanager
     def micro_batch(self, step: int) -> Iterator[None]:
-        """Encloses one `training_step`; the run's first optimizer step, in which much happens once, is not timed."""
+        """Enclose one `training_step`; the run's first optimizer step, with its one-time work, is not timed."""
         if self.first_step is None:
             self.first_step = step
         if step > self.first_step and not self._is_warm:
@@ -161,14 +161,14 @@ class Cost:
 
     @contextlib.contextmanager
     def full_pass(self, fraction: float) -> Iterator[None]:
-        """Encloses a forward and backward over `fraction` of a micro-batch, all trainable parameters' gradients taken."""
+        """Enclose a forward and backward over `fraction` of a micro-batch, all trainable parameters' gradients taken."""
         with self._pass_clock:
             yield
         self.full_passes += fraction
         self._timed_passes += fraction
 
     def summary(self) -> dict[str, float]:
-        """Passes per micro-batch, and the measured time of `training_step` relative to that of one full pass."""
+        """Passes per micro-batch, and the measured time of `training_step` relative to one full pass."""
         if not self._timed_passes:
             return {}
         one_pass = self._pass_clock.seconds() / self._timed_passes

@@ -1,4 +1,4 @@
-"""Many tensors as one vector: what formulas of methods are written in."""
+"""Many tensors as one vector, so that methods can be written as formulas."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Scalar = float | Tensor
 
 
 class _Data:
-    """Tensors that several Vectors may scale: one for each parameter, and norms as far as they are known."""
+    """Tensors that several Vectors may scale: one for each parameter, and their known norms."""
 
     __slots__ = ("_layout", "norms", "parameters", "shared", "space", "tensors")
 
     def __init__(self, parameters: Sequence[Parameter], tensors: list[Tensor], space: Space, is_shared: bool):
         self.parameters, self.tensors, self.space = tuple(parameters), tensors, space
-        self.shared = [is_shared]  # one cell for a whole and its parts
+        self.shared = [is_shared]  # one cell, common to a whole and its parts
         self.norms: dict[float, Tensor] = {}
         self._layout: Layout | None = None
 
     @property
     def layout(self) -> Layout:
-        """What is known of its parameters."""
+        """The layout of its parameters."""
         if self._layout is None:
             self._layout = self.space.layout(self.parameters)
         return self._layout
@@ -47,21 +47,21 @@ class _Data:
 class Vector:
     """This process's part of many tensors, one for each of some parameters, as one long vector.
 
-    Arithmetic with numbers, 0-dim tensors and other Vectors reads as on paper; a parameter that only one of two Vectors
-    has counts as zero in the other. `norm` and `dot` are taken over all processes, in float32 or better, and stay on
-    the device. Multiplication by a scalar costs nothing until the result is added to something, and shares the memory of
-    what was scaled: an in-place form (`-=`, `map_`) consumes both. What `Step.memory` holds is copied first.
+    Arithmetic with numbers, 0-dim tensors and other Vectors reads like a formula; a parameter that only one of two Vectors
+    has counts as zero in the other. `norm` and `dot` run over all processes, in float32 or better, and their results stay
+    on the device. Multiplication by a scalar costs nothing until the result is added to something, and the result shares
+    memory with the original: an in-place form (`-=`, `map_`) consumes both. Values of `Step.memory` are copied first.
 
     Args:
-        parameters (`Sequence[Parameter]`): Whose parts these are.
-        tensors (`list[Tensor]`): One local part for each.
-        space (`Space`, *optional*): Where norms are taken.
-        factor (`float` or `Tensor`, *optional*): By which all of it is to be multiplied.
-        is_shared (`bool`, *optional*, defaults to `False`): The tensors belong to somebody else: never overwrite them.
+        parameters (`Sequence[Parameter]`): The parameters.
+        tensors (`list[Tensor]`): One local part for each parameter.
+        space (`Space`, *optional*): The space in which norms are computed.
+        factor (`float` or `Tensor`, *optional*): A pending factor of all tensors.
+        is_shared (`bool`, *optional*, defaults to `False`): The tensors are in use elsewhere: never overwrite them.
     """
 
     __slots__ = ("_data", "_factor")
-    __array_priority__ = 1000  # a number or tensor on the left leaves the product to us
+    __array_priority__ = 1000  # so that a number or tensor on the left defers to this class
 
     def __init__(
         self,
@@ -89,31 +89,31 @@ class Vector:
     def _new(self, tensors: Iterable[Tensor]) -> Vector:
         return Vector(self._data.parameters, list(tensors), self._data.space)
 
-    # --- looking ---------------------------------------------------------------------------------------------------
+    # --- access ----------------------------------------------------------------------------------------------------
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Whose parts these are."""
+        """The parameters."""
         return self._data.parameters
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The parts themselves, not yet multiplied by `factor`; not to be changed."""
+        """The parts before multiplication by `factor`; do not change them."""
         return self._data.tensors
 
     @property
     def layout(self) -> Layout:
-        """What is known of the parameters."""
+        """The layout of the parameters."""
         return self._data.layout
 
     @property
     def factor(self) -> Scalar | None:
-        """By which the parts are still to be multiplied; None for 1."""
+        """The pending factor of the parts; None for 1."""
         return self._factor
 
     @property
     def is_shared(self) -> bool:
-        """Whether the tensors belong to somebody else, too."""
+        """Whether the tensors are in use elsewhere."""
         return self._data.shared[0]
 
     def shares_memory_with(self, other: Vector) -> bool:
@@ -121,12 +121,12 @@ class Vector:
         return self._data is other._data
 
     def share(self) -> Vector:
-        """Itself, its tensors from now on protected from in-place forms."""
+        """Itself, with its tensors protected from in-place forms from now on."""
         self._data.shared[0] = True
         return self
 
     def view(self) -> Vector:
-        """A Vector of the same tensors; an in-place form of one that is shared leaves the other as it is."""
+        """A Vector of the same tensors; if they are shared, an in-place form of one does not change the other."""
         return Vector._of(self._data, self._factor)
 
     def over(self, other: Vector | Iterable[Parameter]) -> Vector:
@@ -149,7 +149,7 @@ class Vector:
         return self
 
     def where(self, condition: Tensor) -> Vector:
-        """Itself where a 0-dim condition holds, else with a factor of exactly 0; no device is waited for."""
+        """Itself if a 0-dim condition holds, else with a factor of exactly 0; does not wait for the device."""
         if condition.device.type == "cpu" and not self._data.space.in_buckets:
             return self if condition else Vector._of(self._data, 0.0)
         factor = torch.ones_like(condition, dtype=torch.float32) if self._factor is None else self._factor
@@ -162,7 +162,7 @@ class Vector:
         return f"Vector of {sum(t.numel() for t in self._data.tensors):,} numbers in {len(self)} tensors"
 
     def size(self) -> int:
-        """How many numbers it has, over all processes; the first time waits for these."""
+        """How many numbers it has, over all processes; the first call waits for these."""
         layout = self._data.layout
         if layout.size is None:
             layout.size = layout.reductions.count(self._data.tensors)
@@ -181,7 +181,7 @@ class Vector:
         """`<v, u>`, 0-dim."""
         mine, theirs = self._data, other._data
         if mine is theirs and mine.space.in_buckets:
-            product = Vector._of(mine, None).norm() ** 2  # which may be known
+            product = Vector._of(mine, None).norm() ** 2  # the norm may be known
         else:
             product = self._dot_unscaled(mine, theirs)
         for factor in (self._factor, other._factor):
@@ -204,7 +204,7 @@ class Vector:
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
     def clone(self) -> Vector:
-        """The same numbers in memory of their own."""
+        """A copy in its own memory."""
         if self._factor is not None:
             return self._new(self._multiplied())
         copy = self._new(self._lists.copies(self._data.tensors))
@@ -280,17 +280,17 @@ class Vector:
     # --- number by number ------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Vector:
-        """`function` of each tensor, which returns a new one of the same shape."""
+        """Apply `function`, which returns a new tensor of the same shape, to each tensor."""
         return self._new(map(function, self._multiplied_out()))
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> Vector:
-        """`function` of each tensor, which changes it in place."""
+        """Apply `function`, which changes a tensor in place, to each tensor."""
         for tensor in self._owned():
             function(tensor)
         return self
 
     def map_lists(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
-        """As `map`, of a function of a list of tensors of one device and type: one call for each bucket on an accelerator."""
+        """As `map`, with a function of a list of tensors of one device and type: one call per bucket on an accelerator."""
         return self._new(self._lists.map_lists(function, self._multiplied_out()))
 
     def map_lists_(self, function: Callable[[list[Tensor]], object]) -> Vector:
@@ -313,14 +313,14 @@ class Vector:
     # --- memory ----------------------------------------------------------------------------------------------------
 
     def _multiplied_out(self) -> list[Tensor]:
-        """The numbers themselves, to be read only."""
+        """The multiplied tensors, read-only."""
         return self._data.tensors if self._factor is None else self._multiplied()
 
     def _multiplied(self) -> list[Tensor]:
         return self._lists.multiplied(self._data.tensors, self._factor)
 
     def _owned(self) -> list[Tensor]:
-        """The numbers themselves, in memory that may be overwritten."""
+        """The multiplied tensors, in memory that may be overwritten."""
         if self.is_shared:
             self._data, self._factor = self.clone()._data, None
         elif self._factor is not None:
@@ -330,22 +330,22 @@ class Vector:
         return self._data.tensors
 
     def numbers(self) -> list[Tensor]:
-        """The numbers themselves, multiplied by `factor`; not to be changed."""
+        """The tensors multiplied by `factor`; do not change them."""
         return self._multiplied_out()
 
     def materialise(self) -> list[Tensor]:
-        """The numbers themselves: in the Vector's own memory, unless that belongs to somebody else, too."""
+        """The multiplied tensors, in the Vector's own memory unless it is shared."""
         return self._data.tensors if self._factor is None and not self.is_shared else self._owned()
 
     def _apart(self, other: Vector) -> Vector:
-        """`other`, or a copy of it where multiplying this Vector out would change it."""
-        if self.is_shared or self._factor is None:  # nothing is multiplied out before `other` is read
+        """`other`, or a copy if applying this Vector's factor would change it."""
+        if self.is_shared or self._factor is None:  # no factor is applied before `other` is read
             return other
         mine = {id(t) for t in self._data.tensors}
         return other if mine.isdisjoint(map(id, other._data.tensors)) else other.clone()
 
     def _aligned(self, other: Vector) -> list[Tensor]:
-        """The tensors of `other` for this Vector's parameters, zeros where it has none."""
+        """The tensors of `other` for this Vector's parameters, zeros for missing ones."""
         if self._data.is_over(other._data):
             return other._data.tensors
         there = dict(zip(other._data.parameters, other._data.tensors, strict=True))
@@ -353,7 +353,7 @@ class Vector:
         return [there[p] if p in there else torch.zeros_like(t) for p, t in mine]
 
     def _widen(self, other: Vector) -> None:
-        """Take in parameters that only `other` has, as zeros."""
+        """Add the parameters that only `other` has, as zeros."""
         if self._data.is_over(other._data):
             return
         known = set(self._data.parameters)

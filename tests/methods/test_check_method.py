@@ -113,7 +113,7 @@ def test_a_class_that_cannot_be_sent_is_checked_on_one_process():
             return g * (step.rho / g.norm())
 
     report = check_method(SAMConfig(ascent=Local()))
-    assert report.left_out == {PROCESSES: "Local is defined inside a function: define it at the top of a file"}
+    assert report.left_out == {PROCESSES: "Local is defined inside a function: define it at module level"}
 
 
 def test_checks_can_be_left_out():
@@ -291,12 +291,12 @@ BROKEN = {
     WrongExtraPasses: r"takes 2 passes over the batch, and config\.passes_per_step leads to 3.*extra_passes",
     SkipsWithoutSaying: r"takes 1 passes over the batch, .* leads to 2.*may_skip = True",
     ManyCopies: r"6\.\d\d copies of the weights are held, and 2 follow",
-    Undeclared: r"ValueError: .*step\.memory\['mean'\] and has not declared it: write memory = \('mean',\)",
-    WrongShape: r"WrongShape\.eps must have the shape of the weights: for first\.weight it is \[20\] instead of \[4, 5\]",
+    Undeclared: r"ValueError: .*step\.memory\['mean'\] without declaring it: write memory = \('mean',\)",
+    WrongShape: r"WrongShape\.eps must have the shape of the weights: for first\.weight its shape is \[20\] instead of \[4, 5\]",
     WrongType: r"WrongType\.eps must return a Vector.*not list",
     GradientOfTheWrongType: r"GradientOfTheWrongType\.gradient must return a Vector.*not list",
     NanOfAZeroGradient: r"weights are not finite in step 0, after a step whose gradient is exactly zero.*usable",
-    FailsOnNan: r"'fp16 overflows': it ends with ValueError: cannot convert float NaN to integer",
+    FailsOnNan: r"'fp16 overflows': failed with ValueError: cannot convert float NaN to integer",
     NanInMemory: r"step\.memory\['direction'\] is not finite in step 0, after a step whose gradient is exactly zero",
 }
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from hf_sam.methods import Geometry, Noise, steepest
-from hf_sam.update.reductions import Reductions
 from hf_sam.update.ascent_step import AscentStep
+from hf_sam.update.reductions import Reductions
 from hf_sam.update.vector import Vector
 
 REDUCTIONS = Reductions()

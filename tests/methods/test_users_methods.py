@@ -255,7 +255,7 @@ def test_a_class_of_the_script_itself_is_stored_resumed_and_sent(tmp_path):
     ("path", "message"),
     [
         ("no_such_module_here:Mine", r"the module no_such_module_here cannot be imported"),
-        ("json:loads", r"json:loads is no subclass of hf_sam\.Ascent"),
+        ("json:loads", r"json:loads is not a subclass of hf_sam\.Ascent"),
         ("hf_sam.methods:Steepst", r"Did you mean 'Steepest'\?"),
         ("hf_sam.methods", r"must be the path of a class, as in my_package\.my_module:MyClass"),
     ],
@@ -281,7 +281,7 @@ def test_a_class_instead_of_an_object_is_an_error_that_shows_the_object():
 
 
 def test_a_field_that_a_users_ascent_has_not_is_an_error():
-    with pytest.raises(ValueError, match=r"gamma=0\.5 has no meaning for method='Bounded'"):
+    with pytest.raises(ValueError, match=r"gamma=0\.5 is not used by method='Bounded'"):
         SAMConfig(ascent=Bounded(), gamma=0.5)
 
 
@@ -299,8 +299,8 @@ class Undeclared(Ascent):
     ("ascent", "message"),
     [
         (WrongShape(), r"WrongShape\.eps must have the shape of the weights: for first\.weight"),
-        (Undeclared(), r"step\.memory\['mean'\] and has not declared it: write memory = \('mean',\)"),
-        (Ascent(), r"Ascent has to define eps\(g, step\)"),
+        (Undeclared(), r"step\.memory\['mean'\] without declaring it: write memory = \('mean',\)"),
+        (Ascent(), r"Ascent must define eps\(g, step\)"),
     ],
     ids=["wrong shape", "undeclared memory", "no eps"],
 )

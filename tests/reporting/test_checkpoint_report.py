@@ -96,7 +96,9 @@ def test_the_verdict_tells_absence_of_evidence_from_evidence_of_absence():
 def test_too_few_test_examples_are_told(tmp_path):
     models = [Evaluated("a", "a", predictions(1, 0.8)), Evaluated("b", "b", predictions(2, 0.8))]
     document = make_checkpoint_document(models, {}, ["x"] * 300, NAMES)
-    assert document.warnings[0].startswith("Too few test examples to see one point between a and b: 300 here, about ")
+    assert document.warnings[0].startswith(
+        "Too few test examples to detect one point between a and b: 300 here, about "
+    )
 
 
 def test_the_report_says_what_was_found_and_escapes_it(tmp_path):
@@ -188,7 +190,7 @@ def test_one_checkpoint_is_reported_alone(tmp_path):
     write_document(
         make_checkpoint_document([Evaluated("a", "a", predictions(1, 0.6))], {}, ["x"] * 300, NAMES), tmp_path
     )
-    assert "nothing to compare it with" in (tmp_path / "report.md").read_text()
+    assert "there is no comparison" in (tmp_path / "report.md").read_text()
 
 
 # --- corruptions -----------------------------------------------------------------------------------------------

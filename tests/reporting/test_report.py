@@ -255,8 +255,8 @@ def test_one_seed_says_so_and_gives_no_interval(tmp_path):
     records = fabricate(tmp_path, seeds=[3], conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
     write_report(records, tmp_path / "report")
     markdown = (tmp_path / "report" / "report.md").read_text()
-    assert "One seed gives no interval and says nothing about others." in markdown
-    assert "> Warning: One seed is no comparison: digits. At least three are needed for a verdict." in markdown
+    assert "One seed gives no interval and says nothing about other seeds." in markdown
+    assert "> Warning: One seed is not a comparison: digits. At least three are needed for a verdict." in markdown
     assert "Some comparisons rest on one seed" in markdown
     assert "| one seed |" in markdown
     row = pd.read_csv(tmp_path / "report" / "data" / "comparisons.csv").iloc[0]
@@ -275,10 +275,10 @@ def test_enough_seeds_can_establish_an_effect_and_its_absence(tmp_path):
     study = make_study(records)
     assert study.comparisons[0].verdict == "undecided"
     paired, sentence = study.comparisons[0].paired, answer(study.comparisons[0])
-    assert "neither a difference nor its absence is shown" in sentence
+    assert "the runs show neither a difference nor equivalence" in sentence
     assert f"95 % interval {100 * paired.t_low:+.1f} to {100 * paired.t_high:+.1f}" in sentence
-    assert f"find a difference of {100 * paired.detectable:.1f} points four times in five" in sentence
-    assert f"only that it is within ±{100 * paired.within:.1f} points" in sentence
+    assert f"detect a difference of {100 * paired.detectable:.1f} points four times in five" in sentence
+    assert f"only that the difference is within ±{100 * paired.within:.1f} points" in sentence
 
 
 def equal_but_for(records, gains):
@@ -292,7 +292,7 @@ def test_a_difference_within_the_margin_is_evidence_of_absence(tmp_path):
     equal_but_for(records, [0.001, -0.001, 0.0005, -0.0005, 0.0008, -0.0006])
     (entry,) = make_study(records).comparisons
     assert entry.verdict == "equivalent"
-    assert "no difference that matters. sam and adamw differ by less than ±0.3 points" in answer(entry)
+    assert "equivalent. sam and adamw differ by less than ±0.3 points" in answer(entry)
     assert make_study(records, margin=0.03).comparisons[0].verdict == "undecided"
     equal_but_for(records, [0.01, -0.01, 0.005, -0.005, 0.008, -0.006])  # ten times as far apart: nothing is shown
     assert make_study(records).comparisons[0].verdict == "undecided"
@@ -304,7 +304,7 @@ def test_a_sure_gain_that_does_not_matter_is_called_both(tmp_path):
     equal_but_for(records, [0.001, 0.0012, 0.0011, 0.0009, 0.001, 0.0013])
     (entry,) = make_study(records).comparisons
     assert entry.verdict == "better"
-    assert "sam is better, though by less than ±0.3 points, the least that matters" in answer(entry)
+    assert "sam is better, though by less than the margin of ±0.3 points" in answer(entry)
 
 
 # --- what keeps the runs from answering ---------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_too_few_seeds_are_told_with_how_many_would_see_one_point(tmp_path):
     spread = np.std([0.01, -0.01, 0.0], ddof=1)
     assert spread * detectable_effect(needed) <= 0.01 < spread * detectable_effect(needed - 1)
     (message,) = warnings(study)
-    assert f"to see one point would take about {needed} seeds" in message
+    assert f"detecting one point would take about {needed} seeds" in message
     assert f"--seeds 0 1 ... {needed - 1}" in " ".join(next_steps(study))
     equal_but_for(records, [0.0001, -0.0001, 0.0])
     assert warnings(make_study(records)) == []
@@ -413,7 +413,7 @@ def test_failed_unfinished_and_diverged_runs_count_nowhere_and_are_named(tmp_pat
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert "1 run failed" in markdown
     assert "RuntimeError: CUDA out of memory" in markdown
-    assert "1 run unfinished and 4 not begun" in markdown
+    assert "1 run unfinished and 4 not started" in markdown
     assert "1 finished run without a finite accuracy" in markdown
 
 
@@ -432,9 +432,9 @@ def test_no_records_is_a_message():
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ({"control": "adam"}, "control='adam' is no arm of these records, which have: adamw, sam"),
+        ({"control": "adam"}, "control='adam' is not an arm of these records, which have: adamw, sam"),
         ({"treatment": "samm"}, "treatment='samm'"),
-        ({"metric": "acc"}, "metric='acc' is in no record; there are: accuracy, nll"),
+        ({"metric": "acc"}, "metric='acc' is in no record. Allowed: accuracy, nll"),
     ],
 )
 def test_a_question_about_what_is_not_there_is_a_message(tmp_path, question, message):

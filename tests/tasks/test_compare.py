@@ -78,7 +78,7 @@ def test_pairs_are_real_and_a_rerun_gives_the_same_numbers(study, tmp_path):
         assert losses_again[key] == losses[key]
         assert run.metrics == runs[key].metrics
     text = report.with_name("report.md").read_text()
-    assert "no difference that matters. none and adamw differ by less than" in text
+    assert "equivalent. none and adamw differ by less than" in text
     assert "Not a true pair" not in text
 
 
@@ -278,7 +278,7 @@ def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
     report = compare.main([path, "--output_dir", str(tmp_path / "out"), "--report"])
     text = report.with_name("report.md").read_text()
     assert "2 of 4 runs" in text
-    assert "0 runs unfinished and 2 not begun" in text
+    assert "0 runs unfinished and 2 not started" in text
     assert "One seed gives no interval" in text
 
 

@@ -125,7 +125,7 @@ def test_a_search_in_which_nothing_is_learnt_says_so_and_not_that_sam_does_not_h
     found = find_rho.main(words)
     assert (found["recommended_rho"], found["learnt"]) == (0, False)
     assert 0.1 <= found["floor"] <= 0.2  # the most frequent digit
-    assert "Nothing is learnt yet after 4 of 24 steps" in found["sentence"]
+    assert "Nothing is learned yet after 4 of 24 steps" in found["sentence"]
     assert re.search(
         r"\(accuracy \d+\.\d %\).*give --budget 6, which pays for whole runs of 24 steps", found["sentence"]
     )

@@ -179,4 +179,4 @@ def test_a_training_loss_that_nobody_has_in_common_is_said(tmp_path):
     write_document(make_forgetting_document(runs, before, {}, ["adamw", "sam"]), tmp_path)
     assert "have no second-task training loss in common" in (tmp_path / "report.md").read_text()
     write_document(make_forgetting_document(runs, before, {}, ["adamw", "sam"], target=1.0), tmp_path)
-    assert "sam: 1 replicates never have that training loss" in (tmp_path / "report.md").read_text()
+    assert "sam: 1 replicates never reach that training loss" in (tmp_path / "report.md").read_text()

@@ -70,7 +70,7 @@ def test_scores_of_two_checkpoints_are_written_and_recorded(checkpoints, tmp_pat
     text = (tmp_path / "report.md").read_text()
     assert "| 4 bits per channel | " in text
     assert "b minus a" in text
-    assert "Embeddings and the head stay as they are" in text
+    assert "Embeddings and the head were not altered" in text
     assert (tmp_path / "figures/survival.svg").is_file()
 
 
@@ -202,8 +202,8 @@ def test_one_seed_gives_no_interval_and_runs_without_scores_are_counted(tmp_path
     extra = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("asam",), seeds=[0])
     written = write_report([*records, *extra], tmp_path / "report", control="adamw", treatment="sam")
     text = written.with_name("report.md").read_text()
-    assert "one seed gives no interval and says nothing about others" in text
-    assert "1 finished runs have no such scores" in text
+    assert "one seed gives no interval and says nothing about other seeds" in text
+    assert "1 finished runs lack these scores" in text
 
 
 def test_a_comparison_that_did_not_ask_has_no_such_section(tmp_path):

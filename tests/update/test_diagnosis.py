@@ -58,10 +58,10 @@ ADDED = {**WELL, "sam_perturbation_norm": 0.08}
 WRONG = {
     "rho too large": (TOO_LARGE, ("sam_sharpness=3 is 2 times the loss (1.5)", "rho=0.05 is too large: try rho=0.003")),
     "rho too small": (TOO_SMALL, ("sam_sharpness=1e-07", "float32", "rho=0.05 is too small", "Raise rho")),
-    "head": (HEAD, ("97% of", "the head, which has 1%", "perturb='no-embeddings-no-head'")),
-    "embeddings": (EMBEDDINGS, ("97% of", "the embeddings, which have 50%", "perturb='no-embeddings'")),
+    "head": (HEAD, ("97% of", "the head, which has only 1%", "perturb='no-embeddings-no-head'")),
+    "embeddings": (EMBEDDINGS, ("97% of", "the embeddings, which have only 50%", "perturb='no-embeddings'")),
     "learned": (LEARNED, ("(0.002)", "(0.005)", "Set end=")),
-    "rounded away": (LOST, ("loses", "sam_perturbation_norm=0.01 was realised of 0.05", "stochastic_rounding=True")),
+    "rounded away": (LOST, ("loses", "sam_perturbation_norm=0.01 instead of 0.05", "stochastic_rounding=True")),
     "rounding adds": (ADDED, ("adds", "sam_perturbation_norm=0.08", "a larger rho")),
 }
 
@@ -127,5 +127,5 @@ def test_a_run_that_never_was_perturbed(warnings):
     assert warnings == []
     mine.end(100, has_perturbed=False)
     (message,) = warnings
-    for part in ("None of the 100 steps", "start=0.75", "200 steps were planned", "lower start"):
+    for part in ("None of the 100 steps", "start=0.75", "200 steps were planned", "Lower start"):
         assert part in message

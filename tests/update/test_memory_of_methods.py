@@ -36,7 +36,7 @@ def test_a_name_that_is_not_declared_is_refused_with_the_line_to_write():
         lambda: mine.get("means"),
     ):
         with pytest.raises(
-            ValueError, match=r"method='mine' uses step\.memory\['means'\] and has not declared it"
+            ValueError, match=r"method='mine' uses step\.memory\['means'\] without declaring it"
         ) as error:
             use()
         assert "memory = ('mean', 'square', 'means')" in str(error.value)
