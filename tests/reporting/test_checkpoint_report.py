@@ -270,7 +270,7 @@ def test_one_command_reports_on_two_checkpoints(checkpoints, tmp_path, capsys):
         (["{first}", "--split", "dev"], "split=dev is not there; the data have: train, test"),
         (["{first}", "--batch_size", "0"], "batch_size=0 must be at least 1"),
         (["{first}", "{first}"], "Two checkpoints have the same name"),
-        (["{first}", "--sam_rho", "1"], "is no argument of this recipe"),
+        (["{first}", "--sam_rho", "1"], "is not an argument of this recipe"),
     ],
 )
 def test_mistakes_end_in_one_line(checkpoints, tmp_path, argv, message, monkeypatch):

@@ -105,7 +105,7 @@ def test_later_file_wins(tmp_path):
 
 
 def test_no_abbreviations():
-    with pytest.raises(UserError, match="'learning' is no argument"):
+    with pytest.raises(UserError, match="'learning' is not an argument"):
         parse("--learning", "1")
 
 

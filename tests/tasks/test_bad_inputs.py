@@ -110,22 +110,26 @@ def folder(tmp_path_factory):
 # Recipe, what is wrong on its command line ({} is the folder above), what the line must say.
 CASES = {
     # the command line and the configuration file
-    "unknown key": (IMAGES, ["--lerning_rate", "1"], "'lerning_rate' is no argument .* Did you mean 'learning_rate'"),
+    "unknown key": (
+        IMAGES,
+        ["--lerning_rate", "1"],
+        "'lerning_rate' is not an argument .* Did you mean 'learning_rate'",
+    ),
     "unknown sam key": (IMAGES, ["--sam_roh", "1"], "Did you mean 'sam_rho'"),
     "unknown key in a file": (IMAGES, ["{}/typo.yaml"], "typo.yaml: 'lerning_rate' .* 'learning_rate'"),
-    "no such file": (IMAGES, ["{}/digit.yaml"], "digit.yaml cannot be read. .* has: .*typo.yaml"),
-    "broken yaml": (IMAGES, ["{}/broken.yaml"], "broken.yaml is no YAML"),
-    "yaml of control characters": (IMAGES, ["{}/binary.yaml"], "binary.yaml is no YAML"),
-    "yaml without keys": (IMAGES, ["{}/list.yaml"], "must hold lines of the form `key: value`"),
+    "no such file": (IMAGES, ["{}/digit.yaml"], "digit.yaml cannot be read. .* contains: .*typo.yaml"),
+    "broken yaml": (IMAGES, ["{}/broken.yaml"], "broken.yaml is not valid YAML"),
+    "yaml of control characters": (IMAGES, ["{}/binary.yaml"], "binary.yaml is not valid YAML"),
+    "yaml without keys": (IMAGES, ["{}/list.yaml"], "must contain lines of the form `key: value`"),
     "yaml that is its own base": (IMAGES, ["{}/loop.yaml"], "is its own base"),
     "base that is missing": (IMAGES, ["{}/orphan.yaml"], "parent.yaml cannot be read"),
-    "file after the options": (IMAGES, ["--seed", "1", "{}/typo.yaml"], "is no argument: give `--key value` pairs"),
+    "file after the options": (IMAGES, ["--seed", "1", "{}/typo.yaml"], "is not an argument; give `--key value` pairs"),
     "word for a number": (IMAGES, ["--learning_rate", "fast"], "learning_rate.*: invalid float value: 'fast'"),
     "no value": (IMAGES, ["--learning_rate"], "learning_rate.*: expected one argument"),
     "word for a switch": (IMAGES, ["--streaming", "perhaps"], "Truthy value expected: got perhaps"),
     "unknown choice": (IMAGES, ["--eval_strategy", "often"], "often.*is not a valid|invalid choice: 'often'"),
     "unknown optimizer": (IMAGES, ["--optim", "adamx"], "adamx"),
-    "broken json": (TEXTS, ["--config_overrides", "{{hidden"], "config_overrides=.* is no JSON"),
+    "broken json": (TEXTS, ["--config_overrides", "{{hidden"], "config_overrides=.* is not valid JSON"),
     # SAM
     "unknown method": (TEXTS, ["--sam_method", "sma"], "sam_method='sma' is unknown. Did you mean 'sam'"),
     "negative rho": (TEXTS, ["--sam_rho=-1"], r"sam_rho=-1.0 must be a number in \[0, inf\)"),
@@ -177,32 +181,36 @@ CASES = {
     # the data
     "no data": (TEXTS, [], "Give --dataset"),
     "data that are not there": (TEXTS, ["--dataset={}/texst"], "texst does not exist. Did you mean 'texts'"),
-    "hub data offline": (TEXTS, ["--dataset=stanfordnlp/imdb"], "stanfordnlp/imdb is no local file .* offline"),
-    "empty folder": (TEXTS, ["--dataset={}/nothing"], "holds no images and no csv, json or parquet"),
+    "hub data offline": (TEXTS, ["--dataset=stanfordnlp/imdb"], "stanfordnlp/imdb is not a local file .* offline"),
+    "empty folder": (TEXTS, ["--dataset={}/nothing"], "contains no images and no csv, json or parquet"),
     "folder of two kinds": (TEXTS, ["--dataset={}/mixed"], "several kinds"),
-    "unknown suffix": (TEXTS, ["--dataset={}/data.txt"], "no known suffix. Allowed: .csv"),
+    "unknown suffix": (TEXTS, ["--dataset={}/data.txt"], "an unknown suffix. Allowed: .csv"),
     "empty file": (TEXTS, ["--dataset={}/zero.csv"], "zero.csv is empty"),
-    "half a file": (TEXTS, ["--dataset={}/half.json"], "half.json is no JSON"),
+    "half a file": (TEXTS, ["--dataset={}/half.json"], "half.json is not valid JSON"),
     "column twice": (TEXTS, ["--dataset={}/twice.csv"], "two columns of the same name"),
     "missing split": (TEXTS, ["--dataset={}/texts", "--test_split=dev"], "test_split=dev .* has: test, train"),
     "same split twice": (TEXTS, ["--dataset={}/texts", "--test_split=train"], "same split as train_split"),
-    "missing column": (TEXTS, ["--dataset={}/texts", "--text_column=txt"], "txt is no column of .* text, label"),
-    "missing label": (TEXTS, ["--dataset={}/texts", "--label_column=y"], "y is no column of .* text, label"),
+    "missing column": (TEXTS, ["--dataset={}/texts", "--text_column=txt"], "txt is not a column of .* text, label"),
+    "missing label": (TEXTS, ["--dataset={}/texts", "--label_column=y"], "y is not a column of .* text, label"),
     "no column found": (IMAGES, ["--dataset={}/texts"], "No column found for image_column. .* text, label"),
-    "texts that are no texts": (TEXTS, ["--dataset={}/images", "--text_column=image"], "holds Image.*, no text"),
-    "images that are no images": (IMAGES, ["--dataset={}/numbers.parquet"], "image_column=image holds .*, no images"),
-    "image that does not open": (IMAGES, ["--dataset={}/scans.parquet"], r"image \d .*cell_7.png\) does not open"),
+    "texts that are no texts": (TEXTS, ["--dataset={}/images", "--text_column=image"], "contains Image.*, not text"),
+    "images that are no images": (
+        IMAGES,
+        ["--dataset={}/numbers.parquet"],
+        "image_column=image contains .*, not images",
+    ),
+    "image that does not open": (IMAGES, ["--dataset={}/scans.parquet"], r"image \d .*cell_7.png\) cannot be opened"),
     "labels that are no classes": (TEXTS, ["--dataset={}/ids.csv"], "50 different values .* too many to be classes"),
     "numbers as classes": (
         TEXTS,
         ["--dataset={}/scores.parquet", "--problem_type=single_label_classification"],
-        "which is no class",
+        ", not classes",
     ),
-    "words as numbers": (TEXTS, ["--dataset={}/words.csv", "--problem_type=regression"], "no numbers"),
+    "words as numbers": (TEXTS, ["--dataset={}/words.csv", "--problem_type=regression"], "not numbers"),
     "empty text": (
         TEXTS,
         ["--dataset={}/holes.csv"],
-        r"1 examples without text in text: row 1 \(the first is 0\)\. .*drop_empty",
+        r"1 examples without text in text: row 1 \(counting from 0\)\. .*drop_empty",
     ),
     "empty label": (
         TEXTS,
@@ -214,7 +222,7 @@ CASES = {
     "samples that leave a class out": (
         TEXTS,
         ["--dataset={}/rare.csv", "--train_samples=12"],
-        "no example of class [0-9, ]+ of label: train_samples=12 of 10 classes.*--train_samples_per_class 1 ",
+        "no example of class [0-9, ]+ of label: train_samples=12 examples.* 10 classes.*--train_samples_per_class 1 ",
     ),
     "validation samples without a split": (
         TEXTS,
@@ -229,18 +237,18 @@ CASES = {
     "csv in another encoding": (
         TEXTS,
         ["--dataset={}/latin.csv", "--csv_encoding=utf-8"],
-        "is not in csv_encoding=utf-8, as line 3 shows",
+        r"is not in csv_encoding=utf-8 \(see line 3\)",
     ),
     "delimiter of two characters": (TEXTS, ["--csv_delimiter=::"], "csv_delimiter='::' must be one character, or tab"),
     "several broken images": (
         IMAGES,
         ["--dataset={}/scans.parquet", "--check_images=all"],
-        r"\d of \d images that were opened are broken: .*cell_7.png\) does not open: no image.*Remove these rows",
+        r"\d of \d checked images are broken: .*cell_7.png\) cannot be opened: no image.*Remove these rows",
     ),
     "unknown check of images": (IMAGES, ["--check_images=some"], "check_images=some is unknown. Allowed: sample, all"),
     "too many samples": (TEXTS, ["--dataset={}/texts", "--train_samples=999"], "999 examples .* only 12"),
-    "too many a class": (TEXTS, ["--dataset={}/texts", "--train_samples_per_class=9"], "smallest class has 6"),
-    "noise above one": (TEXTS, ["--label_noise=1.5"], r"label_noise=1.5 must be a share in \[0, 1\)"),
+    "too many a class": (TEXTS, ["--dataset={}/texts", "--train_samples_per_class=9"], "smallest class has only 6"),
+    "noise above one": (TEXTS, ["--label_noise=1.5"], r"label_noise=1.5 must be a fraction in \[0, 1\)"),
     "noise on a stream": (TEXTS, ["--streaming=true", "--label_noise=0.2"], "label_noise needs the whole split"),
     "noise on texts alone": (LANGUAGE, ["--dataset={}/corpus", "--label_noise=0.2"], "label_noise needs labels"),
     "unknown augmentation": (IMAGES, ["--augmentation=blur"], "augmentation=blur is unknown. Allowed: none, crop"),
@@ -278,7 +286,7 @@ CASES = {
     "unknown language": (
         PAIRS,
         ["--dataset={}/opus_books", "--source_lang=en", "--target_lang=de"],
-        "target_lang=de is none of the languages in translation: en, fr",
+        "target_lang=de is not one of the languages in translation: en, fr",
     ),
     "numbers that the tokenizer cannot write": (
         PAIRS,
@@ -300,14 +308,14 @@ CASES = {
     "texts as words": (
         WORDS,
         ["--dataset={}/texts", "--words_column=text", "--label_column=label"],
-        "words_column=text .* holds .*; lists are needed",
+        "words_column=text .* contains .*, not lists",
     ),
     "tags that are not one a word": (
         WORDS,
         ["--dataset={}/uneven.jsonl"],
-        r"1 examples whose tags are not one for each of the tokens: row 8 \(the first is 0\)",
+        r"1 examples with a different number of tags and tokens: row 8 \(counting from 0\)",
     ),
-    "word without a tag": (WORDS, ["--dataset={}/untagged.jsonl"], "not one for each of the tokens: row 8"),
+    "word without a tag": (WORDS, ["--dataset={}/untagged.jsonl"], "different number of tags and tokens: row 8"),
     "sentence without words": (WORDS, ["--dataset={}/wordless.jsonl"], "without words in tokens: row 8 .*--drop_empty"),
     "one tag": (WORDS, ["--dataset={}/one_tag.jsonl"], "tags has only the tag O"),
     "too few names of tags": (
@@ -382,5 +390,7 @@ def test_only_the_first_process_complains(monkeypatch, capsys):
 
 def test_error_in_a_worker_is_still_one_line():
     text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n"
-    error = errors.UserError(text + "hf_sam.tasks.command_line.errors.UserError: train image 3 does not open: no image")
-    assert errors.one_line(error) == "train image 3 does not open: no image"
+    error = errors.UserError(
+        text + "hf_sam.tasks.command_line.errors.UserError: train image 3 cannot be opened: no image"
+    )
+    assert errors.one_line(error) == "train image 3 cannot be opened: no image"

@@ -333,7 +333,7 @@ def test_the_users_own_model_and_data(tmp_path, encoder):
         (["--batch_sizes", "0"], "each must be at least 1"),
         (["--records", "/no/such/folder"], "holds no run_record.json"),
         (["--dataset", "digits"], "not both"),
-        (["--stepz=3"], "'stepz' is no argument of this recipe. Did you mean 'steps'"),
+        (["--stepz=3"], "'stepz' is not an argument of this recipe. Did you mean 'steps'"),
     ],
 )
 def test_mistakes_end_in_one_line(words, message, tmp_path, monkeypatch, capsys):

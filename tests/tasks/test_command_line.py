@@ -66,9 +66,9 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     assert "SAM: method sam (default), rho 0.01 (command line)\n" in done.stdout
     assert "data: train 12, test 12 examples\n" in done.stdout or "data: test 12, train 12 examples\n" in done.stdout
     classes = name in ("image_classification", "text_classification", "seq2seq")
-    assert ("always saying no is right in 50.0 %" in done.stdout) == classes
-    assert ("always saying O is right in" in done.stdout) == (name == "token_classification")
-    assert ("images opened" in done.stdout) == (name == "image_classification")
+    assert ("always predicting no gives 50.0 % accuracy" in done.stdout) == classes
+    assert ("always predicting O gives" in done.stdout) == (name == "token_classification")
+    assert ("images checked" in done.stdout) == (name == "image_classification")
     assert ("max_length=" in done.stdout) == (name != "image_classification")
     assert "%|" not in done.stderr  # quiet where disable_tqdm asks for it
 
@@ -78,16 +78,19 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
     [
         (
             ["image_classification.py", "--sam_roh=1"],
-            "'sam_roh' is no argument of this recipe. Did you mean 'sam_rho'?",
+            "'sam_roh' is not an argument of this recipe. Did you mean 'sam_rho'?",
         ),
         (
             ["text_classification.py", "--learning_rate", "fast"],
             "argument --learning_rate: invalid float value: 'fast'",
         ),
-        (["causal_lm.py", "--packin=true"], "'packin' is no argument of this recipe. Did you mean 'packing'?"),
+        (["causal_lm.py", "--packin=true"], "'packin' is not an argument of this recipe. Did you mean 'packing'?"),
         (["causal_lm.py", "no/where.yaml"], "Configuration file no/where.yaml cannot be read."),
         (["compare.py", "no/where.yaml", "--plan"], "Configuration file no/where.yaml cannot be read."),
-        (["seq2seq.py", "--label_wrods=a"], "'label_wrods' is no argument of this recipe. Did you mean 'label_words'?"),
+        (
+            ["seq2seq.py", "--label_wrods=a"],
+            "'label_wrods' is not an argument of this recipe. Did you mean 'label_words'?",
+        ),
         (["seq2seq.py", "--generation_num_beams=many"], "argument --generation_num_beams: invalid int value: 'many'"),
         (["token_classification.py", "--max_length", "long"], "argument --max_length: invalid int value: 'long'"),
     ],

@@ -128,7 +128,7 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
     [
         (
             {"arms": {"sam": {"sam_rhoo": 1}}},
-            "arm sam: 'sam_rhoo' is no argument of this recipe. Did you mean 'sam_rho'",
+            "arm sam: 'sam_rhoo' is not an argument of this recipe. Did you mean 'sam_rho'",
         ),
         ({"arms": {"sam": {"sam_rho": -1}}}, "arm sam: .*rho=-1"),
         ({"arms": {"sam": {"sam_scope": "micro"}}}, "arm sam: sam_scope does nothing while sam_rho is 0"),
@@ -139,7 +139,7 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
             "metric='acuracy' is none .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
         ),
         ({"question": {"metric": "train_nll"}}, "metric='train_nll' is none that image_classification measures"),
-        ({"recipe": "digits"}, "recipe 'digits' does not exist. There are: .*image_classification"),
+        ({"recipe": "digits"}, "recipe 'digits' does not exist. Allowed: .*image_classification"),
     ],
 )
 def test_an_arm_that_its_recipe_would_refuse_is_refused_before_anything_runs(study, tmp_path, changes, message):
@@ -152,10 +152,10 @@ def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tm
     """All of them, and then one of two: that one is reported without comparing an arm with itself."""
     wrong = {"settings": {**STUDY["settings"], "label_column": "lable"}, "seeds": [0]}
     with pytest.raises(
-        UserError, match=r"2 of 2 runs failed: UserError: label_column=lable is no column .*2 x.*--retry_failed"
+        UserError, match=r"2 of 2 runs failed: UserError: label_column=lable is not a column .*2 x.*--retry_failed"
     ):
         compare.main([study(**wrong), "--output_dir", str(tmp_path / "out")])
-    assert "UserError: label_column=lable is no column" in capsys.readouterr().out
+    assert "UserError: label_column=lable is not a column" in capsys.readouterr().out
     assert not (tmp_path / "out/report").exists()
     with pytest.raises(UserError, match="2 of 2 runs failed"):
         compare.main([study(**wrong), "--output_dir", str(tmp_path / "out"), "--report"])
@@ -187,7 +187,7 @@ def test_outputs_of_a_plain_trainer_stand_beside(study, tmp_path):
     folders = ["--foreign", str(tmp_path / "theirs")]
     text = compare.main([path, "--output_dir", str(tmp_path / "out"), *folders]).with_name("report.md").read_text()
     assert re.search(r"\| adafactor \| 1 \| 50.0 .*not paired", text)
-    with pytest.raises(UserError, match=r"foreign=.*nowhere is no folder"):
+    with pytest.raises(UserError, match=r"foreign=.*nowhere is not a folder"):
         compare.main([path, "--output_dir", str(tmp_path / "out"), "--foreign", str(tmp_path / "nowhere")])
 
 
@@ -292,7 +292,7 @@ def test_settings_of_every_run_can_be_overridden(study, tmp_path, capsys):
     path = study(arms={"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.1}})
     with pytest.raises(UserError, match=r"--set takes key=value pairs, not 'max_steps'"):
         compare.main([path, "--plan", "--set", "max_steps"])
-    with pytest.raises(UserError, match=r"'max_step' is no argument of this recipe. Did you mean 'max_steps'"):
+    with pytest.raises(UserError, match=r"'max_step' is not an argument of this recipe. Did you mean 'max_steps'"):
         compare.main([path, "--plan", "--set", "max_step=3"])
     arguments = parse_study([path, "--set", "max_steps=3", "label_column=a=b"])
     assert (
@@ -308,5 +308,5 @@ def test_the_page_on_comparisons_names_every_committed_one():
 
 
 def test_no_study_is_a_message():
-    with pytest.raises(UserError, match="Give the YAML of a comparison"):
+    with pytest.raises(UserError, match="Give the YAML file of a comparison"):
         compare.main([])

@@ -220,8 +220,11 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
         (["image_classification", DIGITS, "--rhos", "-1", "0.1"], "rhos must be numbers above 0"),
         (["image_classification", DIGITS, "--low=0"], "low=0 must be a number above 0"),
         (["image_classification", DIGITS, "--low=1"], r"low=1 must be below high=0\.2"),
-        (["image_classification", DIGITS, "--metric=acuracy"], "metric=acuracy is no mean.*Did you mean 'accuracy'"),
-        (["image_classification", DIGITS, "--learning_rat=1"], "'learning_rat' is no argument of this recipe. Did you"),
+        (["image_classification", DIGITS, "--metric=acuracy"], "metric=acuracy is not a mean.*Did you mean 'accuracy'"),
+        (
+            ["image_classification", DIGITS, "--learning_rat=1"],
+            "'learning_rat' is not an argument of this recipe. Did you",
+        ),
         (["image_classification", DIGITS, "--sam_method=sma"], "sam_method='sma' is unknown. Did you mean 'sam'"),
         (["image_classification", DIGITS, "--sam_rho_schedule=linear", "--sam_rho_min=1"], "sam_rho_min=1"),
         (["image_classification", "--dataset=x", "--model_type=vit", "--streaming=true"], "give --validation_split"),

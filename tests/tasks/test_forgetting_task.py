@@ -86,7 +86,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(start, second, tmp_path):
         "1e-3",
         f"--output_dir={tmp_path / 'out'}",
     ]
-    with pytest.raises(UserError, match=r"lr-0.001/seed-0: UserError: label_column=kind is no column"):
+    with pytest.raises(UserError, match=r"lr-0.001/seed-0: UserError: label_column=kind is not a column"):
         forgetting.main([*words, "--settings", json.dumps({**second, "label_column": "kind"})])
 
 

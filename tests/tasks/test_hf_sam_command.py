@@ -127,12 +127,15 @@ STUDIES = {
 REFUSED = [
     (
         ["image-clasification"],
-        r"'image-clasification' is no subcommand of hf-sam. Did you mean 'image-classification'\?",
+        r"'image-clasification' is not a subcommand of hf-sam. Did you mean 'image-classification'\?",
     ),
-    (["train"], "'train' is no subcommand of hf-sam. `hf-sam --help` lists them."),
-    (["image-classification", "digist"], r"digist is no file, and no configuration of that name .* mean 'digits'\?"),
-    (["text_classification", "glue_mprc.yaml"], r"glue_mprc.yaml is no file.* Did you mean 'glue_mrpc'\?"),
-    (["image-classification", "digits", "--sam_roh", "1"], r"'sam_roh' is no argument .* Did you mean 'sam_rho'\?"),
+    (["train"], "'train' is not a subcommand of hf-sam. `hf-sam --help` lists them."),
+    (
+        ["image-classification", "digist"],
+        r"digist is neither a file nor the name of a shipped configuration.* mean 'digits'\?",
+    ),
+    (["text_classification", "glue_mprc.yaml"], r"glue_mprc.yaml is neither a file.* Did you mean 'glue_mrpc'\?"),
+    (["image-classification", "digits", "--sam_roh", "1"], r"'sam_roh' is not an argument .* Did you mean 'sam_rho'\?"),
     (["image-classification", "digits", "--sam_rho", "big"], "argument --sam_rho: invalid float value: 'big'"),
     (
         ["image-classification", "digits", "--sam_method", "sma"],
@@ -140,39 +143,48 @@ REFUSED = [
     ),
     (["causal-lm", "--num_processes", "two"], "num_processes=two must be a whole number, at least 1."),
     (["causal-lm", "--num_processes"], "argument --num_processes: expected one argument"),
-    (["causal-lm", "--accelerate_config", "fspd2"], r"accelerate_config=fspd2 is no file .* Did you mean 'fsdp2'\?"),
-    (["causal-lm", "--num_processes", "2", "--sam_roh", "1"], r"'sam_roh' is no argument .* Did you mean 'sam_rho'\?"),
-    (["sharpness", "--checkpoint", "x"], r"'checkpoint' is no argument .* Did you mean 'checkpoints'\?"),
-    (["report", "outputs/a", "--test_sample=4"], r"'test_sample' is no argument .* Did you mean 'test_samples'\?"),
-    (["survival", "outputs/a", "--merge_wiht", "b"], r"'merge_wiht' is no argument .* mean 'merge_with'\?"),
-    (["forgetting", "a=outputs/a", "--lerning_rates", "1"], r"'lerning_rates' is no argument .* 'learning_rates'\?"),
+    (
+        ["causal-lm", "--accelerate_config", "fspd2"],
+        r"accelerate_config=fspd2 is neither a file .* Did you mean 'fsdp2'\?",
+    ),
+    (
+        ["causal-lm", "--num_processes", "2", "--sam_roh", "1"],
+        r"'sam_roh' is not an argument .* Did you mean 'sam_rho'\?",
+    ),
+    (["sharpness", "--checkpoint", "x"], r"'checkpoint' is not an argument .* Did you mean 'checkpoints'\?"),
+    (["report", "outputs/a", "--test_sample=4"], r"'test_sample' is not an argument .* Did you mean 'test_samples'\?"),
+    (["survival", "outputs/a", "--merge_wiht", "b"], r"'merge_wiht' is not an argument .* mean 'merge_with'\?"),
+    (
+        ["forgetting", "a=outputs/a", "--lerning_rates", "1"],
+        r"'lerning_rates' is not an argument .* 'learning_rates'\?",
+    ),
     (["benchmark", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["benchmark", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
     (["demo", "--seeds", "0"], "seeds=0 must be at least 1."),
-    (["demo", "--output", "x"], "'output' is no argument .* Did you mean 'output_dir'"),
-    (["configs", "dinov2_smal"], "dinov2_smal is no file, .*Did you mean 'dinov2_small'"),
-    (["compare"], "Give the YAML of a comparison, such as .*"),
+    (["demo", "--output", "x"], "'output' is not an argument .* Did you mean 'output_dir'"),
+    (["configs", "dinov2_smal"], "dinov2_smal is neither a file .*Did you mean 'dinov2_small'"),
+    (["compare"], "Give the YAML file of a comparison, such as .*"),
     (["compare", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
-    (["compare", "{}/good.yaml", "--wokers", "2"], r"'wokers' is no argument .* Did you mean 'workers'\?"),
+    (["compare", "{}/good.yaml", "--wokers", "2"], r"'wokers' is not an argument .* Did you mean 'workers'\?"),
     (["compare", "{}/good.yaml", "--workers", "0"], "workers=0 must be at least 1."),
     (["compare", "{}/good.yaml", "--seeds", "one"], "argument --seeds: invalid int value: 'one'"),
     (["compare", "{}/good.yaml", "--set", "max_steps"], "--set takes key=value pairs, not 'max_steps'."),
-    (["compare", "{}/good.yaml", "--set", "max_step=3"], r"--set: 'max_step' is no argument .* mean 'max_steps'\?"),
+    (["compare", "{}/good.yaml", "--set", "max_step=3"], r"--set: 'max_step' is not an argument .* mean 'max_steps'\?"),
     (["compare", "{}/key.yaml"], r".*key.yaml: budgest is no key of a comparison. Did you mean 'budgets'\?"),
     (["compare", "{}/recipe.yaml"], r"recipe 'image_clasification' does not exist. Did you mean 'image_class.*"),
-    (["compare", "{}/arm.yaml"], r"arm adamw: 'sam_roh' is no argument .* Did you mean 'sam_rho'\?"),
+    (["compare", "{}/arm.yaml"], r"arm adamw: 'sam_roh' is not an argument .* Did you mean 'sam_rho'\?"),
     (["compare", "{}/number.yaml"], "settings of the study: argument --learning_rate: invalid float value: 'fast'"),
     (["compare", "{}/method.yaml"], "arm sam: sam_method='asma' is unknown. Did you mean 'asam'. Allowed: .*"),
     (["compare", "{}/average.yaml"], "average='mean' is unknown. Allowed: swa, ema, entropy-sgd."),
     (["find-rho"], "the following arguments are required: recipe"),
     (["find-rho", "digits.yaml"], "Give the recipe first, such as image_classification, then its command line."),
-    (["find-rho", "compare", "digits"], "recipe 'compare' does not exist. There are: .*"),
-    (["find-rho", "image-classification", "digist"], r"digist is no file.* Did you mean 'digits'\?"),
+    (["find-rho", "compare", "digits"], "recipe 'compare' does not exist. Allowed: .*"),
+    (["find-rho", "image-classification", "digist"], r"digist is neither a file.* Did you mean 'digits'\?"),
     (["find-rho", "image-classification", "digits", "--budget", "0"], "budget=0 must be above 0: .*"),
     (["find-rho", "image-classification", "digits", "--points", "few"], "argument --points: invalid int value: 'few'"),
     (
         ["find-rho", "image-classification", "digits", "--label_nose", "1"],
-        "'label_nose' is no argument .*'label_noise'.*",
+        "'label_nose' is not an argument .*'label_noise'.*",
     ),
 ]
 
@@ -243,7 +255,7 @@ def test_a_file_on_disk_comes_before_a_shipped_one(tmp_path, monkeypatch):
 
 
 def test_a_name_that_several_folders_have_is_not_guessed():
-    with pytest.raises(UserError, match=r"Several configurations are called digits: .*image_classification/digits"):
+    with pytest.raises(UserError, match=r"Several configurations are named digits: .*image_classification/digits"):
         find_config("digits")
 
 

@@ -116,5 +116,5 @@ def test_no_image_at_all(value):
 def test_half_an_image_names_its_file(tmp_path):
     stand_ins.image(0).save(tmp_path / "a.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
-    with pytest.raises(UserError, match=r"test image 3 \(.*half.png\) does not open: "):
+    with pytest.raises(UserError, match=r"test image 3 \(.*half.png\) cannot be opened: "):
         open_image({"path": str(tmp_path / "half.png"), "bytes": None}, "test image 3")

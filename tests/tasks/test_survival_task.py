@@ -90,7 +90,9 @@ def test_a_mistyped_option_is_named_before_anything_is_loaded(task):
     early.check(
         task, ["a=x", "b=y", "--bits", "4", "2", "--noise_draws=1", "--dataset", "digits", "--max_examples", "9"]
     )
-    with pytest.raises(UserError, match=r"'max_example' is no argument of this recipe. Did you mean 'max_examples'"):
+    with pytest.raises(
+        UserError, match=r"'max_example' is not an argument of this recipe. Did you mean 'max_examples'"
+    ):
         early.check(task, ["a=x", "--max_example", "9"])
 
 

@@ -223,5 +223,5 @@ def test_sentences_that_are_cut_are_told(encoder, tmp_path, capsys):
     run(rows, encoder, tmp_path, "--max_length=8")
     printed = capsys.readouterr().out
     assert "warning: max_length=8 cuts" in printed
-    assert "Words beyond it are neither learnt nor evaluated" in printed
+    assert "Words beyond it are neither trained on nor evaluated" in printed
     assert "3 tags of " in printed

@@ -1,1 +1,1 @@
-"""From words on a command line and keys of a YAML file to dataclasses, and mistakes in one line each."""
+"""Parse the command line and YAML files into dataclasses, and report each mistake in one line."""

@@ -1,4 +1,4 @@
-"""One YAML file and `--key value` overrides become dataclasses; an unknown key is an error that names the nearest one."""
+"""Parse YAML files and `--key value` overrides into dataclasses; an unknown key is an error with a suggestion."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _SAM_OPTION = re.compile(r"--(?P<key>sam[_-][\w-]+)(=(?P<value>.*))?$", re.DOTAL
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """
-    Fill one instance of each dataclass from `[CONFIG.yaml ...] [--key value ...]`; what comes later wins.
+    Fill one instance of each dataclass from `[CONFIG.yaml ...] [--key value ...]`; later values win.
 
-    A configuration file may start from another one, `base: FILE`, relative to itself. A key that is `null` keeps its
-    default. Every value, from a file or the command line, takes the same path through `argparse`.
+    A configuration file may extend another one with `base: FILE`, a path relative to the file itself. A `null` value
+    keeps the default. All values, from files and from the command line, are parsed by `argparse`.
 
     Args:
         dataclass_types (`Sequence[type]`): The classes to fill; a key must be a field of one of them.
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
 
     Raises:
-        UserError: A file that cannot be read, an unknown key, or a value of the wrong kind or out of range.
+        UserError: If a file cannot be read, a key is unknown, or a value has the wrong type or is out of range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
@@ -71,17 +71,17 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
 
 def read_config(path: Path) -> dict[str, Any]:
     """
-    The keys of a configuration file over those of its `base`. Scalars stay the text that the file has, so that `no`
-    is no boolean and `5e-5` no surprise; mappings are typed.
+    Read a configuration file, with its keys overriding those of its `base`. Scalars stay text, so that YAML does not
+    turn `no` into a boolean or misread `5e-5`; mappings are typed.
 
     Raises:
-        UserError: The file does not exist, is no mapping, or is its own base.
+        UserError: If the file does not exist, is not a mapping, or is its own base.
     """
     return merge(read_layers(path)).values
 
 
 def _tokens(values: dict[str, Any], parser: _Parser) -> Iterator[str]:
-    """What configuration files say as command-line words."""
+    """Turn the values of configuration files into command-line words."""
     for key, value in values.items():
         if value is None:
             continue
@@ -94,7 +94,7 @@ def _tokens(values: dict[str, Any], parser: _Parser) -> Iterator[str]:
 
 
 def _sam_options(options: Sequence[str]) -> dict[str, str]:
-    """The SAM fields that the command line names, with their values as text."""
+    """Return the SAM fields set on the command line, with their values as text."""
     found = {}
     for word, following in zip(options, [*options[1:], ""][: len(options)], strict=True):
         if match := _SAM_OPTION.match(word):
@@ -103,7 +103,7 @@ def _sam_options(options: Sequence[str]) -> dict[str, str]:
 
 
 class _Parser(HfArgumentParser):
-    """`HfArgumentParser` that reports a mistake as a `UserError` and knows its arguments by name."""
+    """An `HfArgumentParser` that raises `UserError` on mistakes and gives access to its arguments by name."""
 
     actions: dict[str, Action]
 
@@ -123,25 +123,25 @@ class _Parser(HfArgumentParser):
         raise UserError(message)
 
 
-# --- SAM's fields, once, from SAMConfig ----------------------------------------------------------------------------
+# --- SAM fields, generated from SAMConfig --------------------------------------------------------------------------
 
 
 class _SAMArguments:
     """The fields of `SAMConfig` with the prefix `sam_`."""
 
-    merged: Merged | None = None  # where the values came from, as `parse_arguments` found out
+    merged: Merged | None = None  # where each value came from; set by `parse_arguments`
 
     def explain(self) -> str:
-        """The configuration in force in one line, and where each part of it came from."""
+        """Describe the effective configuration in one line, and where each part of it came from."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return explain(self.to_config(), self.merged or merge([(COMMAND_LINE, given)]))
 
     def to_config(self) -> SAMConfig:
         """
-        The configuration.
+        Build the `SAMConfig`.
 
         Raises:
-            UserError: What `SAMConfig` says, under the name that the user wrote.
+            UserError: If `SAMConfig` rejects a value; the message uses the name of the command-line option.
         """
         values = {name: getattr(self, f"sam_{name}") for name in SAMConfig.fields()}
         for name in ("start", "end"):  # an int is a step, a float a fraction of the run
@@ -154,7 +154,7 @@ class _SAMArguments:
             values["perturb"] = patterns[0] if len(patterns) == 1 else patterns
         options = values["options"]
         if isinstance(options, str):
-            with as_user_error(ValueError, prefix=f"sam_options={options!r} is no JSON object: "):
+            with as_user_error(ValueError, prefix=f"sam_options={options!r} is not a JSON object: "):
                 options = dict(json.loads(options))
         with as_user_error(ValueError):
             values |= load_parts(values["ascent"], values["descent"], options)
@@ -163,7 +163,7 @@ class _SAMArguments:
 
 
 def _argument_type(hint: Any) -> Any:
-    """What `argparse` reads for a `SAMConfig` field: the type itself where there is one, else text."""
+    """Return the type `argparse` uses for a `SAMConfig` field: its own type if it has a single one, otherwise text."""
     kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
     return kinds[0] | None if len(kinds) == 1 and kinds[0] in (str, int, float, bool) else str | None
 

@@ -1,4 +1,4 @@
-"""A completion script for bash: eval "$(hf-sam completion bash)" in ~/.bashrc."""
+"""Print a completion script for bash; put eval "$(hf-sam completion bash)" in ~/.bashrc."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ complete -F _hf_sam hf-sam
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser("completion", description=__doc__)
-    parser.add_argument("shell", choices=["bash"], help="For zsh run `autoload bashcompinit; bashcompinit` before it.")
+    parser.add_argument("shell", choices=["bash"], help="For zsh, run `autoload bashcompinit; bashcompinit` first.")
     parser.parse_args(argv)
     print(script(), end="")
 
 
 def script() -> str:
-    """The subcommands, and for each its options and the shipped configurations that are its own."""
+    """Return the script: the subcommands, and the options and shipped configurations of each."""
     from .subcommands import SUBCOMMANDS
 
     shipped = list(shipped_configs())

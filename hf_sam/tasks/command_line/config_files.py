@@ -1,4 +1,4 @@
-"""Configuration files as they lie on disk, and words that are no argument; imports nothing that takes time."""
+"""Find and read configuration files, and report unknown arguments; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ...suggestions import did_you_mean
 from .errors import UserError, one_line
 
 PACKAGE = Path(__file__).parents[2]
-# Inside the package where a wheel was installed, beside it in a clone.
+# Inside the package if installed from a wheel, next to it in a clone.
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configuration files that come with the package by name, such as `image_classification/digits`."""
+    """Return the configuration files shipped with the package, by name, such as `image_classification/digits`."""
     files = sorted(CONFIGS.glob("*/*.yaml"))
     return {file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in files}
 
 
 def find_config(word: str, folder: str | None = None) -> Path:
     """
-    The configuration file that a word names: one on disk, else one of the shipped.
+    Find the configuration file named by `word`: a file on disk, otherwise a shipped one.
 
     Args:
-        word (`str`): A path, or a shipped name with or without `configs/` before it and `.yaml` behind it.
-        folder (`str`, *optional*): Of the shipped ones, where a name needs no folder; without it, none needs one that is
-            the only one called so.
+        word (`str`): A path, or the name of a shipped file; the prefix `configs/` and the suffix `.yaml` are optional.
+        folder (`str`, *optional*): The folder of shipped files whose names may omit it. If `None`, any unique name may
+            omit its folder.
 
     Raises:
-        UserError: There is neither; suggests the nearest name.
+        UserError: If no such file exists; the message suggests the nearest name.
     """
     if Path(word).is_file():
         return Path(word)
@@ -47,24 +47,24 @@ def find_config(word: str, folder: str | None = None) -> Path:
     if len(called_so) == 1:
         return shipped[called_so[0]]
     if called_so:
-        raise UserError(f"Several configurations are called {name}: {', '.join(called_so)}.")
+        raise UserError(f"Several configurations are named {name}: {', '.join(called_so)}; add the folder.")
     in_folder = [known.split("/")[1] for known in shipped if folder is None or known.startswith(f"{folder}/")]
     near = did_you_mean(name, [*in_folder, *shipped])
     if near or Path(word).suffix not in CONFIG_SUFFIXES:
-        hint = near or " `hf-sam configs` lists those."
-        raise UserError(f"{word} is no file, and no configuration of that name is shipped.{hint}")
+        hint = near or " `hf-sam configs` lists them."
+        raise UserError(f"{word} is neither a file nor the name of a shipped configuration.{hint}")
     raise UserError(_unreadable(Path(word)))
 
 
 def config_name(path: str) -> str | None:
-    """The name of a shipped configuration file by its whole path; `None` for any other word."""
+    """Return the name of a shipped configuration file given its full path; `None` for any other word."""
     is_shipped = path.endswith(".yaml") and CONFIGS in Path(path).parents
     return Path(path).relative_to(CONFIGS).with_suffix("").as_posix() if is_shipped else None
 
 
 def resolve(argv: Sequence[str], folder: str | None) -> list[str]:
     """
-    The command line with every shipped name that leads it replaced by its path.
+    Replace the names of shipped configurations at the start of the command line by their paths.
 
     Raises:
         UserError: See `find_config`.
@@ -74,14 +74,16 @@ def resolve(argv: Sequence[str], folder: str | None) -> list[str]:
 
 
 def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The configuration files that lead the command line, and the options that follow."""
-    is_file = [word.endswith(CONFIG_SUFFIXES) and not word.startswith("-") for word in argv]  # --dataset=a.json is none
+    """Split the command line into the configuration files at its start and the options that follow."""
+    is_file = [
+        word.endswith(CONFIG_SUFFIXES) and not word.startswith("-") for word in argv
+    ]  # --dataset=a.json is not one
     count = next((i for i, found in enumerate(is_file) if not found), len(argv))
     return list(argv[:count]), list(argv[count:])
 
 
 def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """Name and keys of a configuration file, after those of its `base`; raises like `read_config`."""
+    """Return name and keys of a configuration file, preceded by those of its `base`; raises like `read_config`."""
     if path.resolve() in above:
         raise UserError(f"{path} is its own base; remove that `base:`.")
     try:
@@ -90,9 +92,9 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
     except OSError:
         raise UserError(_unreadable(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {one_line(error)}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(typed, dict):
-        raise UserError(f"{path} must hold lines of the form `key: value`.")
+        raise UserError(f"{path} must contain lines of the form `key: value`.")
     values = {key: typed[key] if isinstance(typed[key], dict) else words[key] for key in words if key in typed}
     values = {key: None if typed[key] is None else value for key, value in values.items()}
     below = []
@@ -106,13 +108,13 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
 
 def _unreadable(path: Path) -> str:
     others = sorted(p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES)
-    there = f" {path.parent} has: {', '.join(others)}." if others else ""
+    there = f" {path.parent} contains: {', '.join(others)}." if others else ""
     return f"Configuration file {path} cannot be read.{there}"
 
 
 def unknown_key(word: str, known: Iterable[str]) -> str:
-    """The message for a word on the command line, or a key of a file, that is no argument."""
+    """Return the error message for an unknown word on the command line or an unknown key in a file."""
     name = word.split("=")[0].lstrip("-").replace("-", "_")
     if not re.fullmatch(r"\w+", name):
-        return f"{word!r} is no argument: give `--key value` pairs, after the configuration file."
-    return f"{name!r} is no argument of this recipe.{did_you_mean(name, known, ' --help lists all arguments.')}"
+        return f"{word!r} is not an argument; give `--key value` pairs after the configuration file."
+    return f"{name!r} is not an argument of this recipe.{did_you_mean(name, known, ' --help lists all arguments.')}"

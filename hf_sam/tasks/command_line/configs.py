@@ -1,4 +1,4 @@
-"""The configuration files that come with the package: a list, or one to read and to copy."""
+"""List the configuration files shipped with the package, or print one to read or copy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RELATIVE = re.compile(r"^(\s*(?:base|config): *)(\S+\.yaml)", re.MULTILINE)
 def main(argv: Sequence[str]) -> None:
     parser = Parser("configs", description=__doc__)
     parser.add_argument(
-        "name", nargs="?", help="Print this one, such as image_classification/digits; all when left out."
+        "name", nargs="?", help="The configuration to print, such as image_classification/digits; by default, list all."
     )
-    parser.add_argument("--path", action="store_true", help="Print where the file is instead of what it says.")
+    parser.add_argument("--path", action="store_true", help="Print the path of the file instead of its content.")
     args = parser.parse_args(argv)
     if args.name is None:
         print(listing())
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def content(path: Path) -> str:
-    """What a file says; other files that it names relative to itself by their whole paths, so that a copy finds them."""
+    """Return the content of a file with the relative paths in it made absolute, so that a copy still works."""
 
     def absolute(match: re.Match) -> str:
         return f"{match[1]}{(path.parent / match[2]).resolve()}"
@@ -39,7 +39,7 @@ def content(path: Path) -> str:
 
 
 def listing() -> str:
-    """Name and first words of every file, by folder."""
+    """List the name and first line of every file, by folder."""
     width = terminal_width()
     shipped = shipped_configs()
     lead = max(map(len, shipped)) + 2

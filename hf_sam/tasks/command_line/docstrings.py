@@ -1,4 +1,4 @@
-"""What a docstring says of each argument, for `--help`: written once, beside the class."""
+"""Read the descriptions of arguments from docstrings, for `--help`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ENTRY = re.compile(
 
 
 def described(kind: type) -> dict[str, str]:
-    """Argument to its description in the `Args:` section of the class, in one line; empty where there is no section."""
+    """Map each argument to its one-line description in the `Args:` section of the class, if it has one."""
     section = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.getdoc(kind) + "\n", re.MULTILINE)
     found = {}
     for entry in _ENTRY.finditer(section[1] if section else ""):

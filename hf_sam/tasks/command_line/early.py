@@ -1,8 +1,8 @@
 """
-A first look at the command line, before torch and transformers are imported, which takes seconds.
+Check the command line before torch and transformers are imported, which takes seconds.
 
-The names of arguments are read from the source of the classes that hold them, without importing these. What cannot be
-found out so is left to the parser proper; it has the last word in any case.
+The names of arguments are read from the source of the classes that define them, without importing these. Whatever
+cannot be checked this way is left to the full parser, which always runs afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .errors import UserError, as_user_error
 from .parsers import check_recipe, parse_demo, parse_search, parse_study
 
 TASKS = Path(__file__).parents[1]
-HF_CLASSES = {  # what a recipe's own classes stand beside: package, module, class
+HF_CLASSES = {  # used in addition to a recipe's own classes; class -> package, module
     "TrainingArguments": ("transformers", "training_args.py"),
     "Seq2SeqTrainingArguments": ("transformers", "training_args_seq2seq.py"),
     "SFTConfig": ("trl", "trainer/sft_config.py"),
@@ -31,26 +31,28 @@ HF_CLASSES = {  # what a recipe's own classes stand beside: package, module, cla
     "SurvivalConfig": ("hf_sam", "evaluation/survival.py"),
 }
 SHARED = ("ModelArguments", "DataArguments", "RunArguments")
-# The classes, beside its own and those of the tasks that train, of a task that takes any of their data.
+# Tasks that accept the data of any training task: the classes they use besides their own and those of these tasks.
 EVALUATING = {
     "report": ("DataArguments", "SharpnessConfig", "SurvivalConfig"),
     "survival": ("DataArguments", "SurvivalConfig"),
     "sharpness": ("DataArguments", "SharpnessConfig"),
     "benchmark": ("ModelArguments", "DataArguments", "TrainingArguments"),
 }
-RENAMED = "activation_checkpointing"  # what transformers 5.23 and newer call gradient_checkpointing
+RENAMED = "activation_checkpointing"  # the name of gradient_checkpointing in transformers 5.23 and newer
 NUMBERS = {"int": int, "float": float}
 
 
 def check(task: str, argv: Sequence[str]) -> None:
     """
+    Check the command line of a task.
+
     Args:
         task (`str`): A module of `hf_sam.tasks`.
         argv (`Sequence[str]`): Its command line.
 
     Raises:
-        UserError: A configuration file that cannot be read, a key that is no argument, a word where a number belongs, a
-            method that there is not.
+        UserError: If a configuration file cannot be read, a key is not an argument, a value should be a number and is
+            not, or the method is unknown.
     """
     if task == "compare":
         check_study(argv)
@@ -64,7 +66,7 @@ def check(task: str, argv: Sequence[str]) -> None:
 
 
 def check_study(argv: Sequence[str]) -> None:
-    """The plan of a comparison, and what it gives each recipe; raises like `check`."""
+    """Check the plan of a comparison and the arguments it passes to each recipe; raises like `check`."""
     args = parse_study(argv)
     with as_user_error(ValueError):
         plan = read_plan(args.study, args.output_dir)
@@ -83,11 +85,11 @@ def check_study(argv: Sequence[str]) -> None:
 
 
 def check_words(task: str, argv: Sequence[str]) -> None:
-    """The command line of a task that parses it into dataclasses; raises like `check`."""
+    """Check the command line of a task that parses it into dataclasses; raises like `check`."""
     files, options = split_command_line(argv)
     try:
         known = arguments_of(task)
-    except LookupError:  # a module of the user's own, or a class that is not where it used to be
+    except LookupError:  # a custom module, or a class that has moved
         for file in files:
             read_layers(Path(file))
         return
@@ -101,13 +103,15 @@ def check_words(task: str, argv: Sequence[str]) -> None:
         if word.startswith("--"):
             key, equals, value = word.removeprefix("--").partition("=")
             key = key.replace("-", "_")
-            if known.get(key.removeprefix("no_")) != "bool":  # the parser adds `--no_...` for switches that are on
+            if (
+                known.get(key.removeprefix("no_")) != "bool"
+            ):  # the parser adds `--no_...` for switches that are on by default
                 given.append(("", key, value if equals else following))
     _check_values(given, known)
 
 
 def _check_values(given: list[tuple[str, str, Any]], known: dict[str, str]) -> None:
-    """Names and values, each with the words that begin a complaint about it."""
+    """Check `(prefix of the error message, name, value)` triples."""
     for where, key, value in given:
         if key not in known:
             raise UserError(f"{where}{unknown_key(key, known)}")
@@ -122,10 +126,10 @@ def _check_values(given: list[tuple[str, str, Any]], known: dict[str, str]) -> N
 
 def arguments_of(task: str) -> dict[str, str]:
     """
-    The arguments of a task, each with its type where that is a plain number.
+    Return the arguments of a task with their types.
 
     Raises:
-        LookupError: The task parses its arguments otherwise, or a class cannot be found.
+        LookupError: If the task does not parse its arguments into dataclasses, or a class cannot be found.
     """
     if task in EVALUATING:
         found: dict[str, str] = {}
@@ -137,26 +141,26 @@ def arguments_of(task: str) -> dict[str, str]:
     if task == "forgetting":
         return _own_fields(TASKS / "forgetting.py")
     if task not in TRAINING:
-        raise LookupError(f"{task} parses its arguments otherwise")
+        raise LookupError(f"{task} does not parse its arguments into dataclasses")
     source = (TASKS / f"{task}.py").read_text(encoding="utf-8")
     found = {**_own_fields(TASKS / f"{task}.py"), **_own_fields(Path(__file__).with_name("options.py"), SHARED)}
     found |= {f"sam_{name}": kind for name, kind in _fields("SAMConfig").items() if name not in ("start", "end", "p")}
     found |= dict.fromkeys(("sam_start", "sam_end", "sam_p"), "")
-    found[RENAMED] = "bool"  # by whatever name this version of transformers has it
+    found[RENAMED] = "bool"  # whichever name this version of transformers uses
     named = next((name for name in ("SFTConfig", "Seq2SeqTrainingArguments") if name in source), "TrainingArguments")
     return found | _fields(named)
 
 
 @cache
 def method_names() -> tuple[str, ...]:
-    """The names in the table of methods."""
+    """Return the names in the table of methods."""
     tree = ast.parse((TASKS.parent / "methods/table.py").read_text(encoding="utf-8"))
     rows = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Method"]
     return tuple(row.args[0].value for row in rows)
 
 
 def _own_fields(path: Path, names: Sequence[str] | None = None) -> dict[str, str]:
-    """The fields of the dataclasses of a file that hold arguments, or of those that are named."""
+    """Return the fields of the argument dataclasses in a file, or of the classes in `names`."""
     classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     wanted = [node for node in classes if (node.name in names if names else node.name.endswith("Arguments"))]
     return {name: kind for node in wanted if node.decorator_list for name, kind in _annotated(node)}
@@ -164,7 +168,7 @@ def _own_fields(path: Path, names: Sequence[str] | None = None) -> dict[str, str
 
 @cache
 def _fields(name: str, package: str | None = None, module: str | None = None) -> dict[str, str]:
-    """The fields of a dataclass of a package, those of its bases included."""
+    """Return the fields of a dataclass of a package, including those of its bases."""
     package, module = (package, module) if package else HF_CLASSES[name]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -181,11 +185,11 @@ def _fields(name: str, package: str | None = None, module: str | None = None) ->
         base_name = ast.unparse(base)
         if base_name in HF_CLASSES:
             found |= _fields(base_name)
-        else:  # imported from a module beside it
+        else:  # imported from a module of the same package
             beside = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
             home = next((n.module for n in beside if base_name in [alias.name for alias in n.names]), None)
             if home is None:
-                raise LookupError(f"{base_name}, a base of {name}, is in no module that could be found")
+                raise LookupError(f"no module found for {base_name}, a base of {name}")
             found |= _fields(base_name, package, f"{Path(module).parent}/{home.replace('.', '/')}.py")
     return found | dict(_annotated(node))
 

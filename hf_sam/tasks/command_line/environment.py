@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, devices, how hf_sam is installed."""
+"""Print what a bug report needs: versions, devices, and how hf_sam is installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def devices() -> str:
-    """The accelerators by name, else the CPU."""
+    """Return the names of the accelerators, otherwise the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def devices() -> str:
 
 
 def accelerate_config() -> str:
-    """Where `accelerate config` has left one, in one line with what it says."""
+    """Return path and content of the file written by `accelerate config`, in one line."""
     from accelerate.commands.config.config_args import default_config_file
 
     path = Path(default_config_file)

@@ -1,4 +1,4 @@
-"""A user's mistake ends in one readable line, not in a traceback."""
+"""Report user errors as one readable line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What is imported by another name than it is installed by.
+# Packages whose import name differs from the name they are installed by.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
-USUAL_EXTRA = "recipes"  # has all that any subcommand needs
+USUAL_EXTRA = "recipes"  # contains everything that any subcommand needs
 
 
 class UserError(Exception):
-    """Something the user can put right; the message names the field, what is allowed, and the remedy."""
+    """An error the user can fix; the message names the field, the allowed values and the fix."""
 
 
 class FolderInUseError(UserError):
-    """Another run is at work in `output_dir`."""
+    """Another run is using `output_dir`."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; the message says where the run stands and how to go on."""
+    """Ctrl-C; the message says how far the run got and how to resume it."""
 
 
 @contextmanager
 def as_user_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Turn exceptions of these kinds, which others raise about the user's values, into a `UserError`."""
+    """Turn exceptions of these types, raised by other code about the user's values, into a `UserError`."""
     try:
         yield
     except kinds as error:
@@ -36,7 +36,7 @@ def as_user_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of `error` on one line. Of an error in a DataLoader worker only the original message is kept."""
+    """Return the message of `error` on one line; for an error in a DataLoader worker, only the original message."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].split(": ", 1)[-1]
@@ -45,9 +45,15 @@ def one_line(error: BaseException) -> str:
 
 def run(main: Callable[[], object]) -> None:
     """
-    Run a recipe's `main` as a program: a `UserError`, or a `ValueError` that hf_sam raises about its configuration, is
-    printed by the first process as one line, and the exit code is 2; so is a package of an extra that is not installed;
-    Ctrl-C too, with 130. A run that is finished already is no mistake. Anything else is a bug and keeps its traceback.
+    Run a recipe's `main` as a program.
+
+    The first process prints these as one line:
+
+    - a `UserError`, or a `ValueError` raised by hf_sam about its configuration (exit code 2);
+    - a missing package of an extra (exit code 2);
+    - Ctrl-C (exit code 130).
+
+    A run that has already finished is not an error. Anything else is a bug and keeps its traceback.
     """
     is_first = int(os.environ.get("LOCAL_RANK", "0")) <= 0
     try:
@@ -62,7 +68,7 @@ def run(main: Callable[[], object]) -> None:
         if is_first:
             print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `hf-sam ... | head`; what is left goes nowhere, or Python complains at its end
+    except BrokenPipeError:  # `hf-sam ... | head`; discard the rest, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
         remedy = how_to_install(error.name or "")
@@ -72,14 +78,14 @@ def run(main: Callable[[], object]) -> None:
             print(f"error: {error.name.split('.')[0]} is not installed: {remedy}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if type(error).__name__ != "RunFinishedError":  # by name: what defines it takes seconds to import
+        if type(error).__name__ != "RunFinishedError":  # by name: its module takes seconds to import
             raise
         if is_first:
             print(one_line(error))
 
 
 def how_to_install(module: str) -> str:
-    """The command that installs what an import lacks, from the package's own metadata; empty where that has nothing of it."""
+    """Return the command that installs a missing module, or an empty string if it is not in the package's metadata."""
     from importlib.metadata import PackageNotFoundError, requires
 
     name = module.split(".")[0]
@@ -108,4 +114,4 @@ def _raised_by_hf_sam(error: BaseException) -> bool:
     if trace is None or package is None:
         return False
     where = Path(trace.tb_frame.f_code.co_filename).parents
-    return package in where and package / "tasks" not in where  # a task raises a `UserError` where the user is wrong
+    return package in where and package / "tasks" not in where  # tasks raise a `UserError` for user errors

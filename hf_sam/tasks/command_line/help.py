@@ -1,4 +1,4 @@
-"""`--help` on one screen; `--help-all` has every option. Imports nothing that takes time."""
+"""One-screen `--help`; `--help-all` shows every option. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .config_files import config_name
 TASKS = Path(__file__).parents[1]
 OPERANDS = {"flatten": "CHECKPOINT", **dict.fromkeys(("report", "survival", "forgetting"), "CHECKPOINT ...")}
 HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
-LONGEST = 85  # characters of help that an option gets on the page; all of them with --help-all
+LONGEST = 85  # characters of help per option in --help; --help-all shows the full text
 
-# What a first run needs of the classes that several tasks share. Of a task's own classes every option is shown.
+# The options of shared classes that a first run needs. All options of a task's own classes are shown.
 SHOWN = {
     "ModelArguments": ("model_name_or_path", "model_type", "lora_r"),
     "DataArguments": ("dataset", "label_column", "validation_size", "test_size", "train_samples", "label_noise"),
@@ -33,27 +33,27 @@ SHOWN = {
     ),
 }
 
-BRIEF = {  # instead of what `SAMConfig` says at length
+BRIEF = {  # short forms of the descriptions in `SAMConfig`
     "sam_method": "The method, such as sam or asam; `hf-sam methods` lists them.",
-    "sam_rho": "Size of the perturbation: the method's own when left out; 0 is the stock Trainer.",
+    "sam_rho": "Size of the perturbation; default: the method's; 0 is the stock Trainer.",
     "sam_scope": "Examples that share a perturbation: micro, device, global, or auto.",
-    "sam_perturb": "What is perturbed: all, norm, no-norm-no-bias, or patterns of parameter names.",
-    "sam_start": "First step that perturbs; a number with a point is a share of the run.",
+    "sam_perturb": "Parameters to perturb: all, norm, no-norm-no-bias, or patterns of names.",
+    "sam_start": "First step that perturbs, or a fraction of the run such as 0.5.",
 }
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether all that is asked for is the list of options."""
+    """Whether help is requested."""
     return not {*HELP, *HELP_ALL}.isdisjoint(argv)
 
 
 def wants_all(argv: Sequence[str]) -> bool:
-    """Whether the list is to be complete."""
+    """Whether the full list of options is requested."""
     return not set(HELP_ALL).isdisjoint(argv)
 
 
 def command_words(task: str) -> list[str]:
-    """How this process was started, for another task: by a script of `recipes/`, or else by `hf-sam`."""
+    """Return the words that run `task` the way this process was started: a script in `recipes/`, or `hf-sam`."""
     script = Path(sys.argv[0])
     if script.parent.name == "recipes" and script.suffix == ".py":
         return ["python", f"recipes/{task}.py"]
@@ -61,34 +61,34 @@ def command_words(task: str) -> list[str]:
 
 
 def command_again(task: str, argv: Sequence[str]) -> str:
-    """A command line as a user types it: started as this process was, shipped configurations by their names."""
+    """Return the command line as a user would type it, with shipped configurations by name."""
     return shlex.join([*command_words(task), *(config_name(word) or word for word in argv)])
 
 
 def terminal_width() -> int:
-    """Columns; without end where the output goes to a file or another program."""
+    """Return the number of columns; unlimited if the output is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def docstring_of(path: Path) -> str:
-    """What a module says of itself, read from its source."""
+    """Return the docstring of a module, read from its source."""
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def summary_of(path: Path) -> str:
-    """The first line of it."""
+    """Return the first line of the docstring of a module."""
     return docstring_of(path).partition("\n")[0]
 
 
 def describe(task: str) -> str:
-    """What a task does and how it is called, for the head of its help."""
+    """Return what a task does and how to call it, for the top of its help."""
     words = command_words(task)
     script = Path(sys.argv[0])
     return docstring_of(script if words[0] == "python" and script.is_file() else TASKS / f"{task}.py")
 
 
 def heading(task: str) -> str:
-    """The lines above the options."""
+    """Return the lines above the options."""
     words = " ".join(command_words(task))
     operands = OPERANDS.get(task, "[CONFIG]")
     return f"usage: {words} {operands} [--key value ...]\n\n{describe(task)}\n"
@@ -96,7 +96,7 @@ def heading(task: str) -> str:
 
 def option_page(kinds: Sequence[type], actions: Mapping[str, Action]) -> str:
     """
-    The options that matter to most, by the class that has them; the others by name only.
+    List the most used options, grouped by class; the others by name only.
 
     Args:
         kinds (`Sequence[type]`): The dataclasses that the command line is parsed into.
@@ -111,7 +111,7 @@ def _is_shared(kind: type) -> bool:
 
 
 def _shown_name(kind: type) -> str:
-    """The name of a class, or of the base of it that `SHOWN` knows."""
+    """Return the name of a class, or of its base class listed in `SHOWN`."""
     return next((base.__name__ for base in kind.__mro__ if base.__name__ in SHOWN), kind.__name__)
 
 
@@ -121,7 +121,7 @@ def _section(kind: type, actions: Mapping[str, Action], width: int) -> Iterator[
     shown = [key for key in SHOWN[name] if key in names] if name in SHOWN else names
     others = [key for key in names if key not in shown]
     yield f"{name}:"
-    if name == "TrainingArguments":  # known to most who come here
+    if name == "TrainingArguments":  # most users know these
         listed = ", ".join(f"--{key}" for key in shown)
         yield from _wrapped(f"{listed} and {len(others)} more of {kind.__name__}: --help-all", width)
         return
@@ -134,7 +134,7 @@ def _section(kind: type, actions: Mapping[str, Action], width: int) -> Iterator[
 
 
 def help_of(action: Action) -> str:
-    """What the page says of an option."""
+    """Return the help text of an option."""
     return BRIEF.get(action.dest) or (action.help or "").replace("%%", "%")
 
 

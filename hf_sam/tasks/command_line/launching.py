@@ -1,4 +1,4 @@
-"""Several processes of a subcommand, by `accelerate launch`."""
+"""Run a subcommand in several processes with `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LAUNCH_OPTIONS = (ACCELERATE_CONFIG, *NUMBERS, "main_process_ip")
 
 def split_launch_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """
-    What is meant for `accelerate launch`, and the rest of the command line.
+    Split the command line into the options for `accelerate launch` and the rest.
 
     Raises:
-        UserError: An option without its value, a word where a number belongs, a configuration that there is not.
+        UserError: If an option has no value, a value should be a number and is not, or a configuration is unknown.
     """
     options: dict[str, str] = {}
     rest = []
@@ -47,37 +47,39 @@ def split_launch_options(words: Sequence[str]) -> tuple[dict[str, str], list[str
 
 def find_accelerate_config(word: str) -> Path:
     """
-    A configuration file of Accelerate's on disk, or one of the shipped by its name, such as `fsdp2`.
+    Find a configuration file for Accelerate: a file on disk, or a shipped one by name, such as `fsdp2`.
 
     Raises:
-        UserError: There is neither.
+        UserError: If no such file exists.
     """
     shipped = {path.stem: path for path in sorted((CONFIGS / "accelerate").glob("*.yaml"))}
     found = Path(word) if Path(word).is_file() else shipped.get(word.removesuffix(".yaml"))
     if found is None:
         hint = did_you_mean(word, shipped)
-        raise UserError(f"{ACCELERATE_CONFIG}={word} is no file and no shipped one: {', '.join(shipped)}.{hint}")
+        raise UserError(
+            f"{ACCELERATE_CONFIG}={word} is neither a file nor shipped. Shipped: {', '.join(shipped)}.{hint}"
+        )
     return found
 
 
 def launch(name: str, options: Mapping[str, str], words: Sequence[str]) -> None:
     """
-    Put `accelerate launch` in the place of this process.
+    Replace this process by `accelerate launch`.
 
     Args:
         name (`str`): The subcommand.
-        options (`Mapping[str, str]`): What `split_launch_options` found.
+        options (`Mapping[str, str]`): The options that `split_launch_options` returned.
         words (`Sequence[str]`): The subcommand's own command line.
     """
     command = launch_words(name, with_default(options), words)
     sys.stdout.flush()
-    if os.name == "nt":  # where exec returns to the shell at once
+    if os.name == "nt":  # on Windows exec returns to the shell at once
         sys.exit(subprocess.call(command))
     os.execv(command[0], command)
 
 
 def launch_words(name: str, options: Mapping[str, str], words: Sequence[str]) -> list[str]:
-    """The whole command."""
+    """Return the whole command."""
     flags = [
         part
         for option, value in options.items()
@@ -88,8 +90,8 @@ def launch_words(name: str, options: Mapping[str, str], words: Sequence[str]) ->
 
 def with_default(options: Mapping[str, str]) -> dict[str, str]:
     """
-    The options with a configuration for the CPU where none is named, the user has none of their own, and there is no
-    GPU: without one, `accelerate launch --num_processes 2` starts a single process there.
+    Add a configuration for the CPU if none is named, the user has no default one, and there is no GPU; without it,
+    `accelerate launch --num_processes 2` would start a single process on such a machine.
     """
     if ACCELERATE_CONFIG in options or int(options.get("num_processes", 1)) == 1:
         return dict(options)

@@ -1,4 +1,4 @@
-"""The table of methods: name, gradient passes a step, copies of the weights, and what each does."""
+"""List the methods: name, gradient passes per step, copies of the weights, and what each does."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ STEPS = 1000  # of a long run, over which passes are averaged
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser("methods", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="As JSON, with paper and default rho.")
+    parser.add_argument("--json", action="store_true", help="Print JSON, with paper and default rho.")
     as_json = parser.parse_args(argv).json
     rows = list(method_rows())
     print(json.dumps(rows, indent=1, ensure_ascii=False) if as_json else table(rows))
 
 
 def method_rows() -> Iterator[dict]:
-    """Each method with its defaults."""
+    """Yield each method with its defaults."""
     from ...config import SAMConfig
     from ...methods import METHODS
     from ...update.schedule import Schedule
@@ -32,7 +32,7 @@ def method_rows() -> Iterator[dict]:
         yield {
             "method": name,
             "passes": round(sum(map(schedule.passes, range(STEPS))) / STEPS, 2),
-            "at_most": config.parts.ascent.may_skip,  # it may leave passes out
+            "at_most": config.parts.ascent.may_skip,  # it may skip passes
             "copies": config.parts.copies,
             "rho": config.rho,
             "summary": row.summary,
@@ -41,7 +41,7 @@ def method_rows() -> Iterator[dict]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     width = terminal_width()
     lead = max(len(row["method"]) for row in rows) + 2
     lines = [f"{'method':<{lead}}{'passes':<9}{'copies':<8}what it does"]

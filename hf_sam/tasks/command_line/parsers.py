@@ -1,4 +1,4 @@
-"""The command lines that are not made of dataclasses: `compare`, `find-rho`, `demo`. Imports nothing that takes time."""
+"""Parsers of the tasks without dataclasses: `compare`, `find-rho`, `demo`. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEMO_SEEDS = 3
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a mistake as a `UserError`."""
+    """A parser that raises `UserError` on mistakes."""
 
     def __init__(self, task: str, description: str | None = None):
         super().__init__(
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument(*HELP_ALL, action="help", help=argparse.SUPPRESS)  # there is no more than on one page
+        self.add_argument(*HELP_ALL, action="help", help=argparse.SUPPRESS)  # --help already shows every option
 
     def error(self, message: str):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
@@ -42,8 +42,8 @@ EXECUTORS = ("local", "ray", "slurm")
 
 def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
     """Who makes the runs of a study."""
-    parser.add_argument("--workers", type=int, help="Runs at the same time on this machine; 1 when left out.")
-    parser.add_argument("--executor", choices=EXECUTORS, help="Who makes the runs; this machine when left out.")
+    parser.add_argument("--workers", type=int, help="Number of simultaneous runs on this machine; 1 by default.")
+    parser.add_argument("--executor", choices=EXECUTORS, help="Who makes the runs; this machine by default.")
     parser.add_argument(
         "--executor_options", nargs="+", default=[], metavar="KEY=VALUE", help="Of the executor, see docs/clusters.md."
     )
@@ -63,30 +63,34 @@ def check_workers(workers: int | None) -> None:
 
 def study_parser() -> argparse.ArgumentParser:
     parser = Parser("compare")
-    parser.add_argument("study", nargs="?", help="YAML of the comparison, or the name of a shipped one.")
-    parser.add_argument("--output_dir", type=Path, help="Where everything goes, instead of where the YAML says.")
-    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds, instead of those of the YAML.")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings of every run to override.")
-    parser.add_argument("--plan", action="store_true", help="Print the plan and end.")
-    parser.add_argument("--report", action="store_true", help="Report on what there is, without running anything.")
-    parser.add_argument("--retry_failed", action="store_true", help="Make failed runs again.")
-    parser.add_argument("--status", action="store_true", help="Print what is done, under way and failed, and end.")
-    parser.add_argument("--cancel", action="store_true", help="End the jobs that are queued or under way, and end.")
-    parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="Outputs of plain Trainers to show beside.")
+    parser.add_argument("study", nargs="?", help="YAML file of the comparison, or the name of a shipped one.")
+    parser.add_argument("--output_dir", type=Path, help="Output folder; overrides the YAML.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds; override those in the YAML.")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings to override in every run.")
+    parser.add_argument("--plan", action="store_true", help="Print the plan and exit.")
+    parser.add_argument("--report", action="store_true", help="Report on the finished runs, without running anything.")
+    parser.add_argument("--retry_failed", action="store_true", help="Run failed runs again.")
+    parser.add_argument(
+        "--status", action="store_true", help="Print which runs are done, under way and failed, and exit."
+    )
+    parser.add_argument("--cancel", action="store_true", help="Cancel the jobs that are queued or under way, and exit.")
+    parser.add_argument(
+        "--foreign", type=Path, nargs="+", default=[], help="Output folders of plain Trainers to include."
+    )
     add_executor_arguments(parser)
     return parser
 
 
 def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
-    What `compare` is asked for.
+    Parse the command line of `compare`.
 
     Raises:
-        UserError: No study, or a value that cannot be.
+        UserError: If no study is given, or a value is invalid.
     """
     args = study_parser().parse_args(argv)
     if not args.study:
-        raise UserError("Give the YAML of a comparison, such as configs/comparison/digits.yaml.")
+        raise UserError("Give the YAML file of a comparison, such as configs/comparison/digits.yaml.")
     args.study = find_config(args.study, "comparison")
     check_workers(args.workers)
     for word in args.set:
@@ -94,7 +98,7 @@ def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--set takes key=value pairs, not {word!r}.")
     for folder in args.foreign:
         if not folder.is_dir():
-            raise UserError(f"foreign={folder} is no folder.")
+            raise UserError(f"foreign={folder} is not a folder; give the output folder of a Trainer.")
     return args
 
 
@@ -104,16 +108,22 @@ def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def search_parser() -> argparse.ArgumentParser:
     parser = Parser("find_rho")
     parser.add_argument("recipe", help=f"{', '.join(TRAINING)}; then its command line.")
-    parser.add_argument("--budget", type=float, default=2.0, help="What it may cost, in ordinary runs without SAM.")
-    parser.add_argument("--rhos", type=float, nargs="+", help="The values to try, instead of a geometric grid.")
-    parser.add_argument("--low", type=float, help="Least value of the grid; a tenth of its paper's rho.")
-    parser.add_argument("--high", type=float, help="Largest value of the grid; four times its paper's rho.")
-    parser.add_argument("--points", type=int, default=4, help="Values of the grid above 0.")
-    parser.add_argument("--reduction", type=int, default=2, help="One in so many goes on to the next rung.")
-    parser.add_argument("--seeds", type=int, default=3, help="Of the confirmation, at least; more where they are paid.")
-    parser.add_argument("--annealed", action="store_true", help="Short runs with a whole schedule, instead of paused.")
-    parser.add_argument("--metric", help=f"What is compared: {', '.join(METRICS_KEPT)}; found when left out.")
-    parser.add_argument("--plan", action="store_true", help="Print what would run and what it costs, and end.")
+    parser.add_argument("--budget", type=float, default=2.0, help="Maximum cost, in ordinary runs without SAM.")
+    parser.add_argument("--rhos", type=float, nargs="+", help="Values to try, instead of a geometric grid.")
+    parser.add_argument("--low", type=float, help="Smallest value of the grid; default: a tenth of the paper's rho.")
+    parser.add_argument("--high", type=float, help="Largest value of the grid; default: four times the paper's rho.")
+    parser.add_argument("--points", type=int, default=4, help="Number of values in the grid, besides 0.")
+    parser.add_argument("--reduction", type=int, default=2, help="One in this many values goes on to the next rung.")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="Minimum seeds of the confirmation; more if the budget allows."
+    )
+    parser.add_argument(
+        "--annealed",
+        action="store_true",
+        help="Give short runs a full learning rate schedule, instead of pausing long ones.",
+    )
+    parser.add_argument("--metric", help=f"Metric to compare: {', '.join(METRICS_KEPT)}; default: detected.")
+    parser.add_argument("--plan", action="store_true", help="Print what would run and its cost, and exit.")
     parser.add_argument("--launcher", default="", help="Command that starts each run, such as 'accelerate launch'.")
     add_executor_arguments(parser)
     return parser
@@ -121,10 +131,10 @@ def search_parser() -> argparse.ArgumentParser:
 
 def parse_search(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """
-    The options of a search for rho, and the command line of the recipe.
+    Parse the options of a search for rho; also return the command line of the recipe.
 
     Raises:
-        UserError: A value that cannot be; names the option and what is allowed.
+        UserError: If a value is invalid; the message names the option and what is allowed.
     """
     options, words = search_parser().parse_known_args(argv)
     name = options.recipe.replace("-", "_")
@@ -135,32 +145,36 @@ def parse_search(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
     check_recipe(options.recipe)
     check_workers(options.workers)
     if not math.isfinite(options.budget) or options.budget <= 0:
-        raise UserError(f"budget={options.budget:g} must be above 0: ordinary runs that the search may cost.")
+        raise UserError(f"budget={options.budget:g} must be above 0 (the cost of the search, in ordinary runs).")
     for name, least in (("points", 1), ("seeds", 2), ("reduction", 2)):
         if getattr(options, name) < least:
             raise UserError(f"{name}={getattr(options, name)} must be at least {least}.")
     if options.rhos:
-        options.rhos = sorted(set(options.rhos) - {0.0})  # 0 takes part anyway
+        options.rhos = sorted(set(options.rhos) - {0.0})  # 0 is always included
         if not options.rhos or not all(0 < rho < math.inf for rho in options.rhos):
-            raise UserError("rhos must be numbers above 0; 0 takes part anyway.")
+            raise UserError("rhos must be numbers above 0; 0 is always included.")
     for name in ("low", "high"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}={value:g} must be a number above 0; 0 itself takes part anyway.")
+            raise UserError(f"{name}={value:g} must be a number above 0; 0 is always included.")
     if options.metric is not None and options.metric not in METRICS_KEPT:
         hint = did_you_mean(options.metric, METRICS_KEPT)
-        raise UserError(f"metric={options.metric} is no mean over examples.{hint} Allowed: {', '.join(METRICS_KEPT)}.")
+        raise UserError(
+            f"metric={options.metric} is not a mean over examples.{hint} Allowed: {', '.join(METRICS_KEPT)}."
+        )
     return options, resolve(words, options.recipe)
 
 
 def check_recipe(name: str) -> None:
     """
+    Check that a recipe exists.
+
     Raises:
-        UserError: No task that trains has this name, and it is no module of the user's own either.
+        UserError: If the name is neither a training task nor an importable custom module.
     """
     if name not in TRAINING and "." not in name:
         raise UserError(
-            f"recipe {name!r} does not exist.{did_you_mean(name, TRAINING)} There are: {', '.join(TRAINING)}."
+            f"recipe {name!r} does not exist.{did_you_mean(name, TRAINING)} Allowed: {', '.join(TRAINING)}."
         )
 
 
@@ -169,19 +183,23 @@ def check_recipe(name: str) -> None:
 
 def demo_parser() -> argparse.ArgumentParser:
     parser = Parser("demo")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where all files go.")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="Runs at the same time.")
-    parser.add_argument("--seeds", type=int, default=DEMO_SEEDS, help="Runs of every cell of the table.")
-    parser.add_argument("--max_steps", type=int, help="End every run early: to try the set-up, not to read the table.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Output folder.")
+    parser.add_argument(
+        "--processes", type=int, default=min(2, os.cpu_count() or 1), help="Number of simultaneous runs."
+    )
+    parser.add_argument("--seeds", type=int, default=DEMO_SEEDS, help="Runs per cell of the table.")
+    parser.add_argument(
+        "--max_steps", type=int, help="Stop every run early, to test the setup; the table is then meaningless."
+    )
     return parser
 
 
 def parse_demo(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
-    What `demo` is asked for.
+    Parse the command line of `demo`.
 
     Raises:
-        UserError: A value that cannot be.
+        UserError: If a value is invalid.
     """
     args = demo_parser().parse_args(argv)
     for name in ("processes", "seeds", "max_steps"):

@@ -1,4 +1,4 @@
-"""A task as a program: what is wrong with its command line is said before anything slow is imported."""
+"""Run a task as a program, checking its command line before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .errors import run
 from .help import heading, wants_help
 from .parsers import PARSERS
 
-# Folder of the shipped configurations whose names a task takes without it.
+# Folder that may be omitted from the names of the shipped configurations of a task.
 CONFIG_FOLDERS = {**{name: name for name in TRAINING}, "benchmark": "benchmark"}
 
 
 def run_task(name: str, argv: Sequence[str] | None = None) -> None:
     """
-    Run a task of `hf_sam.tasks` and end the process as a program does.
+    Run a task of `hf_sam.tasks` and exit with the proper code.
 
     Args:
         name (`str`): The module, such as `"image_classification"`.
@@ -32,7 +32,7 @@ def run_task(name: str, argv: Sequence[str] | None = None) -> None:
             PARSERS[name]().print_help()
         elif wants_help(words):
             print(heading(name), flush=True)
-            import_module(f"hf_sam.tasks.{name}").main(words)  # lists the options and ends
+            import_module(f"hf_sam.tasks.{name}").main(words)  # lists the options and exits
         else:
             given = look_over(name, words)
             import_module(f"hf_sam.tasks.{name}").main(given)
@@ -42,10 +42,10 @@ def run_task(name: str, argv: Sequence[str] | None = None) -> None:
 
 def look_over(name: str, words: Sequence[str]) -> list[str]:
     """
-    The command line with shipped configurations found.
+    Check the command line and replace the names of shipped configurations by their paths.
 
     Raises:
-        UserError: What can be told to be wrong with it without importing torch.
+        UserError: If the command line has an error that can be found without importing torch.
     """
     words = resolve(words, CONFIG_FOLDERS[name]) if name in CONFIG_FOLDERS else list(words)
     early.check(name, words)

@@ -1,4 +1,4 @@
-"""`hf-sam`: one table of subcommands, and where each leads."""
+"""The `hf-sam` command and its table of subcommands."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Subcommand:
 
     Args:
         group (`str`): Its heading in `hf-sam --help`.
-        module (`str`): With a `main(argv)`, inside `hf_sam`; the first line of its docstring is the summary.
-        launches (`bool`): Whether `accelerate launch` can start several processes of it.
+        module (`str`): Module inside `hf_sam` with a `main(argv)`; the first line of its docstring is the summary.
+        launches (`bool`): Whether it can run in several processes with `accelerate launch`.
     """
 
     group: str
@@ -37,7 +37,7 @@ class Subcommand:
 
     @property
     def task(self) -> str | None:
-        """Its name among `hf_sam.tasks`, unless it only looks something up."""
+        """The name of its module in `hf_sam.tasks`, if it is one."""
         folder, _, name = self.module.rpartition(".")
         return name if folder == "tasks" else None
 
@@ -66,7 +66,7 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """
-    Run a subcommand and end the process as a program does.
+    Run a subcommand and exit with the proper code.
 
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The subcommand and its command line.
@@ -85,7 +85,7 @@ def _main(words: Sequence[str]) -> None:
     name, rest = words[0].replace("_", "-"), list(words[1:])
     if name not in SUBCOMMANDS:
         hint = did_you_mean(name, SUBCOMMANDS, " `hf-sam --help` lists them.")
-        raise UserError(f"{words[0]!r} is no subcommand of hf-sam.{hint}")
+        raise UserError(f"{words[0]!r} is not a subcommand of hf-sam.{hint}")
     subcommand = SUBCOMMANDS[name]
     if subcommand.task is None:
         import_module(f"hf_sam.{subcommand.module}").main(rest)
@@ -101,7 +101,7 @@ def _main(words: Sequence[str]) -> None:
 
 
 def overview() -> str:
-    """What there is."""
+    """Return the text of `hf-sam --help`."""
     width = min(terminal_width(), 120)
     lead = max(map(len, SUBCOMMANDS)) + 4
     lines = ["usage: hf-sam SUBCOMMAND [CONFIG] [--key value ...]", "", summary_of(PACKAGE / "__init__.py")]
@@ -114,7 +114,7 @@ def overview() -> str:
                 )
     lines += [
         "",
-        "hf-sam SUBCOMMAND --help shows the options that matter to most, --help-all every one.",
+        "hf-sam SUBCOMMAND --help shows the most used options, --help-all every one.",
         "With --accelerate_config NAME|FILE or --num_processes N, training, sharpness and benchmark run under",
         "`accelerate launch`.",
     ]

@@ -1,1 +1,1 @@
-"""Reading data: files and hub data sets, columns, labels, splits, images, texts."""
+"""Data: files and hub data sets, columns, labels, splits, images, texts."""

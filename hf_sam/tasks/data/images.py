@@ -1,4 +1,4 @@
-"""Images to tensors: the model's own processor, and random augmentation of the training split before it."""
+"""Turn images into tensors: random augmentation of the training split, then the model's own processor."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class ImageDataset(torch.utils.data.Dataset):
     """
     A split as `{"pixel_values": (channels, height, width), "labels": int}`.
 
-    What is drawn for an example depends on the seed, the epoch and the example alone, not on the process's random
-    state: the same for every arm of a comparison, for any number of workers, and after a resume. Where nothing is drawn
-    and the split is small, tensors are kept in memory instead of being made anew in every epoch.
+    The augmentation of an example depends only on the seed, the epoch and the example, not on the random state of the
+    process. It is therefore the same for all arms of a comparison, for any number of workers, and after a resume.
+    Without augmentation, the tensors of a small split are kept in memory instead of being recomputed in every epoch.
 
     Args:
-        dataset (`datasets.Dataset`): With an image column and a column of class numbers.
-        image_column, label_column (`str`): Their names.
+        dataset (`datasets.Dataset`): Has an image column and a column of class indices.
+        image_column, label_column (`str`): Names of these columns.
         transform (`ImageTransform`): How an image becomes a tensor.
-        split (`str`): Its name, for error messages.
-        seed (`int`, *optional*, defaults to 0): Of the augmentation.
+        split (`str`): Name of the split, for error messages.
+        seed (`int`, *optional*, defaults to 0): Seed of the augmentation.
     """
 
     def __init__(
@@ -50,14 +50,16 @@ class ImageDataset(torch.utils.data.Dataset):
         self.transform = transform
         self.split = split
         self.seed = seed
-        self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # workers that live on see it change
+        self.epoch = torch.zeros(
+            1, dtype=torch.long
+        ).share_memory_()  # shared, so that persistent workers see it change
         size_in_bytes = len(dataset) * 3 * transform.size**2 * 4
         self.kept: dict[int, torch.Tensor] | None = (
             {} if transform.augment is None and size_in_bytes < KEPT_BYTES else None
         )
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw anew. (Not `set_epoch`: Accelerate's DataLoader calls that in resumed epochs only.)"""
+        """Start a new epoch with new draws. (Not `set_epoch`: Accelerate calls that in resumed epochs only.)"""
         self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -76,7 +78,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 class NewDrawEachEpoch(TrainerCallback):
-    """Tells an `ImageDataset` which epoch begins, or goes on after a resume."""
+    """Tells an `ImageDataset` which epoch begins, or continues after a resume."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
@@ -88,7 +90,7 @@ class NewDrawEachEpoch(TrainerCallback):
 def stream_images(
     dataset: IterableDataset, image_column: str, label_column: str, transform: ImageTransform, split: str, seed: int
 ) -> IterableDataset:
-    """The same for a streamed split; what is drawn depends on the seed and the position in the stream."""
+    """The same for a streamed split; the augmentation depends on the seed and the position in the stream."""
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         image = open_image(row[image_column], f"{split} image {index}")
@@ -101,29 +103,31 @@ def stream_images(
 
 def undecoded(dataset: Dataset | IterableDataset, image_column: str) -> Dataset | IterableDataset:
     """
-    The data set with its images as bytes or paths, so that one that does not open can be named.
+    Return the data set with its images as bytes or paths, so that an unreadable image can be identified.
 
     Raises:
-        UserError: The column holds no images.
+        UserError: If the column does not contain images.
     """
     feature = (dataset.features or {}).get(image_column)
     if isinstance(feature, datasets.Value) and feature.dtype == "string":
         return dataset  # paths
     if feature is not None and not isinstance(feature, datasets.Image):
-        raise UserError(f"image_column={image_column} holds {feature}, no images (nor paths of image files).")
+        raise UserError(
+            f"image_column={image_column} contains {feature}, not images or paths of image files; name another column."
+        )
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
 
 def open_image(value: Any, name: str) -> Image.Image:
     """
-    The image in RGB, upright.
+    Open an image as RGB, with its EXIF orientation applied.
 
     Args:
         value (`dict` or `str`): Bytes and path as `datasets.Image(decode=False)` gives them, or a path.
-        name (`str`): What to call it in an error.
+        name (`str`): Name of the image in error messages.
 
     Raises:
-        UserError: It does not open; the message says which one.
+        UserError: If the image cannot be opened; the message names it.
     """
     if isinstance(value, str):
         value = {"path": value, "bytes": None}
@@ -138,7 +142,7 @@ def open_image(value: Any, name: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL, on broken files
         where = f" ({value['path']})" if value.get("path") else ""
         reason = str(error) if value.get("path") and not isinstance(error, Image.UnidentifiedImageError) else "no image"
-        raise UserError(f"{name}{where} does not open: {reason}; remove its row from the data.") from error
+        raise UserError(f"{name}{where} cannot be opened: {reason}; remove its row from the data.") from error
 
 
 class ImageTransform:
@@ -146,7 +150,7 @@ class ImageTransform:
     `(image, generator) -> pixel_values`, `(channels, height, width)`.
 
     Args:
-        processor (`BaseImageProcessor`): The model's own; resizes, crops and normalises.
+        processor (`BaseImageProcessor`): The model's image processor, which resizes, crops and normalises.
         augmentation (`str`): A key of [`AUGMENTATIONS`].
     """
 
@@ -163,14 +167,14 @@ class ImageTransform:
 
 
 def output_size(processor: BaseImageProcessor) -> int:
-    """The side in pixels of what the processor returns."""
+    """Return the side in pixels of the processor's output."""
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = crop or processor.size
     return size["height"] if "height" in size else size["shortest_edge"]
 
 
 def set_output_size(processor: BaseImageProcessor, side: int) -> None:
-    """Let the processor return `side` x `side` pixels, by the way it has of getting there."""
+    """Make the processor return `side` x `side` pixels, by whichever resizing or cropping it uses."""
     if "shortest_edge" in processor.size:
         processor.size = {"shortest_edge": side}
     else:
@@ -180,7 +184,7 @@ def set_output_size(processor: BaseImageProcessor, side: int) -> None:
         processor.crop_size = {"height": side, "width": side}
 
 
-# --- augmentation: by PIL, so that the draws are the same on every machine ----------------------------------------
+# --- augmentation: with PIL, so that results are the same on every machine -----------------------------------------
 
 
 def _crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:

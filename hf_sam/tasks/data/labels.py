@@ -1,4 +1,4 @@
-"""What the labels are: classes with names, sets of classes, or numbers; and what is done to those for training."""
+"""Labels: classes with names, sets of classes, or numbers; and label noise."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ MAX_CLASSES_FOUND = 1000
 
 def class_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Splits, list[str]]:
     """
-    Make the label column of every split class numbers, and say what the classes are called.
+    Convert the label column of every split to class indices, and return the names of the classes.
 
     Args:
-        splits (`dict`): The splits; a streamed one must name its classes itself or by `class_names`.
+        splits (`dict`): The splits; a streamed one needs class names in its features or in `class_names`.
         name (`str`): The label column.
-        args (`DataArguments`): Reads `class_names`.
+        args (`DataArguments`): `class_names` is used.
 
     Returns:
         The splits with labels 0, 1, ..., and the names in that order.
 
     Raises:
-        UserError: Labels that are no classes, that are missing, or that the training split does not have.
+        UserError: If labels are not classes, are missing, or do not occur in the training split.
     """
     feature = splits["train"].features[name] if splits["train"].features else None
     if args.class_names and isinstance(feature, ClassLabel) and len(args.class_names) != feature.num_classes:
-        raise UserError(f"class_names has {len(args.class_names)} names, but {name} has {feature.num_classes} classes.")
+        raise UserError(
+            f"class_names has {len(args.class_names)} names, but {name} has {feature.num_classes} classes; give one for each."
+        )
     if isinstance(feature, ClassLabel):
         names = args.class_names or list(feature.names)
     elif args.streaming:
         if not args.class_names:
-            raise UserError(f"A stream does not say which classes {name} has: give --class_names, in order.")
+            raise UserError(f"The classes of {name} are unknown when streaming: give --class_names, in order.")
         names = args.class_names
         number = {text: index for index, text in enumerate(names)}
         return {
@@ -51,10 +53,11 @@ def class_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Splits
 
 def check_classes(splits: Splits, name: str, names: list[str], args: DataArguments | None = None) -> None:
     """
-    Every class has training examples, and every example has a class. `args` are those that the splits were made by.
+    Check that every class has training examples and every example has a class. `args` are the arguments the splits
+    were made with.
 
     Raises:
-        UserError: Otherwise; the message names the classes or the split.
+        UserError: If not; the message names the classes or the split.
     """
     for split, dataset in splits.items():
         if not isinstance(dataset, Dataset):
@@ -63,16 +66,16 @@ def check_classes(splits: Splits, name: str, names: list[str], args: DataArgumen
         if any(value is None for value in values) or values.min() < 0 or values.max() >= len(names):
             raise UserError(
                 f"The {split} split has examples without a class in {name} (empty, or outside 0 to {len(names) - 1}); "
-                f"choose a split with labels by {split}_split."
+                f"choose a split with labels with --{split}_split."
             )
         missing = [names[index] for index in range(len(names)) if index not in set(values.tolist())]
         if missing and split == "train":
-            keep = "leave the class out of the data"
+            keep = "remove the class from the data"
             if args is not None and args.train_samples:
                 each = max(1, args.train_samples // len(names))
                 keep = (
-                    f"train_samples={args.train_samples} of {len(names)} classes, drawn in their own proportions, leaves none "
-                    f"of it: give more, or --train_samples_per_class {each} for as many of every class"
+                    f"train_samples={args.train_samples} examples, drawn in the proportions of {len(names)} classes, include none "
+                    f"of it; give a larger train_samples, or --train_samples_per_class {each} for equally many per class"
                 )
             raise UserError(f"The train split has no example of class {', '.join(missing[:10])} of {name}: {keep}.")
     if len(names) < 2:
@@ -80,7 +83,7 @@ def check_classes(splits: Splits, name: str, names: list[str], args: DataArgumen
 
 
 def add_label_noise(splits: Splits, name: str, num_classes: int, args: DataArguments) -> Splits:
-    """Symmetric noise on the training labels only; the true ones are kept in the column `clean_<name>`."""
+    """Add symmetric noise to the training labels only; the true ones are kept in the column `clean_<name>`."""
     if not args.label_noise:
         return splits
     train = splits["train"]
@@ -101,14 +104,14 @@ def _names_found(train: Dataset, name: str) -> list[str]:
         )
     if values.ndim != 1 or values.dtype.kind not in "iubUO":
         raise UserError(
-            f"{name} holds {train.features[name]}, which is no class: a class is a whole number or a word. "
-            f"Name another column by label_column."
+            f"{name} contains {train.features[name]}, not classes: a class is a whole number or a word. "
+            f"Name another column with --label_column."
         )
     found = np.unique(values)
     if len(found) > min(MAX_CLASSES_FOUND, max(20, len(values) // 2)):
         raise UserError(
-            f"{name} holds {len(found)} different values in {len(values)} training examples, too many to be classes. "
-            f"Name another column by label_column, or the classes by class_names."
+            f"{name} has {len(found)} different values in {len(values)} training examples, too many to be classes. "
+            f"Name another column with --label_column, or give the classes with --class_names."
         )
     return [str(value) for value in found]
 
@@ -122,7 +125,7 @@ def _encode(dataset: Dataset, name: str, names: list[str], split: str) -> Datase
 def _number(value, number: dict[str, int], name: str, names: list[str], split: str = "streamed") -> int:
     if str(value) not in number:
         raise UserError(
-            f"The {split} split has {value!r} in {name}, which is none of the classes "
+            f"The {split} split has {value!r} in {name}, which is not one of the classes "
             f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} of the train split."
         )
     return number[str(value)]
@@ -130,10 +133,10 @@ def _number(value, number: dict[str, int], name: str, names: list[str], split: s
 
 def multi_hot_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Splits, list[str]]:
     """
-    Make a column of label lists (or of words with commas between) one of 0.0 / 1.0 vectors.
+    Convert a column of label lists (or of comma-separated words) to vectors of 0.0 and 1.0.
 
     Raises:
-        UserError: A label that the training split does not have.
+        UserError: If a label does not occur in the training split.
     """
     inner = getattr(splits["train"].features[name], "feature", None)
     rows = {split: [_label_list(value) for value in column_of_lists(data, name)] for split, data in splits.items()}
@@ -154,10 +157,10 @@ def multi_hot_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Sp
 
 def numeric_labels(splits: Splits, name: str) -> Splits:
     """
-    Make the label column numbers for regression.
+    Convert the label column to numbers for regression.
 
     Raises:
-        UserError: A value that is no finite number.
+        UserError: If a value is not a finite number.
     """
     encoded = {}
     for split, dataset in splits.items():
@@ -165,7 +168,7 @@ def numeric_labels(splits: Splits, name: str) -> Splits:
             values = column(dataset, name).astype(np.float32)
         except (TypeError, ValueError):
             raise UserError(
-                f"The {split} split has values in {name} that are no numbers, as regression needs."
+                f"The {split} split has values in {name} that are not numbers, which regression needs."
             ) from None
         if not np.isfinite(values).all():
             bad = np.flatnonzero(~np.isfinite(values)).tolist()
@@ -178,7 +181,7 @@ def numeric_labels(splits: Splits, name: str) -> Splits:
 
 
 def column_of_lists(dataset: Dataset, name: str) -> list:
-    """All values of a column whose values are lists of any length, or texts."""
+    """Return all values of a column of lists of any length, or of texts."""
     return dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist()
 
 

@@ -1,4 +1,4 @@
-"""Causal language models: which texts they learn from, and a perplexity that weighs every token alike."""
+"""Data of causal language models, and a perplexity that weights all tokens equally."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .loading import Splits, column_names, pick_column
 from .summary import rows_in_words
 from .texts import check_texts
 
-# The columns of an example that is no plain text, as TRL names them.
+# Columns of examples that are not plain text, with the names TRL uses.
 CONVERSATION, COMPLETION = ("messages",), ("prompt", "completion")
 
 
 class TokenWeightedEvaluation:
     """
-    Makes a trainer's predictions the summed negative log-likelihood of each sequence, and its labels the number of
-    tokens that are predicted in it, so that logits are never gathered and perplexity weighs every token alike.
+    Mixin that replaces a trainer's predictions by the summed negative log-likelihood of each sequence, and its labels by
+    the number of tokens predicted in it. Logits are thus never gathered, and perplexity weights all tokens equally.
     """
 
     def prediction_step(
@@ -39,13 +39,13 @@ class TokenWeightedEvaluation:
 
 def sequence_nll(logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
-    Negative log-likelihood by sequence.
+    Compute the negative log-likelihood of each sequence.
 
     Args:
-        logits (`torch.Tensor` of shape `(batch, tokens, vocabulary)`): Of a causal language model.
-        labels (`torch.Tensor` of shape `(batch, tokens)`): -100 where no loss is taken.
+        logits (`torch.Tensor` of shape `(batch, tokens, vocabulary)`): Output of a causal language model.
+        labels (`torch.Tensor` of shape `(batch, tokens)`): -100 at positions without a loss.
         position_ids (`torch.Tensor` of shape `(1, tokens)`, *optional*):
-            Where several sequences share one row without padding: a sequence begins at every 0.
+            Needed if several sequences share one row without padding; each 0 starts a sequence.
 
     Returns:
         Sums in nats and numbers of predicted tokens, both `(sequences,)`.
@@ -63,10 +63,10 @@ def sequence_nll(logits: Tensor, labels: Tensor, position_ids: Tensor | None = N
 
 def pick_format(splits: Splits, text_column: str | None, drop_empty: bool) -> tuple[Splits, tuple[str, ...]]:
     """
-    The columns that hold an example, and the splits with these alone.
+    Find the columns that make up an example, and keep only these in the splits.
 
     Raises:
-        UserError: There are none, or an example is empty.
+        UserError: If there are no such columns, or an example is empty.
     """
     names = column_names(splits["train"])
     formats = [columns for columns in (CONVERSATION, COMPLETION) if set(columns) <= set(names)]
@@ -91,7 +91,7 @@ def pick_format(splits: Splits, text_column: str | None, drop_empty: bool) -> tu
 
 
 def tokenize_texts(splits: Splits, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Splits:
-    """The splits as tokens and labels for the plain Trainer: each text with its end, cut at `max_length` tokens."""
+    """Tokenize the splits for the plain Trainer: each text ends in EOS and is cut at `max_length` tokens."""
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         texts = [text + (tokenizer.eos_token or "") for text in rows[name]]

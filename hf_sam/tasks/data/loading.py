@@ -1,4 +1,4 @@
-"""From a name to train, validation and test splits, with readable errors and a record of what was done."""
+"""Load train, validation and test splits from a name, with readable errors."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ from .tabular import find_dialect, header
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-SHARD = re.compile(
-    r"(?P<split>\w+)-\d{5}(-of-\d{5})?"
-)  # files as the hub names them: validation_matched-00000-of-00001
+SHARD = re.compile(r"(?P<split>\w+)-\d{5}(-of-\d{5})?")  # file names as on the hub: validation_matched-00000-of-00001
 Split = Dataset | IterableDataset
 Splits = dict[str, Split]
 
 
 def load_splits(args: DataArguments) -> Splits:
     """
-    The splits `"train"`, `"test"` and, where asked for, `"validation"`, before any label is looked at.
+    Load the splits `"train"`, `"test"` and, if requested, `"validation"`, without looking at labels.
 
-    Where the source has no test split and is not streamed, `make_splits` makes one later, by class.
+    If the source has no test split and is not streamed, `make_splits` splits one off later, by class.
 
     Raises:
-        UserError: The source cannot be read, or has no split of that name.
+        UserError: If the source cannot be read, or has no split of that name.
     """
     found = _load(args)
     if isinstance(found, (Dataset, IterableDataset)):
@@ -49,7 +47,7 @@ def load_splits(args: DataArguments) -> Splits:
     elif args.test_split:
         raise UserError(f"test_split={test} is the same split as train_split or validation_split; name another one.")
     elif args.streaming:
-        raise UserError("Streaming cannot split off a test split: name one of the data set's own by test_split.")
+        raise UserError("Streaming cannot split off a test split: name an existing split with --test_split.")
     for name, split in splits.items():
         if isinstance(split, Dataset) and len(split) == 0:
             raise UserError(f"The {name} split of {args.dataset} is empty.")
@@ -58,11 +56,11 @@ def load_splits(args: DataArguments) -> Splits:
 
 def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Splits:
     """
-    Split off what is missing and keep what was asked for, each by the classes in the column `strata` and each with a
-    seed of its own, so that neither depends on the training seed.
+    Split off missing splits and draw the requested subsets, both stratified by the column `strata`. Each uses a seed of
+    its own, so that neither depends on the training seed.
 
     Raises:
-        UserError: A share or count that the data cannot give.
+        UserError: If the data are too few for a requested fraction or count.
     """
     if args.streaming:
         return splits
@@ -84,12 +82,12 @@ def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Spli
 
 
 def column(dataset: Dataset, name: str) -> np.ndarray:
-    """All values of one column, `(len(dataset),)`."""
+    """Return all values of one column, `(len(dataset),)`."""
     return np.asarray(dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist())
 
 
 def replace_column(dataset: Dataset, name: str, values: list, feature: Any = None) -> Dataset:
-    """The data set with other values, of another type, in one column."""
+    """Return the data set with new values, possibly of another type, in one column."""
     old = f"replaced {name}"
     return dataset.rename_column(name, old).add_column(name, values, feature=feature).remove_columns(old)
 
@@ -98,10 +96,10 @@ def pick_column(
     splits: Splits, given: str | None, candidates: Sequence[str], argument: str, taken: Sequence[str] = ()
 ) -> str:
     """
-    The column the user named, else the first of `candidates` that exists.
+    Return the column the user named, otherwise the first of `candidates` that exists.
 
     Raises:
-        UserError: It does not exist in every split; the message lists those that do.
+        UserError: If it does not exist in every split; the message lists the columns that do.
     """
     names = column_names(splits["train"])
     name = given or next((name for name in candidates if name in names and name not in taken), None)
@@ -110,17 +108,17 @@ def pick_column(
     for split, dataset in splits.items():
         if name not in column_names(dataset):
             there = ", ".join(column_names(dataset))
-            raise UserError(f"{argument}={name} is no column of the {split} split, which has: {there}.")
+            raise UserError(f"{argument}={name} is not a column of the {split} split, which has: {there}.")
     return name
 
 
 def column_names(dataset: Split) -> list[str]:
-    """The columns; a streamed data set that does not say is asked for its first row."""
+    """Return the columns; for a streamed data set without features, those of its first row."""
     return list(dataset.column_names or next(iter(dataset)))
 
 
 def public_name(args: DataArguments) -> str:
-    """What a card calls the data: the hub id, or the name of a local file or folder without the way to it."""
+    """Return the name of the data for a model card: the hub id, or the name of a local file or folder without its path."""
     path = Path(args.dataset).expanduser()
     return path.name if path.exists() else args.dataset
 
@@ -145,7 +143,7 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict | Split:
         )
     except (ConnectionError, OSError) as error:
         raise UserError(
-            f"dataset={args.dataset} is no local file or folder and cannot be had from the hub "
+            f"dataset={args.dataset} is not a local file or folder and cannot be loaded from the hub "
             f"(is this machine offline?): {one_line(error)}"
         ) from error
     except (ValueError, RuntimeError) as error:
@@ -157,16 +155,16 @@ def _load_local(path: Path, args: DataArguments) -> DatasetDict | IterableDatase
     source |= _dialect(source, path, args)
     try:
         return datasets.load_dataset(**source, streaming=args.streaming)
-    except Exception as error:  # the readers below `datasets` raise what they like; all of it is about this file
+    except Exception as error:  # the readers used by `datasets` raise all kinds of errors, all about this file
         cause = error.__cause__ or error
         raise UserError(f"dataset={path} cannot be read: {one_line(cause)}") from error
 
 
 def _file_source(path: Path, split: str) -> dict[str, Any]:
-    """What `datasets.load_dataset` needs to read one file as one split."""
+    """Return the arguments of `datasets.load_dataset` for reading one file as one split."""
     suffix = path.suffix.lower()
     if suffix not in BUILDERS:
-        raise UserError(f"dataset={path} has no known suffix. Allowed: {', '.join(BUILDERS)}, or a folder.")
+        raise UserError(f"dataset={path} has an unknown suffix. Allowed: {', '.join(BUILDERS)}, or a folder.")
     if path.stat().st_size == 0:
         raise UserError(f"dataset={path} is empty.")
     _check_text_file(path)
@@ -174,14 +172,16 @@ def _file_source(path: Path, split: str) -> dict[str, Any]:
 
 
 def _dialect(source: dict[str, Any], path: Path, args: DataArguments) -> dict[str, str]:
-    """Encoding and delimiter of csv files for their reader; those of a folder are all written like its first one."""
+    """Return encoding and delimiter for the csv reader; all files of a folder are assumed to be like the first."""
     if source["path"] != "csv":
         return {}
     files = sorted(file for file in path.rglob("*.[ct]sv") if file.stat().st_size) if path.is_dir() else [path]
     dialect = find_dialect(files[0], args.csv_encoding, args.csv_delimiter)
     names = header(files[0], dialect)
     if len(set(names)) < len(names):
-        raise UserError(f"dataset={files[0]} has two columns of the same name in its first line: {', '.join(names)}.")
+        raise UserError(
+            f"dataset={files[0]} has two columns of the same name in its first line: {', '.join(names)}; rename one."
+        )
     told = dialect.describe(files[0])
     if told and int(os.environ.get("LOCAL_RANK", "0")) <= 0:
         print(f"data: {told}", flush=True)
@@ -189,16 +189,16 @@ def _dialect(source: dict[str, Any], path: Path, args: DataArguments) -> dict[st
 
 
 def _folder_source(path: Path) -> dict[str, Any]:
-    """The same for a folder of images by class, or of files by split."""
+    """The same for a folder of images sorted by class, or of files sorted by split."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return {"path": "imagefolder", "data_dir": str(path)}
     tables = [file for file in files if file.suffix.lower() in BUILDERS]
     kinds = {BUILDERS[file.suffix.lower()] for file in tables}
     if not kinds:
-        raise UserError(f"dataset={path} holds no images and no csv, json or parquet files.")
+        raise UserError(f"dataset={path} contains no images and no csv, json or parquet files.")
     if len(kinds) > 1:
-        raise UserError(f"dataset={path} holds files of several kinds ({', '.join(sorted(kinds))}); name one file.")
+        raise UserError(f"dataset={path} contains files of several kinds ({', '.join(sorted(kinds))}); name one file.")
     names = [SHARD.fullmatch(file.stem) for file in tables]
     if not all(names):
         return {"path": kinds.pop(), "data_dir": str(path)}
@@ -209,14 +209,14 @@ def _folder_source(path: Path) -> dict[str, Any]:
 
 
 def _check_text_file(path: Path) -> None:
-    """The readers underneath report a broken text file at length; the first bytes often say it in a line."""
+    """Check the first bytes of a text file, because the readers report broken files at length."""
     if path.suffix.lower() == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             first = path.read_text(encoding="utf-8").lstrip().splitlines()[:1]
-            if not first or not _is_json(first[0]):  # one object a line is fine
-                raise UserError(f"dataset={path} is no JSON: {error}.") from None
+            if not first or not _is_json(first[0]):  # one object per line is fine
+                raise UserError(f"dataset={path} is not valid JSON: {error}.") from None
 
 
 def _is_json(line: str) -> bool:
@@ -228,9 +228,9 @@ def _is_json(line: str) -> bool:
 
 
 def _neighbours(path: Path) -> str:
-    """What a folder has instead of `path`: the nearest name, else the first ones."""
+    """Suggest what a folder contains instead of `path`: the nearest name, otherwise the first ones."""
     names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    return did_you_mean(path.name, names, f" {path.parent} has: {', '.join(names[:10])}." if names else "")
+    return did_you_mean(path.name, names, f" {path.parent} contains: {', '.join(names[:10])}." if names else "")
 
 
 def _named(found: dict[str, Split], name: str, argument: str) -> Split:

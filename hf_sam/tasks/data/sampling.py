@@ -9,18 +9,18 @@ from ..command_line.errors import UserError
 
 def stratified_split(classes: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Split `range(len(classes))` in two so that every class gives the same share to the second part.
+    Split `range(len(classes))` in two so that the second part gets the same fraction of every class.
 
     Args:
         classes (`np.ndarray` of shape `(n,)`): The class of each example.
-        share (`float`): What the second part gets, in (0, 1).
-        seed (`int`): Of the draw.
+        share (`float`): Fraction of the second part, in (0, 1).
+        seed (`int`): Random seed.
 
     Returns:
         Two sorted index arrays. A class with a single example stays in the first part.
 
     Raises:
-        UserError: One of the parts would be empty.
+        UserError: If one of the parts would be empty.
     """
     rng = np.random.default_rng(seed)
     held_out = []
@@ -30,19 +30,19 @@ def stratified_split(classes: np.ndarray, share: float, seed: int) -> tuple[np.n
     second = np.sort(np.concatenate(held_out))
     first = np.setdiff1d(np.arange(len(classes)), second)
     if len(second) == 0 or len(first) == 0:
-        raise UserError(f"{len(classes)} examples are too few to split off a share of {share}.")
+        raise UserError(f"{len(classes)} examples are too few to split off a fraction of {share}.")
     return first, second
 
 
 def stratified_sample(classes: np.ndarray, total: int | None, per_class: int | None, seed: int) -> np.ndarray:
     """
-    Draw `total` examples in the classes' own proportions (largest remainders), or `per_class` of each class.
+    Draw `total` examples in the proportions of the classes (largest remainders), or `per_class` of each class.
 
     Returns:
         Sorted indices, `(total,)` or `(per_class * number of classes,)`.
 
     Raises:
-        UserError: There are not that many.
+        UserError: If there are too few examples.
     """
     rng = np.random.default_rng(seed)
     groups = _by_class(classes)
@@ -50,10 +50,12 @@ def stratified_sample(classes: np.ndarray, total: int | None, per_class: int | N
         counts = np.full(len(groups), per_class)
         smallest = min(len(members) for members in groups)
         if smallest < per_class:
-            raise UserError(f"train_samples_per_class={per_class}, but the smallest class has {smallest} examples.")
+            raise UserError(
+                f"train_samples_per_class={per_class}, but the smallest class has only {smallest} examples."
+            )
     else:
         if total > len(classes):
-            raise UserError(f"{total} examples were asked for, but there are only {len(classes)}.")
+            raise UserError(f"{total} examples were requested, but there are only {len(classes)}.")
         shares = total * np.array([len(members) for members in groups]) / len(classes)
         counts = np.floor(shares).astype(int)
         counts[np.argsort(counts - shares, kind="stable")[: total - counts.sum()]] += 1
@@ -62,13 +64,13 @@ def stratified_sample(classes: np.ndarray, total: int | None, per_class: int | N
 
 def symmetric_noise(labels: np.ndarray, num_classes: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Replace a share of the labels by another class, each other class equally likely.
+    Replace a fraction of the labels by another class, all other classes being equally likely.
 
     Args:
         labels (`np.ndarray` of shape `(n,)`): The true classes.
-        num_classes (`int`): How many there are, at least 2.
-        share (`float`): Exactly `round(share * n)` labels change, so all of them are wrong.
-        seed (`int`): Of the draw.
+        num_classes (`int`): Number of classes, at least 2.
+        share (`float`): Fraction of wrong labels; exactly `round(share * n)` labels change.
+        seed (`int`): Random seed.
 
     Returns:
         The new labels, and the sorted indices of those that changed.

@@ -1,4 +1,4 @@
-"""What a person should see of the data before training: how much of each class, what is cut, what looks wrong."""
+"""Summarize the data before training: class counts, truncation, and likely problems."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ..command_line.errors import UserError
 from .images import open_image, undecoded
 from .loading import Splits, column
 
-RARE = 5  # training examples of a class below which little can be learnt of it
+RARE = 5  # classes with fewer training examples get a warning
 MAX_LISTED = 10
-MAX_MEASURED = 2000  # texts whose tokens are counted
-IMAGES_CHECKED = 32  # of each split, where not all are
+MAX_MEASURED = 2000  # texts to tokenize for the length statistics
+IMAGES_CHECKED = 32  # per split, unless all are checked
 
 
 def tell(lines: Sequence[str]) -> None:
-    """Prints the lines of a summary."""
+    """Print the lines of a summary."""
     for line in lines:
         print(f"warning: {line[1:]}" if line.startswith("!") else f"data: {line}", flush=True)
 
 
 def sizes(splits: Splits) -> list[str]:
-    """How many examples each split has."""
+    """Describe the size of each split."""
     counts = [f"{name} {len(split):,}" for name, split in splits.items() if isinstance(split, Dataset)]
     return [f"{', '.join(counts)} examples"] if counts else []
 
 
 def classes(splits: Splits, label_column: str, names: Sequence[str]) -> list[str]:
-    """Counts of the classes in the training split; warnings, which begin with `!`, of rare and of look-alike ones."""
+    """Describe the class counts of the training split; warnings (starting with `!`) for rare and look-alike classes."""
     train = splits["train"]
     if not isinstance(train, Dataset):
         return []
@@ -43,23 +43,25 @@ def classes(splits: Splits, label_column: str, names: Sequence[str]) -> list[str
     order = np.argsort(-counts, kind="stable")
     listed = ", ".join(f"{names[i]} {counts[i]:,}" for i in order[:MAX_LISTED])
     more = f" and {len(names) - MAX_LISTED} more down to {counts[order[-1]]:,}" if len(names) > MAX_LISTED else ""
-    lines = [f"{len(names)} classes in train: {listed}{more}; always saying {names[order[0]]} is right in "
-             f"{100 * counts.max() / counts.sum():.1f} %"]  # fmt: skip
+    lines = [f"{len(names)} classes in train: {listed}{more}; always predicting {names[order[0]]} gives "
+             f"{100 * counts.max() / counts.sum():.1f} % accuracy"]  # fmt: skip
     rare = [f"{names[i]} ({counts[i]})" for i in order[::-1] if counts[i] < RARE]
     if rare:
         lines.append(
-            f"!{len(rare)} classes have fewer than {RARE} training examples: {_some(rare)}. Little can be learnt of them; "
-            f"add examples, or leave them out."
+            f"!{len(rare)} classes have fewer than {RARE} training examples: {_some(rare)}. The model can learn little about "
+            f"them: add examples, or remove the classes."
         )
     alike = look_alikes(names)
     if alike:
         pairs = [f"{a!r} and {b!r}" for a, b in alike]
-        lines.append(f"!Names of classes that may mean the same: {_some(pairs)}. Mend the labels, or leave it so.")
+        lines.append(
+            f"!Class names that may mean the same: {_some(pairs)}. Correct the labels, unless this is intended."
+        )
     return lines
 
 
 def look_alikes(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of names that differ in case, spaces or punctuation alone, or in a letter of a long word; not in a number."""
+    """Find names that differ only in case, spaces or punctuation, or by a letter in a long word; numbers do not count."""
     by_key = defaultdict(list)
     for name in names:
         by_key[re.sub(r"[\W_]+", "", name).casefold() or name].append(name)
@@ -80,8 +82,8 @@ def truncation(
     argument: str = "max_length",
 ) -> list[str]:
     """
-    Which share of texts, and of their tokens, `max_length` cuts, measured on at most `MAX_MEASURED` training texts.
-    `argument` is what the user calls it.
+    Describe how many texts, and how many of their tokens, `max_length` cuts, on at most `MAX_MEASURED` training texts.
+    `argument` is the name of the option for `max_length`.
     """
     train = splits["train"]
     if not isinstance(train, Dataset) or any("string" not in train.features[name].dtype for name in text_columns):
@@ -98,7 +100,7 @@ def truncation(
         f"{argument}={max_length} cuts {100 * cut.mean():.1f} % of the texts and {100 * lost:.1f} % of the tokens; half the "
         f"texts have more than {int(np.median(lengths))} tokens, the longest {lengths.max()}"
     )
-    return [f"!{line}. Give a larger --{argument} if what is cut matters." if cut.mean() > 0.1 else line]
+    return [f"!{line}. Give a larger --{argument} if the end of the texts matters." if cut.mean() > 0.1 else line]
 
 
 def check_images(splits: Splits, image_column: str, how: str) -> list[str]:
@@ -106,7 +108,7 @@ def check_images(splits: Splits, image_column: str, how: str) -> list[str]:
     Open images before the first step: `"all"`, a `"sample"` of each split, or `"none"`.
 
     Raises:
-        UserError: Images that do not open; names each, up to a few.
+        UserError: If images cannot be opened; the message names the first few.
     """
     broken, opened = [], 0
     for name, split in splits.items():
@@ -121,15 +123,15 @@ def check_images(splits: Splits, image_column: str, how: str) -> list[str]:
             except UserError as error:
                 broken.append(str(error).removesuffix("; remove its row from the data."))
     if broken:
-        hint = "" if how == "all" else " --check_images all looks at every one."
-        raise UserError(f"{len(broken)} of {opened} images that were opened are broken: {'; '.join(broken[:MAX_LISTED])}. "
+        hint = "" if how == "all" else " --check_images all checks every image."
+        raise UserError(f"{len(broken)} of {opened} checked images are broken: {'; '.join(broken[:MAX_LISTED])}. "
                         f"Remove these rows from the data.{hint}")  # fmt: skip
-    return [f"{opened:,} images opened"] if opened else []
+    return [f"{opened:,} images checked"] if opened else []
 
 
 def rows_in_words(rows: Sequence[Any]) -> str:
-    """Row numbers, the first few."""
-    return f"row{'s' if len(rows) > 1 else ''} {_some([str(row) for row in rows])} (the first is 0)"
+    """List the first few row numbers."""
+    return f"row{'s' if len(rows) > 1 else ''} {_some([str(row) for row in rows])} (counting from 0)"
 
 
 def _some(items: Sequence[str]) -> str:

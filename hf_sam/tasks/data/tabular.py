@@ -1,4 +1,4 @@
-"""How a text file of values is written: its encoding and its delimiter, as asked for or as found."""
+"""Encoding and delimiter of text files with values, as given or as detected."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SAMPLE_BYTES, SAMPLE_ROWS = 2**20, 50
 class Dialect:
     """
     Args:
-        encoding (`str`): A name that Python knows.
-        delimiter (`str`): Between two values.
+        encoding (`str`): An encoding known to Python.
+        delimiter (`str`): The character between two values.
     """
 
     encoding: str
     delimiter: str
 
     def describe(self, path: Path) -> str | None:
-        """What is unusual about it, in a sentence; `None` for UTF-8 with commas, or tabs in a tsv."""
+        """Describe what is unusual in one line; `None` for UTF-8 with commas, or tabs in a tsv."""
         usual = "\t" if path.suffix.lower() == ".tsv" else ","
         parts = [f"in {self.encoding} (--csv_encoding)"] if self.encoding != "utf-8" else []
         parts += [f"with {self.delimiter!r} between columns (--csv_delimiter)"] if self.delimiter != usual else []
@@ -36,16 +36,16 @@ class Dialect:
 
 def find_dialect(path: Path, encoding: str | None = None, delimiter: str | None = None) -> Dialect:
     """
-    Encoding and delimiter of a csv or tsv file; those that are given stay.
+    Detect encoding and delimiter of a csv or tsv file, unless they are given.
 
     Raises:
-        UserError: The file is not in the encoding that was given, or in none that can be found.
+        UserError: If the file is not in the given encoding, or no encoding can be detected.
     """
     with path.open("rb") as file:
         sample = file.read(SAMPLE_BYTES)
         is_whole = not file.read(1)
     if not is_whole:
-        sample = sample[: sample.rfind(b"\n") + 1] or sample  # no character is cut in two
+        sample = sample[: sample.rfind(b"\n") + 1] or sample  # so that no character is split
     encoding = encoding or _find_encoding(sample, path)
     try:
         text = sample.decode(encoding)
@@ -54,13 +54,13 @@ def find_dialect(path: Path, encoding: str | None = None, delimiter: str | None 
     except UnicodeDecodeError as error:
         line = sample[: error.start].count(b"\n") + 1
         raise UserError(
-            f"dataset={path} is not in csv_encoding={encoding}, as line {line} shows; leave it out."
+            f"dataset={path} is not in csv_encoding={encoding} (see line {line}); leave csv_encoding out to detect it."
         ) from None
     return Dialect(encoding, delimiter or _find_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ","))
 
 
 def header(path: Path, dialect: Dialect) -> list[str]:
-    """The names of the columns."""
+    """Read the names of the columns."""
     with path.open(encoding=dialect.encoding, newline="") as file:
         return next(csv.reader(file, delimiter=dialect.delimiter), [])
 
@@ -75,14 +75,14 @@ def _find_encoding(sample: bytes, path: Path) -> str:
     except UnicodeDecodeError:
         found = list(from_bytes(sample))
     if not found:
-        raise UserError(f"dataset={path} is in no encoding that could be found; name it by --csv_encoding.")
-    # Few accents fit several encodings of one byte; of those, most files are in the one of Western Windows.
+        raise UserError(f"dataset={path} has an encoding that could not be detected; give it with --csv_encoding.")
+    # A few accents fit several single-byte encodings; most such files use that of Western Windows.
     western = any("cp1252" in candidate.could_be_from_charset for candidate in found)
     return "cp1252" if western else found[0].encoding
 
 
 def _find_delimiter(text: str, usual: str) -> str:
-    """The one that gives every row as many columns as the first; the usual one where several or none do."""
+    """Find the delimiter that gives all rows as many columns as the first; the usual one if several or none do."""
     columns = {}
     for delimiter in (usual, *(other for other in DELIMITERS if other != usual)):
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)

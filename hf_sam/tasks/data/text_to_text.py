@@ -1,4 +1,4 @@
-"""Everything as text: sources with a prefix, targets that are texts, words for classes, or numbers; GLUE as T5 reads it."""
+"""Text-to-text data: sources with a prefix; targets that are texts, class words or numbers; GLUE in the form of T5."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .texts import GLUE, GLUE_HUB_ID
 CLASSIFICATION, REGRESSION = "classification", "regression"
 SUMMARIZATION, TRANSLATION, TEXT = "summarization", "translation", "text"
 SUPERGLUE_HUB_ID = "aps/super_glue"
-SOURCE, TARGET, LABEL = "source", "target", "label"  # columns of what `as_text` returns
+SOURCE, TARGET, LABEL = "source", "target", "label"  # columns returned by `as_text`
 
 
 @dataclass(frozen=True)
 class NamedTask:
     """
-    A task of GLUE or SuperGLUE as text, in the form of T5 (Raffel et al. 2020, appendix D): its name, then each column's
-    name and text; the words of the classes in the order of their numbers.
+    A GLUE or SuperGLUE task as text, in the form of T5 (Raffel et al. 2020, appendix D): its name, then each column's
+    name and text. The words for the classes are in the order of their indices.
     """
 
     hub_id: str
@@ -50,7 +50,7 @@ NAMED_TASKS = {
         name: NamedTask(GLUE_HUB_ID, tuple(sorted(GLUE[name].texts)), words, GLUE[name].test_split)
         for name, words in _WORDS.items()
     },
-    # ReCoRD and WSC, in which T5 writes an entity, are not classes and left out; AX has no training split.
+    # ReCoRD and WSC are left out because T5 writes an entity, not a class; AX has no training split.
     "boolq": NamedTask(SUPERGLUE_HUB_ID, ("passage", "question"), _TRUTH),
     "cb": NamedTask(SUPERGLUE_HUB_ID, ("hypothesis", "premise"), ("entailment", "contradiction", "neutral")),
     "copa": NamedTask(SUPERGLUE_HUB_ID, ("choice1", "choice2", "premise", "question"), ("choice1", "choice2")),
@@ -68,15 +68,15 @@ def as_text(
     label_column: str | None = None,
 ) -> Splits:
     """
-    The splits as columns `source` and `target`, and for classes `label`, beside their `clean_...` under noise.
+    Convert the splits to columns `source` and `target`, and for classes `label` (and its `clean_...` under noise).
 
     Args:
-        splits (`dict`): With the columns.
-        columns (`Sequence[str]`): Of the texts, in order.
-        prefix (`str`): What a source begins with.
-        is_labelled (`bool`): Whether each text follows its column's name, as T5 has it.
-        target (`Callable`): From a row to its target.
-        label_column (`str`, *optional*): Of the class numbers.
+        splits (`dict`): The splits.
+        columns (`Sequence[str]`): The columns of the texts, in order.
+        prefix (`str`): Put before each source.
+        is_labelled (`bool`): Whether to put the column's name before each text, as T5 does.
+        target (`Callable`): Maps a row to its target.
+        label_column (`str`, *optional*): The column of the class indices.
     """  # fmt: skip
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
@@ -88,28 +88,28 @@ def as_text(
 
 
 def _map(dataset: Split, convert: Callable) -> Split:
-    options = {"desc": "writing as text"} if isinstance(dataset, Dataset) else {}
+    options = {"desc": "converting to text"} if isinstance(dataset, Dataset) else {}
     dropped = [name for name in column_names(dataset) if not name.startswith("clean_")]
     return dataset.map(convert, remove_columns=dropped, **options)
 
 
 def rounded_number(value: float) -> str:
-    """A score to the nearest 0.2, as T5 writes those of STS-B."""
+    """Round a score to the nearest 0.2, as T5 does for STS-B."""
     return f"{round(5 * value) / 5:.1f}"
 
 
 def language_pair(splits: Splits, name: str, source: str | None, target: str | None) -> tuple[str, str]:
     """
-    The keys of a column of translations for source and target.
+    Return the keys of source and target in a column of translations.
 
     Raises:
-        UserError: They are not given, or the column has no such languages.
+        UserError: If they are not given, or the column does not have these languages.
     """
     first = next(iter(splits["train"]))[name]
     known = list(first) if isinstance(first, dict) else []
     for argument, language in (("source_lang", source), ("target_lang", target)):
         if language not in known:
-            given = f"{argument}={language} is none of the languages in {name}" if language else f"Give --{argument}"
+            given = f"{argument}={language} is not one of the languages in {name}" if language else f"Give --{argument}"
             raise UserError(f"{given}: {', '.join(known)}.")
     if source == target:
         raise UserError(f"source_lang and target_lang are both {source}; name two languages.")
@@ -117,7 +117,7 @@ def language_pair(splits: Splits, name: str, source: str | None, target: str | N
 
 
 def split_translations(splits: Splits, name: str, languages: tuple[str, str]) -> Splits:
-    """The splits with the two languages of a column of translations as columns of their own, `text` and `target`."""
+    """Split a column of translations into the columns `text` and `target`."""
 
     def divide(row: dict[str, Any]) -> dict[str, Any]:
         return {"text": row[name][languages[0]], "target": row[name][languages[1]]}
@@ -128,7 +128,7 @@ def split_translations(splits: Splits, name: str, languages: tuple[str, str]) ->
 def tokenize_pairs(
     splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, max_target_length: int
 ) -> dict[str, Any]:
-    """The splits as the tokenizer's columns and `labels`, each target with its end, cut at so many tokens."""
+    """Tokenize sources and targets (`labels`), cut at the given lengths; each target ends in EOS."""
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(rows[SOURCE], truncation=True, max_length=max_length)
@@ -143,7 +143,7 @@ def tokenize_pairs(
 
 
 def with_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    """The tokens with the end-of-sequence token, which some tokenizers add themselves."""
+    """Append the end-of-sequence token, unless the tokenizer has already added it."""
     if tokens and tokens[-1] == tokenizer.eos_token_id:
         return tokens
     return [*tokens[: max_length - 1], tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""Texts to tokens, and the GLUE tasks by name."""
+"""Tokenize texts, and define the GLUE tasks by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .summary import rows_in_words, tell
 
 @dataclass(frozen=True)
 class GlueTask:
-    """Where a task's texts and its labelled test data are; GLUE's own test splits have no labels."""
+    """Columns and splits of a GLUE task; GLUE's own test splits have no labels."""
 
     texts: tuple[str, ...]
     test_split: str = "validation"
@@ -38,32 +38,34 @@ GLUE_HUB_ID = "nyu-mll/glue"
 
 def check_texts(splits: Splits, names: Sequence[str], drop_empty: bool) -> Splits:
     """
-    Every example has a text in at least one of the columns `names`.
+    Check that every example has a text in at least one of the columns `names`.
 
     Args:
-        splits (`dict`): The splits; of a streamed one only the column's type is looked at.
-        names (`Sequence[str]`): One column, or two for pairs.
-        drop_empty (`bool`): Leave out examples without a text instead of refusing them.
+        splits (`dict`): The splits; for a streamed one only the type of the column is checked.
+        names (`Sequence[str]`): One column, or two for text pairs.
+        drop_empty (`bool`): Drop examples without a text instead of raising.
 
     Raises:
-        UserError: A column that holds no text, or an example without one.
+        UserError: If a column is not text, or an example has no text.
     """
     checked = {}
     for split, dataset in splits.items():
         for name in names:
             feature = (dataset.features or {}).get(name)
             if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
-                raise UserError(f"text_column={name} of the {split} split holds {feature}, no text.")
+                raise UserError(
+                    f"text_column={name} of the {split} split contains {feature}, not text; name another column."
+                )
         if isinstance(dataset, Dataset):
             rows = zip(*(column(dataset, name).tolist() for name in names), strict=True)
             empty = [index for index, texts in enumerate(rows) if not any((text or "").strip() for text in texts)]
             if empty and not drop_empty:
                 raise UserError(
                     f"The {split} split has {len(empty)} examples without text in {', '.join(names)}: "
-                    f"{rows_in_words(empty)}. Remove them, or leave them out by --drop_empty true."
+                    f"{rows_in_words(empty)}. Remove them, or give --drop_empty true."
                 )
             if empty:
-                tell([f"{len(empty)} examples of {split} without text are left out: {rows_in_words(empty)}"])
+                tell([f"{len(empty)} examples of {split} without text are dropped: {rows_in_words(empty)}"])
                 kept = sorted(set(range(len(dataset))) - set(empty))
                 dataset = dataset.select(kept)
         checked[split] = dataset
@@ -73,7 +75,7 @@ def check_texts(splits: Splits, names: Sequence[str], drop_empty: bool) -> Split
 def tokenize(
     splits: Splits, names: Sequence[str], label_column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any]:
-    """The splits as the tokenizer's columns and `labels`; texts, or pairs of them, are cut at `max_length` tokens."""
+    """Tokenize the splits and add `labels`; texts, or text pairs, are cut at `max_length` tokens."""
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         texts = [[text or "" for text in rows[name]] for name in names]
