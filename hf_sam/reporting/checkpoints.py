@@ -59,7 +59,7 @@ def make_checkpoint_document(
     pairs = compare_checkpoints(checkpoints, rng)
     beside = differences_from_first(checkpoints, pairs, rng) if is_classifier else []
     sections = [Section("Answer", [*_answer(checkpoints, pairs, beside), *_metric_table(checkpoints, metrics)])]
-    sections.append(Section("What to do next", _next(pairs, command)))
+    sections.append(Section("What to do next", _next(pairs, bool(sharpness), survival is not None, command)))
     if is_classifier:
         sections += [
             Section("Calibration", _calibration(checkpoints)),
@@ -117,18 +117,20 @@ def _answer(checkpoints: Sequence[Evaluated], pairs: Sequence[dict], beside: Seq
     return [*blocks, Columns([table], [figure])]
 
 
-def _next(pairs: Sequence[dict], command: str | None) -> list[Block]:
-    blocks: list[Block] = []
+def _next(pairs: Sequence[dict], has_sharpness: bool, has_survival: bool, command: str | None) -> list[Block]:
+    steps = []
     if pairs:
-        blocks.append(
-            Listing(
-                [
-                    "To compare the recipes rather than single runs of them, repeat both over seeds: recipes/compare.py does this "
-                    "and tests the paired differences."
-                ]
-            )
+        steps.append(
+            "To compare the recipes rather than single runs of them, repeat both over seeds: `hf-sam compare` does this and "
+            "tests the paired differences."
         )
-    return blocks + ([Text("This command writes this report again:"), Text(command, "command")] if command else [])
+    if not has_sharpness:
+        steps.append("Sharpness was not measured: --sharpness true measures it.")
+    if not has_survival:
+        steps.append("What survives quantization, pruning and noise was not measured: --survival true measures it.")
+    return ([Listing(steps)] if steps else []) + (
+        [Text("This command writes this report again:"), Text(command, "command")] if command else []
+    )
 
 
 def _favours(row: dict) -> str:

@@ -1,9 +1,9 @@
 """Fine-tune an encoder-decoder model with sharpness-aware minimization: summaries, translations, or everything as text.
 
-    accelerate launch recipes/seq2seq.py configs/seq2seq/glue_mrpc.yaml --sam_rho 0.15
+    hf-sam seq2seq glue_mrpc --sam_rho 0.15
 
 Sources and targets are texts; classes are words that the model writes, GLUE and SuperGLUE in the form of T5
-(`--glue_task`). Evaluation generates. `--sam_rho 0` is the baseline with the same script.
+(`--glue_task`). Evaluation generates. `--sam_rho 0` is the baseline with the same configuration.
 """
 # ruff: noqa: RUF009 - `option` returns a dataclass field
 

@@ -1,8 +1,8 @@
 """Fine-tune a token classifier with sharpness-aware minimization: named entities, parts of speech.
 
-    accelerate launch recipes/token_classification.py configs/token_classification/conll2003.yaml --sam_rho 0.01
+    hf-sam token-classification conll2003 --sam_rho 0.01
 
-Sentences are split into words with a tag each. `--sam_rho 0` is the baseline with the same script and configuration.
+Sentences are split into words with a tag each. `--sam_rho 0` is the baseline with the same configuration.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ class Messages(logging.Handler):
 
 def in_bfloat16(rho: float, stochastic: bool, folder: Path) -> Result:
     """bfloat16 shards; `messages` is what the run has warned of."""
-    messages, logger = Messages(), logging.getLogger("hf_sam.update.observation")
+    messages, logger = Messages(), logging.getLogger("hf_sam.update.diagnosis")
     logger.addHandler(messages)
     sam = SAMConfig(rho=rho, stochastic_rounding=stochastic, scope="global")
     result = train(loaded(folder, "fsdp", torch.bfloat16), folder, sam)

@@ -248,7 +248,7 @@ def test_a_thousand_records_render_in_seconds(tmp_path):
     path = write_report(records, tmp_path / "report")
     assert len(records) == 1000
     assert time.process_time() - start < 30  # 8 s on one core
-    assert path.stat().st_size < 5e6
+    assert path.stat().st_size < 8e6  # every figure twice: for wide and for narrow screens
 
 
 def test_one_seed_says_so_and_gives_no_interval(tmp_path):
