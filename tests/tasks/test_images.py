@@ -118,3 +118,9 @@ def test_half_an_image_names_its_file(tmp_path):
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"test image 3 \(.*half.png\) cannot be opened: "):
         open_image({"path": str(tmp_path / "half.png"), "bytes": None}, "test image 3")
+
+
+def test_a_palette_with_transparency_opens_without_a_warning():
+    image = PILImage.new("P", (4, 4), 1)
+    image.info["transparency"] = b"\x00\xff"
+    assert open_image(image, "an image").mode == "RGB"

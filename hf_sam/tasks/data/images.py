@@ -132,17 +132,24 @@ def open_image(value: Any, name: str) -> Image.Image:
     if isinstance(value, str):
         value = {"path": value, "bytes": None}
     if isinstance(value, Image.Image):
-        return ImageOps.exif_transpose(value).convert("RGB")
+        return _rgb(value)
     if not value or (value.get("bytes") is None and not value.get("path")):
         raise UserError(f"{name} is empty; remove its row from the data.")
     try:
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
         with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL, on broken files
         where = f" ({value['path']})" if value.get("path") else ""
         reason = str(error) if value.get("path") and not isinstance(error, Image.UnidentifiedImageError) else "no image"
         raise UserError(f"{name}{where} cannot be opened: {reason}; remove its row from the data.") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns about the direct way
+    return image.convert("RGB")
 
 
 class ImageTransform:
