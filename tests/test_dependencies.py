@@ -72,5 +72,6 @@ def test_a_benchmark_on_made_up_data_needs_no_library_for_data(tmp_path):
     run(BENCHMARK, DATA, str(tmp_path), *words)
 
 
+@pytest.mark.slow
 def test_the_tests_on_gpus_are_collected_without_libraries_for_data():
     run(COLLECTION, tuple(name for name in DATA if name != "peft"))

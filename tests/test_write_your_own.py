@@ -29,6 +29,7 @@ def test_the_page_has_its_blocks():
     assert sum(not block.startswith(FILE) for block in BLOCKS) == 3
 
 
+@pytest.mark.slow
 def test_every_block_runs(my_methods, tmp_path, capsys):
     names = {"model": tiny_classifier(), "args": arguments(tmp_path / "out"), "data": examples(8)}
     for block in BLOCKS:

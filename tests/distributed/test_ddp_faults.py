@@ -8,6 +8,8 @@ from distributed import faulty_runs
 from distributed.faulty_runs import ORDERS
 from distributed.launching import Launched
 
+pytestmark = pytest.mark.slow
+
 # --- checkpoints without a state -----------------------------------------------------------------------------------
 
 

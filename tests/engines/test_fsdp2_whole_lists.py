@@ -9,6 +9,8 @@ from engines import sharded_runs
 from engines.sharded_runs import IN_WHOLE_LISTS
 from engines.test_fsdp2 import assert_same_course
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Launched:

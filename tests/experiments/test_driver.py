@@ -106,6 +106,7 @@ def test_a_study_that_was_moved_is_the_same_study(study, tmp_path):
     assert counts(moved)["finished"] == 2
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_killed_driver_end_with_it_and_the_next_one_makes_them_again(study, tmp_path):
     """No run is lost; none begins twice but those that were under way, and these only after their first end."""
     path, out = study(seeds=list(range(3)), settings={"sleep": 1.0}), tmp_path / "out"

@@ -83,6 +83,6 @@ def test_foreign_runs_stand_beside_ours_and_are_never_paired(tmp_path):
     theirs, problems = find_foreign_records(tmp_path / "theirs", task="digits")
     text = (write_report([*ours, *theirs], tmp_path / "report", problems=problems).parent / "report.md").read_text()
     assert "| digits | plain | 5 | 12.3 ± 0.0 |  | not paired |" in text
-    assert "5 runs not written by hf_sam" in text
+    assert "5 runs not written by hf\\_sam" in text
     comparisons = (tmp_path / "report" / "data" / "comparisons.csv").read_text()
     assert "plain" not in comparisons

@@ -48,6 +48,7 @@ def test_fields_pass_on_one_process(fields):
     check_method(SAMConfig(**fields), processes=1)
 
 
+@pytest.mark.slow
 def test_every_row_and_a_users_class_pass_on_two_processes():
     configs = {name: SAMConfig(method=name) for name in METHODS}
     configs["Ramp + Mixed"] = SAMConfig(ascent=Ramp(slope=0.5), descent=Mixed(), rho=0.1)

@@ -140,6 +140,7 @@ def test_level_zero_is_about_the_examples_that_are_corrupted(tmp_path):
     assert "on the same 40 examples" in markdown
 
 
+@pytest.mark.slow
 def test_checkpoints_of_different_data_are_told_apart(tmp_path):
     models = [Evaluated(name, name, predictions(1, 0.6)) for name in ("a", "b", "hub")]
     for entry, count in zip(models, (600, 60), strict=False):

@@ -240,6 +240,7 @@ def test_markdown_escape_leaves_one_line_and_no_markup():
     assert escape_markdown("a\nb | <i> *c* `d` [e](f) \\") == "a b \\| &lt;i&gt; \\*c\\* \\`d\\` \\[e\\](f) \\\\"
 
 
+@pytest.mark.slow
 def test_a_thousand_records_render_in_seconds(tmp_path):
     tasks = ("digits", "sentences", "solar_cells", "reuters_r8")
     fabricate(tmp_path, tasks=tasks, conditions=("clean", *(f"noise 0.{level}" for level in (2, 4, 6, 8))), entries=3)

@@ -22,6 +22,7 @@ def numbers(value, path: str = "") -> dict[str, float]:
     return {place: number for part in parts for place, number in part.items() if number is not None}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     tests = Path(__file__).parents[1]
     words = [str(tmp_path / "rendezvous"), str(tmp_path / "result")]

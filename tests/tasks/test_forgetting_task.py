@@ -48,6 +48,7 @@ def run_task(*words):
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_grid_is_trained_once_and_a_second_call_makes_what_is_missing(start, second, tmp_path, capsys):
     plan = {
         **{"checkpoints": [f"adamw={start}", f"sam={start}"], "recipe": "image_classification"},

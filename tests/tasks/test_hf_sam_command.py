@@ -180,7 +180,7 @@ REFUSED = [
     (["find-rho", "digits.yaml"], "Give the recipe first, such as image_classification, then its command line."),
     (["find-rho", "compare", "digits"], "recipe 'compare' does not exist. Allowed: .*"),
     (["find-rho", "image-classification", "digist"], r"digist is neither a file.* Did you mean 'digits'\?"),
-    (["find-rho", "image-classification", "digits", "--budget", "0"], "budget=0 must be above 0: .*"),
+    (["find-rho", "image-classification", "digits", "--budget", "0"], "budget=0 must be above 0 .*"),
     (["find-rho", "image-classification", "digits", "--points", "few"], "argument --points: invalid int value: 'few'"),
     (
         ["find-rho", "image-classification", "digits", "--label_nose", "1"],

@@ -70,10 +70,8 @@ def study_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="Print the plan and exit.")
     parser.add_argument("--report", action="store_true", help="Report on the finished runs, without running anything.")
     parser.add_argument("--retry_failed", action="store_true", help="Run failed runs again.")
-    parser.add_argument(
-        "--status", action="store_true", help="Print which runs are done, under way and failed, and exit."
-    )
-    parser.add_argument("--cancel", action="store_true", help="Cancel the jobs that are queued or under way, and exit.")
+    parser.add_argument("--status", action="store_true", help="Print where the runs stand, and exit.")
+    parser.add_argument("--cancel", action="store_true", help="Cancel queued and running jobs, and exit.")
     parser.add_argument(
         "--foreign", type=Path, nargs="+", default=[], help="Output folders of plain Trainers to include."
     )
