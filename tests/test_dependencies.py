@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("peft", "datasets", "evaluate", "dill", "multiprocess", "trl", "optuna", "sklearn", "scipy", "pandas")
 OPTIONAL += ("matplotlib", "jinja2", "PIL", "deepspeed", "torchvision", "pyarrow", "pytorch_optimizer")

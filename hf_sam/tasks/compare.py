@@ -3,8 +3,8 @@
     hf-sam compare digits --plan      # what would run
     hf-sam compare digits             # run what is missing, then report
 
-The same command again goes on where it stopped. --workers 4 makes four runs at a time on this machine, --executor ray or
-slurm hands them to a cluster (docs/clusters.md), --status says where they stand.
+The same command again resumes where it stopped. --workers 4 makes four runs at a time on this machine, --executor ray
+or slurm hands them to a cluster (docs/clusters.md), --status prints where they stand.
 """
 
 from __future__ import annotations
