@@ -192,6 +192,7 @@ def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command:
     plan = workshop.search.plan
     records = [(phase, workshop.record(phase)) for phase in workshop.all_runs()]
     return {
+        "metric": workshop.metric,
         "recommended_rho": rho,
         "sentence": sentence,
         "command": command,

@@ -190,7 +190,11 @@ CASES = {
     "column twice": (TEXTS, ["--dataset={}/twice.csv"], "two columns of the same name"),
     "missing split": (TEXTS, ["--dataset={}/texts", "--test_split=dev"], "test_split=dev .* has: test, train"),
     "same split twice": (TEXTS, ["--dataset={}/texts", "--test_split=train"], "same split as train_split"),
-    "missing column": (TEXTS, ["--dataset={}/texts", "--text_column=txt"], "txt is not a column of .* text, label"),
+    "missing column": (
+        TEXTS,
+        ["--dataset={}/texts", "--text_column=txt"],
+        "txt is not a column of .* text, label.* Did you mean 'text'",
+    ),
     "missing label": (TEXTS, ["--dataset={}/texts", "--label_column=y"], "y is not a column of .* text, label"),
     "no column found": (IMAGES, ["--dataset={}/texts"], "No column found for image_column. .* text, label"),
     "texts that are no texts": (TEXTS, ["--dataset={}/images", "--text_column=image"], "contains Image.*, not text"),

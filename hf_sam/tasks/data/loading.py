@@ -107,8 +107,11 @@ def pick_column(
         raise UserError(f"No column found for {argument}. The data set has: {', '.join(names)}. Give --{argument}.")
     for split, dataset in splits.items():
         if name not in column_names(dataset):
-            there = ", ".join(column_names(dataset))
-            raise UserError(f"{argument}={name} is not a column of the {split} split, which has: {there}.")
+            there = column_names(dataset)
+            raise UserError(
+                f"{argument}={name} is not a column of the {split} split, which has: {', '.join(there)}."
+                f"{did_you_mean(name, there)}"
+            )
     return name
 
 
