@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model, whole or by LoRA, with sharpness-aware minimization.
+"""Fine-tune a causal language model, fully or with LoRA, with sharpness-aware minimization.
 
     accelerate launch recipes/causal_lm.py configs/causal_lm/smollm2_lora.yaml --sam_rho 0.05
 

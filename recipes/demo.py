@@ -1,4 +1,4 @@
-"""AdamW beside SAM and ASAM on the embedded digits, with and without wrong labels: a table after a few minutes on a CPU.
+"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU.
 
     python recipes/demo.py --output_dir outputs/demo
 

@@ -1,6 +1,6 @@
 """A short phase of sharpness-aware minimization on a finished checkpoint, before it is quantized, merged or fine-tuned again.
 
-    python recipes/flatten.py outputs/minilm                                  # data as its run record says
+    python recipes/flatten.py outputs/minilm                                  # data from its run record
     python recipes/flatten.py some/hub-id --dataset imdb --sam_rho 0.05       # any option of the training recipes
     python recipes/flatten.py outputs/lora --task causal-lm --output_dir outputs/lora-flat
 

@@ -1,9 +1,9 @@
-"""Fine-tune checkpoints on a second task over a grid of learning rates, and measure what is left of the first.
+"""Fine-tune checkpoints on a second task over a grid of learning rates, and measure forgetting of the first.
 
     python recipes/forgetting.py adamw=outputs/a sam=outputs/b --recipe text_classification \\
         --config configs/text_classification/minilm.yaml --settings '{"dataset": "second.csv", "max_steps": 200}' \\
         --learning_rates 1e-5 3e-5 1e-4 --seeds 0 1 2
-    python recipes/forgetting.py forgetting.yaml          # the same keys, in a file
+    python recipes/forgetting.py forgetting.yaml          # the same options, in a file
 
 A name given more than once, `sam=outputs/b0 sam=outputs/b1`, has several checkpoints: replicates, paired by their order with those
 of other names. The first task's data are those of the first checkpoint's run record, or `--first '{"dataset": ...}'`. The one number is

@@ -1,8 +1,8 @@
 """
-What the recipes and the `hf-sam` command run.
+The tasks that the recipes and the `hf-sam` command run.
 
-A module per task, each with a `main(argv)`. Those in `TRAINING` fine-tune a model: they declare the dataclasses that their
-command line is parsed into (`ARGUMENTS`) and what they measure (`METRICS`), so that a comparison can read both.
+Each task is a module with a `main(argv)`. Those in `TRAINING` fine-tune a model: they declare the dataclasses of their
+command line (`ARGUMENTS`) and the metrics they compute (`METRICS`), which comparisons read.
 """
 
 TRAINING = ("image_classification", "text_classification", "causal_lm", "seq2seq", "token_classification")

@@ -1,11 +1,11 @@
-"""What a step of each SAM method costs on your model and batch, beside the stock Trainer's in the same run.
+"""Measure what a step of each SAM method costs on your model and batch, relative to the stock Trainer in the same run.
 
     hf-sam benchmark digits
     hf-sam benchmark --task image-classification --dataset digits --batch_sizes 4 16 --methods sam asam subset late
     hf-sam benchmark --task text-classification --synthetic true --sizes 2M 22M 135M --methods sam
 
-All contenders take turns in one process, a few steps each, so that a machine that slows down slows all alike. Writes
-`benchmark.json`, `benchmark.csv`, `benchmark.md` and drawings to `--output_dir`.
+All variants take turns in one process, a few steps each, so that fluctuations of the machine affect all of them alike.
+Writes `benchmark.json`, `benchmark.csv`, `benchmark.md` and plots to `--output_dir`.
 """
 
 # ruff: noqa: RUF009 - `option` returns a dataclass field
@@ -68,20 +68,20 @@ FORMAT, VERSION = "hf_sam.benchmark", 1
 
 @dataclass
 class BenchmarkArguments:
-    """Who takes part, at which sizes, and for how long."""
+    """The variants to measure, their sizes, and the number of steps."""
 
     task: str | None = option(None, f"{', '.join(TASKS)}.")
-    methods: list[str] | None = option(None, f"Contenders: {', '.join(CONTENDERS)}, or JSON objects of SAMConfig.")
-    synthetic: bool = option(False, "Made-up data in the model's input shape instead of a data set.")
+    methods: list[str] | None = option(None, f"Variants: {', '.join(CONTENDERS)}, or JSON objects of SAMConfig.")
+    synthetic: bool = option(False, "Synthetic data in the model's input shape instead of a data set.")
     sizes: list[str] | None = option(None, f"Models from scratch of these sizes: {', '.join(SIZES)}.")
-    batch_sizes: list[int] | None = option(None, "Examples a device; per_device_train_batch_size when left out.")
-    accumulations: list[int] | None = option(None, "Micro-batches a step; gradient_accumulation_steps when left out.")
-    steps: int = option(40, "Timed optimizer steps of every contender.")
-    warmup: int = option(5, "Optimizer steps before them, which are dropped.")
-    block: int = option(5, "Optimizer steps of one turn.")
-    contenders_at_once: int = option(6, "Contenders in memory at the same time, the stock Trainer included.")
-    records: str | None = option(None, "Folder of a comparison: draw its gains against the cost measured here.")
-    control: str | None = option(None, "The arm of those records to compare with; found when left out.")
+    batch_sizes: list[int] | None = option(None, "Examples per device; default: per_device_train_batch_size.")
+    accumulations: list[int] | None = option(None, "Micro-batches per step; default: gradient_accumulation_steps.")
+    steps: int = option(40, "Timed optimizer steps per variant.")
+    warmup: int = option(5, "Untimed optimizer steps before these.")
+    block: int = option(5, "Optimizer steps per turn.")
+    contenders_at_once: int = option(6, "Variants in memory at the same time, including the stock Trainer.")
+    records: str | None = option(None, "Folder of a comparison; plots its gains against the cost measured here.")
+    control: str | None = option(None, "The arm of these records to compare with; default: detected.")
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("warmup", 1), ("block", 1), ("contenders_at_once", 2)):
@@ -97,10 +97,10 @@ class BenchmarkArguments:
     @property
     def contenders(self) -> list[Contender]:
         """
-        Those that were named, all when none was; the stock Trainer is always the first.
+        Return the named variants, by default all; the stock Trainer always comes first.
 
         Raises:
-            UserError: A name that is none, or a configuration that `SAMConfig` refuses.
+            UserError: If a name is unknown, or `SAMConfig` rejects a configuration.
         """
         named = [contender_of(text) for text in self.methods or CONTENDERS]
         return list({contender.name: contender for contender in [STOCK, *named]}.values())
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         [ModelArguments, DataArguments, task_arguments, BenchmarkArguments, TrainingArguments], words
     )
     if hasattr(task_args, "trainer"):
-        task_args.trainer = "plain"  # TRL's trainer adds work of its own
+        task_args.trainer = "plain"  # TRL's trainer does extra work
     contenders, records = bench.contenders, records_of(bench)
     check(model_args, data_args, getattr(task_args, "glue_task", None), bench)
     prepare(args)
@@ -186,16 +186,16 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     return rows
 
 
-# --- what was asked for ------------------------------------------------------------------------------------------------
+# --- command line ------------------------------------------------------------------------------------------------------
 
 
 def glance(argv: Sequence[str]) -> tuple[Task, bool, list[str]]:
     """
-    The task and whether data are made up, which decide what other arguments there are, and the command line with what
-    it leaves open.
+    Return the task and whether the data are synthetic, which determine the other arguments, and the command line with
+    defaults filled in.
 
     Raises:
-        UserError: No task, or one that is unknown.
+        UserError: If no task is given, or it is unknown.
     """
     files, options = split_command_line(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -215,7 +215,7 @@ def glance(argv: Sequence[str]) -> tuple[Task, bool, list[str]]:
 
 
 def contender_of(text: str) -> Contender:
-    """A row of `CONTENDERS`, or one made of a JSON object such as `{"method": "subset", "interval": 10}`."""
+    """Return a row of `CONTENDERS`, or one made from a JSON object such as `{"method": "subset", "interval": 10}`."""
     if text in CONTENDERS:
         return CONTENDERS[text]
     if not text.lstrip().startswith("{"):
@@ -224,38 +224,40 @@ def contender_of(text: str) -> Contender:
         )
     with as_user_error(ValueError, TypeError, prefix="methods: "):
         values = json.loads(text)
-        if isinstance(values.get("ascent") or values.get("descent"), str):  # classes of the user's own
+        if isinstance(values.get("ascent") or values.get("descent"), str):  # custom classes
             values |= load_parts(values.get("ascent"), values.get("descent"), values.get("options"))
         return Contender(", ".join(f"{name} {value}" for name, value in values.items()), SAMConfig.from_dict(values))
 
 
 def records_of(bench: BenchmarkArguments) -> list:
-    """The comparison's records, where a folder was given, before anything is timed."""
+    """Read the records of the comparison, if a folder is given, before anything is timed."""
     if bench.records is None:
         return []
     found, _ = find_records(bench.records)
     if not found:
-        raise UserError(f"records={bench.records} holds no run_record.json; give the output_dir of a comparison.")
+        raise UserError(f"records={bench.records} contains no run_record.json; give the output_dir of a comparison.")
     return found
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, glue: str | None, bench: BenchmarkArguments) -> None:
     """
+    Check combinations of arguments.
+
     Raises:
-        UserError: Arguments that do not go together.
+        UserError: If arguments are incompatible.
     """
     if not bench.synthetic and data_args.dataset is None and not glue:
-        raise UserError("Give --dataset, or --synthetic true for made-up data.")
+        raise UserError("Give --dataset, or --synthetic true.")
     if bench.synthetic and data_args.dataset is not None:
         raise UserError("Give --dataset or --synthetic true, not both.")
     if data_args.streaming:
-        raise UserError("A benchmark reads the same examples for every contender: leave streaming off.")
+        raise UserError("A benchmark reads the same examples for every variant: leave streaming off.")
     if bench.sizes and model_args.model_type is None:
-        raise UserError("sizes are of models from scratch: leave model_name_or_path out, or sizes.")
+        raise UserError("sizes is for models from scratch: leave out model_name_or_path or sizes.")
 
 
 def prepare(args: TrainingArguments) -> None:
-    """Nothing but training: no logging, evaluation, checkpoints or windows that are not full."""
+    """Turn off everything but training: logging, evaluation, checkpoints, incomplete accumulation windows."""
     args.logging_strategy = args.eval_strategy = IntervalStrategy.NO
     args.save_strategy = SaveStrategy.NO
     args.report_to, args.load_best_model_at_end, args.push_to_hub = [], False, False
@@ -264,13 +266,11 @@ def prepare(args: TrainingArguments) -> None:
     if args.output_dir == "trainer_output":
         args.output_dir = "outputs/benchmark"
     transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler, which weighs memory, reports its every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, used for memory, logs every start and stop
 
 
 def settings_of(bench: BenchmarkArguments, args: TrainingArguments) -> Iterator[Setting]:
-    """Every size with every batch size and accumulation."""
+    """Yield every combination of size, batch size and accumulation."""
     batch_sizes = bench.batch_sizes or [args.per_device_train_batch_size]
     accumulations = bench.accumulations or [args.gradient_accumulation_steps]
     return itertools.starmap(Setting, itertools.product(bench.sizes or [None], batch_sizes, accumulations))
@@ -286,10 +286,10 @@ def inputs_of(
     args: TrainingArguments,
 ) -> Inputs:
     """
-    The model and the data of one setting.
+    Return the model and the data of one setting.
 
     Raises:
-        UserError: The training split is smaller than one step.
+        UserError: If the training split is smaller than one step.
     """
     set_seed(args.seed)
     model_args = of_size(task, model_args, setting.size)
@@ -299,7 +299,7 @@ def inputs_of(
     inputs = real_inputs(task, model_args, copy.copy(data_args), copy.copy(task_args), args)
     if len(inputs.dataset) < examples:
         raise UserError(
-            f"One step takes {examples} examples, and the training split has {len(inputs.dataset)}: lower batch_sizes or "
+            f"One step takes {examples} examples, but the training split has {len(inputs.dataset)}: lower batch_sizes or "
             "accumulations."
         )
     return inputs
@@ -308,7 +308,7 @@ def inputs_of(
 def build(
     contender: Contender, steps: int, inputs: Inputs, setting: Setting, args: TrainingArguments, task: Task
 ) -> SteppedTrainer | SteppedSAMTrainer:
-    """A contender's trainer, with a copy of the model."""
+    """Make the trainer of a variant, with a copy of the model."""
     args = copy.deepcopy(args)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = setting.batch_size, setting.accumulation
     args.max_steps = steps
@@ -322,22 +322,22 @@ def build(
     }
     trainer = stepped_trainer(contender, **common)
     if task.is_classification:
-        trainer.model_accepts_loss_kwargs = False  # as in the recipes that train: their loss is a mean over examples
+        trainer.model_accepts_loss_kwargs = False  # as in the training recipes, whose loss is a mean over examples
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def expected_steps(bench: BenchmarkArguments, contenders: int) -> int:
-    """Steps that the progress bar waits for: one for counting and all timed ones, the stock Trainer's in each group."""
+    """Total of the progress bar: one counting step plus all timed ones, with the stock Trainer in each group."""
     groups = max(1, -(-(contenders - 1) // (bench.contenders_at_once - 1)))
     return contenders + (contenders - 1 + groups) * (bench.steps + bench.warmup)
 
 
-# --- what comes of it --------------------------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------------------------------
 
 
 def write(document: dict[str, Any], rows: pd.DataFrame, folder: Path) -> None:
-    """All files, and the tables on the terminal."""
+    """Write all files, and print the tables."""
     write_json(folder / "benchmark.json", plain(document))
     rows.to_csv(folder / "benchmark.csv", index=False)
     text = []
@@ -357,20 +357,20 @@ def write(document: dict[str, Any], rows: pd.DataFrame, folder: Path) -> None:
 
 
 def provenance(document: dict[str, Any]) -> str:
-    """The sentence under the tables: machine, versions, command."""
+    """Return the sentence under the tables: machine, versions, command."""
     packages, hardware = (document["environment"][key] for key in ("packages", "hardware"))
     machine = ", ".join(hardware["accelerators"]) or f"{hardware['processors']} processors ({hardware['machine']})"
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "hf-sam") if name in packages)
     bench = document["arguments"]["benchmark"]
     return (
-        f"One run on {machine}, {hardware['threads']} threads a process; {versions}. Medians of {bench['steps']} optimizer "
+        f"One run on {machine}, {hardware['threads']} threads per process; {versions}. Medians of {bench['steps']} optimizer "
         f"steps of each contender after {bench['warmup']} dropped ones, in turns of {bench['block']}; ratios are to the "
         f"stock Trainer's steps in the same turns, with bootstrap intervals. Command: `{document['command']}`\n"
     )
 
 
 def command(argv: Sequence[str]) -> str:
-    """How to run it again."""
+    """Return the command that repeats the benchmark."""
     processes = describe_environment()["hardware"]["processes"]
     words = command_words("benchmark")
     if processes > 1 and words[0] == "python":
@@ -383,12 +383,12 @@ def command(argv: Sequence[str]) -> str:
 def write_gains(
     records: list, rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None, folder: Path
 ) -> pd.DataFrame:
-    """Gain against cost, at the first setting; returns what was drawn."""
+    """Plot gain against cost at the first setting; return what was plotted."""
     first = rows[(rows[SETTING] == rows[SETTING].iloc[0]).all(axis=1)]
     with as_user_error(ValueError, prefix="records: "):
         frame = gains(records, first, contenders, control)
     if frame.empty:
-        print("No arm of the records has a configuration that was timed here, so no gain is drawn against cost.")
+        print("No arm of the records has a configuration that was timed here, so gain against cost is not plotted.")
         return frame
     frame.to_csv(folder / "gains.csv", index=False)
     draw_frontier(frame).savefig(folder / "gains.png", dpi=150)

@@ -1,4 +1,4 @@
-"""The model and the data of a benchmark: the user's own as in the other recipes, or made up in the model's shapes."""
+"""The model and the data of a benchmark: real data as in the other recipes, or synthetic data in the model's shapes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from transformers import (
 from .command_line.options import DataArguments, ModelArguments, option
 from .models import check_image_size, check_max_length, load_config, load_image_processor, load_model, load_tokenizer
 
-if TYPE_CHECKING:  # of what a user's own data need, made-up data need nothing
+if TYPE_CHECKING:  # needed for real data only
     from .data.loading import Splits
 
-CLASSES = [str(number) for number in range(10)]  # of made-up data
+CLASSES = [str(number) for number in range(10)]  # of synthetic data
 
 # Sizes of models from scratch: hidden size, layers, heads; the feed-forward part is four times as wide.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -43,7 +43,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a trainer is made of: a model, a training set and how examples become a batch."""
+    """The inputs of a trainer: a model, a training set and a data collator."""
 
     model: PreTrainedModel
     dataset: Any
@@ -52,24 +52,24 @@ class Inputs:
 
 @dataclass
 class MadeUpArguments:
-    """The shape of made-up examples."""
+    """The shape of synthetic examples."""
 
-    image_size: int | None = option(None, "Side in pixels; the model's own when left out.")
-    max_length: int | None = option(None, "Tokens of an example; 128, and 1024 of a language model, when left out.")
+    image_size: int | None = option(None, "Side in pixels; default: that of the model.")
+    max_length: int | None = option(None, "Tokens per example; default: 128, or 1024 for language models.")
 
 
 @dataclass(frozen=True)
 class Task:
     """
-    How one kind of model is fed.
+    Inputs of one kind of model.
 
     Args:
-        auto_class (`type`): What loads it.
-        model_type (`str`): The architecture from scratch where none is named.
-        recipe (`str`): The script that trains it, whose data arguments are taken.
-        arguments_name (`str`): Their dataclass there.
-        example (`Callable`): From a configuration, the task's arguments and a random generator to a made-up example.
-        tokens (`int`, *optional*, defaults to 128): Of a made-up example, where nothing is said about it.
+        auto_class (`type`): The auto class that loads it.
+        model_type (`str`): The default architecture of a model from scratch.
+        recipe (`str`): The script that trains it, whose data arguments are used.
+        arguments_name (`str`): The dataclass of these arguments.
+        example (`Callable`): Makes a synthetic example from a configuration, the task's arguments and a random generator.
+        tokens (`int`, *optional*, defaults to 128): Default length of a synthetic example.
     """
 
     auto_class: type
@@ -89,7 +89,7 @@ class Task:
 
 
 class MadeUpDataset(Dataset):
-    """`length` examples, each drawn when it is read from a seed of its own."""
+    """A data set of `length` examples, each drawn from its own seed when it is read."""
 
     def __init__(self, length: int, example: Callable[[torch.Generator], dict[str, Tensor]]):
         self.length, self.example = length, example
@@ -102,7 +102,7 @@ class MadeUpDataset(Dataset):
 
 
 def made_up_inputs(task: Task, model_args: ModelArguments, task_args: Any, length: int) -> Inputs:
-    """A model, and `length` random examples of its input shape: `image_size` pixels, or `max_length` tokens."""
+    """Make a model, and `length` random examples of its input shape: `image_size` pixels, or `max_length` tokens."""
     labels = {"labels": CLASSES, "problem_type": "single_label_classification"} if task.is_classification else {}
     config = load_config(model_args, **labels)
     if task.recipe == "image_classification":
@@ -122,7 +122,7 @@ def made_up_inputs(task: Task, model_args: ModelArguments, task_args: Any, lengt
 def real_inputs(
     task: Task, model_args: ModelArguments, data_args: DataArguments, task_args: Any, args: TrainingArguments
 ) -> Inputs:
-    """The model and the training split as the task's own recipe makes them."""
+    """Load the model and the training split as the recipe of the task does."""
     recipe = importlib.import_module(f"hf_sam.tasks.{task.recipe}")
     with args.main_process_first(desc="reading the data"):
         splits, *columns = recipe.read_data(data_args, task_args)
@@ -171,7 +171,7 @@ _REAL = {"image_classification": _images, "text_classification": _texts, "causal
 
 
 def of_size(task: Task, model_args: ModelArguments, size: str | None) -> ModelArguments:
-    """The arguments for a model from scratch of a named size, a row of `SIZES`."""
+    """Return the arguments for a model from scratch of a given size, a row of `SIZES`."""
     if size is None:
         return model_args
     hidden, layers, heads = SIZES[size]

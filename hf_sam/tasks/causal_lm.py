@@ -1,9 +1,9 @@
-"""Fine-tune a causal language model, whole or by LoRA, with sharpness-aware minimization.
+"""Fine-tune a causal language model, fully or with LoRA, with sharpness-aware minimization.
 
     hf-sam causal-lm smollm2_lora --dataset DATA --sam_rho 0.05
 
-Texts, prompts with completions and conversations go through TRL's `SFTTrainer` (packing, completion-only loss, chat
-templates); `--trainer plain` is transformers' own, for texts. `--sam_rho 0` is the baseline.
+Texts, prompts with completions and conversations are trained on with TRL's `SFTTrainer` (packing, completion-only loss,
+chat templates); `--trainer plain` uses transformers' Trainer, for texts only. `--sam_rho 0` is the baseline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .running import check_training_arguments, finish, perplexity_table, prepare
 
 try:
     from trl import SFTConfig, SFTTrainer
-except ImportError:  # the plain Trainer needs no TRL
+except ImportError:  # the plain Trainer does not need TRL
     SFTConfig, SFTTrainer = TrainingArguments, None
 
 METRICS = LANGUAGE  # of the test split
@@ -44,12 +44,12 @@ TRAINERS = ("sft", "plain")
 
 @dataclass
 class LanguageArguments:
-    """Which texts, and which trainer learns them."""
+    """The texts, and the trainer."""
 
     trainer: str = option("sft", "sft (TRL's SFTTrainer) or plain (transformers' Trainer).")
-    text_column: str | None = option(None, "Column of the texts. messages, prompt + completion, or text when left out.")
-    max_length: int = option(1024, "Tokens at which an example is cut, or packed to.")
-    drop_empty: bool = option(False, "Leave out empty examples instead of refusing them.")
+    text_column: str | None = option(None, "Column of the texts; default: messages, prompt + completion, or text.")
+    max_length: int = option(1024, "Tokens at which examples are cut, or to which they are packed.")
+    drop_empty: bool = option(False, "Drop empty examples instead of reporting an error.")
 
     def __post_init__(self):
         if self.trainer not in TRAINERS:
@@ -73,11 +73,11 @@ ARGUMENTS = (ModelArguments, DataArguments, LanguageArguments, RunArguments, SAM
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
     """
-    Train, evaluate, save.
+    Train, evaluate and save.
 
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): For the trainer.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer.
     """
     model_args, data_args, lm_args, run_args, sam_args, args = parse_arguments(ARGUMENTS, argv)
     sam_config = prepare(args, run_args, sam_args)
@@ -118,20 +118,20 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
 
 def read_data(data_args: DataArguments, lm_args: LanguageArguments) -> tuple[Splits, tuple[str, ...]]:
-    """The splits, and the columns that hold an example."""
+    """Read the splits, and find the columns that make up an example."""
     for name in ("label_noise", "train_samples_per_class", "label_column", "class_names"):
         if getattr(data_args, name):
-            raise UserError(f"{name} needs labels, which a language model's data have not; leave it out.")
+            raise UserError(f"{name} needs labels, which the data of a language model do not have; leave it out.")
     splits, columns = pick_format(load_splits(data_args), lm_args.text_column, lm_args.drop_empty)
     if lm_args.trainer == "plain" and columns in (CONVERSATION, COMPLETION):
-        raise UserError(f"trainer=plain learns from texts, not from {' + '.join(columns)}: give --trainer sft.")
+        raise UserError(f"trainer=plain takes texts, not {' + '.join(columns)}: give --trainer sft.")
     return make_splits(splits, data_args, strata=None), columns
 
 
 def plain_trainer(
     common: dict[str, Any], splits: Splits, text_column: str, max_length: int, data_args: DataArguments
 ) -> tuple[Trainer, Splits]:
-    """transformers' Trainer and the tokenized splits; `common` are the arguments that both trainers take."""
+    """Make transformers' Trainer and tokenize the splits; `common` are the arguments of both trainers."""
     args, tokenizer = common["args"], common["processing_class"]
     with args.main_process_first(desc="tokenizing"):
         tokens = tokenize_texts(splits, text_column, tokenizer, max_length)
@@ -150,10 +150,12 @@ def plain_trainer(
 def sft_trainer(
     common: dict[str, Any], splits: Splits, columns: tuple[str, ...], data_args: DataArguments, run_args: RunArguments
 ) -> tuple[Trainer, Splits]:
-    """TRL's trainer, and the splits as it tokenized them; evaluation is never packed."""
+    """Make TRL's trainer; also return the splits as it tokenized them. Evaluation data are never packed."""
     args, tokenizer = common["args"], common["processing_class"]
     if columns == CONVERSATION and tokenizer.chat_template is None and args.chat_template_path is None:
-        raise UserError("Conversations need a chat template, and this tokenizer has none: give --chat_template_path.")
+        raise UserError(
+            "Conversations need a chat template, which this tokenizer does not have: give --chat_template_path."
+        )
     if columns not in (CONVERSATION, COMPLETION):
         args.dataset_text_field = columns[0]
     args.eval_packing = False

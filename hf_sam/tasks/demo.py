@@ -1,4 +1,4 @@
-"""AdamW beside SAM and ASAM on the embedded digits, with and without wrong labels: a table after a few minutes on a CPU.
+"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU.
 
     hf-sam demo --output_dir outputs/demo
 
@@ -34,7 +34,7 @@ from .tables import markdown
 CONFIG = CONFIGS / "image_classification/digits.yaml"
 ARMS = {
     "AdamW": ["--sam_rho", "0"],
-    "AdamW, lr / 3": ["--sam_rho", "0", "--learning_rate", "1e-3"],  # fits less: the control that a gain must beat
+    "AdamW, lr / 3": ["--sam_rho", "0", "--learning_rate", "1e-3"],  # fits less: a control that any gain must beat
     "SAM, rho 0.05": ["--sam_rho", "0.05"],
     "ASAM, rho 1": ["--sam_method", "asam", "--sam_rho", "1"],
 }
@@ -44,7 +44,7 @@ FIRST = next(iter(ARMS))
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the demo: its place in the table, and the command line that fills it."""
+    """One cell of the table: its position, and its command line."""
 
     noise: float
     arm: str
@@ -66,7 +66,7 @@ class Run:
 
 
 def train(run: Run, folder: Path) -> dict:
-    """One run in its own process; what it prints goes to `log.txt` beside its results."""
+    """Run one cell in its own process; its output goes to `log.txt` next to its results."""
     import torch
 
     torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def train(run: Run, folder: Path) -> dict:
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over seeds of the test accuracy in %, and of the paired difference from AdamW."""
+    """Compute mean and standard deviation over seeds of test accuracy in %, and of the paired difference from AdamW."""
     rows = []
     for (noise, arm), group in runs.groupby(["noise", "arm"], sort=False):
         accuracy = 100 * group.set_index("seed")["test_accuracy"]
@@ -104,7 +104,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _spread(values: pd.Series) -> str:
-    """The standard deviation, where there are several values."""
+    """Format the standard deviation, if there are several values."""
     return f" ± {values.std():.1f}" if len(values) > 1 else ""
 
 
@@ -126,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.output_dir / "summary.json").write_text(summary.to_json(orient="records", indent=1), encoding="utf-8")
     (args.output_dir / "table.md").write_text(markdown(summary) + "\n", encoding="utf-8")
     print(
-        f"\nTest accuracy in %, mean ± standard deviation, seeds: {args.seeds}. 450 test images: one of them is 0.2 points."
+        f"\nTest accuracy in %, mean ± standard deviation, seeds: {args.seeds}. 450 test images: one image is 0.2 points."
         f"\n\n{markdown(summary)}\n\n"
-        f"{len(runs)} runs in {time.perf_counter() - start:.0f} s. Every run took as many steps, and SAM and ASAM spent two "
-        "passes on each;\nthe learning rate is the one of digits.yaml except where the table says otherwise.\n"
+        f"{len(runs)} runs in {time.perf_counter() - start:.0f} s. All runs took the same number of steps, with two "
+        "passes per step for SAM and ASAM;\nthe learning rate is that of digits.yaml except where the table says otherwise.\n"
         f"Written: {args.output_dir}/table.md, summary.json, runs.csv, and a folder for each run."
     )
     report = write_report(

@@ -1,13 +1,13 @@
-"""A short phase of SAM on a finished checkpoint, before it is quantized, merged or fine-tuned again.
+"""Train a finished checkpoint with SAM for a short phase before quantization, merging or more fine-tuning.
 
-    hf-sam flatten outputs/minilm                                  # data as its run record says
+    hf-sam flatten outputs/minilm                                  # data from its run record
     hf-sam flatten some/hub-id --dataset imdb --sam_rho 0.05       # any option of the training recipes
     hf-sam flatten outputs/lora --task causal-lm --output_dir outputs/lora-flat
 
 The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It
-is trained on its own task with defaults that depend on its kind (`--learning_rate`, `--sam_rho` and every other option
-override them). Run record and model card say that this was a flatten phase. Whether it helped is measured by
-`hf-sam survival BEFORE AFTER`.
+is trained on its own task, with defaults that depend on the task; any option, such as `--learning_rate` or `--sam_rho`,
+overrides them. Run record and model card say that this was a flatten phase. `hf-sam survival BEFORE AFTER` measures
+whether it helped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ COMMON = {
     **{"phase": PHASE, "arm": PHASE, "num_train_epochs": 1, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
     **{"weight_decay": 0.0, "save_strategy": "no", "logging_steps": 10, "report_to": "none"},
 }
-# A tenth to a half of what the checkpoint was fine-tuned with, and a rho larger than the default: the phase is short, and not there to learn.
+# A tenth to a half of the learning rate of the fine-tuning, and a rho larger than the default, because the phase is
+# short and not meant to learn anything new.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text-classification": {"learning_rate": 2e-5, "sam_rho": 0.02, "per_device_train_batch_size": 32},
     "image-classification": {"learning_rate": 1e-5, "sam_rho": 0.02, "per_device_train_batch_size": 16},
@@ -42,7 +43,7 @@ ADAPTER = {"learning_rate": 1e-4, "sam_rho": 0.05}
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> Any:
     words = list(sys.argv[1:] if argv is None else argv)
     if wants_help(words):
-        return None  # the text above says it; every other option is one of the training task's
+        return None  # described above; all other options are those of the training task
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--task")
@@ -63,9 +64,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> An
     )
     data = sharpness.recorded_data(named)
     if not data and not any(word.split("=")[0] in ("--dataset", "--glue_task") for word in rest):
-        raise UserError(
-            f"{path} has no run record that names its data: give --dataset, the data that it was trained on."
-        )
+        raise UserError(f"{path} has no run record with its data set: give --dataset, the data it was trained on.")
     return load_task(sharpness.TASKS[name].recipe).main(
         [*command_line(None, settings, folder), *data, *rest], callbacks
     )

@@ -1,14 +1,14 @@
-"""Fine-tune checkpoints on a second task over a grid of learning rates, and measure what is left of the first.
+"""Fine-tune checkpoints on a second task over a grid of learning rates, and measure forgetting of the first.
 
     hf-sam forgetting adamw=outputs/a sam=outputs/b --recipe text_classification \\
         --config configs/text_classification/minilm.yaml --settings '{"dataset": "second.csv", "max_steps": 200}' \\
         --learning_rates 1e-5 3e-5 1e-4 --seeds 0 1 2
-    hf-sam forgetting forgetting.yaml          # the same keys, in a file
+    hf-sam forgetting forgetting.yaml          # the same options, in a file
 
-A name given more than once, `sam=outputs/b0 sam=outputs/b1`, has several checkpoints: replicates, paired by their order
-with those of other names. The first task's data are those of the first checkpoint's run record, or
-`--first '{"dataset": ...}'`. The one number is the first task's test loss at matched training loss of the second. The
-same command again makes what is missing.
+A name given more than once, as in `sam=outputs/b0 sam=outputs/b1`, has several checkpoints. These are replicates,
+paired in order with those of the other names. The data of the first task come from the run record of the first
+checkpoint, or from `--first '{"dataset": ...}'`. The main result is the test loss of the first task at matched
+training loss of the second. Running the same command again completes missing runs.
 """
 
 # ruff: noqa: RUF009 - `option` returns a dataclass field
@@ -52,43 +52,45 @@ from .survival import body_of, check_data
 
 RESULT_NAME = "forgetting.json"
 POLL_SECONDS = 0.2
-GIVEN = ("model_name_or_path", "learning_rate", "seed", "output_dir")  # what each run is given here
+GIVEN = ("model_name_or_path", "learning_rate", "seed", "output_dir")  # set here for each run
 
 
 @dataclass
 class ForgettingArguments:
-    """Which checkpoints, what second task, and how it is learnt."""
+    """The checkpoints, and the training on the second task."""
 
     checkpoints: list[str] = field(
-        metadata={"help": "Folders or hub ids as name=checkpoint; several of one name are replicates."}
+        metadata={"help": "Folders or hub ids as name=checkpoint; repeated names are replicates."}
     )
-    recipe: str = field(metadata={"help": f"What trains the second task: {', '.join(TRAINING)}."})
-    learning_rates: list[float] = field(metadata={"help": "The grid; each start is fine-tuned with each."})
-    config: str | None = option(None, "Configuration of the second task, as its recipe takes it.")
-    settings: dict | str | None = option(None, "JSON object of the recipe's arguments over those of the configuration.")
+    recipe: str = field(metadata={"help": f"Recipe of the second task: {', '.join(TRAINING)}."})
+    learning_rates: list[float] = field(
+        metadata={"help": "Grid of learning rates; each checkpoint is fine-tuned with each."}
+    )
+    config: str | None = option(None, "Configuration file of the second task, for its recipe.")
+    settings: dict | str | None = option(None, "JSON object of recipe arguments that override the configuration.")
     seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Of the second training; each is a replicate."}
+        default_factory=lambda: [0], metadata={"help": "Seeds of the second training; each is a replicate."}
     )
     first: dict | str | None = option(
-        None, "JSON object of the first task's data arguments; those of the record if left out."
+        None, "JSON object of the first task's data arguments; default: from the run record."
     )
-    output_dir: str = option("outputs/forgetting", "Where runs and report go.")
+    output_dir: str = option("outputs/forgetting", "Folder for runs and report.")
     target_loss: float | None = option(
-        None, "Second-task training loss to compare at; the lowest that all reach if left out."
+        None, "Second-task training loss to compare at; default: the lowest reached by all."
     )
-    max_examples: int = option(1000, "Test examples of the first task, at most; 0 is all.")
+    max_examples: int = option(1000, "Maximum number of test examples of the first task; 0: all.")
     batch_size: int = option(32, "Examples per batch of the evaluation on the first task.")
-    workers: int = option(1, "Trainings at the same time.")
+    workers: int = option(1, "Number of simultaneous trainings.")
     launcher: list[str] = field(
         default_factory=list, metadata={"help": "Command that starts each run, such as accelerate launch."}
     )
     keep_models: bool = option(False, "Keep the weights of every run.")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
+    trust_remote_code: bool = option(False, "Run Python code shipped with the model. Only for sources you trust.")
 
     def __post_init__(self):
         if self.recipe not in TRAINING:
             raise ValueError(
-                f"recipe={self.recipe} does not train.{did_you_mean(self.recipe, TRAINING, f' Allowed: {TRAINING}.')}"
+                f"recipe={self.recipe} is not a training recipe.{did_you_mean(self.recipe, TRAINING, f' Allowed: {TRAINING}.')}"
             )
         for name in ("settings", "first"):
             value = getattr(self, name) or {}
@@ -96,7 +98,7 @@ class ForgettingArguments:
                 try:
                     value = json.loads(value)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{name}={value!r} is no JSON: {error}.") from None
+                    raise ValueError(f"{name}={value!r} is not valid JSON: {error}.") from None
             if not isinstance(value, dict):
                 raise ValueError(f'{name}={value!r} must be a JSON object such as {{"max_steps": 200}}.')
             setattr(self, name, value)
@@ -111,7 +113,7 @@ class ForgettingArguments:
 
     @property
     def starts(self) -> dict[str, list[str]]:
-        """By name its checkpoints, in order."""
+        """Group the checkpoints by name, in order."""
         found: dict[str, list[str]] = {}
         for text in self.checkpoints:
             name, path = text.split("=", 1) if "=" in text else (sharpness._short_name(text), text)
@@ -124,7 +126,7 @@ class SecondRun:
     """One fine-tuning on the second task."""
 
     start: str
-    index: int  # which of the start's checkpoints
+    index: int  # which checkpoint of the name
     checkpoint: str
     learning_rate: float
     seed: int
@@ -149,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     files, options = split_command_line(words)
     if not words:
         print(__doc__)
-        raise UserError("Give checkpoints, --recipe and --learning_rates, or a YAML with these.")
+        raise UserError("Give checkpoints, --recipe and --learning_rates, or a YAML file with them.")
     (args,) = parse_arguments([ForgettingArguments], [*files, *report.with_option_name(options)])
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 class FirstTask:
-    """The test examples of the first task, and what a model makes of them."""
+    """The test examples of the first task, and the evaluation of models on them."""
 
     def __init__(self, args: ForgettingArguments):
         self.args = args
@@ -202,7 +204,7 @@ class FirstTask:
         words = [*argv[2:], *sharpness.recorded_data(argv)]
         if not any(word.startswith(("--dataset", "--glue_task")) for word in words):
             raise UserError(
-                f"{args.checkpoints[0]} has no run record that names its data: give --first '{{\"dataset\": ...}}'."
+                f"{args.checkpoints[0]} has no run record with its data set: give --first '{{\"dataset\": ...}}'."
             )
         self.data_args, self.task_args = parse_arguments([DataArguments, self.task.arguments], words)
         splits, *self.columns = self.task.read_data(self.data_args, self.task_args)
@@ -210,7 +212,7 @@ class FirstTask:
         self.rows = sharpness.fixed_rows(splits["test"], args.max_examples or len(splits["test"]), 0)
 
     def scores(self, start_path: str, tuned_path: Path | None = None) -> dict[str, float]:
-        """Of a start, or of its head (a classifier's) on the body of what it has become."""
+        """Evaluate a starting checkpoint, or the fine-tuned model with the starting head (for classifiers)."""
         model_args = ModelArguments(model_name_or_path=start_path, trust_remote_code=self.args.trust_remote_code)
         model, processor_args = sharpness.load_checkpoint(self.task.auto_class, model_args, self.columns, "merged")
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -228,7 +230,7 @@ class FirstTask:
 
 
 def first_scores_before(args: ForgettingArguments, first: FirstTask, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """First-task scores of every checkpoint as given; evaluated once and kept."""
+    """Return the first-task scores of every checkpoint before the second training; computed once and cached."""
     path = folder / "before.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for paths in args.starts.values():
@@ -243,7 +245,7 @@ def first_scores_before(args: ForgettingArguments, first: FirstTask, folder: Pat
 
 
 def job_of(args: ForgettingArguments, run: SecondRun, folder: Path) -> dict[str, Any]:
-    """What the process that makes the run is told: a recipe and its command line."""
+    """Return the job of the process that makes the run: a recipe and its command line."""
     settings = {
         **args.settings,
         "model_name_or_path": whole_model(args, run, folder),
@@ -262,7 +264,7 @@ def job_of(args: ForgettingArguments, run: SecondRun, folder: Path) -> dict[str,
 
 
 def whole_model(args: ForgettingArguments, run: SecondRun, folder: Path) -> str:
-    """The start as a whole model: an adapter is merged into its base, once."""
+    """Return the path of the start as a full model; an adapter is merged into its base, once."""
     base = adapter_base(run.checkpoint)
     if base is None:
         return run.checkpoint
@@ -288,24 +290,24 @@ def whole_model(args: ForgettingArguments, run: SecondRun, folder: Path) -> str:
 
 
 def make_all(args: ForgettingArguments, first: FirstTask, runs: Sequence[SecondRun], folder: Path) -> list[str]:
-    """Makes the runs that are missing, as many at a time as there are workers; returns a line for each that failed."""
+    """Make the missing runs, `workers` at a time; return a line for each that failed."""
     evaluation, stopped = threading.Lock(), threading.Event()
     failures: list[str] = []
     jobs = {run: job_of(args, run, folder) for run in runs}
     for run, job in jobs.items():
         check_unchanged(run, job, folder)
     open_runs = [run for run in runs if result_of(run, folder) is None]
-    print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are there.", flush=True)
+    print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished.", flush=True)
     with ThreadPoolExecutor(args.workers) as pool:
         futures = [pool.submit(make, args, first, run, jobs[run], folder, evaluation, stopped) for run in open_runs]
         try:
             for future in as_completed(futures):
                 failures += [failure] if (failure := future.result()) else []
                 print(
-                    f"{sum(result_of(run, folder) is not None for run in runs)} of {len(runs)} runs are there.",
+                    f"{sum(result_of(run, folder) is not None for run in runs)} of {len(runs)} runs are finished.",
                     flush=True,
                 )
-        finally:  # also at Ctrl-C: no training goes on without us
+        finally:  # also on Ctrl-C, so that no training keeps running
             stopped.set()
     return failures
 
@@ -319,7 +321,7 @@ def make(
     evaluation: threading.Lock,
     stopped: threading.Event,
 ) -> str | None:
-    """Makes one run and evaluates it on the first task; returns what went wrong, if anything did."""
+    """Make one run and evaluate it on the first task; return an error message if it failed."""
     place = run.folder(folder)
     if stopped.is_set():
         return None
@@ -368,7 +370,7 @@ def make(
 
 
 def train_loss(record: RunRecord) -> float:
-    """Mean loss of the finished model over the training split: of an example, or of a token."""
+    """Return the mean loss of the finished model on the training split, per example or per token."""
     if record.metrics.get("train_nll") is not None:
         return record.metrics["train_nll"]
     if record.metrics.get("train_perplexity") is not None:
@@ -378,8 +380,10 @@ def train_loss(record: RunRecord) -> float:
 
 def check_unchanged(run: SecondRun, job: Mapping[str, Any], folder: Path) -> None:
     """
+    Check that an existing run has the current settings.
+
     Raises:
-        UserError: The run is there, and was made with other settings.
+        UserError: If it was made with other settings.
     """
     place = run.folder(folder)
     if result_of(run, folder) is None or not (place / JOB_NAME).is_file():
@@ -390,12 +394,12 @@ def check_unchanged(run: SecondRun, job: Mapping[str, Any], folder: Path) -> Non
     )
     if changed:
         raise UserError(
-            f"{place} was run with other settings ({', '.join(changed[:4])}). Name another output_dir, or delete that folder."
+            f"{place} was run with other settings ({', '.join(changed[:4])}). Give another output_dir, or delete that folder."
         )
 
 
 def result_of(run: SecondRun, folder: Path) -> dict[str, Any] | None:
-    """What is known of a run that has been made and evaluated."""
+    """Return the result of a run that is finished and evaluated, otherwise `None`."""
     with suppress(OSError, json.JSONDecodeError):
         return json.loads((run.folder(folder) / RESULT_NAME).read_text(encoding="utf-8"))
     return None

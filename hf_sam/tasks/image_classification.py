@@ -36,12 +36,12 @@ METRICS = CLASSIFICATION  # of the test split
 
 @dataclass
 class ImageArguments:
-    """What is done to the images."""
+    """Reading and augmentation of the images."""
 
-    image_column: str | None = option(None, "Column of the images. Found when left out.")
-    image_size: int | None = option(None, "Side in pixels that the model gets; the processor's own when left out.")
+    image_column: str | None = option(None, "Column of the images; default: detected.")
+    image_size: int | None = option(None, "Side in pixels of the model's input; default: that of the processor.")
     check_images: str = option("sample", "Images to open before the first step: sample (of each split), all, none.")
-    augmentation: str = option("none", f"Of the training images: {', '.join(AUGMENTATIONS)}.")
+    augmentation: str = option("none", f"Augmentation of the training images: {', '.join(AUGMENTATIONS)}.")
 
     def __post_init__(self):
         if self.check_images not in ("sample", "all", "none"):
@@ -57,11 +57,11 @@ ARGUMENTS = (ModelArguments, DataArguments, ImageArguments, RunArguments, SAMArg
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> SAMTrainer:
     """
-    Train, evaluate, save.
+    Train, evaluate and save.
 
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): For the trainer, beside the task's own.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer, besides those of the task.
     """
     model_args, data_args, image_args, run_args, sam_args, args = parse_arguments(ARGUMENTS, argv)
     sam_config = prepare(args, run_args, sam_args)
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         callbacks=[*callbacks, *([] if data_args.streaming else [NewDrawEachEpoch(images["train"])])],
         sam_config=sam_config,
     )
-    # The model's loss is a mean over examples that ignores `num_items_in_batch`; told otherwise, the Trainer would
-    # leave it undivided under accumulation and multiply it by the number of processes.
+    # The model's loss is a mean over examples that ignores `num_items_in_batch`. Without this, the Trainer would not
+    # divide it under accumulation and would multiply it by the number of processes.
     trainer.model_accepts_loss_kwargs = False
     with recorded(trainer, splits, data_args, run_args, model=model_args, images=image_args) as record:
         train(trainer)
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
 
 def read_data(data_args: DataArguments, image_args: ImageArguments) -> tuple[Splits, str, str, list[str]]:
-    """The splits, the columns of images and labels, and the names of the classes."""
+    """Read the splits, the columns of images and labels, and the names of the classes."""
     splits = load_splits(data_args)
     image_column = pick_column(splits, image_args.image_column, ("image", "img", "pixel_values"), "image_column")
     label_column = pick_column(
@@ -123,7 +123,7 @@ def prepare_images(
     image_args: ImageArguments,
     seed: int,
 ) -> dict:
-    """The splits as tensors, `train` augmented, `train_split` the same without augmentation."""
+    """Convert the splits to tensors: `train` with augmentation, `train_split` the same data without."""
     plain, augmented = ImageTransform(processor), ImageTransform(processor, image_args.augmentation)
     read = stream_images if data_args.streaming else ImageDataset
     images = {name: read(split, image_column, label_column, plain, name, seed) for name, split in splits.items()}

@@ -1,4 +1,4 @@
-"""What the Trainer calls to measure predictions; needs no network, unless metrics of the hub are asked for."""
+"""Metrics for the Trainer; no network needed, unless metrics from the hub are requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..evaluation import classification
 from ..evaluation.predictions import Predictions
 from .command_line.errors import UserError, one_line
 
-# What is measured of each kind of prediction, beside the loss; a comparison asks about one of them.
+# Metrics of each kind of prediction, besides the loss; a comparison uses one of them.
 CLASSIFICATION = (*classification.CLASSIFICATION, "loss")
 MULTI_LABEL = ("subset_accuracy", "f1_micro", "f1_macro", "loss")
 REGRESSION = ("pearson", "spearman", "mse", "loss")
@@ -22,14 +22,14 @@ LANGUAGE = ("perplexity", "nll_per_token", "loss")
 
 
 def classification_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> dict[str, float]:
-    """All metrics of single-label classification from logits `(n, classes)` and labels `(n,)`."""
+    """Compute all metrics of single-label classification from logits `(n, classes)` and labels `(n,)`."""
     kept = Predictions(prediction.label_ids, class_probabilities(prediction.predictions))
     found = {name: metric(kept) for name, metric in classification.CLASSIFICATION.items()}
     return found | of_hub(hub, kept.predicted, kept.labels)
 
 
 def regression_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> dict[str, float]:
-    """Pearson, Spearman and squared error from outputs `(n, 1)` and labels `(n,)`."""
+    """Compute Pearson and Spearman correlation and squared error from outputs `(n, 1)` and labels `(n,)`."""
     values = np.asarray(logits_of(prediction.predictions), dtype=float).reshape(-1)
     labels = np.reshape(prediction.label_ids, -1)
     return {
@@ -41,7 +41,7 @@ def regression_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> d
 
 
 def multi_label_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> dict[str, float]:
-    """Subset accuracy and F1 from logits and 0 / 1 labels, both `(n, labels)`; a label is predicted above 1/2."""
+    """Compute subset accuracy and F1 from logits and 0 / 1 labels, both `(n, labels)`; the threshold is 1/2."""
     predicted = (logits_of(prediction.predictions) > 0).astype(int)
     labels = prediction.label_ids.astype(int)
     found = {"subset_accuracy": float(sklearn_metrics.accuracy_score(labels, predicted))}
@@ -53,7 +53,7 @@ def multi_label_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> 
 
 def perplexity_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> dict[str, float]:
     """
-    Token-weighted loss and perplexity from what `TokenWeightedEvaluation` predicts: the summed negative log-likelihood
+    Compute token-weighted loss and perplexity from the output of `TokenWeightedEvaluation`: the summed negative log-likelihood
     of each example and its number of tokens, both `(n,)`.
     """
     sums, tokens = prediction.predictions, prediction.label_ids
@@ -61,27 +61,27 @@ def perplexity_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> d
 
 
 def perplexity(sums: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """Loss and perplexity, every token alike, from the summed loss of each example and its number of tokens, both `(n,)`."""
+    """Compute token-weighted loss and perplexity from each example's summed loss and number of tokens, both `(n,)`."""
     nll = float(np.sum(sums) / max(1, np.sum(tokens)))
     return {"nll_per_token": nll, "perplexity": float(np.exp(nll)), "tokens": int(np.sum(tokens))}
 
 
 def logits_of(predictions) -> np.ndarray:
-    """The logits, where a model returns more than them."""
+    """Return the logits, also if a model returns further outputs."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def class_probabilities(predictions) -> np.ndarray:
-    """Softmax of the logits in float64, `(n, classes)`."""
+    """Compute the softmax of the logits in float64, `(n, classes)`."""
     return special.softmax(np.asarray(logits_of(predictions), dtype=np.float64), axis=1)
 
 
 def hub_metrics(names: Sequence[str] | None) -> list[Any]:
     """
-    Metrics of the hub by name, through `evaluate`.
+    Load metrics from the hub by name, with `evaluate`.
 
     Raises:
-        UserError: One does not exist, the hub cannot be reached, or `evaluate` is not installed.
+        UserError: If one does not exist, the hub cannot be reached, or `evaluate` is not installed.
     """
     loaded = []
     for name in names or []:
@@ -89,13 +89,13 @@ def hub_metrics(names: Sequence[str] | None) -> list[Any]:
             import evaluate
 
             loaded.append(evaluate.load(name))
-        except Exception as error:  # many kinds: no file, no network, a package it needs
+        except Exception as error:  # many kinds: missing file, no network, missing package
             raise UserError(f"hub_metrics: {name} cannot be loaded from the hub: {one_line(error)}") from error
     return loaded
 
 
 def of_hub(metrics: Sequence[Any], predictions: Any, references: Any) -> dict[str, float]:
-    """The results of metrics that `hub_metrics` loaded."""
+    """Compute the metrics loaded by `hub_metrics`."""
     found: dict[str, float] = {}
     for metric in metrics:
         found |= metric.compute(predictions=predictions, references=references)
@@ -103,7 +103,7 @@ def of_hub(metrics: Sequence[Any], predictions: Any, references: Any) -> dict[st
 
 
 def _correlation(function: Callable, values: np.ndarray, labels: np.ndarray) -> float:
-    """0 where one side is constant."""
+    """Compute a correlation; 0 if one side is constant."""
     if np.ptp(values) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(function(values, labels).statistic)

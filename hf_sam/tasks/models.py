@@ -1,4 +1,4 @@
-"""Models, tokenizers and image processors: from a checkpoint, or from scratch out of a configuration."""
+"""Models, tokenizers and image processors: from a checkpoint, or from scratch from a configuration."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ IMAGE_BACKEND = "torchvision" if is_torchvision_available() else "pil"
 
 def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **values: Any) -> PretrainedConfig:
     """
-    The model's configuration with `config_overrides`, and with a head for `labels` where they are given.
+    Load the model's configuration with `config_overrides`, and with a head for `labels` if given.
 
     Raises:
-        UserError: No such model or model type, or an override that is no field of its configuration.
+        UserError: If the model or model type does not exist, or an override is not a field of its configuration.
     """
     if labels is not None:
         values |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
@@ -44,7 +44,7 @@ def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **val
     for name, value in {**values, **args.config_overrides}.items():
         if not hasattr(config, name):
             kind = type(config).__name__
-            raise UserError(f"config_overrides: {name!r} is no field of {kind}.{did_you_mean(name, vars(config))}")
+            raise UserError(f"config_overrides: {name!r} is not a field of {kind}.{did_you_mean(name, vars(config))}")
         with as_user_error(ValueError, TypeError, prefix=f"config_overrides: {name}: "):
             setattr(config, name, value)
     return config
@@ -52,23 +52,25 @@ def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **val
 
 def load_model(auto_class: type, args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
     """
-    The model, its adapters included where LoRA is asked for. A head of another size than the checkpoint's is new. Where the checkpoint is
-    a PEFT adapter, its factors are trained on.
+    Load the model, with new adapters if LoRA is requested.
+
+    A head whose size differs from that of the checkpoint is initialized anew. If the checkpoint is a PEFT adapter, its
+    factors are trained further.
 
     Raises:
-        UserError: The checkpoint cannot be read, has no such model class, or LoRA finds no such module.
+        UserError: If the checkpoint cannot be read, has no such model class, or LoRA finds no such module.
     """
     base = adapter_base(args.model_name_or_path)
     if base is not None and args.lora_r:
         raise UserError(
-            f"{args.model_name_or_path} is an adapter already: leave lora_r out to train it, or merge it first."
+            f"{args.model_name_or_path} is already an adapter: leave out lora_r to train it further, or merge it first."
         )
     kwargs = {"trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
     if type(config) not in auto_class._model_mapping and not args.trust_remote_code:
         raise UserError(f"{config.model_type} has no {auto_class.__name__}; choose another model, or another recipe.")
-    with as_user_error(ValueError, KeyError, ImportError, prefix="The model cannot be made: "):
+    with as_user_error(ValueError, KeyError, ImportError, prefix="The model cannot be created: "):
         if args.model_type is not None:
             model = auto_class.from_config(config, **kwargs)
         else:
@@ -89,7 +91,7 @@ def load_model(auto_class: type, args: ModelArguments, config: PretrainedConfig)
 
 
 def adapter_base(path: str | None) -> str | None:
-    """The base model of a PEFT adapter, `None` for anything else."""
+    """Return the base model of a PEFT adapter, `None` for anything else."""
     if path is None or not (Path(path) / "adapter_config.json").is_file():
         return None
     from peft import PeftConfig
@@ -98,7 +100,7 @@ def adapter_base(path: str | None) -> str | None:
 
 
 def add_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
-    """LoRA on a frozen model; a classification head that comes with the task is trained whole."""
+    """Add LoRA to a frozen model; a classification head is trained fully."""
     import peft
 
     with as_user_error(ValueError, prefix="lora_target_modules: "):
@@ -106,7 +108,7 @@ def add_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
 
 
 def lora_config(model: PreTrainedModel, args: ModelArguments):
-    """The `peft.LoraConfig` that the arguments describe for this model."""
+    """Build the `peft.LoraConfig` for this model from the arguments."""
     import peft
 
     if model.__class__.__name__.endswith("ForCausalLM"):
@@ -135,15 +137,15 @@ def lora_config(model: PreTrainedModel, args: ModelArguments):
 
 def load_image_processor(args: ModelArguments, config: PretrainedConfig, image_size: int | None) -> BaseImageProcessor:
     """
-    The model's own processor, or ViT's for a model from scratch, so that it returns what the model takes.
+    Load the model's processor, or ViT's for a model from scratch, adapted to the input size of the model.
 
     Args:
-        args (`ModelArguments`): Which model.
+        args (`ModelArguments`): The model.
         config (`PretrainedConfig`): Its configuration.
-        image_size (`int`, *optional*): The side in pixels, where it is not the processor's own.
+        image_size (`int`, *optional*): The side in pixels; defaults to that of the processor.
 
     Raises:
-        UserError: The model takes no images of this size.
+        UserError: If the model does not accept images of this size.
     """
     if args.model_type is not None:
         from transformers import ViTImageProcessorPil
@@ -151,7 +153,7 @@ def load_image_processor(args: ModelArguments, config: PretrainedConfig, image_s
         side = image_size or getattr(config, "image_size", 224)
         processor = ViTImageProcessorPil(size={"height": side, "width": side}, do_convert_rgb=True)
     else:
-        with as_user_error(ImportError):  # transformers 5.4 to 5.17 have no processor without torchvision
+        with as_user_error(ImportError):  # in transformers 5.4 to 5.17 processors need torchvision
             processor = _from_hub(AutoImageProcessor, args.model_name_or_path, args, backend=IMAGE_BACKEND)
         if image_size is not None:
             from .data.images import set_output_size
@@ -162,23 +164,25 @@ def load_image_processor(args: ModelArguments, config: PretrainedConfig, image_s
 
 def check_image_size(model: PreTrainedModel, side: int) -> None:
     """
+    Check that the model accepts images of this size.
+
     Raises:
-        UserError: The model's position embeddings are for another size and it does not interpolate them by itself.
+        UserError: If the position embeddings are for another size and the model does not interpolate them itself.
     """
     expected = getattr(model.config, "image_size", side)
     patch = getattr(model.config, "patch_size", 1)
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters and expected != side:
-        raise UserError(f"image_size={side}, but this {model.config.model_type} takes {expected} x {expected} pixels.")
+        raise UserError(f"image_size={side} must be {expected}, the input size of this {model.config.model_type}.")
     if isinstance(patch, int) and side % patch:
         raise UserError(f"image_size={side} must be a multiple of the model's patch size, {patch}.")
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """
-    The model's tokenizer.
+    Load the model's tokenizer.
 
     Raises:
-        UserError: There is none, or a model from scratch names none.
+        UserError: If there is none, or none is named for a model from scratch.
     """
     name = args.tokenizer_name or args.model_name_or_path
     if name is None:
@@ -188,20 +192,22 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
 
 def check_max_length(max_length: int, config: PretrainedConfig, argument: str = "max_length") -> None:
     """
+    Check a maximum length against the model.
+
     Raises:
-        UserError: The model has no positions for sequences of this length.
+        UserError: If the model has no positions for sequences of this length.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if max_length < 1:
         raise UserError(f"{argument}={max_length} must be at least 1.")
     if limit and max_length > limit:
-        raise UserError(f"{argument}={max_length} is beyond what the model takes: give at most {limit}.")
+        raise UserError(f"{argument}={max_length} is too long for the model: give at most {limit}.")
 
 
 def _from_hub(auto_class: type, name: str, args: ModelArguments, **kwargs: Any) -> Any:
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{name} does not exist; give a hub id, or a folder with a model in it.")
+        raise UserError(f"{name} does not exist; give a hub id, or a folder that contains a model.")
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     try:
         return auto_class.from_pretrained(str(path) if path.exists() else name, revision=args.model_revision, **kwargs)
@@ -210,12 +216,12 @@ def _from_hub(auto_class: type, name: str, args: ModelArguments, **kwargs: Any) 
         if path.exists():
             raise UserError(f"{name} cannot be loaded as {auto_class.__name__}: {reason}.") from error
         raise UserError(
-            f"{name} is no local folder and cannot be had from the hub as {auto_class.__name__} "
+            f"{name} is not a local folder and cannot be loaded from the hub as {auto_class.__name__} "
             f"(is this machine offline?): {reason}."
         ) from error
 
 
 def model_class_names(auto_class: type) -> set[str]:
-    """The names of the classes that an auto class loads."""
+    """Return the names of the classes that an auto class loads."""
     names = auto_class._model_mapping._model_mapping.values()
     return {name for entry in names for name in (entry if isinstance(entry, tuple) else (entry,))}

@@ -1,4 +1,4 @@
-"""Losses and evaluation of models that predict one label a token, where every token should weigh the same."""
+"""Loss and evaluation of models that predict one label per token, with equal weight for every token."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch.nn.functional import cross_entropy
 
 class LossPerToken:
     """
-    Makes the loss of a trainer the mean over all labelled tokens of an optimizer step, however these are distributed
-    over micro-batches and processes.
+    Mixin that makes the loss of a trainer the mean over all labelled tokens of an optimizer step, however these are
+    distributed over micro-batches and processes.
 
-    Models such as T5 and BERT return the mean over their own micro-batch and take `num_items_in_batch` among their
-    keyword arguments without using it. The stock Trainer then neither divides by the accumulation steps nor weighs
-    micro-batches by their tokens, so that 8 x 1 and 4 x 2 differ. Here the micro-batch's own mean, label smoothing and
-    losses of the model included, is multiplied by its share of the tokens; with one micro-batch a step that share is
-    exactly 1, and the run that of the stock Trainer.
+    Models such as T5 and BERT return the mean over the micro-batch; they accept `num_items_in_batch` as a keyword
+    argument but do not use it. The stock Trainer then neither divides by the accumulation steps nor weights
+    micro-batches by their tokens, so that 8 x 1 and 4 x 2 differ.
+
+    Here the mean over the micro-batch, including label smoothing and auxiliary losses of the model, is multiplied by its
+    share of the tokens. With one micro-batch per step that share is exactly 1, and the run equals the stock Trainer's.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # So that the Trainer counts the labelled tokens of the step. DataParallel splits a batch unseen.
+        # True makes the Trainer count the labelled tokens of the step. DataParallel splits a batch unseen by the Trainer.
         self.model_accepts_loss_kwargs = self.args.n_gpu <= 1
 
     def compute_loss(
@@ -45,15 +46,15 @@ class LossPerToken:
 
 class GenerationWithLikelihood:
     """
-    Makes the predictions of a `Seq2SeqTrainer` `(generated tokens, nll, tokens)`: beside what the model writes, the
-    summed negative log-likelihood of each target and how many tokens it has. Without `predict_with_generate` the latter
-    two alone, so that logits are never gathered.
+    Mixin that makes a `Seq2SeqTrainer` predict `(generated tokens, nll, tokens)`: the generated text, the summed negative
+    log-likelihood of each target, and its number of tokens. Without `predict_with_generate` only the latter two are
+    returned, so that logits are never gathered.
     """
 
     def evaluation_loop(self, *args, **kwargs):
         """
-        The Trainer's own, in which every example counts once: `Seq2SeqTrainer` keeps those that fill up the last batch
-        of several processes, and lets the loss of a smaller last batch weigh like the others.
+        Run the Trainer's loop so that every example counts once: `Seq2SeqTrainer` keeps the examples that pad the last
+        batch across processes, and gives a smaller last batch the same weight as the others.
         """
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(*args, **kwargs)
@@ -82,11 +83,11 @@ class GenerationWithLikelihood:
 
 def label_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Negative log-likelihood of the labels of each example.
+    Compute the negative log-likelihood of the labels of each example.
 
     Args:
-        logits (`torch.Tensor` of shape `(batch, tokens, classes)`): At the position of each label.
-        labels (`torch.Tensor` of shape `(batch, tokens)`): -100 where there is none.
+        logits (`torch.Tensor` of shape `(batch, tokens, classes)`): Logits at the position of each label.
+        labels (`torch.Tensor` of shape `(batch, tokens)`): -100 at positions without a label.
 
     Returns:
         Sums in nats and numbers of labels, both `(batch,)`.

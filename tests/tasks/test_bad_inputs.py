@@ -146,13 +146,13 @@ CASES = {
     # the model
     "no model": (TEXTS, ["NO_MODEL", "--dataset={}/texts"], "exactly one of model_name_or_path .* and model_type"),
     "model that is not there": (TEXTS, ["--dataset={}/texts", "--model_name_or_path={}/no/model"], "does not exist"),
-    "hub model offline": (TEXTS, ["--dataset={}/texts", "--model_name_or_path=a/b"], "a/b is no local folder"),
+    "hub model offline": (TEXTS, ["--dataset={}/texts", "--model_name_or_path=a/b"], "a/b is not a local folder"),
     "folder without a model": (TEXTS, ["--dataset={}/texts", "--model_name_or_path={}/nothing"], "cannot be loaded"),
     "unknown model type": (IMAGES, ["NO_MODEL", "--dataset={}/images", "--model_type=vitt"], "Did you mean 'vit'"),
     "unknown override": (
         IMAGES,
         ["--dataset={}/images", '--config_overrides={{"hiden_size": 8}}'],
-        "'hiden_size' is no field of ViTConfig. Did you mean 'hidden_size'",
+        "'hiden_size' is not a field of ViTConfig. Did you mean 'hidden_size'",
     ),
     "override that cannot be": (
         IMAGES,
@@ -162,7 +162,7 @@ CASES = {
             "--dataset={}/images",
             '--config_overrides={{"hidden_act": "gelo", "hidden_size": 12}}',
         ],
-        "The model cannot be made",
+        "The model cannot be created",
     ),
     "model of another kind": (
         IMAGES,
@@ -170,7 +170,7 @@ CASES = {
         "cannot be loaded as AutoImageProcessor",
     ),
     "model of another task": (LANGUAGE, ["--dataset={}/corpus", "--model_name_or_path=VISION"], "tokenizer|vit"),
-    "image size of another model": (IMAGES, ["--dataset={}/images", "--image_size=24"], "takes 16 x 16 pixels"),
+    "image size of another model": (IMAGES, ["--dataset={}/images", "--image_size=24"], "image_size=24 must be 16"),
     "length beyond the model": (TEXTS, ["--dataset={}/texts", "--max_length=999"], "max_length=999 .* at most 256"),
     "no tokenizer": (LANGUAGE, ["NO_MODEL", "--dataset={}/corpus", "--model_type=gpt2"], "give --tokenizer_name"),
     "lora on no module": (

@@ -331,7 +331,7 @@ def test_the_users_own_model_and_data(tmp_path, encoder):
         (["--steps=2", "--methods", "periodic"], "hold no perturbed step of periodic|hold no plain step of periodic"),
         (["--sizes", "3M"], "sizes: '3M' is unknown. Allowed: 2M"),
         (["--batch_sizes", "0"], "each must be at least 1"),
-        (["--records", "/no/such/folder"], "holds no run_record.json"),
+        (["--records", "/no/such/folder"], "contains no run_record.json"),
         (["--dataset", "digits"], "not both"),
         (["--stepz=3"], "'stepz' is not an argument of this recipe. Did you mean 'steps'"),
     ],

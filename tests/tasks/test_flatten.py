@@ -58,7 +58,7 @@ def test_an_adapter_is_flattened_by_its_own_factors(decoder, data, tmp_path):
     assert all("lora_" in name for name in trained)
     assert trainer.sam_config.rho == flatten.ADAPTER["sam_rho"]
     assert (flat / "adapter_model.safetensors").is_file()
-    with pytest.raises(UserError, match="is an adapter already: leave lora_r out"):
+    with pytest.raises(UserError, match="is already an adapter: leave out lora_r"):
         flatten.main(
             [
                 str(finished),
@@ -74,7 +74,7 @@ def test_every_option_overrides_the_defaults_of_the_phase(vision, data, tmp_path
     finished, images = tmp_path / "vit", data("images")
     image_classification.main([images, f"--model_name_or_path={vision}", *TRAINED, f"--output_dir={finished}"])
     (finished / RECORD_NAME).unlink()
-    with pytest.raises(UserError, match="has no run record that names its data: give --dataset"):
+    with pytest.raises(UserError, match="has no run record with its data set: give --dataset"):
         flatten.main([str(finished), *SHORT])
     words = [images, *SHORT, "--sam_method", "asam", "--sam_rho", "0.5", "--learning_rate", "1e-3"]
     trainer = flatten.main([str(finished), *words, f"--output_dir={tmp_path / 'flat'}"])

@@ -70,7 +70,7 @@ def test_a_grid_is_trained_once_and_a_second_call_makes_what_is_missing(start, s
     results[1].unlink()
     words = [str(tmp_path / "plan.yaml"), "--learning_rates", "0.001"]
     forgetting.main(words)
-    assert "1 of 2 runs are there." in capsys.readouterr().out
+    assert "1 of 2 runs are finished." in capsys.readouterr().out
     assert results[0].stat().st_mtime_ns == times[0]
     assert json.loads(results[1].read_text()) == b
     text = (tmp_path / "out/report/report.md").read_text()
@@ -119,10 +119,10 @@ def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(deco
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--recipe=image_clasification"], "does not train. Did you mean 'image_classification'"),
+        (["--recipe=image_clasification"], "is not a training recipe. Did you mean 'image_classification'"),
         (["--recipe=causal_lm", "--learning_rates", "0"], "must all be above 0"),
         (["--recipe=causal_lm", "--settings", '{"learning_rate": 1}'], "settings: learning_rate is set for each run"),
-        (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is no JSON"),
+        (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is not valid JSON"),
         (["--recipe=causal_lm", "--workers=0"], "workers=0 must be at least 1"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line(words, message):
 
 def test_a_start_without_record_needs_its_data(start, tmp_path):
     shutil.copytree(start, tmp_path / "start", ignore=shutil.ignore_patterns(RECORD_NAME))
-    with pytest.raises(UserError, match="has no run record that names its data"):
+    with pytest.raises(UserError, match="has no run record with its data set"):
         forgetting.main([f"a={tmp_path / 'start'}", "--recipe=image_classification", "--learning_rates", "1e-4"])
 
 
