@@ -21,7 +21,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .pausing import LengthFound, PauseAt
+from .pausing import PauseAt
 from .plan import averaging_of, command_line
 from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
 
@@ -127,8 +127,8 @@ def execute(folder: Path) -> None:
     Run the task as `run.json` says, and leave a record even where the task did not get so far. Nothing is done where
     the record says that the run has ended.
 
-    A job with `pause_at` stops at that step of its schedule and keeps the checkpoint; at 0 it only finds out how long
-    the run is.
+    A job with `pause_at` stops at that step of its schedule and keeps the checkpoint. At 0 it evaluates the untrained
+    model, and writes down the length of the run.
     """
     job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
     if has_ended(folder):
@@ -147,9 +147,8 @@ def execute(folder: Path) -> None:
             if job.get("survival") is not None:
                 _measure(folder, "survival", job["survival"])
             _clear(folder, job)
-    except LengthFound as found:
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_json(folder / LENGTH_NAME, {"max_steps": found.steps})
+            if job.get("pause_at") == 0:
+                write_json(folder / LENGTH_NAME, {"max_steps": trainer.state.max_steps})
     except Exception as error:
         traceback.print_exc()
         if type(error).__name__ == "FolderInUseError":  # the run goes on elsewhere: it has not failed

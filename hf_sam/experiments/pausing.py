@@ -1,16 +1,12 @@
-"""A run that stops at a step of its full schedule, leaving a checkpoint from which another one goes on."""
+"""Pausing: a run stops at a step of its full schedule and leaves a checkpoint from which another run resumes."""
 
 from __future__ import annotations
 
 from transformers import TrainerCallback
 
 
-class LengthFound(BaseException):
-    """Ends a run that began only to learn its length; no `Exception`, since nothing has failed."""
-
-    def __init__(self, steps: int):
-        super().__init__(steps)
-        self.steps = steps
+class BeforeFirstStep(BaseException):
+    """Ends training before its first step, with the length of the run known. Not an `Exception`: nothing has failed."""
 
 
 class PauseAt(TrainerCallback):
@@ -18,7 +14,7 @@ class PauseAt(TrainerCallback):
     Saves a checkpoint after optimizer step `step` and ends training there, as if it had been interrupted.
 
     Args:
-        step (`int`): Counted from the beginning of the whole run; at 0 no step is taken, and `LengthFound` is raised.
+        step (`int`): Counted from the start of the whole run; at 0, `BeforeFirstStep` is raised instead.
     """
 
     def __init__(self, step: int):
@@ -26,7 +22,7 @@ class PauseAt(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.step == 0:
-            raise LengthFound(state.max_steps)
+            raise BeforeFirstStep
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:

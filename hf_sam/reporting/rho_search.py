@@ -178,7 +178,7 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
             0.0,
             gain,
             (
-                f"Nothing is learned yet {far}: no rho, 0 included, is better than always giving the same answer "
+                f"Nothing is learned yet {far}: no rho, 0 included, is better than {workshop.floor_in_words} "
                 f"({metric.label} {floor}{' %' if metric.scale == 100 else ''}). Such runs cannot show whether SAM helps: "
                 f"{remedy}."
             ),
@@ -198,7 +198,7 @@ def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command:
         "command": command,
         "gain": gain and asdict(gain),
         "learnt": workshop.has_learnt(workshop.stages()[-1]),
-        "floor": workshop.floor(workshop.stages()[-1]),  # the score of always giving the same answer
+        "floor": workshop.floor(workshop.stages()[-1]),
         "plan": asdict(plan),
         "passes": {
             "allowed": budget * plan.length,

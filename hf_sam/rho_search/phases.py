@@ -20,6 +20,7 @@ from ..update.schedule import Schedule
 from .halving import ExampleScores, Gain, SearchPlan, paired_gain, survivors
 
 PREDICTIONS_NAME = "test_predictions.parquet"  # of a trial, whose test split is its validation split
+UNTRAINED = "untrained"  # folder of the run that stops before its first step
 # What a search settles itself, over what the user's command line says.
 SETTINGS = {
     "budget": f"{TUNING} steps",
@@ -182,8 +183,14 @@ class RhoWorkshop(Workshop):
             if record is None or record.status != "finished":
                 return {}
             kept = pd.read_parquet(folder / PREDICTIONS_NAME)
-            self._scores[folder], self._floors[folder] = example_scores(kept), constant_scores(kept)
+            self._scores[folder] = example_scores(kept)
+            self._floors[folder] = self._untrained_scores() if "tokens" in kept else constant_scores(kept)
         return self._scores[folder]
+
+    def _untrained_scores(self) -> dict[str, ExampleScores]:
+        """Scores of the model before its first step, which is what a language model has to beat."""
+        path = self.search.output_dir / UNTRAINED / PREDICTIONS_NAME
+        return example_scores(pd.read_parquet(path)) if path.exists() else {}
 
     def score(self, run: Phase) -> ExampleScores | None:
         """The same of the metric that is compared.
@@ -199,14 +206,17 @@ class RhoWorkshop(Workshop):
         return scores[self.metric]
 
     def floor(self, runs: Sequence[Phase]) -> float | None:
-        """What always giving the same answer scores, on the examples of the first of `runs` that has scores."""
+        """
+        Return the score that a model which has learnt anything exceeds, on the examples of the first of `runs` with
+        scores: that of always giving the same answer, or for language models that of the model before its first step.
+        """
         found = [floors for run in runs if self.scores(run) and (floors := self._floors[self.folder(run)])]
         return found[0][self.metric].value if found and self.metric in found[0] else None
 
     def has_learnt(self, runs: Sequence[Phase]) -> bool:
         """
-        Whether any of `runs` is better than always giving the same answer, by more than the validation examples leave
-        to chance; also where that cannot be said, as of language models.
+        Tell whether any of `runs` is better than the floor by more than the validation examples leave to chance, and
+        for language models by 1 %; true if there is no floor.
         """
         if self.floor(runs) is None:
             return True
@@ -217,7 +227,9 @@ class RhoWorkshop(Workshop):
                 continue
             constant = self._floors[self.folder(run)][self.metric]
             moved = scores.influence() - constant.influence()
-            if sign * (scores.value - constant.value) > 1.645 * moved.std() / len(moved) ** 0.5:
+            # Models from scratch start at slightly different losses with other seeds.
+            margin = 0.01 * constant.value if self.metric == "nll_per_token" else 0.0
+            if sign * (scores.value - constant.value) > margin + 1.645 * moved.std() / len(moved) ** 0.5:
                 return True
         return False
 
@@ -234,6 +246,11 @@ class RhoWorkshop(Workshop):
             return None
         higher = metric_of(self.metric).higher_is_better
         return paired_gain([a for a, _ in scored], [b for _, b in scored], higher, len(self.search.rhos))
+
+    @property
+    def floor_in_words(self) -> str:
+        """What the floor is the score of."""
+        return "the model before its first step" if self.metric == "nll_per_token" else "always giving the same answer"
 
     @property
     def metric(self) -> str:

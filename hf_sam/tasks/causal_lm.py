@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     check_max_length(lm_args.max_length, config)
     model = load_model(AutoModelForCausalLM, model_args, config)
     if args.process_index == 0:
-        measured = truncation(splits, columns, tokenizer, lm_args.max_length) if columns != CONVERSATION else []
+        is_cut = columns != CONVERSATION and not getattr(args, "packing", False)
+        measured = truncation(splits, columns, tokenizer, lm_args.max_length) if is_cut else []
         tell([*sizes(splits), *measured])
 
     common = {
@@ -134,7 +135,7 @@ def plain_trainer(
     """Make transformers' Trainer and tokenize the splits; `common` are the arguments of both trainers."""
     args, tokenizer = common["args"], common["processing_class"]
     with args.main_process_first(desc="tokenizing"):
-        tokens = tokenize_texts(splits, text_column, tokenizer, max_length)
+        tokens = tokenize_texts(splits, text_column, tokenizer, max_length, getattr(args, "packing", False))
     tokens["train_split"] = tokens["train"]
     if data_args.streaming:
         tokens["train"] = tokens["train"].shuffle(seed=args.seed, buffer_size=data_args.shuffle_buffer)

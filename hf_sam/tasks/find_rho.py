@@ -30,7 +30,7 @@ from ..experiments.plan import command_line
 from ..experiments.records import RECORD_NAME, RecordError, plain, read_record, write_json
 from ..reporting import rho_search as rho_report
 from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
-from ..rho_search.phases import SETTINGS, Phase, RhoWorkshop, Search, pass_counter
+from ..rho_search.phases import SETTINGS, UNTRAINED, Phase, RhoWorkshop, Search, pass_counter
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
 from .command_line.help import command_again
@@ -99,19 +99,21 @@ def grid(options: argparse.Namespace, sam_config: SAMConfig) -> list[float]:
 
 def find_length(search: Search, choice: Choice) -> int:
     """
-    Optimizer steps of an ordinary run. A run is begun, so that the Trainer says it itself, and ended before its first
-    step; what is wrong with model or data comes out here.
+    Return the optimizer steps of an ordinary run. A run is started and stopped before its first step: the Trainer
+    itself determines its length, errors in model or data show up, and the untrained model is evaluated.
 
     Raises:
         UserError: What the recipe says is wrong.
     """
-    folder = search.output_dir / "length"
+    folder = search.output_dir / UNTRAINED
     job = {
         "recipe": search.recipe,
         "argv": [*search.words, *command_line(None, {**SETTINGS, **search.settings, "sam_rho": 0}, folder)],
-        "names": {"task": search.recipe, "arm": "length", "budget": SETTINGS["budget"]},
+        "names": {"task": search.recipe, "arm": UNTRAINED, "budget": SETTINGS["budget"]},
         "average": {},
         "is_trial": True,
+        "sharpness": None,
+        "keep_model": False,
         "pause_at": 0,
     }
     with study_lock(search.output_dir):
@@ -121,7 +123,6 @@ def find_length(search: Search, choice: Choice) -> int:
             make_one(folder, choice.make(search.launcher), LENGTH_NAME)
         if not (folder / LENGTH_NAME).exists():
             raise UserError(_error_in(folder))
-        (folder / RECORD_NAME).unlink(missing_ok=True)  # of a run that never was
     return json.loads((folder / LENGTH_NAME).read_text())["max_steps"]
 
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     BaseImageProcessor,
+    ByT5Tokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +25,7 @@ from ..suggestions import did_you_mean
 from .command_line.errors import UserError, as_user_error, one_line
 from .command_line.options import ModelArguments
 
+BYTES = "bytes"  # a tokenizer's name
 IMAGE_BACKEND = "torchvision" if is_torchvision_available() else "pil"
 
 
@@ -41,10 +44,15 @@ def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **val
         config = CONFIG_MAPPING[args.model_type]()
     else:
         raise UserError(f"model_type={args.model_type} is unknown.{did_you_mean(args.model_type, CONFIG_MAPPING)}")
-    for name, value in {**values, **args.config_overrides}.items():
+    values |= args.config_overrides
+    for name in values:
         if not hasattr(config, name):
             kind = type(config).__name__
             raise UserError(f"config_overrides: {name!r} is not a field of {kind}.{did_you_mean(name, vars(config))}")
+    if args.model_type is not None:  # other fields are derived from these, such as head_dim from hidden_size
+        with as_user_error(ValueError, TypeError, StrictDataclassError, prefix="config_overrides: "):
+            return type(config)(**values)
+    for name, value in values.items():
         with as_user_error(ValueError, TypeError, prefix=f"config_overrides: {name}: "):
             setattr(config, name, value)
     return config
@@ -179,14 +187,18 @@ def check_image_size(model: PreTrainedModel, side: int) -> None:
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """
-    Load the model's tokenizer.
+    Load the model's tokenizer; `bytes` stands for the 256 bytes of UTF-8 and needs no file (Xue et al. 2022, ByT5).
 
     Raises:
         UserError: If there is none, or none is named for a model from scratch.
     """
     name = args.tokenizer_name or args.model_name_or_path
     if name is None:
-        raise UserError("A model from scratch needs a tokenizer: give --tokenizer_name, a hub id or a local folder.")
+        raise UserError(
+            "A model from scratch needs a tokenizer: give --tokenizer_name, a hub id, a local folder, or bytes."
+        )
+    if name == BYTES:
+        return ByT5Tokenizer(extra_ids=0)
     return _from_hub(AutoTokenizer, name, args)
 
 

@@ -27,6 +27,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.config import SAMConfig
 
+from ..experiments.pausing import BeforeFirstStep
 from ..experiments.provenance import describe_data
 from ..experiments.records import RECORD_NAME, RecordError, RunRecord, read_record, recording
 from ..suggestions import did_you_mean
@@ -240,7 +241,11 @@ def train(trainer: Trainer) -> None:
     Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. After a resume, time
     and `train_loss` are those of the whole run where the checkpoint says what the steps before it took.
     """
-    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    except BeforeFirstStep:
+        trainer.is_in_train = False
+        return
     ended = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
     metrics |= {name: ended[name] for name in metrics.keys() & ended.keys()}
     trainer.log_metrics("train", metrics)

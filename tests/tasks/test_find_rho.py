@@ -132,6 +132,23 @@ def test_a_search_in_which_nothing_is_learnt_says_so_and_not_that_sam_does_not_h
     assert "SAM does not help" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize(("learning_rate", "learned"), [("1e-30", False), ("1e-2", True)])
+def test_a_language_model_has_learned_once_it_beats_the_model_before_its_first_step(
+    forked, tmp_path, learning_rate, learned
+):
+    (tmp_path / "texts.csv").write_text("text\n" + "the cat sat on the mat\n" * 48)
+    small = '{"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 32}'
+    words = ["causal_lm", "--trainer=plain", "--model_type=gpt2", f"--config_overrides={small}"]
+    words += ["--tokenizer_name=bytes", f"--dataset={tmp_path / 'texts.csv'}", "--test_size=0.25", "--max_length=32"]
+    words += ["--bf16=false", "--activation_checkpointing=false", "--use_cpu=true", "--max_steps=24"]
+    words += [f"--learning_rate={learning_rate}", "--lr_scheduler_type=constant", f"--output_dir={tmp_path / 'out'}"]
+    found = find_rho.main([*words, "--rhos", "0.01", "--seeds=2", "--budget=1"])
+    assert found["learnt"] == learned
+    assert found["floor"] == pytest.approx(5.56, abs=0.05)  # log 259: nothing is known of the next byte
+    assert ("better than the model before its first step" in found["sentence"]) == (not learned)
+
+
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_and_counts_its_passes(tmp_path):
     folder, log = tmp_path / "out/find_rho", tmp_path / "log.txt"

@@ -24,6 +24,8 @@ from transformers import Trainer, pipeline
 from hf_sam.experiments.records import RunFinishedError, read_record
 from hf_sam.tasks import causal_lm, image_classification, running, text_classification
 from hf_sam.tasks.command_line.errors import UserError, run
+from hf_sam.tasks.command_line.options import ModelArguments
+from hf_sam.tasks.models import load_config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -496,3 +498,38 @@ def test_language_model_from_scratch(tmp_path, decoder):
     )
     assert isinstance(trainer, Trainer)
     assert trainer.model.config.vocab_size == len(trainer.processing_class)
+
+
+def test_fields_of_a_configuration_that_derive_from_overridden_ones_follow_them():
+    def config(model_type, **overrides):
+        return load_config(ModelArguments(model_type=model_type, config_overrides=overrides))
+
+    assert config("llama", hidden_size=64, num_attention_heads=4).head_dim == 16
+    assert config("llama", num_attention_heads=4).num_key_value_heads == 4
+    assert len(config("qwen3", num_hidden_layers=2).layer_types) == 2
+    assert config("gpt2", hidden_size=8).n_embd == 8
+    with pytest.raises(UserError, match=r"config_overrides: .*'hidden_size'.*expected int, got str"):
+        config("llama", hidden_size="wide")
+
+
+FROM_BYTES = ["--trainer=plain", "--tokenizer_name=bytes", "--model_type=gpt2", "--packing=true"]
+FROM_BYTES += ['--config_overrides={"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 64}']
+
+
+def test_the_plain_trainer_packs_training_texts_and_loses_none_of_their_bytes(decoder, tmp_path):
+    texts = [f"text {i} has some bytes" for i in range(16)]
+    trainer = language({"text": texts}, decoder, tmp_path, *FROM_BYTES)
+    rows = trainer.train_dataset["input_ids"]
+    assert {len(row) for row in rows} == {32}
+    assert rows == trainer.train_dataset["labels"]
+    decoded = trainer.processing_class.decode([token for row in rows for token in row])
+    whole = decoded.split("</s>")[:-1]
+    assert len(whole) >= 8
+    assert set(whole) <= set(texts)  # each text once, one end of text after it
+    assert len(set(whole)) == len(whole)
+    assert 4 * 21 <= results(tmp_path)["test_tokens"] <= 4 * 22  # of each test text on its own, its end included
+
+
+def test_texts_too_short_for_one_packed_row_are_refused(decoder, tmp_path):
+    with pytest.raises(UserError, match=r"packing: the training texts are shorter than max_length=32"):
+        language({"text": ["a"] * 12}, decoder, tmp_path, *FROM_BYTES, "--test_size=0.75")

@@ -24,7 +24,9 @@ class ModelArguments:
     model_name_or_path: str | None = option(None, "Hub id or local folder of the model to fine-tune.")
     model_type: str | None = option(None, "Architecture to train from scratch instead, such as vit or gpt2.")
     config_overrides: dict | str | None = option(None, "JSON object of model configuration values to override.")
-    tokenizer_name: str | None = option(None, "Hub id or local folder of the tokenizer; default: that of the model.")
+    tokenizer_name: str | None = option(
+        None, "Hub id or local folder of the tokenizer, or bytes (UTF-8 bytes); default: that of the model."
+    )
     model_revision: str = option("main", "Branch, tag or commit of the model on the hub.")
     trust_remote_code: bool = option(False, "Run Python code shipped with the model. Only for sources you trust.")
     attn_implementation: str | None = option(None, "Attention implementation: eager, sdpa, flash_attention_2, ...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -90,15 +91,51 @@ def pick_format(splits: Splits, text_column: str | None, drop_empty: bool) -> tu
     return {split: dataset.select_columns(list(found)) for split, dataset in splits.items()}, found
 
 
-def tokenize_texts(splits: Splits, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Splits:
-    """Tokenize the splits for the plain Trainer: each text ends in EOS and is cut at `max_length` tokens."""
+def tokenize_texts(
+    splits: Splits, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, packing: bool = False
+) -> Splits:
+    """
+    Tokenize the splits for the plain Trainer. Each text ends in EOS.
+
+    Args:
+        splits (`dict[str, Dataset]`): The texts.
+        name (`str`): Their column.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        max_length (`int`): Tokens at which texts are cut.
+        packing (`bool`, *optional*, defaults to `False`):
+            Join the texts of the training split, and split the result into rows of exactly `max_length` tokens. What
+            remains at the end of every thousand texts is dropped.
+
+    Raises:
+        UserError: If all training texts together are shorter than one row.
+    """
+    ends_texts_itself = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    ending = "" if ends_texts_itself else tokenizer.eos_token or ""
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
-        texts = [text + (tokenizer.eos_token or "") for text in rows[name]]
+        texts = [text + ending for text in rows[name]]
         encoded = tokenizer(texts, truncation=True, max_length=max_length)
         return {**encoded, "labels": [list(tokens) for tokens in encoded["input_ids"]]}
 
-    return {split: dataset.map(encode, batched=True, remove_columns=[name]) for split, dataset in splits.items()}
+    def pack(rows: dict[str, list]) -> dict[str, list]:
+        texts = [text + ending for text in rows[name]]
+        tokens = list(itertools.chain.from_iterable(tokenizer(texts)["input_ids"]))
+        packed = [tokens[i : i + max_length] for i in range(0, len(tokens) - max_length + 1, max_length)]
+        return {
+            "input_ids": packed,
+            "attention_mask": [[1] * max_length for _ in packed],
+            "labels": [list(row) for row in packed],
+        }
+
+    tokens = {
+        split: dataset.map(pack if packing and split == "train" else encode, batched=True, remove_columns=[name])
+        for split, dataset in splits.items()
+    }
+    if packing and isinstance(tokens["train"], Dataset) and not len(tokens["train"]):
+        raise UserError(
+            f"packing: the training texts are shorter than max_length={max_length} tokens; lower max_length."
+        )
+    return tokens
 
 
 def _is_conversational(splits: Splits, name: str) -> bool:
