@@ -6,6 +6,7 @@ method begins with that method's defaults, and only what is said beside it, or l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,11 +76,14 @@ def explain(config: SAMConfig, merged: Merged) -> str:
         line = f"no SAM: rho 0 ({merged.sources.get(f'{PREFIX}rho', 'default')})"
     else:
         told = []
+        options = merged.values.get(f"{PREFIX}options") or {}
+        options = json.loads(options) if isinstance(options, str) else options
         for name, value in config.to_dict().items():
-            given = merged.values.get(f"{PREFIX}{name}") is not None
+            key = f"{PREFIX}options" if name in options else f"{PREFIX}{name}"
+            given = merged.values.get(key) is not None
             if name in ("method", "rho") or given or name in config.row.defaults:
                 default = f"default of {config.method}" if name in config.row.defaults else "default"
-                told.append(f"{name} {value} ({merged.sources[f'{PREFIX}{name}'] if given else default})")
+                told.append(f"{name} {value} ({merged.sources[key] if given else default})")
         line = ", ".join(told)
     if merged.dropped:
         line += f"; left out: {'; '.join(map(str, merged.dropped))}"
