@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.merging import mergeable_state
 from ..evaluation.predictions import LanguagePredictions
-from ..evaluation.survival import SurvivalConfig, Survived, survive
+from ..evaluation.survival import Outcome, SurvivalConfig, evaluate_treatments
 from ..evaluation.weights import weight_matrices
 from ..experiments.provenance import describe_data, describe_environment
 from ..experiments.records import RECORD_NAME, plain, read_record, write_json
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     others = {name: body_of(task, path, args) for name, path in merged.items()}
     start = body_of(task, config.merge_start, args) if config.merge_start else None
 
-    found: dict[str, list[Survived]] = {}
+    found: dict[str, list[Outcome]] = {}
     checkpoints: dict[str, dict[str, Any]] = {}
     for name, path in sharpness.CheckpointArguments(args.checkpoints).named.items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return report.predictions_of(altered, loader)
 
         with as_user_error(ValueError, prefix=f"{path}: "):
-            treated = survive(model, evaluate, config, others, start)
+            treated = evaluate_treatments(model, evaluate, config, others, start)
             found[name] = list(tqdm(treated, desc=name, unit=" evaluations", disable=args.disable_tqdm))
         matrices = weight_matrices(model, config.alter_embeddings, config.alter_head)
         checkpoints[name] = {
