@@ -26,7 +26,7 @@ from hf_sam.config import SAMConfig
 from ..experiments.driver import cancel_all, drive
 from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
 from ..experiments.executors import Choice, choose
-from ..experiments.external_runs import find_foreign_records
+from ..experiments.external_runs import find_external_runs
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import (
     BUDGETS,
@@ -291,7 +291,7 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
     plan, records = workshop.plan, records_of(workshop)
     problems: list[str] = []
     for folder in foreign:
-        found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
+        found, messages = find_external_runs(folder, task=next(iter(plan.tasks)))
         records, problems = records + found, problems + messages
     paths = {workshop.folder(run) / RECORD_NAME for run in workshop.runs}
     final = [record for record in records if record.path in paths]
