@@ -107,7 +107,7 @@ def test_what_cannot_be_merged_or_does_not_exist_is_one_line(checkpoints, tmp_pa
         survival.main([*words, "--merge_with", str(other)])
     with pytest.raises(UserError, match="nowhere cannot be loaded"):
         survival.main([*words, "--merge_with", str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="split=dev is not there; the data have: train, test"):
+    with pytest.raises(UserError, match=r"split=dev does not exist\. Allowed: train, test"):
         survival.main([*words, "--split=dev"])
     with pytest.raises(UserError, match="bits: 0 must be from 1 to 16"):
         survival.main([*words, "--bits", "0"])
