@@ -139,7 +139,7 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
         ({"conditions": {"noise": {"label_noise": 1.5}}}, "condition noise, arm adamw: label_noise=1.5"),
         (
             {"question": {"metric": "acuracy"}},
-            "metric='acuracy' is none .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
+            "metric='acuracy' is not measured by .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
         ),
         ({"question": {"metric": "train_nll"}}, "metric='train_nll' is not measured by image_classification"),
         ({"recipe": "digits"}, "recipe 'digits' does not exist. Allowed: .*image_classification"),
