@@ -1,18 +1,14 @@
-"""The plan of a comparison: a YAML file gives the runs (arms x conditions x seeds x budgets) and the tuning trials."""
+"""The plan of a comparison, its runs (arms x conditions x seeds x budgets), and the trials that tune each arm."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
-
-from ..suggestions import did_you_mean
 
 if TYPE_CHECKING:  # a plan is read and checked without importing torch
     from ..baselines.averaging import WeightAveraging
@@ -146,183 +142,7 @@ class Run:
         return Path("runs" if self.trial is None else "trials", *map(slug, self.group), last)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
-    """
-    Read the YAML file of a comparison. Paths in it are relative to the file.
-
-    Raises:
-        ValueError: The file is missing or is not YAML, a key is unknown, or a value is invalid. The message names the key
-            and what is allowed.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must contain lines of the form `key: value`.")
-    single = {key: values.pop(key) for key in ("recipe", "config", "task") if key in values}
-    if single:
-        if "tasks" in values:
-            raise ValueError(
-                f"{path}: give either `recipe` and `config`, or `tasks` with a `recipe` and `config` each."
-            )
-        values["tasks"] = {single.pop("task", None) or Path(str(single.get("config"))).stem: single}
-    _check_keys(values, Plan, f"{path}: ")
-    for key in ("tasks", "arms"):
-        _check(
-            isinstance(values.get(key), dict) and values[key],
-            f"{path}: `{key}` must map at least one name to settings.",
-        )
-    _check_mappings(values, path)
-    if isinstance(values.get("executor"), str):
-        values["executor"] = {"kind": values["executor"]}
-    _check(
-        isinstance(values.setdefault("executor", {}), dict),
-        f"{path}: `executor` must be local, ray, slurm, or a mapping with `kind` and the options of each.",
-    )
-    arms, tasks = values["arms"], values["tasks"]
-    for name, task in tasks.items():
-        _check(isinstance(task, dict) and task.get("recipe"), f"{path}: task {name} needs a `recipe`.")
-        unknown = set(task) - {"recipe", "config", "settings"}
-        _check(
-            not unknown,
-            f"{path}: task {name} has unknown keys: {', '.join(sorted(unknown))}. Allowed: recipe, config, settings.",
-        )
-        if task.get("config"):
-            task["config"] = str((Path(path).parent / task["config"]).resolve())
-            _check(Path(task["config"]).is_file(), f"{path}: config {task['config']} of task {name} does not exist.")
-    values["question"] = _read_question(values.get("question"), arms, path)
-    values["tuning"] = _read_tuning(values.get("tuning"), arms, path)
-    values["survival"] = _read_survival(values.get("survival"), path)
-    seeds, budgets = values.get("seeds", [0]), values.get("budgets", ["steps"])
-    _check(
-        isinstance(seeds, list)
-        and seeds
-        and all(type(seed) is int for seed in seeds)
-        and len(set(seeds)) == len(seeds),
-        f"{path}: seeds={seeds!r} must be a list of distinct whole numbers.",
-    )
-    _check(
-        isinstance(budgets, list) and budgets and set(budgets) <= set(BUDGETS),
-        f"{path}: budgets={budgets!r} must be a list of: {', '.join(BUDGETS)}.",
-    )
-    every = values.get("checkpoint_every")
-    _check(
-        every is None or (type(every) is int and every > 0), f"{path}: checkpoint_every={every!r} must be at least 1."
-    )
-    values.setdefault("name", Path(path).stem)
-    values["output_dir"] = Path(output_dir or values.get("output_dir") or f"outputs/comparison/{Path(path).stem}")
-    for key in ("tasks", "arms", "conditions"):
-        folders: dict[str, str] = {}
-        for name in values.get(key, {}):
-            other = folders.setdefault(slug(name), name)
-            _check(other == name, f"{path}: {key} {other!r} and {name!r} would share a folder. Rename one.")
-    for arm in arms:
-        _averaging_values(arms[arm])  # raises if invalid
-    return Plan(**values)
-
-
-def _check_mappings(values: dict[str, Any], path: Path) -> None:
-    for key in ("tasks", "arms", "conditions", "settings"):
-        entry = values.get(key, {})
-        _check(isinstance(entry, dict), f"{path}: `{key}` must be a mapping, not {entry!r}.")
-        for name in [] if key == "settings" else list(entry):
-            entry[name] = {} if entry[name] is None else entry[name]
-            _check(isinstance(entry[name], dict), f"{path}: {key} {name} must map settings to values.")
-            if not isinstance(name, str):
-                entry[str(name)] = entry.pop(name)
-
-
-def _read_question(values: Any, arms: Mapping[str, Any], path: Path) -> Question:
-    values = values or {}
-    _check(isinstance(values, dict), f"{path}: `question` must map control, treatment, metric and margin to values.")
-    _check_keys(values, Question, f"{path}: question.")
-    names = list(arms)
-    question = Question(
-        control=str(values.get("control", names[0])),
-        treatment=str(values.get("treatment", names[min(1, len(names) - 1)])),
-        metric=str(values.get("metric", "accuracy")),
-        margin=values.get("margin"),
-    )
-    margin = question.margin
-    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
-    _check(
-        margin is None or (is_number and margin > 0), f"{path}: question.margin={margin!r} must be a number above 0."
-    )
-    for key in ("control", "treatment"):
-        arm = getattr(question, key)
-        _check(arm in arms, f"{path}: question.{key}={arm!r} is not an arm. Allowed: {', '.join(names)}.")
-    return question
-
-
-def _read_tuning(values: Any, arms: Mapping[str, Any], path: Path) -> Tuning | None:
-    if values is None:
-        return None
-    _check(isinstance(values, dict), f"{path}: `tuning` must map trials and space to values.")
-    _check_keys(values, Tuning, f"{path}: tuning.")
-    trials, share = values.get("trials"), values.get("validation_size", 0.2)
-    _check(type(trials) is int and trials > 0, f"{path}: tuning.trials={trials!r} must be a whole number, at least 1.")
-    parallel = values.get("parallel", 1)
-    _check(type(parallel) is int and parallel > 0, f"{path}: tuning.parallel={parallel!r} must be at least 1.")
-    _check(isinstance(share, float) and 0 < share < 1, f"{path}: tuning.validation_size={share!r} must be in (0, 1).")
-    values.setdefault("space", {})
-    unknown = set(values.get("spaces") or {}) - set(arms)
-    _check(
-        not unknown,
-        f"{path}: tuning.spaces has unknown arms: {', '.join(sorted(unknown))}. Allowed: {', '.join(arms)}.",
-    )
-    tuning = Tuning(**values)
-    for arm in arms:
-        _check(tuning.of(arm), f"{path}: tuning has no search space for arm {arm}. Set tuning.space.")
-        for name, entry in tuning.of(arm).items():
-            is_range = isinstance(entry, dict) and {"low", "high"} <= set(entry) <= {"low", "high", "log", "int"}
-            is_choice = isinstance(entry, list) and len(entry) > 0
-            _check(
-                is_range or is_choice,
-                f"{path}: the search space of {name} must be a list of choices or {{low, high, log, int}}, not {entry!r}.",
-            )
-            if is_range:
-                low, high = entry["low"], entry["high"]
-                numbers = all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in (low, high))
-                _check(
-                    numbers and low < high and (low > 0 or not entry.get("log")),
-                    f"{path}: search space of {name}: low={low!r} must be a number below high={high!r}, and above 0 for "
-                    f"log (write 1.0e-5, since YAML reads 1e-5 as text).",
-                )
-    return tuning
-
-
-def _read_survival(values: Any, path: Path) -> dict[str, Any] | None:
-    if values is None or values is False:
-        return None
-    from ..evaluation.survival import SurvivalConfig  # imports torch, so only if it is needed
-
-    values = {} if values is True else values
-    _check(isinstance(values, dict), f"{path}: `survival` must be true, false or a mapping, not {values!r}.")
-    _check_keys(values, SurvivalConfig, f"{path}: survival.")
-    try:
-        SurvivalConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: survival.{error}") from None
-    return values
-
-
-def _check(condition: Any, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
-    known = [entry.name for entry in fields(kind)]
-    for key in values:
-        if key not in known:
-            hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
-            raise ValueError(f"{prefix}{key} is not a key of a comparison.{hint}")
+# --- weight averaging of an arm ------------------------------------------------------------------------------------
 
 
 def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | EntropySGD | None:
@@ -332,7 +152,7 @@ def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | EntropySGD | None:
     Raises:
         ValueError: A setting is invalid.
     """
-    values = _averaging_values(arm)
+    values = averaging_values(arm)
     if not values:
         return None
     from ..baselines.averaging import WeightAveraging
@@ -342,19 +162,25 @@ def averaging_of(arm: Mapping[str, Any]) -> WeightAveraging | EntropySGD | None:
     return EntropySGD() if kind == "entropy-sgd" else WeightAveraging(kind, **values)
 
 
-def _averaging_values(arm: Mapping[str, Any]) -> dict[str, Any]:
+def averaging_values(arm: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `WeightAveraging` from the arm's keys, checked as far as possible without importing torch."""
     values = {key.removeprefix("average_"): arm[key] for key in AVERAGE_KEYS if key in arm}
     if not values:
         return {}
-    _check("average" in values, f"{', '.join(key for key in arm if key in AVERAGE_KEYS)} is used only with average.")
+    require("average" in values, f"{', '.join(key for key in arm if key in AVERAGE_KEYS)} is used only with average.")
     kind = values["average"]
-    _check(kind in AVERAGES, f"average={kind!r} is unknown. Allowed: {', '.join(AVERAGES)}.")
-    _check(
+    require(kind in AVERAGES, f"average={kind!r} is unknown. Allowed: {', '.join(AVERAGES)}.")
+    require(
         kind != "entropy-sgd" or len(values) == 1,
         f"average={kind} does not use {', '.join(f'average_{key}' for key in values if key != 'average')}. Remove it.",
     )
     return values
+
+
+def require(condition: Any, message: str) -> None:
+    """Raise `ValueError` with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def slug(name: str) -> str:

@@ -98,7 +98,7 @@ def best_trial(metric: str, done: Sequence[RunRecord]) -> int | None:
     return max(scores, key=scores.get) if scores else None
 
 
-def is_possible(space: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def in_space(space: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether `settings` lie in the search space `space`."""
     if space.keys() != settings.keys():
         return False

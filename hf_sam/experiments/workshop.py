@@ -13,7 +13,7 @@ from typing import Any
 from .execution import JOB_NAME, SUBMISSION_NAME
 from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
 from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record
-from .tuning import best_trial, is_possible, next_settings, open_storage
+from .tuning import best_trial, in_space, next_settings, open_storage
 
 DEATHS_NAME = "deaths.txt"  # in a run's folder: how often it ended without a result
 
@@ -112,7 +112,7 @@ class Workshop:
             )  # if all trials failed, the run itself will show why
         if (self.folder(run) / JOB_NAME).exists():
             made = self._made(run)["tuned"]
-            if is_possible(tuning.of(run.arm), made):
+            if in_space(tuning.of(run.arm), made):
                 return made
         earlier = [(self._made(trial)["tuned"], record) for trial, record in zip(trials, records, strict=True)]
         name = " | ".join([*run.group, metric])
@@ -154,7 +154,7 @@ class Workshop:
             path = self.folder(run) / JOB_NAME
             if self.has_ended(run) and self.is_ready(run) and path.exists():
                 made = self._made(run)
-                if run.trial is not None and not is_possible(self.plan.tuning.of(run.arm), made["tuned"]):
+                if run.trial is not None and not in_space(self.plan.tuning.of(run.arm), made["tuned"]):
                     raise StudyChangedError(
                         f"{path.parent} tried {made['tuned']}, which is not in the present search space. "
                         f"Choose another output_dir, or delete that folder to run it again."

@@ -38,8 +38,8 @@ from ..experiments.plan import (
     final_runs,
     layers_of,
     mean_passes,
-    read_plan,
 )
+from ..experiments.plan_file import read_plan
 from ..experiments.records import ENDED, RECORD_NAME, write_json
 from ..experiments.standing import describe_standing, progress, reason, standing_of
 from ..experiments.workshop import Workshop, counts, records_of, retry_failed

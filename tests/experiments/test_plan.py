@@ -7,14 +7,14 @@ from hf_sam.experiments.plan import (
     command_line,
     final_runs,
     mean_passes,
-    read_plan,
     settings_of,
     slug,
     stretched,
     trial_runs,
 )
+from hf_sam.experiments.plan_file import read_plan
 from hf_sam.experiments.records import RunRecord
-from hf_sam.experiments.tuning import best_trial, is_possible, next_settings, open_storage
+from hf_sam.experiments.tuning import best_trial, in_space, next_settings, open_storage
 
 STUDY = {
     "recipe": "image_classification",
@@ -246,4 +246,4 @@ def test_a_failed_trial_does_not_stop_the_search():
     ],
 )
 def test_a_trial_of_another_space_is_found_out(settings, expected):
-    assert is_possible(SPACE, settings) is expected
+    assert in_space(SPACE, settings) is expected
