@@ -14,7 +14,7 @@ FILE_NAME = "entropy_sgd.safetensors"
 
 class EntropySGD(TrainerCallback):
     """
-    Turn the base optimizer's steps into the inner walk of Entropy-SGD (Chaudhari et al. 2017, arXiv 1611.01838, Alg. 1).
+    Turn the optimizer's steps into the inner walk of Entropy-SGD (Chaudhari et al. 2017, arXiv 1611.01838, Alg. 1).
 
     Each step of the Trainer is one step of Langevin dynamics that starts at `x`, on its own batch and at the base
     optimizer's learning rate. After `inner_steps` steps, `x` moves towards the average of the walk, and the next walk
@@ -24,8 +24,8 @@ class EntropySGD(TrainerCallback):
         mu <- (1 - average) mu + average x'
         every inner_steps:  x <- x - outer_lr (x - mu),  x' <- mu <- x
 
-    With SGD as the base optimizer, this is the paper's algorithm, whose outer step `eta gamma` is `outer_lr`. It costs one
-    pass per step. Under DDP, all ranks draw the same noise.
+    With SGD as the base optimizer, this is the paper's algorithm, whose outer step `eta gamma` is `outer_lr`. It costs
+    one pass per step. Under DDP, all ranks draw the same noise.
 
     Args:
         inner_steps (`int`, *optional*, defaults to 20): Length L of each walk, at least 1.

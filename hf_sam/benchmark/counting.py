@@ -64,8 +64,8 @@ class PassClock(PassCounter):
     """
     Also time the passes, from the call of the model to the end of `accelerator.backward`.
 
-    The host waits for the device at both ends, so their work no longer overlaps. The time of a step outside its passes is
-    therefore overestimated, never underestimated.
+    The host waits for the device at both ends, so their work no longer overlaps. The time of a step outside its passes
+    is therefore overestimated, never underestimated.
 
     Args:
         trainer (`SteppedMixin`): The trainer.
@@ -128,9 +128,9 @@ class PeakMemory:
             trainer.take_steps(1)
         memory.bytes()
 
-    On an accelerator, this is the allocator's `max_memory_allocated`. The CPU allocator keeps no maximum, so there it is
-    the highest running sum of allocations and frees seen by torch's profiler; memory that libraries allocate themselves is
-    not counted.
+    On an accelerator, this is the allocator's `max_memory_allocated`. The CPU allocator keeps no maximum, so there it
+    is the highest running sum of allocations and frees seen by torch's profiler; memory that libraries allocate
+    themselves is not counted.
     """
 
     _MARK = "hf_sam.benchmark: from here"

@@ -1,7 +1,8 @@
 """Interleaved timing: all variants take turns in one run, so that fluctuations of the machine affect all of them alike.
 
-Each variant has its own model, optimizer and data loader with the same initial state, as in an ordinary run. To limit the
-number of models in memory, variants run in groups; the stock Trainer, the reference for all ratios, is in every group.
+Each variant has its own model, optimizer and data loader with the same initial state, as in an ordinary run. To limit
+the number of models in memory, variants run in groups; the stock Trainer, the reference for all ratios, is in every
+group.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Counted:
     Counts per step of one variant, averaged over a run.
 
     Args:
-        forward, backward, passes (`float`): Number of examples in forward, backward and whole passes, in units of the batch.
+        forward, backward, passes (`float`): Number of examples in forward, backward and whole passes, in units of the
+            batch.
         bytes (`float`): Bytes that this process passed to collectives.
         peak_memory (`int`, *optional*): Peak over all steps, in bytes; see [`~hf_sam.benchmark.counting.PeakMemory`].
     """
@@ -63,7 +65,7 @@ class Measurement:
     reason: str | None = None
 
     def step_seconds(self, quantile: float = 0.5) -> float:
-        """A quantile of the step time; those of perturbed and plain steps are averaged with their fractions as weights."""
+        """A quantile of the step time: the average of those of perturbed and plain steps, weighted by their fractions."""
         values = np.array(self.seconds)
         return sum(weight * float(np.quantile(values[rows], quantile)) for weight, rows in self._kinds())
 
@@ -117,7 +119,8 @@ def measure(
         block (`int`, *optional*, defaults to 5): Steps per turn.
         at_once (`int`, *optional*, defaults to 6): Variants in memory at the same time, including the stock Trainer.
         seed (`int`, *optional*, defaults to 0): Seed of the order of turns.
-        progress (`Callable[[str, int], None]`, *optional*): Called after each turn with the variant's name and its steps.
+        progress (`Callable[[str, int], None]`, *optional*): Called after each turn with the variant's name and its
+            steps.
 
     Returns:
         `list[Measurement]`: In the order of `variants`, the stock Trainer first.

@@ -4,9 +4,9 @@ Measure the cost of a step of each method on the available GPU, in a few minutes
     python -m hf_sam.benchmark.on_gpu --minutes 8 --output_dir outputs/bench-gpu
 
 A cell is a model, a batch size and a precision. In each cell, all variants take the same steps from the same initial
-state: a few to warm up, two under the profiler, five in which the passes are timed separately, and then the timed steps,
-in turns. `bench.json` and `bench.md` are rewritten after every cell. When the time is up, or on SIGTERM or Ctrl-C, the
-results so far are kept and the remaining cells are listed.
+state: a few to warm up, two under the profiler, five in which the passes are timed separately, and then the timed
+steps, in turns. `bench.json` and `bench.md` are rewritten after every cell. When the time is up, or on SIGTERM or
+Ctrl-C, the results so far are kept and the remaining cells are listed.
 """
 
 from __future__ import annotations

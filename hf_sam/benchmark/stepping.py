@@ -122,7 +122,8 @@ class StepClock(TrainerCallback):
     """
     Time whole optimizer steps, from a fetched batch to zeroed gradients.
 
-    A step includes forward and backward passes, clipping, optimizer and scheduler, but not fetching the batch or logging.
+    A step includes forward and backward passes, clipping, optimizer and scheduler, but not fetching the batch or
+    logging.
 
     Args:
         device (`torch.device`): The device to synchronize with before and after each step, unless it is the CPU.

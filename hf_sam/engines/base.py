@@ -95,11 +95,11 @@ class Engine:
         return self.ascent_pass(model, synced)
 
     def finish_step(self) -> None:
-        """Take the optimizer step if the engine does so itself; called after the last micro-batch, with the weights restored."""
+        """Take the optimizer step, if the engine does so itself; called once the weights are restored."""
 
     @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-        """A context in which backward passes give the other trainable parameters no gradients, nor compute them if possible."""
+        """A context in which other trainable parameters get no gradients, which are not even computed if possible."""
         if self._needs_all_gradients:
             yield
             put_gradients(dict.fromkeys(set(trainable).difference(chosen)))
@@ -127,8 +127,8 @@ class Engine:
     def average_gradients(self, parameters: list[Parameter]) -> None:
         """Average over all ranks the gradients of a pass without synchronisation, as DDP's backward would.
 
-        Buckets are reduced one at a time, in the same order on every rank. A gradient that no rank has stays None; a rank
-        waits for the device to find out only if one of its own gradients is missing.
+        Buckets are reduced one at a time, in the same order on every rank. A gradient that no rank has stays None; a
+        rank waits for the device to find out only if one of its own gradients is missing.
         """
         if self._accelerator.num_processes == 1 or not parameters:
             return

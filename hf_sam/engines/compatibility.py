@@ -1,4 +1,4 @@
-"""Setups in which the update would be wrong, refused before training starts with a message that says what to use instead."""
+"""Setups in which the update would be wrong: refused before training starts, with an alternative in the message."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def match(paths: Mapping[str, Mapping[int, Sequence[Point]]], target: float | No
 
     Args:
         paths (`Mapping[str, Mapping[int, Sequence[Point]]]`): By start and replicate, one point per learning rate.
-        target (`float`, *optional*): The training loss; by default the lowest that every replicate of every start reaches.
+        target (`float`, *optional*): The training loss; by default the lowest that every replicate of every start
+            reaches.
     """
     if target is None:
         target = common_loss([path for replicates in paths.values() for path in replicates.values()])

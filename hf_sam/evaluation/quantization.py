@@ -56,7 +56,7 @@ def quantized(matrices: Mapping[str, WeightMatrix], bits: int, group_size: int |
 
 def dynamic_int8(model: nn.Module, names: Mapping[str, WeightMatrix]) -> nn.Module:
     """
-    A copy of `model` on the CPU with dynamically quantized linear layers: int8 weights, and activations rounded on the fly.
+    A copy of `model` on the CPU whose linear layers have int8 weights and round their activations on the fly.
 
     Args:
         model (`nn.Module`): The model, which does not change.

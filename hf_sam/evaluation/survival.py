@@ -40,7 +40,8 @@ class SurvivalConfig:
         noise_draws (`int`, *optional*, defaults to 3):
             Number of noise draws at each size.
         libraries (`list[str]`, *optional*):
-            Any of `"torchao-int8"`, `"torchao-int4"`, `"bitsandbytes-nf4"`, through transformers' quantization configurations.
+            Any of `"torchao-int8"`, `"torchao-int4"`, `"bitsandbytes-nf4"`, through transformers' quantization
+            configurations.
         merge_with (`list[str]`, *optional*):
             Checkpoints fine-tuned from the same start; each evaluated checkpoint is merged with each of them.
         merge_start (`str`, *optional*):
@@ -157,8 +158,7 @@ def evaluate_treatments(
         start (`State`, *optional*): The `mergeable_state` of the checkpoint that all were fine-tuned from.
 
     Yields:
-        `Outcome`: As trained first. A quantization that this machine or model does not support yields a `problem` instead
-            of raising.
+        `Outcome`: As trained first. A quantization that this machine or model does not support yields a `problem`.
 
     Raises:
         ValueError: A checkpoint to merge with has a different architecture.

@@ -1,4 +1,4 @@
-"""The weights of a model that treatments alter, as matrices with one row per output channel, and their temporary change."""
+"""The weights that treatments alter, as matrices with one row per output channel, and their temporary replacement."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def weight_matrices(model: nn.Module, embeddings: bool = False, head: bool = Fal
     """
     The weights that quantization, pruning and noise alter: linear and convolutional layers, and stacked experts.
 
-    Biases and normalization layers are never altered. Embeddings (of tokens, positions and patches) and the head are left
-    out by default: libraries keep them in full precision, and rounding them would mask the effect on the body. Output
-    embeddings that are tied to the input embeddings count as embeddings.
+    Biases and normalization layers are never altered. Embeddings (of tokens, positions and patches) and the head are
+    left out by default: libraries keep them in full precision, and rounding them would mask the effect on the body.
+    Output embeddings that are tied to the input embeddings count as embeddings.
 
     Args:
         model (`nn.Module`): Any model.

@@ -54,8 +54,8 @@ class Tuning:
         validation_size (`float`, *optional*, defaults to 0.2): Fraction of the training data that trials are scored on.
         seed (`int`, *optional*, defaults to 1000): Seed of the trials' runs and of the search.
         parallel (`int`, *optional*, defaults to 1):
-            Number of trials of one arm (in one task, condition and budget) that may run at the same time. With more than
-            one, the settings of a trial depend on which results were known when it started.
+            Number of trials of one arm (in one task, condition and budget) that may run at the same time. With more
+            than one, the settings of a trial depend on which results were known when it started.
         storage (`str`, *optional*): URL of a database for optuna's trials, instead of a file in the output folder.
     """
 
@@ -91,9 +91,11 @@ class Plan:
         checkpoint_every (`int` or `None`): Steps between checkpoints, from which a killed run resumes.
         keep_models (`bool`): Keep the trained weights on disk.
         sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py`, to measure every trained model.
-        survival (`dict` or `None`): Fields of `SurvivalConfig`, to measure every trained model; `true` uses the defaults.
+        survival (`dict` or `None`): Fields of `SurvivalConfig`, to measure every trained model; `true` uses the
+            defaults.
         launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; empty for this Python.
-        executor (`dict`): Where runs execute: `{kind: local, ray or slurm}`, and the options of each kind under its name.
+        executor (`dict`): Where runs execute: `{kind: local, ray or slurm}`, and the options of each kind under its
+            name.
         reference_passes (`float` or `None`):
             Passes per step that the budget `"passes"` grants; those of the most expensive arm if `None`.
     """

@@ -18,8 +18,8 @@ def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
     Read the YAML file of a comparison. Paths in it are relative to the file.
 
     Raises:
-        ValueError: The file is missing or is not YAML, a key is unknown, or a value is invalid. The message names the key
-            and what is allowed.
+        ValueError: The file is missing or is not YAML, a key is unknown, or a value is invalid. The message names the
+            key and what is allowed.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -35,8 +35,8 @@ def fingerprint_model(model: torch.nn.Module) -> str:
     """
     A hash of the names, shapes, dtypes and values of parameters and buffers.
 
-    For tensors above `MAX_HASHED_VALUES` elements, an evenly spaced sample is hashed, so that large models take less than
-    a second; for sharded tensors, the local shard.
+    For tensors above `MAX_HASHED_VALUES` elements, an evenly spaced sample is hashed, so that large models take less
+    than a second; for sharded tensors, the local shard.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -65,8 +65,8 @@ def fingerprint_data(dataset: Any) -> str | None:
     """
     A hash of the content of a `datasets.Dataset`, in order; `None` for anything else.
 
-    The library's own `_fingerprint` hashes the transforms and is random if they cannot be hashed, so equal data may have
-    different fingerprints.
+    The library's own `_fingerprint` hashes the transforms and is random if they cannot be hashed, so equal data may
+    have different fingerprints.
     """
     from datasets import Dataset
 

@@ -69,7 +69,8 @@ class RunRecord:
             Names, sizes and fingerprints, see `hf_sam.experiments.provenance`.
         metrics (`dict[str, float]`, *optional*): Metrics on the test split at the end of training.
         steps (`int`, *optional*): Number of optimizer steps.
-        passes (`float`, *optional*): Gradient evaluations of the whole effective batch; one per step in the stock Trainer.
+        passes (`float`, *optional*): Gradient evaluations of the whole effective batch; one per step in the stock
+            Trainer.
         seconds, samples_per_second (`float`, *optional*): Duration and throughput of the training loop alone.
         peak_memory (`int`, *optional*): Peak memory in bytes, of the accelerator if there is one, else of the process.
         resumed_from (`int`, *optional*):
@@ -80,7 +81,8 @@ class RunRecord:
         curves (`list[dict]`, *optional*): The Trainer's `log_history`, one dict per log call, each with a `"step"`.
         sharpness (`dict[str, float]`, *optional*): Sharpness measures of the trained weights, if measured.
         survival (`list[dict]`, *optional*):
-            Scores after quantization, pruning, noise or merging, if measured: `"kind"`, `"level"`, `"draw"` and metrics.
+            Scores after quantization, pruning, noise or merging, if measured: `"kind"`, `"level"`, `"draw"` and
+            metrics.
         predictions (`str`, *optional*):
             Name of a parquet file in the record's folder with one row per test example: `label` (`int`) and
             `probabilities` (list of `float`, one per class).
@@ -166,8 +168,8 @@ def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | N
     Keep the record of one run while the `with` block trains and evaluates it.
 
     - Before the block starts, the record is written as `running`, with the fingerprint of the untrained model.
-    - After the block, it is written as `finished`, as `failed` with the error, or as `interrupted` by Ctrl-C; exceptions
-      propagate.
+    - After the block, it is written as `finished`, as `failed` with the error, or as `interrupted` by Ctrl-C;
+      exceptions propagate.
     - The record of a killed run stays `running`, so a comparison knows to resume it.
     - All processes enter; the first one writes.
     - A run resumed from a checkpoint includes the seconds, passes and losses of the steps before it.
@@ -381,7 +383,7 @@ def _check_types(path: Path, record: dict[str, Any]) -> None:
 
 
 def plain(value: Any, key: str = "") -> Any:
-    """Convert `value` to strict JSON: secrets are masked, NaN and infinity become `null`, unknown objects their `str`."""
+    """Convert `value` to strict JSON: secrets are masked, NaN and infinity become null, unknown objects strings."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # NumPy and torch scalars
         return plain(value.item(), key)
     if (

@@ -25,8 +25,8 @@ class Geometry(Ascent):
 
     Args:
         p (`float`): Order of the norm, in [1, inf] (Foret et al. 2021, Equation 2).
-        adaptive (`bool`): Scale each coordinate by `T = |w| + eta` (Kwon et al. 2021, Equation 3). Every perturbed tensor
-            is scaled, as in the paper; the authors' code keeps T = 1 for tensors not named `weight`.
+        adaptive (`bool`): Scale each coordinate by `T = |w| + eta` (Kwon et al. 2021, Equation 3). Every perturbed
+            tensor is scaled, as in the paper; the authors' code keeps T = 1 for tensors not named `weight`.
         eta (`float`): Added to `|w|`, so that weights at zero move too.
     """
 
@@ -72,9 +72,9 @@ class Steepest(Geometry):
 
 @dataclass(frozen=True)
 class Friendly(Geometry):
-    """Perturb along the batch-specific part of the gradient, `g - sigma m` (Li et al. 2024, arXiv 2403.12350, Equation 10).
+    """Perturb along the batch-specific part of the gradient, `g - sigma m`, with m a running average of g.
 
-    `m` is a running average of `g`. It starts at zero, so the first step is plain SAM.
+    Li et al. 2024, arXiv 2403.12350, Equation 10. `m` starts at zero, so the first step is plain SAM.
 
     Args:
         sigma (`float`): Weight of the average that is subtracted.
@@ -125,7 +125,8 @@ class Carried(Geometry):
     """Perturb along the gradient of the last due step until the next due step (this project).
 
     Args:
-        alpha (`float`): Factor by which the perturbation shrinks in each step after the one that computed its direction.
+        alpha (`float`): Factor by which the perturbation shrinks in each step after the one that computed its
+            direction.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_STEP

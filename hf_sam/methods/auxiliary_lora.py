@@ -1,4 +1,4 @@
-"""Bi-LoRA's second pair of low-rank factors, which ascends while the adapter descends (Liu et al. 2025, arXiv 2508.19564)."""
+"""Bi-LoRA's second LoRA pair, which ascends while the adapter descends (Liu et al. 2025, arXiv 2508.19564)."""
 
 from __future__ import annotations
 

@@ -163,9 +163,9 @@ class Ascent:
     def perturbed_examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor | None:
         """Indices of the examples whose loss is taken at `w + eps`; that of the others is taken at `w`. None for all.
 
-        A class that overrides this is perturbed in each micro-batch, along the gradient of those examples alone. It needs
-        two fields: `tail_weight`, which multiplies their loss, and `part`, the name of a batch entry that is not an
-        argument of the model, or None.
+        A class that overrides this is perturbed in each micro-batch, along the gradient of those examples alone. It
+        needs two fields: `tail_weight`, which multiplies their loss, and `part`, the name of a batch entry that is not
+        an argument of the model, or None.
         """
         return None
 
@@ -212,8 +212,8 @@ class Descent:
     def gradient(self, g: Vector | None, g_s: Vector, step: Step) -> Vector:
         """The gradient for the optimizer, over all trainable parameters, from `g` at `w` and `g_s` at `w + eps`.
 
-        Both are unscaled, and you may overwrite them. `g` is None without `Needs.CLEAN_GRADIENT`. If each rank has its own
-        perturbation, they are this rank's gradients, and the package averages the results over ranks.
+        Both are unscaled, and you may overwrite them. `g` is None without `Needs.CLEAN_GRADIENT`. If each rank has its
+        own perturbation, they are this rank's gradients, and the package averages the results over ranks.
         """
         return g_s
 

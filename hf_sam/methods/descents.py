@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SurrogateGap(Descent):
-    """`g_s - alpha g_orth`, with g_orth the part of g orthogonal to g_s (GSAM, Zhuang et al. 2022, arXiv 2203.08065, Alg. 1).
+    """`g_s - alpha g_orth`, with g_orth the part of g orthogonal to g_s.
+
+    GSAM, Zhuang et al. 2022, arXiv 2203.08065, Algorithm 1.
 
     Args:
         alpha (`float`): Weight of that part, which reduces the gap L(w + eps) - L(w).
@@ -104,7 +106,7 @@ class HardestHit(Descent):
 
 @dataclass(frozen=True)
 class Functional(Descent):
-    """`J(w + eps)^T grad_logits L(w)`: the Jacobian is perturbed, the logit gradient is not (Singh et al. 2025, arXiv 2502.02407)."""
+    """`J(w + eps)^T grad_logits L(w)`: only the Jacobian is perturbed (Singh et al. 2025, arXiv 2502.02407)."""
 
     needs: ClassVar = Needs.LOGITS
 
@@ -118,9 +120,9 @@ class Functional(Descent):
 
 @dataclass(frozen=True)
 class ThroughPerturbation(Descent):
-    """`g_s + (d eps/d w)^T g_s = g_s + rho/||g|| H (I - u u^T) g_s`, with u = g/||g||: SAM with the term it drops, for p = 2.
+    """`g_s + (d eps/d w)^T g_s = g_s + rho/||g|| H (I - u u^T) g_s`, with u = g/||g||: SAM with the term it drops.
 
-    Foret et al. 2021, Equation 3 before the approximation. Logs the cosine between this gradient and g_s.
+    Foret et al. 2021, Equation 3 before the approximation; for p = 2. Logs the cosine between this gradient and g_s.
     """
 
     needs: ClassVar = Needs.CLEAN_GRADIENT | Needs.HVP

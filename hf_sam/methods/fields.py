@@ -1,4 +1,4 @@
-"""Hyperparameters with ranges: one check per kind of value, with a message that names the field and the allowed values."""
+"""Hyperparameters with ranges: one check per kind of value; messages name the field and what is allowed."""
 
 from __future__ import annotations
 

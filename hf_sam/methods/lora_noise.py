@@ -22,9 +22,9 @@ class LoraNoise(Ascent):
     """Gaussian noise N on the merged weight `W' = W + s B A` of each LoRA layer, in one pass.
 
     Row i of N has the standard deviation `f_t rho ||W'_i|| / sqrt(n)`, with n the number of inputs and
-    `f_t = (1 - cos(pi t / T)) / 2` over the run; N is redrawn in every step (Flat-LoRA, Li et al. 2024, arXiv 2409.14396,
-    and the authors' code). `(W' + N) x` is computed as `W' x + N x`, and N is drawn from its seed in the forward pass and
-    again in the backward pass. So nothing is stored or restored, and quantized weights work, too.
+    `f_t = (1 - cos(pi t / T)) / 2` over the run; N is redrawn in every step (Flat-LoRA, Li et al. 2024, arXiv
+    2409.14396, and the authors' code). `(W' + N) x` is computed as `W' x + N x`, and N is drawn from its seed in the
+    forward pass and again in the backward pass. So nothing is stored or restored, and quantized weights work, too.
     """
 
     needs: ClassVar = Needs.NOISE

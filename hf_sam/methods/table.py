@@ -1,8 +1,8 @@
 """The table of published methods: name, paper, summary, ascent, descent, and defaults.
 
-A method that only sets defaults is a row here. A method with its own formula is a class (in `ascents.py`, `descents.py`,
-`variants.py` or your own module) and a row. The number of passes and copies, the fields in use and the engines that
-refuse the method all follow from the classes.
+A method that only sets defaults is a row here. A method with its own formula is a class (in `ascents.py`,
+`descents.py`, `variants.py` or your own module) and a row. The number of passes and copies, the fields in use and the
+engines that refuse the method all follow from the classes.
 """
 
 from __future__ import annotations

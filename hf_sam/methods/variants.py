@@ -50,13 +50,14 @@ class LossBudget(Ascent):
 
 @dataclass(frozen=True)
 class Preconditioned(Ascent):
-    """Perturb along `D^-1 g`, `D = sqrt(exp_avg_sq) + floor`: AdamW's own geometry (after Singh et al. 2025, arXiv 2502.02407).
+    """Perturb along `D^-1 g`, with `D = sqrt(exp_avg_sq) + floor`: AdamW's own geometry.
 
-    The Euclidean norm of `eps` is rho, as in the other methods. D is 1 before the optimizer's first step.
+    After Singh et al. 2025, arXiv 2502.02407. The Euclidean norm of `eps` is rho, as in the other methods. D is 1
+    before the optimizer's first step.
 
     Args:
-        floor (`float`): Added to `sqrt(exp_avg_sq)`, relative to its root mean square, so that weights that rarely get a
-            gradient do not take up the whole perturbation.
+        floor (`float`): Added to `sqrt(exp_avg_sq)`, relative to its root mean square, so that weights that rarely get
+            a gradient do not take up the whole perturbation.
 
     Raises:
         ValueError: The optimizer has stepped, but has no readable `exp_avg_sq`.
@@ -83,11 +84,12 @@ class Preconditioned(Ascent):
 
 @dataclass(frozen=True)
 class AboveAverage(Geometry):
-    """SAM in steps whose ||g||^2 exceeds its running mean by c_t standard deviations (AE-SAM, Jiang et al. 2023, arXiv 2304.14647).
+    """SAM in steps whose ||g||^2 exceeds its running mean by c_t standard deviations (AE-SAM).
 
-    The running mean and variance are updated with `n = ||g||^2`, and the step is perturbed if `n >= mean + c_t sd`. c_t
-    goes linearly from `lambda_2` to `lambda_1`, so few steps are perturbed at first and most at the end. All other steps
-    take one pass and step along g. The decision reads one number from the device.
+    Jiang et al. 2023, arXiv 2304.14647. The running mean and variance are updated with `n = ||g||^2`, and the step is
+    perturbed if `n >= mean + c_t sd`. c_t goes linearly from `lambda_2` to `lambda_1`, so few steps are perturbed at
+    first and most at the end. All other steps take one pass and step along g. The decision reads one number from the
+    device.
 
     Args:
         decay (`float`): Decay of the running mean and variance, which start at the first n and at 0.
@@ -164,8 +166,8 @@ class TailClasses(Geometry):
     """Perturb only for examples of rare classes (ImbSAM, Zhou et al. 2023, arXiv 2308.07815).
 
     The step uses the gradient of the common examples at `w` plus `tail_weight` times that of the rare examples at
-    `w + eps`, with eps along the gradient of the rare examples. Which examples are rare is given by `tail_classes`, by the
-    class counts of the training labels, or by an entry of the batch.
+    `w + eps`, with eps along the gradient of the rare examples. Which examples are rare is given by `tail_classes`, by
+    the class counts of the training labels, or by an entry of the batch.
 
     Args:
         tail_classes (`list[int]`, *optional*): The rare classes.

@@ -140,7 +140,8 @@ def survivors(gains: Mapping[float, float | None], keep: int) -> list[float]:
     The values that are promoted, best first.
 
     Args:
-        gains (`Mapping[float, float | None]`): Gain of each value, higher is better; `None` if its run failed or diverged.
+        gains (`Mapping[float, float | None]`): Gain of each value, higher is better; `None` if its run failed or
+            diverged.
         keep (`int`): Number of values to keep; on ties the smaller value is kept.
     """
     scored = {rho: gain for rho, gain in gains.items() if gain is not None and math.isfinite(gain)}

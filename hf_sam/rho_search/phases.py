@@ -211,7 +211,8 @@ class RhoWorkshop(Workshop):
         """
         The score that any model that has learned something exceeds, on the examples of the first of `runs` with scores.
 
-        It is the score of always giving the same answer, or for language models, that of the model before its first step.
+        It is the score of always giving the same answer, or for language models, that of the model before its first
+        step.
         """
         found = [floors for run in runs if self.scores(run) and (floors := self._floors[self.folder(run)])]
         return found[0][self.metric].value if found and self.metric in found[0] else None
@@ -324,7 +325,8 @@ def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
 
 def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
     """
-    The `PassCount` of runs under `config`: one pass in a plain step, and as many as the method takes in a perturbed step.
+    The `PassCount` of runs under `config`: one pass in a plain step, and as many as the method takes in a perturbed
+    step.
 
     Args:
         config (`SAMConfig`): A configuration with rho above 0.

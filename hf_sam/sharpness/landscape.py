@@ -33,7 +33,8 @@ class Line:
 def filter_normalised_direction(loss: SubsetLoss, seed: int = 0) -> Tensor:
     """A Gaussian direction in which each filter has the norm of the weights' filter (Li et al. 2018, Section 4).
 
-    A filter is a row: all weights of one output unit or channel. The direction is 0 for vectors (biases, normalisation layers).
+    A filter is a row: all weights of one output unit or channel. The direction is 0 for vectors (biases, normalisation
+    layers).
 
     Returns:
         `Tensor`: Shape `(P,)`.

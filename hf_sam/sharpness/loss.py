@@ -202,7 +202,8 @@ class SubsetLoss:
         """Whether the model predicts the label at the next position, so that the first label of a row does not count.
 
         Models do not declare this, so it is tested: the loss of several examples together must be the mean over their
-        labels. The examples with the fewest and the most labels show it; if all have the same number, it does not matter.
+        labels. The examples with the fewest and the most labels show it; if all have the same number, it does not
+        matter.
         """
         by_length = sorted(self.subset.examples, key=_length)
         examples = by_length if len(by_length) < 4 else [*by_length[:2], *by_length[-2:]]

@@ -133,8 +133,8 @@ def measure(
         on_measure (`Callable[[str], Any]`, *optional*): Called with the name of each measure before it starts.
 
     Returns:
-        `dict[str, dict]`: For each measure, its results in JSON-compatible form, `seconds`, and `passes` over the subset
-        by kind (a curvature pass is a product with the Hessian).
+        `dict[str, dict]`: For each measure, its results in JSON-compatible form, `seconds`, and `passes` over the
+        subset by kind (a curvature pass is a product with the Hessian).
     """
     results = {}
     for name in config.measures:

@@ -103,8 +103,8 @@ def find_length(search: Search, choice: Choice) -> int:
     """
     The number of optimizer steps of an ordinary run.
 
-    A run is started and stopped before its first step: the Trainer itself determines its length, errors in model or data
-    show up, and the untrained model is evaluated.
+    A run is started and stopped before its first step: the Trainer itself determines its length, errors in model or
+    data show up, and the untrained model is evaluated.
 
     Raises:
         UserError: The run failed; the message is the run's own.

@@ -209,7 +209,7 @@ def find_task(argv: Sequence[str]) -> str:
 
 
 def recorded_data(argv: Sequence[str]) -> list[str]:
-    """The data arguments in the first checkpoint's run record, as command-line arguments; empty if `--dataset` is given."""
+    """The data arguments of the first checkpoint's run record, for a command line; empty if `--dataset` is given."""
     known = _glance(argv)
     if known.dataset is not None or not known.checkpoints or wants_help(argv):
         return []
