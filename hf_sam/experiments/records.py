@@ -6,7 +6,7 @@ A training script writes a record in three lines. The status in the record is ri
     with recording(Path(args.output_dir) / RECORD_NAME, trainer, recipe=settings, task="digits", arm="sam") as record:
         trainer.train()
         record.metrics = evaluate(trainer)          # {"accuracy": 0.93, "nll": ...} on the test split
-        record.predictions = "predictions.parquet"  # optional: a file beside the record, see `RunRecord`
+        record.predictions = "predictions.parquet"  # optional: a file in the same folder, see `RunRecord`
 
 Files are replaced atomically, so a readable record is complete. Secrets are masked: values under keys that name a
 credential, and strings that look like a hub token.
