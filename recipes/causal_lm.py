@@ -2,8 +2,8 @@
 
     accelerate launch recipes/causal_lm.py configs/causal_lm/smollm2_lora.yaml --sam_rho 0.05
 
-Texts, prompts with completions and conversations go through TRL's `SFTTrainer` (packing, completion-only loss, chat
-templates); `--trainer plain` is transformers' own, for texts. `--sam_rho 0` is the baseline with the same script.
+Texts, prompts with completions, and conversations are trained with TRL's `SFTTrainer` (packing, completion-only loss,
+chat templates). `--trainer plain` uses transformers' Trainer, for texts. `--sam_rho 0` is the baseline.
 """
 
 from hf_sam.tasks.command_line.program import run_task

@@ -2,8 +2,8 @@
 
     python recipes/demo.py --output_dir outputs/demo
 
-Every run is `recipes/image_classification.py configs/image_classification/digits.yaml` with the few overrides shown
-below; runs with the same seed share initial weights, data order, subset and wrong labels.
+Every run is `recipes/image_classification.py configs/image_classification/digits.yaml` with a few overrides. Runs with
+the same seed share initial weights, data order, subset and wrong labels.
 """
 
 from hf_sam.tasks.command_line.program import run_task

@@ -2,8 +2,8 @@
 
     python recipes/find_rho.py image_classification configs/image_classification/digits.yaml --label_noise 0.4
 
-First the recipe, then its command line as ever, with the options of the search anywhere among it. The same command goes
-on after an interruption. docs/find_rho.md says how it searches, by which rule it recommends, and what it cannot see.
+Give the recipe, its usual command line, and the options of the search, in any order. After an interruption, the same
+command resumes. docs/find_rho.md describes the search, the rule for the recommendation, and its limits.
 """
 
 from hf_sam.tasks.command_line.program import run_task

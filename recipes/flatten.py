@@ -1,12 +1,13 @@
-"""A short phase of sharpness-aware minimization on a finished checkpoint, before it is quantized, merged or fine-tuned again.
+"""Train a finished checkpoint with SAM for a short phase before quantization, merging or more fine-tuning.
 
     python recipes/flatten.py outputs/minilm                                  # data from its run record
     python recipes/flatten.py some/hub-id --dataset imdb --sam_rho 0.05       # any option of the training recipes
     python recipes/flatten.py outputs/lora --task causal-lm --output_dir outputs/lora-flat
 
-The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It is trained on its
-own task with defaults that depend on its kind (`--learning_rate`, `--sam_rho` and every other option override them). Run record and model
-card say that this was a flatten phase. Whether it helped is measured by `recipes/survival.py BEFORE AFTER`.
+The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It
+is trained on its own task. The defaults depend on its kind; `--learning_rate`, `--sam_rho` and all other options
+override them. Run record and model card say that this was a flatten phase. `recipes/survival.py BEFORE AFTER` measures
+whether it helped.
 """
 
 from hf_sam.tasks.command_line.program import run_task

@@ -36,7 +36,7 @@ assert any("sam_passes" in entry for entry in trainer.state.log_history)
 BENCHMARK = """
 from hf_sam.tasks.benchmark import main
 rows = main(sys.argv[2:] + ["--output_dir", sys.argv[1]])
-assert rows.contender.tolist() == ["trainer", "sam"] and (rows.step_seconds > 0).all()
+assert rows.variant.tolist() == ["trainer", "sam"] and (rows.step_seconds > 0).all()
 """
 COLLECTION = """
 import pytest

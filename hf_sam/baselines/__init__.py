@@ -1,1 +1,1 @@
-"""Trainer callbacks that average weights or add noise to the updates: what SAM is compared with."""
+"""Baselines for SAM, as Trainer callbacks: weight averaging and Entropy-SGD."""

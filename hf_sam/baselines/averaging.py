@@ -1,4 +1,4 @@
-"""Averages of the weights as an arm of a comparison: stochastic weight averaging and an exponential moving average."""
+"""Weight averaging as an arm of a comparison: stochastic weight averaging and an exponential moving average."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ FILE_NAME = "averaged_weights.safetensors"
 
 class WeightAveraging(TrainerCallback):
     """
-    Averages the weights while they train and leaves the average in the model when training ends.
+    Average the weights during training, and load the average into the model when training ends.
 
-    `swa` is the plain mean over the steps from `start` on (Izmailov et al. 2018, arXiv 1803.05407, with the run's own
-    learning rate schedule instead of a cyclic one), `ema` the moving average over all steps. Buffers are averaged
-    too. The average travels with each checkpoint, so that a resumed run ends where an uninterrupted one does.
+    - `swa` is the mean over the steps from `start` on (Izmailov et al. 2018, arXiv 1803.05407, but with the run's own
+      learning rate schedule instead of a cyclic one).
+    - `ema` is the exponential moving average over all steps.
+
+    Buffers are averaged, too. Each checkpoint contains the average, so a resumed run ends with the same weights as an
+    uninterrupted one.
 
     Args:
         kind (`str`): `"swa"` or `"ema"`.
-        start (`float`, *optional*, defaults to 0.75): Share of the run after which `swa` begins, in [0, 1).
-        decay (`float`, *optional*, defaults to 0.999): Of `ema`, in [0, 1).
+        start (`float`, *optional*, defaults to 0.75): Fraction of the run after which `swa` begins, in [0, 1).
+        decay (`float`, *optional*, defaults to 0.999): Decay of `ema`, in [0, 1).
 
     Raises:
-        ValueError: Any of them is out of range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, kind: str, start: float = 0.75, decay: float = 0.999):

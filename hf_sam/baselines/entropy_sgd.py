@@ -1,4 +1,4 @@
-"""Entropy-SGD as an arm of a comparison: the baseline that looks for wide valleys by averaging a random walk."""
+"""Entropy-SGD as an arm of a comparison: a baseline that searches for wide valleys by averaging a random walk."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ FILE_NAME = "entropy_sgd.safetensors"
 
 class EntropySGD(TrainerCallback):
     """
-    Turns the base optimizer's steps into the inner walk of Entropy-SGD (Chaudhari et al. 2017, arXiv 1611.01838, Alg. 1).
+    Turn the optimizer's steps into the inner walk of Entropy-SGD (Chaudhari et al. 2017, arXiv 1611.01838, Alg. 1).
 
-    Each step of the Trainer is one step of Langevin dynamics from `x`, on its own batch and at the base optimizer's
-    learning rate; after `inner_steps` of them `x` moves towards the walk's average, and the next walk begins there:
+    Each step of the Trainer is one step of Langevin dynamics that starts at `x`, on its own batch and at the base
+    optimizer's learning rate. After `inner_steps` steps, `x` moves towards the average of the walk, and the next walk
+    starts there:
 
         x' <- x' - lr [grad L(x') - gamma (x - x')] + sqrt(lr) noise N(0, I)
         mu <- (1 - average) mu + average x'
         every inner_steps:  x <- x - outer_lr (x - mu),  x' <- mu <- x
 
-    With SGD as the base optimizer this is the paper's algorithm, whose outer step `eta gamma` is `outer_lr`; it costs
-    one pass a step. Under DDP ranks draw the same noise.
+    With SGD as the base optimizer, this is the paper's algorithm, whose outer step `eta gamma` is `outer_lr`. It costs
+    one pass per step. Under DDP, all ranks draw the same noise.
 
     Args:
-        inner_steps (`int`, *optional*, defaults to 20): Length L of each walk.
-        gamma (`float`, *optional*, defaults to 0.03): Pull back towards `x`. At least 0.
+        inner_steps (`int`, *optional*, defaults to 20): Length L of each walk, at least 1.
+        gamma (`float`, *optional*, defaults to 0.03): Strength of the pull back to `x`, at least 0.
         average (`float`, *optional*, defaults to 0.75): Weight of the newest point in `mu`, in (0, 1].
-        noise (`float`, *optional*, defaults to 1e-4): Standard deviation of the thermal noise. At least 0.
-        outer_lr (`float`, *optional*, defaults to 1.0): 1 moves `x` to the average.
+        noise (`float`, *optional*, defaults to 1e-4): Standard deviation of the thermal noise, at least 0.
+        outer_lr (`float`, *optional*, defaults to 1.0): Outer step size, above 0; 1 moves `x` to the average.
 
     Raises:
-        ValueError: Any of them is out of range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(

@@ -1,18 +1,18 @@
-"""The cost of a step compared with the stock Trainer: counted passes, bytes and memory, and interleaved timings."""
+"""The cost of a step compared with the stock Trainer: interleaved timings, and counts of passes, bytes and memory."""
 
 from .measure import Counted, Measurement, measure
-from .stepping import HandLoopTrainer, SteppedSAMTrainer, SteppedTrainer, stepped_trainer
-from .variants import CONTENDERS, STOCK, Contender
+from .stepping import ReferenceLoopTrainer, SteppedSAMTrainer, SteppedTrainer, stepped_trainer
+from .variants import STOCK, VARIANTS, Variant
 
 __all__ = [
-    "CONTENDERS",
     "STOCK",
-    "Contender",
+    "VARIANTS",
     "Counted",
-    "HandLoopTrainer",
     "Measurement",
+    "ReferenceLoopTrainer",
     "SteppedSAMTrainer",
     "SteppedTrainer",
+    "Variant",
     "measure",
     "stepped_trainer",
 ]

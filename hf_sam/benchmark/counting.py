@@ -1,4 +1,4 @@
-"""Count what a step really does: forward and backward calls, bytes between processes, and peak memory."""
+"""Count what a step actually does: forward and backward passes, bytes between processes, peak memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ..methods.base import FORWARD_SHARE
 
 class PassCounter:
     """
-    Count the examples that go forward and backward through a trainer's model.
+    Count the examples in forward and backward passes through a trainer's model.
 
         with PassCounter(trainer) as count:
             trainer.take_steps(1)
         count.forward  # examples
 
-    A forward call is a call of the whole model, seen by a hook; a backward call is one of `accelerator.backward`, over
-    the examples of the preceding forward call.
+    A hook counts calls of the whole model as forward passes. Calls of `accelerator.backward` count as backward passes,
+    over the examples of the preceding forward pass.
     """
 
     def __init__(self, trainer: Trainer):
@@ -37,7 +37,7 @@ class PassCounter:
         self._last = 0
 
     def totals(self) -> np.ndarray:
-        """Examples so far: forward, backward, and in passes, where a forward call counts as a third of a pass."""
+        """Examples so far: forward, backward, and whole passes, of which a forward pass counts as a third."""
         passes = FORWARD_SHARE * self.forward + (1 - FORWARD_SHARE) * self.backward
         return np.array([self.forward, self.backward, passes])
 
@@ -64,8 +64,8 @@ class PassClock(PassCounter):
     """
     Also time the passes, from the call of the model to the end of `accelerator.backward`.
 
-    The host waits for the device at both ends, so their work no longer overlaps: the time of a step outside its passes is
-    overestimated, never underestimated.
+    The host waits for the device at both ends, so their work no longer overlaps. The time of a step outside its passes
+    is therefore overestimated, never underestimated.
 
     Args:
         trainer (`SteppedMixin`): The trainer.
@@ -91,9 +91,10 @@ class PassClock(PassCounter):
 
 class ByteCounter(TorchDispatchMode):
     """
-    Count the bytes of the collectives in which this process takes part, called by DDP's reducer, FSDP, or the update.
-    Each counts by its largest buffer: what an all-reduce reduces, an all-gather collects or a reduce-scatter takes as
-    input, whatever the algorithm sends.
+    Count the bytes of the collectives in which this process participates, called by DDP's reducer, FSDP, or the update.
+
+    Each collective counts by its largest buffer (the input of an all-reduce or reduce-scatter, the output of an
+    all-gather), whatever its algorithm actually sends.
     """
 
     def __init__(self):
@@ -119,23 +120,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 class PeakMemory:
     """
-    Measure the peak of the memory that torch has allocated between `from_here` and the end of the block.
+    Measure the peak memory allocated by torch between `from_here` and the end of the block.
 
         with PeakMemory() as memory:
-            trainer = build()  # so that everything that is freed later was counted
+            trainer = build()  # inside the block, so that frees match counted allocations
             memory.from_here(trainer.args.device)
             trainer.take_steps(1)
         memory.bytes()
 
-    On an accelerator it is the allocator's own `max_memory_allocated`. On the CPU, whose allocator keeps no
-    maximum, it is the highest sum of all allocations and frees that torch's profiler sees in the block; memory that
-    libraries allocate on their own is not counted.
+    On an accelerator, this is the allocator's `max_memory_allocated`. The CPU allocator keeps no maximum, so there it
+    is the highest running sum of allocations and frees seen by torch's profiler; memory that libraries allocate
+    themselves is not counted.
     """
 
     _MARK = "hf_sam.benchmark: from here"
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()  # otherwise the memory of an earlier trainer could be freed, and counted, in this block
+        gc.collect()  # otherwise memory of an earlier trainer could be freed, and counted, in this block
         self._profiler = profile(profile_memory=True)
         self._profiler.__enter__()
         return self
@@ -144,7 +145,7 @@ class PeakMemory:
         self._profiler.__exit__(*error)
 
     def from_here(self, device: torch.device) -> None:
-        """Start counting: earlier peaks are ignored."""
+        """Start measuring; earlier peaks are ignored."""
         self._module = None if device.type == "cpu" else torch.get_device_module(device)
         if hasattr(self._module, "reset_peak_memory_stats"):
             self._module.reset_peak_memory_stats()
@@ -152,7 +153,7 @@ class PeakMemory:
             pass
 
     def bytes(self) -> int | None:
-        """The peak in bytes, None if the device cannot measure it; call it after the block."""
+        """The peak in bytes, or None if the device cannot measure it; call it after the block."""
         if self._module is not None:
             return self._module.max_memory_allocated() if hasattr(self._module, "max_memory_allocated") else None
         allocations: list[tuple[int, int]] = []

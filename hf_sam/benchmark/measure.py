@@ -1,8 +1,8 @@
-"""Interleaved timing: all contenders take turns in one run, so that a machine that slows down slows all of them.
+"""Interleaved timing: all variants take turns in one run, so that fluctuations of the machine affect all of them alike.
 
-Each contender has its own model, optimizer and data loader with the same initial state, as in an ordinary run. So that
-twenty copies of a large model need not be in memory at once, contenders run in groups, and the stock Trainer, against
-which all are measured, is in every group.
+Each variant has its own model, optimizer and data loader with the same initial state, as in an ordinary run. To limit
+the number of models in memory, variants run in groups; the stock Trainer, the reference for all ratios, is in every
+group.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from transformers import Trainer
 
 from .counting import ByteCounter, PassCounter, PeakMemory
-from .variants import STOCK, Contender
+from .variants import STOCK, Variant
 
-# From a contender and its number of steps to a trainer of `stepping.py` that is not yet prepared.
-Build = Callable[[Contender, int], Trainer]
+# Builds a trainer from `stepping.py`, not yet prepared, for a variant and a number of steps.
+Build = Callable[[Variant, int], Trainer]
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
 
@@ -27,10 +27,11 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True)
 class Counted:
     """
-    What one contender does per step, averaged over a run.
+    Counts per step of one variant, averaged over a run.
 
     Args:
-        forward, backward, passes (`float`): Examples that went through the model in this way, in units of the step's batch.
+        forward, backward, passes (`float`): Number of examples in forward, backward and whole passes, in units of the
+            batch.
         bytes (`float`): Bytes that this process passed to collectives.
         peak_memory (`int`, *optional*): Peak over all steps, in bytes; see [`~hf_sam.benchmark.counting.PeakMemory`].
     """
@@ -45,18 +46,18 @@ class Counted:
 @dataclass(frozen=True)
 class Measurement:
     """
-    The measurement of one contender.
+    The measurement of one variant.
 
     Args:
-        contender (`Contender`): The contender.
-        counted (`Counted`, *optional*): None if the contender cannot run.
+        variant (`Variant`): The variant.
+        counted (`Counted`, *optional*): None if the variant cannot run.
         seconds (`list[float]`): Time of each step after the warm-up.
         perturbed (`list[bool]`): Whether each of these steps was perturbed.
-        stock_seconds (`list[float]`): Time of the stock Trainer's corresponding step, in the same turns.
-        reason (`str`, *optional*): Why the contender cannot run with this model.
+        stock_seconds (`list[float]`): Time of the stock Trainer's corresponding steps, in the same rounds of turns.
+        reason (`str`, *optional*): Why the variant cannot run with this model.
     """
 
-    contender: Contender
+    variant: Variant
     counted: Counted | None = None
     seconds: list[float] = field(default_factory=list)
     perturbed: list[bool] = field(default_factory=list)
@@ -64,16 +65,16 @@ class Measurement:
     reason: str | None = None
 
     def step_seconds(self, quantile: float = 0.5) -> float:
-        """A quantile of the step time, over perturbed and plain steps weighted by the schedule."""
+        """A quantile of the step time: the average of those of perturbed and plain steps, weighted by their fractions."""
         values = np.array(self.seconds)
         return sum(weight * float(np.quantile(values[rows], quantile)) for weight, rows in self._kinds())
 
     def ratio(self) -> float:
-        """Step time relative to the stock Trainer: medians, each kind of step against the stock Trainer in the same turns."""
+        """Median step time relative to that of the stock Trainer's corresponding steps, for each kind of step."""
         return float(self._ratio([rows for _, rows in self._kinds()]))
 
     def ratio_interval(self, rng: np.random.Generator) -> tuple[float, float]:
-        """Percentile bootstrap interval of `ratio`; the times of a step and of its stock counterpart are drawn together."""
+        """Percentile bootstrap interval of `ratio`; a step and the corresponding stock step are resampled together."""
         kinds = [rows for _, rows in self._kinds()]
         drawn = [rng.choice(rows, (RESAMPLES, len(rows))) for rows in kinds]
         tail = (1 - CONFIDENCE) / 2
@@ -90,14 +91,14 @@ class Measurement:
         )
 
     def _kinds(self) -> list[tuple[float, np.ndarray]]:
-        """Weights and rows of perturbed and of plain steps, for each kind that a long run has."""
-        share, perturbed = self.contender.share_perturbed, np.array(self.perturbed)
+        """Weights and indices of perturbed and plain steps, for each kind that occurs in a long run."""
+        share, perturbed = self.variant.share_perturbed, np.array(self.perturbed)
         kinds = [(share, np.flatnonzero(perturbed)), (1 - share, np.flatnonzero(~perturbed))]
         return [(weight, rows) for weight, rows in kinds if weight > 0]
 
 
 def measure(
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     build: Build,
     *,
     steps: int = 40,
@@ -108,55 +109,56 @@ def measure(
     progress: Callable[[str, int], None] = lambda what, steps: None,
 ) -> list[Measurement]:
     """
-    Count what every contender does, then time the contenders in turns.
+    Count the passes, bytes and memory of every variant, then time the variants in turns.
 
     Args:
-        contenders (`Sequence[Contender]`): The contenders; the stock Trainer is always added as the first.
-        build (`Callable`): Builds a contender's trainer for a number of steps, with the same model and data each time.
-        steps (`int`, *optional*, defaults to 40): Timed steps of every contender.
-        warmup (`int`, *optional*, defaults to 5): Earlier steps that are not timed.
+        variants (`Sequence[Variant]`): The variants; the stock Trainer is always put first.
+        build (`Callable`): Builds a variant's trainer for a number of steps, each time with the same model and data.
+        steps (`int`, *optional*, defaults to 40): Timed steps of every variant.
+        warmup (`int`, *optional*, defaults to 5): Untimed steps before them.
         block (`int`, *optional*, defaults to 5): Steps per turn.
-        at_once (`int`, *optional*, defaults to 6): Contenders in memory at the same time, including the stock Trainer.
+        at_once (`int`, *optional*, defaults to 6): Variants in memory at the same time, including the stock Trainer.
         seed (`int`, *optional*, defaults to 0): Seed of the order of turns.
-        progress (`Callable[[str, int], None]`, *optional*): Called after each turn with the contender's name and its steps.
+        progress (`Callable[[str, int], None]`, *optional*): Called after each turn with the variant's name and its
+            steps.
 
     Returns:
-        `list[Measurement]`: In the order of `contenders`, the stock Trainer first.
+        `list[Measurement]`: In the order of `variants`, the stock Trainer first.
 
     Raises:
-        ValueError: A contender would have no timed step of a kind in its schedule, or the stock Trainer cannot train
-            this model.
+        ValueError: A variant would have no timed step of one kind, perturbed or plain, or the stock Trainer cannot
+            train this model.
     """
-    contenders = [STOCK, *(contender for contender in contenders if contender != STOCK)]
-    for contender in contenders:
-        _check_kinds(contender, steps, warmup)
+    variants = [STOCK, *(variant for variant in variants if variant != STOCK)]
+    for variant in variants:
+        _check_kinds(variant, steps, warmup)
     found: dict[str, Counted | str] = {}
-    for contender in contenders:
-        found[contender.name] = count(contender, build)
-        progress(contender.name, 1)
-        if contender == STOCK and isinstance(found[STOCK.name], str):
+    for variant in variants:
+        found[variant.name] = count(variant, build)
+        progress(variant.name, 1)
+        if variant == STOCK and isinstance(found[STOCK.name], str):
             raise ValueError(found[STOCK.name])
-    possible = [c for c in contenders[1:] if isinstance(found[c.name], Counted)]
+    possible = [c for c in variants[1:] if isinstance(found[c.name], Counted)]
     measured: dict[str, Measurement] = {}
     for group in _groups(possible, at_once - 1):
         seconds = _timed([STOCK, *group], build, steps + warmup, block, seed, progress)
-        for contender in (STOCK, *group):
+        for variant in (STOCK, *group):
             measured.setdefault(
-                contender.name,
+                variant.name,
                 Measurement(
-                    contender,
-                    found[contender.name],
-                    seconds[contender.name][warmup:],
-                    contender.perturbs(steps + warmup)[warmup:],
+                    variant,
+                    found[variant.name],
+                    seconds[variant.name][warmup:],
+                    variant.perturbs(steps + warmup)[warmup:],
                     seconds[STOCK.name][warmup:],
                 ),
             )
-    return [measured.get(c.name) or Measurement(c, reason=found[c.name]) for c in contenders]
+    return [measured.get(c.name) or Measurement(c, reason=found[c.name]) for c in variants]
 
 
 def turns(names: Sequence[str], steps: int, block: int, seed: int) -> Iterator[tuple[str, int]]:
     """
-    The turns and their numbers of steps: every contender has one turn per round, in a new random order.
+    The order of turns, with their numbers of steps: in every round, each variant has one turn, in a new random order.
 
     The last round takes the remaining steps.
     """
@@ -167,18 +169,18 @@ def turns(names: Sequence[str], steps: int, block: int, seed: int) -> Iterator[t
         yield from ((name, min(block, steps - first)) for name in order)
 
 
-def count(contender: Contender, build: Build) -> Counted | str:
+def count(variant: Variant, build: Build) -> Counted | str:
     """
-    Run a few steps of one contender alone, after one uncounted step, and count what they do.
+    Run a few steps of one variant alone, after one uncounted step, and count their passes, bytes and memory.
 
     Returns:
-        `Counted`, or the reason why the contender cannot run with this model.
+        `Counted`, or the reason why the variant cannot run with this model.
     """
-    steps = 1 + max(5, (contender.sam.interval or 1) if contender.sam else 1)
-    kinds, counts = contender.perturbs(steps)[1:], []
+    steps = 1 + max(5, (variant.sam.interval or 1) if variant.sam else 1)
+    kinds, counts = variant.perturbs(steps)[1:], []
     try:
         with PeakMemory() as memory:
-            trainer = build(contender, steps)
+            trainer = build(variant, steps)
             trainer.prepare()
             trainer.take_steps(1)
             memory.from_here(trainer.args.device)
@@ -193,7 +195,7 @@ def count(contender: Contender, build: Build) -> Counted | str:
         return " ".join(str(error).split())
     args = trainer.args
     examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    table, share = np.array(counts, dtype=float), contender.share_perturbed
+    table, share = np.array(counts, dtype=float), variant.share_perturbed
     means = sum(
         weight * table[np.array(kinds) == kind].mean(0)
         for weight, kind in ((share, True), (1 - share, False))
@@ -203,15 +205,15 @@ def count(contender: Contender, build: Build) -> Counted | str:
 
 
 def _timed(
-    group: Sequence[Contender],
+    group: Sequence[Variant],
     build: Build,
     steps: int,
     block: int,
     seed: int,
     progress: Callable[[str, int], None],
 ) -> dict[str, list[float]]:
-    """Seconds of every step of every contender in a group, which take turns; the stock Trainer is first."""
-    trainers = {contender.name: build(contender, steps) for contender in group}
+    """Seconds of every step of the variants in a group, which take turns; the stock Trainer is first."""
+    trainers = {variant.name: build(variant, steps) for variant in group}
     for trainer in trainers.values():
         trainer.prepare()
     for name, count in turns(list(trainers), steps, block, seed):
@@ -222,18 +224,18 @@ def _timed(
     return {name: trainer.clock.seconds for name, trainer in trainers.items()}
 
 
-def _groups(contenders: Sequence[Contender], size: int) -> Iterator[Sequence[Contender]]:
-    """Parts of at most `size` and nearly equal size; one empty part if there is only the stock Trainer."""
-    number = max(1, -(-len(contenders) // size))
+def _groups(variants: Sequence[Variant], size: int) -> Iterator[Sequence[Variant]]:
+    """Groups of at most `size` variants and nearly equal size; one empty group if there is only the stock Trainer."""
+    number = max(1, -(-len(variants) // size))
     for index in range(number):
-        yield contenders[index::number]
+        yield variants[index::number]
 
 
-def _check_kinds(contender: Contender, steps: int, warmup: int) -> None:
-    kinds = set(contender.perturbs(steps + warmup)[warmup:])
-    share = contender.share_perturbed
+def _check_kinds(variant: Variant, steps: int, warmup: int) -> None:
+    kinds = set(variant.perturbs(steps + warmup)[warmup:])
+    share = variant.share_perturbed
     if (share > 0 and True not in kinds) or (share < 1 and False not in kinds):
         raise ValueError(
-            f"steps={steps} after warmup={warmup} hold no {'perturbed' if True not in kinds else 'plain'} step of "
-            f"{contender.name}: give more steps, or remove {contender.name} from methods."
+            f"steps={steps} after warmup={warmup} include no {'perturbed' if True not in kinds else 'plain'} step of "
+            f"{variant.name}. Give more steps, or remove {variant.name} from methods."
         )

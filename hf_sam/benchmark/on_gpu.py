@@ -3,10 +3,10 @@ Measure the cost of a step of each method on the available GPU, in a few minutes
 
     python -m hf_sam.benchmark.on_gpu --minutes 8 --output_dir outputs/bench-gpu
 
-A cell is a model, a batch size and a precision. In each cell, all contenders take the same steps from the same initial
-state: a few to warm up, two under the profiler, five in which the passes are timed separately, and then the timed steps, in
-turns. `bench.json` and `bench.md` are rewritten after every cell. When the time is up, or on SIGTERM or Ctrl-C, the results
-so far are kept and the remaining cells are listed.
+A cell is a model, a batch size and a precision. In each cell, all variants take the same steps from the same initial
+state: a few to warm up, two under the profiler, five in which the passes are timed separately, and then the timed
+steps, in turns. `bench.json` and `bench.md` are rewritten after every cell. When the time is up, or on SIGTERM or
+Ctrl-C, the results so far are kept and the remaining cells are listed.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from transformers import (
 from .counting import PassClock
 from .measure import Measurement, turns
 from .stepping import SteppedTrainer, stepped_trainer
-from .variants import CONTENDERS, STOCK, Contender
+from .variants import STOCK, VARIANTS, Variant
 
 NAMES = ("trainer", "hand-loop", "pytorch-optimizer", "sam", "asam", "gsam", "looksam", "msam", "periodic", "previous")
 WARMUP, PROFILED, SPLIT = 5, 2, 5  # steps before the timed ones; the schedules' period is 5
 BLOCK, SLOW = 5, 0.3  # steps per turn, and seconds per step above which there is only one turn
-WHEN_COMPILED = ("trainer", "hand-loop", "sam")  # each is compiled separately
+WHEN_COMPILED = ("trainer", "hand-loop", "sam")  # few, since each is compiled separately
 ENDING = 10.0  # seconds of `--minutes` reserved for the end
-# The profiler's names for launches of kernels and copies, and for waiting for the device. On the CPU: for dispatched
-# operations, and for reading numbers from tensors.
+# The profiler's names for launches of kernels and copies, and for waits for the device. On the CPU, these are dispatched
+# operations, and reads of numbers from tensors.
 LAUNCHES = re.compile(r"(cuda|cu|hip)(Ext)?(Module)?(LaunchKernel|GraphLaunch|MemcpyAsync|MemsetAsync)|aten::")
 SYNCHRONISATIONS = re.compile(
     r"(cuda|cu|hip)(Stream|Event|Device|Ctx)Synchronize|(cuda|hip)Memcpy$|aten::_local_scalar_dense$"
@@ -67,7 +67,7 @@ COUNTED = {"launches": LAUNCHES, "synchronisations": SYNCHRONISATIONS}
 
 
 class Stop(BaseException):
-    """The time is up, or the process was asked to stop."""
+    """The time is up, or the process received a signal to stop."""
 
 
 # --- models ------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def bert(tiny: bool) -> tuple[PreTrainedModel, dict[str, Tensor]]:
 
 
 def llama(tiny: bool, lora: bool) -> tuple[Any, dict[str, Tensor]]:
-    """0.5 billion parameters, embeddings tied."""
+    """A Llama of 0.5 billion parameters with tied embeddings."""
     size = {"hidden_size": 1024, "num_hidden_layers": 30, "num_attention_heads": 16, "num_key_value_heads": 8}
     size |= {"intermediate_size": 4096, "vocab_size": 32000}
     if tiny:
@@ -116,11 +116,13 @@ def llama(tiny: bool, lora: bool) -> tuple[Any, dict[str, Tensor]]:
 @dataclass(frozen=True)
 class Model:
     """
+    A model to measure.
+
     Args:
-        build (`Callable`): Takes whether the model is to be tiny; returns the model and one example.
+        build (`Callable`): Returns the model and one example; the argument says whether the model should be tiny.
         batches (`tuple[int, int]`): A batch size that leaves a large GPU partly idle, and one that fills it.
-        home (`str`): The precision in which it is usually trained, whose cells come first.
-        at_once (`int`): Contenders in memory at the same time.
+        home (`str`): The precision in which the model is usually trained; its cells come first.
+        at_once (`int`): Number of variants in memory at the same time.
     """
 
     build: Callable[[bool], tuple[Any, dict[str, Tensor]]]
@@ -142,7 +144,7 @@ MODELS: dict[str, Model] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting; `fills` says whether its batch is meant to fill the GPU."""
+    """One setting; `fills` says whether the batch is meant to fill the GPU."""
 
     model: str
     precision: str
@@ -163,17 +165,17 @@ def cells(tiny: bool) -> list[Cell]:
     return [cell for _, cell in sorted(found, key=lambda entry: entry[0])]
 
 
-# --- one contender -----------------------------------------------------------------------------------------------------
+# --- one variant -------------------------------------------------------------------------------------------------------
 
 
-def build(cell: Cell, contender: Contender, model: Any, example: dict[str, Tensor], device: str) -> SteppedTrainer:
-    """A prepared trainer that repeats one batch, already on the device."""
+def build(cell: Cell, variant: Variant, model: Any, example: dict[str, Tensor], device: str) -> SteppedTrainer:
+    """A prepared trainer that repeats one batch, which is on the device."""
     is_compiled = cell.precision == COMPILED
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
-        del os.environ[name]  # set by the arguments of a compiled cell
+        del os.environ[name]  # left over from the arguments of a compiled cell
     torch.set_float32_matmul_precision("high" if cell.precision == TF32 else "highest")
     args = TrainingArguments(
-        tempfile.gettempdir(),  # nothing is written there
+        tempfile.gettempdir(),  # required, but unused
         use_cpu=device == "cpu",
         bf16=cell.precision in (AUTOCAST, COMPILED),
         torch_compile=is_compiled,
@@ -193,7 +195,7 @@ def build(cell: Cell, contender: Contender, model: Any, example: dict[str, Tenso
     model = copy.deepcopy(model).to(torch.bfloat16 if cell.precision == PURE else torch.float32)
     if cell.precision == PURE and "pixel_values" in example:
         example = example | {"pixel_values": example["pixel_values"].bfloat16()}
-    trainer = stepped_trainer(contender, model=model, args=args, train_dataset=[example] * cell.batch_size)
+    trainer = stepped_trainer(variant, model=model, args=args, train_dataset=[example] * cell.batch_size)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.prepare()
     trainer._batches = itertools.repeat(next(trainer._batches))  # collating is not measured
@@ -201,7 +203,7 @@ def build(cell: Cell, contender: Contender, model: Any, example: dict[str, Tenso
 
 
 def profiled(step: Callable[[], None], clock: Any, device: str) -> dict[str, int]:
-    """Launches and waits of one step, from the profiler."""
+    """Number of launches and waits in one step, from the profiler."""
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     clock.wait()
     clock.watch = watch = profile(activities=[kind])
@@ -211,8 +213,8 @@ def profiled(step: Callable[[], None], clock: Any, device: str) -> dict[str, int
     return {name: sum(row.count for row in table if pattern.match(row.key)) for name, pattern in COUNTED.items()}
 
 
-class Nothing:
-    """An empty step: the launches and waits of the profiler itself."""
+class EmptyStep:
+    """An empty step, to measure the launches and waits of the profiler itself."""
 
     def __init__(self, clock: Any):
         self._clock = clock
@@ -222,25 +224,25 @@ class Nothing:
         self._clock.stop()
 
 
-def looked_at(cell: Cell, contender: Contender, trainer: SteppedTrainer, before: int, device: str) -> dict[str, Any]:
+def inspect_step(cell: Cell, variant: Variant, trainer: SteppedTrainer, before: int, device: str) -> dict[str, Any]:
     """
-    Counts of one step, its peak memory and the share of time outside its passes, after a warm-up.
+    Counts of one step, its peak memory, and the time outside its passes, after a warm-up.
 
     Args:
         before (`int`): Bytes allocated before this trainer was built.
     """
     trainer.take_steps(WARMUP)
-    own = profiled(Nothing(trainer.clock), trainer.clock, device)
+    own = profiled(EmptyStep(trainer.clock), trainer.clock, device)
     counts = [profiled(lambda: trainer.take_steps(1), trainer.clock, device) for _ in range(PROFILED)]
     row: dict[str, Any] = {
-        name: weighted(contender, WARMUP, [max(0, count[name] - own[name]) for count in counts], np.mean)
+        name: weighted(variant, WARMUP, [max(0, count[name] - own[name]) for count in counts], np.mean)
         for name in COUNTED
     }
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     outside, whole = [], []
     for _ in range(SPLIT):
-        if cell.precision == COMPILED:  # hooks would break its graph
+        if cell.precision == COMPILED:  # hooks would break the graph
             trainer.take_steps(1)
             continue
         with PassClock(trainer) as passes:
@@ -248,15 +250,15 @@ def looked_at(cell: Cell, contender: Contender, trainer: SteppedTrainer, before:
         whole.append(trainer.clock.seconds[-1])
         outside.append(whole[-1] - passes.seconds)
     if whole:
-        row["outside"] = weighted(contender, WARMUP + PROFILED, outside, np.median)
-        row["watched_step"] = weighted(contender, WARMUP + PROFILED, whole, np.median)
+        row["outside"] = weighted(variant, WARMUP + PROFILED, outside, np.median)
+        row["watched_step"] = weighted(variant, WARMUP + PROFILED, whole, np.median)
     row["peak_memory"] = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
     return row
 
 
-def weighted(contender: Contender, first: int, values: Sequence[float], average: Callable) -> float:
-    """The averages of perturbed and plain steps, weighted by their shares in a long run."""
-    kinds, share = np.array(contender.perturbs(first + len(values))[first:]), contender.share_perturbed
+def weighted(variant: Variant, first: int, values: Sequence[float], average: Callable) -> float:
+    """The averages of perturbed and plain steps, weighted by their fractions in a long run."""
+    kinds, share = np.array(variant.perturbs(first + len(values))[first:]), variant.share_perturbed
     parts = ((share, np.array(values)[kinds]), (1 - share, np.array(values)[~kinds]))
     return float(sum(weight * average(part) for weight, part in parts if weight))
 
@@ -264,18 +266,18 @@ def weighted(contender: Contender, first: int, values: Sequence[float], average:
 # --- one cell ----------------------------------------------------------------------------------------------------------
 
 
-def run_cell(cell: Cell, contenders: Sequence[Contender], device: str, steps: int) -> list[dict[str, Any]]:
-    """One row per contender; if memory runs out, it is repeated with two contenders at a time."""
+def run_cell(cell: Cell, variants: Sequence[Variant], device: str, steps: int) -> list[dict[str, Any]]:
+    """One row per variant. If memory runs out, the group is repeated with two variants at a time."""
     set_seed(0)
     try:
         model, example = MODELS[cell.model].build(device == "cpu")
     except ImportError as error:
-        return [{"contender": c.name, "problem": f"{error.name} is not installed"} for c in contenders]
+        return [{"variant": c.name, "problem": f"{error.name} is not installed"} for c in variants]
     if cell.precision == COMPILED:
-        contenders = [contender for contender in contenders if contender.name in WHEN_COMPILED]
+        variants = [variant for variant in variants if variant.name in WHEN_COMPILED]
     rows: dict[str, dict[str, Any]] = {}
     size = MODELS[cell.model].at_once - 1
-    others = [contender for contender in contenders if contender != STOCK]
+    others = [variant for variant in variants if variant != STOCK]
     while others:
         group, others = others[:size], others[size:]
         try:
@@ -291,23 +293,23 @@ def run_cell(cell: Cell, contenders: Sequence[Contender], device: str, steps: in
             if device == "cuda":
                 torch.cuda.empty_cache()
         rows = {**found, **rows} if STOCK.name in rows and "problem" not in rows[STOCK.name] else {**rows, **found}
-    return [{"contender": c.name} | rows[c.name] for c in contenders]
+    return [{"variant": c.name} | rows[c.name] for c in variants]
 
 
 def run_group(
-    cell: Cell, group: Sequence[Contender], model: Any, example: dict[str, Tensor], device: str, steps: int
+    cell: Cell, group: Sequence[Variant], model: Any, example: dict[str, Tensor], device: str, steps: int
 ) -> dict[str, dict[str, Any]]:
-    """The contenders that are in memory together; the stock Trainer is the first."""
+    """The rows of the variants in memory at the same time; the stock Trainer is first."""
     trainers, rows = {}, {}
-    for contender in group:
+    for variant in group:
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
         try:
-            trainer = build(cell, contender, model, example, device)
-            rows[contender.name] = looked_at(cell, contender, trainer, before, device)
+            trainer = build(cell, variant, model, example, device)
+            rows[variant.name] = inspect_step(cell, variant, trainer, before, device)
         except ValueError as error:
-            rows[contender.name] = {"problem": " ".join(str(error).split())}
+            rows[variant.name] = {"problem": " ".join(str(error).split())}
         else:
-            trainers[contender.name] = trainer
+            trainers[variant.name] = trainer
     first = WARMUP + PROFILED + SPLIT
     steps = min(steps, BLOCK) if max(trainer.clock.seconds[-1] for trainer in trainers.values()) > SLOW else steps
     for trainer in trainers.values():
@@ -315,31 +317,33 @@ def run_group(
     for name, count in turns(list(trainers), steps, BLOCK, seed=0):
         trainers[name].take_steps(count)
     stock = trainers[STOCK.name].clock.seconds
-    for contender in (contender for contender in group if contender.name in trainers):
+    for variant in (variant for variant in group if variant.name in trainers):
         timed = Measurement(
-            contender,
-            seconds=trainers[contender.name].clock.seconds,
-            perturbed=contender.perturbs(first + steps)[first:],
+            variant,
+            seconds=trainers[variant.name].clock.seconds,
+            perturbed=variant.perturbs(first + steps)[first:],
             stock_seconds=stock,
         )
-        row = rows[contender.name]
+        row = rows[variant.name]
         low, high = timed.ratio_interval(np.random.default_rng(0))
-        row |= {"passes": contender.claimed_passes, "ratio": timed.ratio(), "ratio_low": low, "ratio_high": high}
+        row |= {"passes": variant.expected_passes, "ratio": timed.ratio(), "ratio_low": low, "ratio_high": high}
         row |= {f"seconds_{at}": timed.step_seconds(at / 100) for at in (25, 50, 75)}
         if "outside" in row:
             row["bookkeeping"] = (row["outside"] - rows[STOCK.name]["outside"]) / row["watched_step"]
-        trainers[contender.name].close()
+        trainers[variant.name].close()
     return rows
 
 
-# --- all of them -------------------------------------------------------------------------------------------------------
+# --- all cells ---------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None, age: float = 0.0) -> int:
     """
+    Measure all cells within the time limit.
+
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
-        age (`float`, *optional*, defaults to 0): Seconds that count as already used.
+        age (`float`, *optional*, defaults to 0): Seconds already used.
 
     Returns:
         `int`: The exit status.
@@ -347,18 +351,18 @@ def main(argv: Sequence[str] | None = None, age: float = 0.0) -> int:
     began = time.monotonic() - age
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="Of wall-clock time at most, start and end included."
+        "--minutes", type=float, default=8.0, help="Limit of the wall-clock time, including start and end."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench-gpu"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to see it run.")
-    parser.add_argument("--only", default="", help="A regular expression: cells whose name it is found in.")
-    parser.add_argument("--contenders", nargs="+", default=NAMES, choices=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=15, help="Timed steps of every contender, at least 5.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run with tiny models.")
+    parser.add_argument("--only", default="", help="Measure only cells whose name matches this regular expression.")
+    parser.add_argument("--variants", nargs="+", default=NAMES, choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=15, help="Timed steps per variant, at least 5.")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is visible here: nothing was measured (--device cpu is a dry run)", file=sys.stderr)
+        print("No CUDA device is available. Use --device cpu for a dry run.", file=sys.stderr)
         return 1
-    contenders = [STOCK, *(CONTENDERS[name] for name in options.contenders if name != STOCK.name)]
+    variants = [STOCK, *(VARIANTS[name] for name in options.variants if name != STOCK.name)]
     left = [cell for cell in cells(options.device == "cpu") if re.search(options.only, str(cell))]
     document = {"environment": environment(options.device), "minutes": options.minutes, "cells": [], "left_out": []}
     transformers.utils.logging.set_verbosity_error()
@@ -375,7 +379,7 @@ def main(argv: Sequence[str] | None = None, age: float = 0.0) -> int:
             print(f"{time.monotonic() - began:4.0f} s  {left[0]}", flush=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                rows = run_cell(left[0], contenders, options.device, options.steps)
+                rows = run_cell(left[0], variants, options.device, options.steps)
             document["cells"].append(asdict(left.pop(0)) | {"rows": rows})
             write(document, options.output_dir, began, left, "still running")
     except Stop as error:
@@ -392,7 +396,7 @@ def main(argv: Sequence[str] | None = None, age: float = 0.0) -> int:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The GPU and the versions of software."""
+    """The GPU and software versions."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, tiny models: a dry run",
         "memory": torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
@@ -404,7 +408,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write(document: dict[str, Any], folder: Path, began: float, left: Sequence[Cell], reason: str) -> None:
-    """Write both files, so that each is complete whenever the process ends."""
+    """Write both files atomically, so that they are complete whenever the process ends."""
     document |= {"seconds": round(time.monotonic() - began, 1), "left_out": [str(c) for c in left], "end": reason}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("bench.json", json.dumps(document, indent=1)), ("bench.md", page(document))):
@@ -413,12 +417,12 @@ def write(document: dict[str, Any], folder: Path, began: float, left: Sequence[C
         beside.replace(folder / name)
 
 
-HEAD = ("contender", "step (ms), quartiles", "ratio, 95 %", "passes", "peak (MiB)", "launches", "synchronisations")
+HEAD = ("variant", "step (ms), quartiles", "ratio, 95 %", "passes", "peak (MiB)", "launches", "synchronisations")
 HEAD += ("bookkeeping",)
 
 
 def page(document: dict[str, Any]) -> str:
-    """The tables, after a summary for `sam`."""
+    """The report in Markdown: a summary, then one table per cell."""
     made, where = document["cells"], document["environment"]
     lines = [f"# What a step costs on {where['device']}", "", *summary(made), ""]
     for cell in made:
@@ -440,10 +444,10 @@ def page(document: dict[str, Any]) -> str:
 
 def line(row: dict[str, Any]) -> str:
     if "problem" in row:
-        return f"| {row['contender']} | {row['problem']} |" + " |" * (len(HEAD) - 2)
+        return f"| {row['variant']} | {row['problem']} |" + " |" * (len(HEAD) - 2)
     low, median, high = (1e3 * row[f"seconds_{at}"] for at in (25, 50, 75))
     cells_ = [
-        row["contender"],
+        row["variant"],
         f"{median:.2f} [{low:.2f}, {high:.2f}]",
         f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
         f"{row['passes']:.2f}",
@@ -456,7 +460,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary(made: Sequence[dict[str, Any]]) -> list[str]:
-    """The worst values, as a short summary."""
+    """A short summary of the worst ratios."""
     lines = []
     for name, fills, what in (
         ("sam", True, "where the batch fills the card"),
@@ -470,7 +474,7 @@ def summary(made: Sequence[dict[str, Any]]) -> list[str]:
             (row, cell)
             for cell in made
             for row in cell["rows"]
-            if row["contender"] == name and "ratio" in row and fills in (None, cell["fills"])
+            if row["variant"] == name and "ratio" in row and fills in (None, cell["fills"])
         ]
         if rows:
             row, cell = max(rows, key=lambda entry: entry[0]["ratio"])

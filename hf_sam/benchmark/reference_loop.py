@@ -1,7 +1,7 @@
-"""SAM as usually written by hand: a loop over parameters, two passes, and one step of the base optimizer.
+"""A reference loop: SAM as usually written by hand, with loops over parameters, two passes, and one optimizer step.
 
-It follows the widely used PyTorch implementation of Foret et al. 2021 (github.com/davda54/sam): `first_step`
-moves to `w + eps` and keeps a copy of every weight; `second_step` moves back and steps the base optimizer.
+It follows the widely used PyTorch implementation of Foret et al. 2021 (github.com/davda54/sam): `first_step` moves to
+`w + eps` and keeps a copy of every weight; `second_step` moves back and steps the base optimizer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class TwoPassLoop:
         model (`nn.Module`): The model, wrapped for distributed training if there are several processes.
         optimizer (`torch.optim.Optimizer`): The base optimizer.
         scheduler (`torch.optim.lr_scheduler.LRScheduler`): The scheduler of its learning rate.
-        accelerator (`Accelerator`): Runs the backward pass, and delays synchronisation under accumulation.
+        accelerator (`Accelerator`): Runs the backward pass, and defers synchronization under gradient accumulation.
         rho (`float`): Size of the perturbation.
-        max_grad_norm (`float`): Norm at which the gradient is clipped before the optimizer's step; 0 for no clipping.
+        max_grad_norm (`float`): Norm to which the gradient is clipped before the optimizer step; 0 for no clipping.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TwoPassLoop:
         self._kept: dict[Parameter, torch.Tensor] = {}
 
     def step(self, window: list[dict[str, Any]]) -> None:
-        """Run both passes over the micro-batches of one optimizer step, and the step."""
+        """Run both passes over the micro-batches of one optimizer step, then the step."""
         self.model.train()
         self._passes(window)
         self.first_step()

@@ -19,15 +19,15 @@ from transformers import Trainer, TrainerCallback
 from ..trainer import SAMTrainerMixin
 from ..update.random_states import RandomStates
 from .reference_loop import TwoPassLoop
-from .variants import Contender
+from .variants import Variant
 
 
 class SteppedMixin:
     """
-    Mixed into a `Trainer`; see the module.
+    Mixin for a `Trainer` that runs step by step; see the module's docstring.
 
     Attributes:
-        clock (`StepClock`): The clock of the optimizer steps so far.
+        clock (`StepClock`): Times of the optimizer steps so far.
     """
 
     def __init__(self, *args, **kwargs):
@@ -82,9 +82,9 @@ class SteppedSAMTrainer(SteppedMixin, SAMTrainerMixin, Trainer):
     """`SAMTrainer`, step by step."""
 
 
-class HandLoopTrainer(SteppedTrainer):
+class ReferenceLoopTrainer(SteppedTrainer):
     """
-    A stock Trainer that only prepares the run; a hand-written loop takes the steps.
+    A stock Trainer that prepares the run, while a hand-written loop takes the steps.
 
     Args:
         rho (`float`): Size of the perturbation.
@@ -97,38 +97,40 @@ class HandLoopTrainer(SteppedTrainer):
 
     def prepare(self) -> None:
         super().prepare()
-        self._hand = self._loop_class(
+        self._reference_loop = self._loop_class(
             self._loop["model"], self.optimizer, self.lr_scheduler, self.accelerator, self._rho, self.args.max_grad_norm
         )
 
     def _take(self, batches: list[dict[str, Any]], window: int) -> None:
         for first in range(0, len(batches), window):
             self.clock.start()
-            self._hand.step(batches[first : first + window])
+            self._reference_loop.step(batches[first : first + window])
             self.clock.stop()
             self.state.global_step += 1
 
 
-def stepped_trainer(contender: Contender, **kwargs: Any) -> SteppedTrainer | SteppedSAMTrainer:
-    """The trainer of a contender; `kwargs` are those of any Trainer."""
-    if contender.loop is not None:
-        return HandLoopTrainer(rho=contender.sam.rho, loop=contender.loop, **kwargs)
-    if contender.sam is None:
+def stepped_trainer(variant: Variant, **kwargs: Any) -> SteppedTrainer | SteppedSAMTrainer:
+    """The trainer of a variant; `kwargs` are those of any Trainer."""
+    if variant.loop is not None:
+        return ReferenceLoopTrainer(rho=variant.sam.rho, loop=variant.loop, **kwargs)
+    if variant.sam is None:
         return SteppedTrainer(**kwargs)
-    return SteppedSAMTrainer(sam_config=contender.sam, **kwargs)
+    return SteppedSAMTrainer(sam_config=variant.sam, **kwargs)
 
 
 class StepClock(TrainerCallback):
     """
-    Time whole optimizer steps, from a fetched batch to zeroed gradients: forward and backward passes, clipping,
-    optimizer, scheduler. Fetching the batch and logging are not included.
+    Time whole optimizer steps, from a fetched batch to zeroed gradients.
+
+    A step includes forward and backward passes, clipping, optimizer and scheduler, but not fetching the batch or
+    logging.
 
     Args:
-        device (`torch.device`): The device to wait for before and after each step, unless it is the CPU.
+        device (`torch.device`): The device to synchronize with before and after each step, unless it is the CPU.
 
     Attributes:
         seconds (`list[float]`): Time of every step.
-        watch (context manager, *optional*): Entered at the start and left at the end of a step, instead of timing it.
+        watch (context manager, *optional*): Entered at the start and exited at the end of a step, instead of timing it.
     """
 
     def __init__(self, device: torch.device):

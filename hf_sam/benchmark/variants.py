@@ -1,4 +1,4 @@
-"""The contenders: the stock Trainer, `SAMTrainer` without perturbation, hand-written loops, every method, combinations."""
+"""The variants to compare: the stock Trainer, `SAMTrainer` with rho=0, hand-written loops, all methods, combinations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..methods.table import METHODS
 from ..update.schedule import Schedule
 from .reference_loop import PytorchOptimizerLoop, TwoPassLoop
 
-LONG_RUN = 10_000  # steps; long enough that a schedule's share of perturbed steps has converged
+LONG_RUN = 10_000  # steps; long enough for a schedule's fraction of perturbed steps to converge
 
 
 @dataclass(frozen=True)
-class Contender:
+class Variant:
     """
     One way to take an optimizer step.
 
     Args:
-        name (`str`): Its name in tables and on the command line.
-        sam (`SAMConfig`, *optional*): For `SAMTrainer`; None is the stock Trainer.
-        loop (`type`, *optional*): A plain PyTorch loop with the update of `sam` instead of `SAMTrainer`.
+        name (`str`): The name in tables and on the command line.
+        sam (`SAMConfig`, *optional*): Configuration of `SAMTrainer`; None is the stock Trainer.
+        loop (`type`, *optional*): A plain PyTorch loop that performs the update of `sam`, instead of `SAMTrainer`.
     """
 
     name: str
@@ -32,17 +32,17 @@ class Contender:
 
     @cached_property
     def share_perturbed(self) -> float:
-        """The share of steps that compute a perturbation, in a long run."""
+        """The fraction of steps that compute a perturbation, in a long run."""
         return sum(self.perturbs(LONG_RUN)) / LONG_RUN
 
     @property
-    def claimed_passes(self) -> float:
-        """Forward-backward passes per step according to the configuration, averaged over a long run."""
+    def expected_passes(self) -> float:
+        """Forward-backward passes per step according to the configuration, on average over a long run."""
         schedule = self._schedule(LONG_RUN)
         return sum(schedule.passes(step) for step in range(LONG_RUN)) / LONG_RUN if schedule else 1.0
 
     def perturbs(self, steps: int, warmup_steps: int = 0) -> list[bool]:
-        """Which steps of a run compute a perturbation and so cost `passes_per_step`; carrying one on is free."""
+        """Which steps of a run compute a perturbation, and so cost `passes_per_step`; reusing one is free."""
         schedule = self._schedule(steps, warmup_steps)
         return [bool(schedule) and schedule.perturbs(step) and schedule.age(step) == 0 for step in range(steps)]
 
@@ -50,26 +50,26 @@ class Contender:
         return Schedule.resolve(self.sam, steps, warmup_steps) if self.sam and self.sam.rho > 0 else None
 
 
-STOCK = Contender("trainer")
+STOCK = Variant("trainer")
 
 _COMBINATIONS: dict[str, SAMConfig] = {
-    "subset-5": SAMConfig(method="subset", interval=5),  # a quarter of the batch, on every fifth step
+    "subset-5": SAMConfig(method="subset", interval=5),  # on a quarter of the batch, every 5 steps
     "late-5": SAMConfig(method="late", interval=5),
     "late-subset": SAMConfig(method="late", ascent_fraction=0.25),
     "norm-only-subset": SAMConfig(method="norm-only", ascent_fraction=0.25),
     "late-norm-only-subset": SAMConfig(method="norm-only", ascent_fraction=0.25, start=0.75),
 }
 
-CONTENDERS: Mapping[str, Contender] = MappingProxyType(
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
-        contender.name: contender
-        for contender in (
+        variant.name: variant
+        for variant in (
             STOCK,
-            Contender("rho-0", SAMConfig(rho=0)),
-            Contender("hand-loop", SAMConfig(), TwoPassLoop),
-            Contender("pytorch-optimizer", SAMConfig(), PytorchOptimizerLoop),
-            *(Contender(method, SAMConfig(method=method)) for method in METHODS),
-            *(Contender(name, config) for name, config in _COMBINATIONS.items()),
+            Variant("rho-0", SAMConfig(rho=0)),
+            Variant("hand-loop", SAMConfig(), TwoPassLoop),
+            Variant("pytorch-optimizer", SAMConfig(), PytorchOptimizerLoop),
+            *(Variant(method, SAMConfig(method=method)) for method in METHODS),
+            *(Variant(name, config) for name, config in _COMBINATIONS.items()),
         )
     }
 )

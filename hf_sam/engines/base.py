@@ -1,4 +1,4 @@
-"""One process and DDP: how gradients are synchronised and norms are computed."""
+"""The engine for one process and DDP: synchronisation of gradients and computation of norms."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Engine:
         self._needs_all_gradients = counts and scope == "global"
         if is_compiled(trainer) and overrides(trainer.sam_config.parts.ascent, "parameters"):
             self._needs_all_gradients = True  # every other choice of parameters would trigger a recompilation
-        # Gradients are then views of DDP's buckets, which its next pass overwrites.
+        # If so, gradients are views of DDP's buckets, which its next pass overwrites.
         self._gradients_are_views = (
             isinstance(wrapper, DistributedDataParallel) and wrapper.gradient_as_bucket_view and scope == "global"
         )
@@ -77,28 +77,29 @@ class Engine:
         return Reductions()
 
     def without_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Inside, backward passes keep their gradients on this rank."""
+        """A context in which backward passes do not synchronise gradients."""
         return self._accelerator.no_sync(model)
 
     @contextlib.contextmanager
     def ascent_pass(self, model: nn.Module, synced: bool) -> Iterator[nn.Module]:
-        """For a pass whose gradients determine the perturbation and are never stepped along; yields the module to run.
+        """A context for a pass whose gradients determine the perturbation; yields the module to run.
 
-        With `synced`, synchronisation is as the Trainer has set it for this micro-batch; otherwise there is none.
+        With `synced`, gradients are synchronised as the Trainer has set it for this micro-batch, otherwise never. The
+        optimizer never steps along these gradients.
         """
         with contextlib.nullcontext() if synced else self.without_sync(model):
             yield model
 
     def descent_pass(self, model: nn.Module, synced: bool) -> contextlib.AbstractContextManager[nn.Module]:
-        """For a pass whose gradients the optimizer steps along."""
+        """A context for a pass whose gradients the optimizer steps along; yields the module to run."""
         return self.ascent_pass(model, synced)
 
     def finish_step(self) -> None:
-        """Called when the optimizer's step is due: after the last micro-batch, with the weights restored."""
+        """Take the optimizer step, if the engine does so itself; called once the weights are restored."""
 
     @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-        """Inside, backward passes leave no gradients on the other trainable parameters, and compute none if possible."""
+        """A context in which other trainable parameters get no gradients, which are not even computed if possible."""
         if self._needs_all_gradients:
             yield
             put_gradients(dict.fromkeys(set(trainable).difference(chosen)))
@@ -115,7 +116,7 @@ class Engine:
         return {p: laid_out_as(p, p.grad) for p in parameters if p.grad is not None}
 
     def renew_copies(self) -> None:
-        """Drop everything derived from the weights, which have changed."""
+        """Drop everything derived from the weights, after they have changed."""
         torch.clear_autocast_cache()
 
     def loss_scale(self, device: torch.device) -> Tensor | float:
@@ -124,10 +125,10 @@ class Engine:
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
 
     def average_gradients(self, parameters: list[Parameter]) -> None:
-        """Average gradients over all ranks, as DDP's backward does, for gradients computed without it.
+        """Average over all ranks the gradients of a pass without synchronisation, as DDP's backward would.
 
-        One bucket at a time, in the same order on every rank. A gradient that no rank has stays None; to find out, a rank
-        waits for the device only if its own gradient is missing.
+        Buckets are reduced one at a time, in the same order on every rank. A gradient that no rank has stays None; a
+        rank waits for the device to find out only if one of its own gradients is missing.
         """
         if self._accelerator.num_processes == 1 or not parameters:
             return
@@ -175,7 +176,7 @@ def loss_instead_of_backward(accelerator) -> Iterator[list[Tensor]]:
 
 
 def backward_where_needed(accelerator) -> contextlib.AbstractContextManager:
-    """Inside, skip the backward pass of a loss that depends on no parameter requiring a gradient."""
+    """A context that skips the backward pass of losses that depend on no parameter requiring a gradient."""
     backward = accelerator.backward
     return replaced_backward(
         accelerator, lambda loss, **kwargs: backward(loss, **kwargs) if loss.requires_grad else None

@@ -1,4 +1,4 @@
-"""Setups that are refused before training starts because the update would be wrong there, and what to use instead."""
+"""Setups in which the update would be wrong: refused before training starts, with an alternative in the message."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _mixes_whole_and_sharded(trainer: Trainer) -> bool:
     return len({isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad}) > 1
 
 
-# What a method may need, in the words of messages; also the rows of the table in the documentation.
+# Descriptions of what a method may need, for messages; also the rows of the table in the documentation.
 NEEDS: Mapping[Needs, str] = MappingProxyType(
     {
         Needs.CLEAN_GRADIENT: "the clean gradient in addition to the perturbed one",
@@ -231,7 +231,7 @@ NEEDS: Mapping[Needs, str] = MappingProxyType(
         Needs.HVP: "a Hessian-vector product (second_order=True)",
     }
 )
-# What the fields of a configuration may require, whatever the method.
+# Settings of a configuration that need support by the engine, whatever the method.
 FIELDS: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
     {
         "scope='micro'": lambda trainer: trainer.sam_config.scope == "micro" or trainer.sam_config.m is not None,
@@ -291,7 +291,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     """Raise before training starts if the update could not be correct in this setup.
 
     Raises:
-        ValueError: Names what is not supported and what to use instead.
+        ValueError: The setup is not supported; the message says what to use instead.
     """
     for applies, reason in _ALWAYS:
         if applies(trainer):

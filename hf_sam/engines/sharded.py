@@ -35,7 +35,7 @@ class ShardedEngine(Engine):
 
     def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
         for p in parameters:
-            if p not in self._shares:  # created once: moving a number to the device waits for it
+            if p not in self._shares:  # created once, since copying a number to the device synchronizes with it
                 self._shares[p] = torch.tensor(1 / replicas(p), dtype=torch.float64).to(p.device, torch.float32)
         return ShardedReductions([self._shares[p] for p in parameters])
 
@@ -85,7 +85,7 @@ class FullyShardedEngine(ShardedEngine):
 
     def renew_copies(self) -> None:
         super().renew_copies()
-        for module in self._modules:  # some keep their gathered weights from one forward pass to the next
+        for module in self._modules:  # some keep their gathered weights between forward passes
             module.reshard()
 
 

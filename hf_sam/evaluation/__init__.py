@@ -1,1 +1,1 @@
-"""How good a checkpoint is: predictions, metrics, calibration, corruption of its inputs and weights."""
+"""Evaluation of a checkpoint: predictions, metrics, calibration, and corruption of its inputs and weights."""

@@ -1,4 +1,4 @@
-"""Does a classifier's confidence match how often it is right? Reliability by bins, from predictions that were kept."""
+"""Calibration of a classifier: binned accuracy against confidence, from saved predictions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ BINS = 15
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> pd.DataFrame:
     """
-    Accuracy and mean confidence in equally wide bins of confidence, `(low, high]` as in Guo et al. 2017.
+    Accuracy and mean confidence in confidence bins of equal width, `(low, high]` as in Guo et al. 2017.
 
     Returns:
-        `pd.DataFrame`: One row per bin that is not empty: `low`, `high`, `examples`, `confidence`, `accuracy`.
+        `pd.DataFrame`: One row per non-empty bin: `low`, `high`, `examples`, `confidence`, `accuracy`.
     """
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     examples = np.bincount(index, minlength=bins)
@@ -25,6 +25,6 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    """Mean gap between accuracy and confidence over the bins, weighted by their examples (Guo et al. 2017, Eq. 5)."""
+    """Mean gap between accuracy and confidence over bins, weighted by their examples (Guo et al. 2017, Equation 3)."""
     table = reliability(confidence, correct, bins)
     return float(np.average((table.accuracy - table.confidence).abs(), weights=table.examples))

@@ -1,8 +1,8 @@
 """
 Metrics of a classifier, each a function of its predictions.
 
-Accuracy, F1 and MCC are scikit-learn's, from counts instead of lists of labels: an interval resamples the examples
-thousands of times, which takes scikit-learn minutes.
+Accuracy, F1 and MCC agree with scikit-learn's but are computed from counts: an interval resamples the examples
+thousands of times, which would take minutes with scikit-learn.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def confusion(kept: Predictions) -> np.ndarray:
 
 
 def accuracy(kept: Predictions) -> float:
-    """Share of examples whose class is predicted."""
+    """Fraction of examples whose predicted class is the true one."""
     return float(kept.correct.mean())
 
 
 def f1_macro(kept: Predictions) -> float:
-    """F1 of each class that occurs or is predicted, averaged with equal weights."""
+    """Unweighted mean F1 over the classes that occur or are predicted."""
     counts = confusion(kept)
     support = counts.sum(0) + counts.sum(1)
     seen = support > 0
@@ -37,7 +37,7 @@ def f1_macro(kept: Predictions) -> float:
 
 
 def mcc(kept: Predictions) -> float:
-    """Matthews correlation coefficient (Gorodkin 2004), in [-1, 1]; 0 is chance, also where it is undefined."""
+    """Matthews correlation coefficient (Gorodkin 2004), in [-1, 1]; 0 is chance level, and the value where undefined."""
     counts = confusion(kept)
     true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
     spread = (total**2 - (true**2).sum()) * (total**2 - (predicted**2).sum())
@@ -50,12 +50,12 @@ def nll(kept: Predictions) -> float:
 
 
 def ece(kept: Predictions) -> float:
-    """Expected calibration error of the predicted class in 15 bins of equal width (Guo et al. 2017, Equation 3)."""
+    """Expected calibration error of the predicted class, in 15 bins of equal width (Guo et al. 2017, Equation 3)."""
     return expected_calibration_error(kept.confidence, kept.correct)
 
 
 def brier(kept: Predictions) -> float:
-    """Squared distance of the probabilities from the one-hot truth, summed over classes (Brier 1950), in [0, 2]."""
+    """Squared distance between the probabilities and the one-hot labels, summed over classes (Brier 1950), in [0, 2]."""
     truth = np.eye(kept.probabilities.shape[1])[kept.labels]
     return float(((kept.probabilities - truth) ** 2).sum(axis=1).mean())
 

@@ -1,4 +1,4 @@
-"""What a second fine-tuning leaves of the first: the first task's loss at matched training loss of the second."""
+"""Forgetting in a second fine-tuning: the loss on the first task at matched training loss on the second."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Point = tuple[float, float]  # training loss of the second task, test loss of th
 @dataclass(frozen=True)
 class Matched:
     """
-    The first-task loss of each replicate at one second-task training loss.
+    The first-task loss of each replicate at one training loss of the second task.
 
     Args:
-        target (`float`, *optional*): That training loss; `None` where no loss is reached by all.
-        losses (`dict[str, dict[int, float]]`): By start and replicate.
-        unreached (`dict[str, list[int]]`): Replicates that never have that training loss, by start.
+        target (`float`, *optional*): That training loss; `None` if there is none that all replicates reach.
+        losses (`dict[str, dict[int, float]]`): First-task loss by start and replicate.
+        unreached (`dict[str, list[int]]`): Replicates that never reach the target, by start.
     """
 
     target: float | None
@@ -27,14 +27,14 @@ class Matched:
 
 def loss_at(points: Sequence[Point], target: float) -> float | None:
     """
-    The least first-task loss at which a path of fine-tunings has the training loss `target`.
+    The lowest first-task loss at which a path of fine-tuning runs has the training loss `target`.
 
     Args:
-        points (`Sequence[Point]`): By increasing learning rate; between two neighbours the path is straight.
+        points (`Sequence[Point]`): By increasing learning rate, linearly interpolated.
         target (`float`): Training loss of the second task.
 
     Returns:
-        `float` or `None`: `None` where the path never has that training loss.
+        `float` or `None`: `None` if the path never has that training loss.
     """
     found = [y for x, y in points if x == target]
     for (x0, y0), (x1, y1) in pairwise(points):
@@ -44,7 +44,7 @@ def loss_at(points: Sequence[Point], target: float) -> float | None:
 
 
 def common_loss(paths: Sequence[Sequence[Point]]) -> float | None:
-    """The lowest training loss that every path has somewhere; `None` where their ranges do not overlap."""
+    """The lowest training loss that every path reaches; `None` if their ranges do not overlap."""
     lowest = max(min(x for x, _ in path) for path in paths)
     return lowest if all(max(x for x, _ in path) >= lowest for path in paths) else None
 
@@ -54,8 +54,9 @@ def match(paths: Mapping[str, Mapping[int, Sequence[Point]]], target: float | No
     First-task loss at matched training loss of the second task.
 
     Args:
-        paths (`Mapping[str, Mapping[int, Sequence[Point]]]`): By start and replicate, the points of one grid of learning rates.
-        target (`float`, *optional*): The training loss; where left out, the lowest that every replicate of every start has.
+        paths (`Mapping[str, Mapping[int, Sequence[Point]]]`): By start and replicate, one point per learning rate.
+        target (`float`, *optional*): The training loss; by default the lowest that every replicate of every start
+            reaches.
     """
     if target is None:
         target = common_loss([path for replicates in paths.values() for path in replicates.values()])

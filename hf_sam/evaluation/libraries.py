@@ -1,4 +1,4 @@
-"""A checkpoint as it loads through transformers' quantization configurations: torchao's int8 and int4, bitsandbytes' nf4."""
+"""Quantization by libraries, through transformers' configurations: int8 and int4 of torchao, nf4 of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _torchao_int8(kept: list[str]) -> Any:
 
 
 def _torchao_int4(kept: list[str]) -> Any:
-    # torchao's Int4WeightOnlyConfig needs kernels for particular GPUs; this is the same rounding on any machine
+    # torchao's Int4WeightOnlyConfig needs kernels for certain GPUs; this one rounds the same way on any machine.
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
@@ -34,7 +34,7 @@ def _torchao_int4(kept: list[str]) -> Any:
 
 
 def _bitsandbytes_nf4(kept: list[str]) -> Any:
-    import bitsandbytes  # noqa: F401 - transformers' own message for a missing package is longer
+    import bitsandbytes  # noqa: F401 - fails with a shorter message than transformers' own
 
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept or None
@@ -47,26 +47,26 @@ LIBRARIES = {"torchao-int8": _torchao_int8, "torchao-int4": _torchao_int4, "bits
 @contextmanager
 def loaded_by_library(model: nn.Module, name: str, matrices: Mapping[str, WeightMatrix]) -> Iterator[nn.Module]:
     """
-    The model saved, and loaded again as a user would, quantized; the model itself stays as it is.
+    Save the model, load it quantized as a user would, and yield the loaded copy; `model` itself does not change.
 
     Args:
-        model (`PreTrainedModel`): Without adapters.
+        model (`PreTrainedModel`): A model without adapters.
         name (`str`): One of `LIBRARIES`.
-        matrices (`Mapping`): The weights that may be quantized; linear layers beside them stay in full precision.
+        matrices (`Mapping`): The weights to quantize; other linear layers stay in full precision.
 
     Raises:
         ImportError: The library is not installed.
-        ValueError: `model` is not transformers' own.
+        ValueError: `model` is not a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} needs a model of transformers, not {type(model).__name__}.")
+        raise ValueError(f"{name} needs a transformers model, not {type(model).__name__}.")
     kept = [
         module_name
         for module_name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{module_name}.weight" not in matrices
     ]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' own deprecations are not the user's
+        warnings.simplefilter("ignore")  # deprecations inside the libraries do not concern the user
         config = LIBRARIES[name](kept)
         model.save_pretrained(folder)
         loaded = type(model).from_pretrained(

@@ -1,4 +1,4 @@
-"""Merging checkpoints that were fine-tuned from the same start: the line between two, their average, task arithmetic."""
+"""Merging of checkpoints fine-tuned from the same start: linear interpolation, averaging, task arithmetic."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ State = Mapping[str, Tensor]
 
 def mergeable_state(model: nn.Module) -> dict[str, Tensor]:
     """
-    What merging mixes, by name: all floating-point parameters and buffers, embeddings included, without a classification head.
+    The tensors that are merged, by name: all floating-point parameters and buffers except a classification head.
 
-    The head of a classifier or regressor was made anew for each fine-tuning and means nothing in another model. The output embeddings
-    of a language model were part of the start, and are merged.
+    The head of a classifier or regressor was newly initialized for each fine-tuning run, so it does not fit another
+    model. The output embeddings of a language model belong to the common start and are merged.
     """
     has_output = getattr(model, "get_output_embeddings", lambda: None)() is not None
     left_out = set() if has_output else head_parameters(model)
@@ -27,15 +27,17 @@ def mergeable_state(model: nn.Module) -> dict[str, Tensor]:
 
 def check_same_shapes(first: State, second: State, name: str = "the other checkpoint") -> None:
     """
+    Check that two checkpoints have tensors of the same names and shapes.
+
     Raises:
-        ValueError: The two have different tensors, so that they cannot come from the same start.
+        ValueError: They do not, so they cannot come from the same start.
     """
     if first.keys() != second.keys():
         differing = sorted(first.keys() ^ second.keys())
-        raise ValueError(f"{name} has other tensors ({', '.join(differing[:3])}): it is another architecture.")
+        raise ValueError(f"{name} has a different architecture: its tensors differ ({', '.join(differing[:3])}).")
     for key, value in first.items():
         if value.shape != second[key].shape:
-            raise ValueError(f"{name}: {key} is {tuple(second[key].shape)} instead of {tuple(value.shape)}.")
+            raise ValueError(f"{name}: {key} has the shape {tuple(second[key].shape)} instead of {tuple(value.shape)}.")
 
 
 def interpolate(first: State, second: State, t: float) -> dict[str, Tensor]:

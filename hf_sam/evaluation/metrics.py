@@ -1,4 +1,4 @@
-"""How metrics are called and shown, and which way is better."""
+"""Labels, units and directions of metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is called and shown: its unit, and which way is better."""
+    """How a metric is displayed, and whether higher is better."""
 
     label: str
     higher_is_better: bool = True
@@ -17,7 +17,7 @@ class Metric:
     digits: int = 3
 
 
-# Means over examples, the one to prefer first: what can be paired example by example.
+# Means over examples, which can be paired example by example; in order of preference.
 METRICS_KEPT = ("accuracy", "subset_accuracy", "nll", "brier", "mse", "nll_per_token")
 
 METRICS = {
@@ -27,8 +27,8 @@ METRICS = {
     "mcc": Metric("MCC"),
     "pearson": Metric("Pearson r"),
     "spearman": Metric("Spearman r"),
-    "no_class": Metric("answers that name no class", higher_is_better=False, scale=100, unit="%", digits=1),
-    "no_number": Metric("answers that are no number", higher_is_better=False, scale=100, unit="%", digits=1),
+    "no_class": Metric("answers without a class", higher_is_better=False, scale=100, unit="%", digits=1),
+    "no_number": Metric("answers without a number", higher_is_better=False, scale=100, unit="%", digits=1),
     "exact_match": Metric("exact match", scale=100, unit="%", digits=1),
     "rouge1": Metric("ROUGE-1", scale=100, digits=1),
     "rouge2": Metric("ROUGE-2", scale=100, digits=1),
@@ -51,7 +51,7 @@ _LOWER = re.compile(r"loss|error|perplexity|nll|ece|brier|mse|mae|gap", re.IGNOR
 
 
 def metric_of(name: str) -> Metric:
-    """The row of `METRICS`, or for an unknown name one that goes by the name; `gap.<metric>` is train minus test."""
+    """The entry of `METRICS`, or a guess from an unknown name; `gap.<metric>` is train minus test."""
     if name.startswith("gap."):
         metric = metric_of(name.removeprefix("gap."))
         return replace(metric, label=f"train-test gap in {metric.label}", higher_is_better=not metric.higher_is_better)

@@ -1,4 +1,4 @@
-"""What models said about a test split."""
+"""Predictions of models on a test split."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pandas as pd
 @dataclass(frozen=True)
 class Predictions:
     """
-    What a classifier said about a test split.
+    Predictions of a classifier on a test split.
 
     Args:
         labels (`np.ndarray` of shape `(n,)`): The true classes.
-        probabilities (`np.ndarray` of shape `(n, classes)`): Rows sum to 1.
+        probabilities (`np.ndarray` of shape `(n, classes)`): The predicted probabilities; rows sum to 1.
     """
 
     labels: np.ndarray
@@ -29,7 +29,7 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
-        """Whether that is the true class, `(n,)`."""
+        """Whether the predicted class is the true one, `(n,)`."""
         return self.predicted == self.labels
 
     @property
@@ -39,30 +39,30 @@ class Predictions:
 
     @property
     def confidence(self) -> np.ndarray:
-        """Its probability, `(n,)`."""
+        """The probability of the predicted class, `(n,)`."""
         return self.probabilities.max(-1)
 
 
 @dataclass(frozen=True)
 class LanguagePredictions:
     """
-    What a language model made of each test text.
+    Likelihoods of the test texts under a language model.
 
     Args:
         nll (`np.ndarray` of shape `(n,)`): Summed negative log-likelihood of each text.
-        tokens (`np.ndarray` of shape `(n,)`): How many tokens of each were predicted.
+        tokens (`np.ndarray` of shape `(n,)`): Number of predicted tokens in each text.
     """
 
     nll: np.ndarray
     tokens: np.ndarray
 
     def per_token(self, index: np.ndarray | slice = slice(None)) -> float:
-        """Mean over tokens, of the texts in `index`."""
+        """Mean NLL per token over the texts in `index`."""
         return float(self.nll[index].sum() / self.tokens[index].sum())
 
 
 def read_predictions(path: str | os.PathLike) -> Predictions | None:
-    """The predictions in a parquet file with columns `label` and `probabilities`; `None` where it has no such ones."""
+    """The predictions in a parquet file with columns `label` and `probabilities`; `None` if they cannot be read."""
     try:
         table = pd.read_parquet(path, columns=["label", "probabilities"])
         labels, probabilities = table["label"].to_numpy(dtype=int), np.stack(table["probabilities"].to_numpy())

@@ -12,12 +12,11 @@ from .weights import WeightMatrix
 
 def prune_smallest(weight: Tensor, share: float) -> Tensor:
     """
-    `weight` with this share of its entries, the smallest in absolute value, set to zero, like
-    `torch.nn.utils.prune.l1_unstructured`.
+    Set the entries of smallest magnitude to zero, like `torch.nn.utils.prune.l1_unstructured`.
 
     Args:
-        weight (`Tensor`): Of any shape.
-        share (`float`): From 0 to 1; the number of entries is rounded.
+        weight (`Tensor`): A tensor of any shape.
+        share (`float`): Fraction of entries to prune, in [0, 1]; their number is rounded.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} must be in [0, 1].")
@@ -29,5 +28,5 @@ def prune_smallest(weight: Tensor, share: float) -> Tensor:
 
 
 def pruned(matrices: Mapping[str, WeightMatrix], share: float) -> dict[str, Tensor]:
-    """Each of `matrices` without the same share of its smallest entries."""
+    """Each of `matrices`, with the same fraction of its smallest entries set to zero."""
     return {name: prune_smallest(matrix.weight.contiguous(), share) for name, matrix in matrices.items()}

@@ -14,16 +14,16 @@ from .weights import WeightMatrix
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int | None = None) -> Tensor:
     """
-    Quantize and dequantize: each group gets `2^bits` evenly spaced levels from its least to its greatest value.
+    Quantize and dequantize: each group gets `2^bits` evenly spaced levels from its minimum to its maximum.
 
-    Zero is always a level, so the range is widened to include it. This is the round-to-nearest baseline of Frantar et al. 2023
-    (GPTQ, arXiv 2210.17323) and torchao's asymmetric affine scheme.
+    Zero is always a level, so the range is widened to include it. This is the round-to-nearest baseline of Frantar et
+    al. 2023 (GPTQ, arXiv 2210.17323) and the asymmetric affine scheme of torchao.
 
     Args:
-        weight (`Tensor` of shape `(output channels, inputs)`): In full precision.
-        bits (`int`): At least 1.
-        group_size (`int`, *optional*): Consecutive inputs of a channel that share scale and zero point, the last group
-            having what is left; the whole channel if `None`.
+        weight (`Tensor` of shape `(output channels, inputs)`): A weight in full precision.
+        bits (`int`): Number of bits, at least 1.
+        group_size (`int`, *optional*): Number of consecutive inputs of a channel that share scale and zero point; the
+            last group may be smaller. The whole channel if `None`.
     """
     if bits < 1:
         raise ValueError(f"bits={bits} must be at least 1.")
@@ -31,7 +31,9 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int | None = None) -
         raise ValueError(f"group_size={group_size} must be at least 1.")
     width = weight.shape[1]
     size = min(group_size or width, width)
-    filled = torch.cat([weight, weight[:, -1:].expand(-1, -width % size)], dim=1)  # repeats change no extremes
+    filled = torch.cat(
+        [weight, weight[:, -1:].expand(-1, -width % size)], dim=1
+    )  # padding by repetition keeps minimum and maximum
     groups = filled.unflatten(1, (-1, size))  # (output channels, groups, size)
     if groups.dtype not in (torch.float32, torch.float64):
         groups = groups.float()
@@ -45,7 +47,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int | None = None) -
 
 
 def quantized(matrices: Mapping[str, WeightMatrix], bits: int, group_size: int | None = None) -> dict[str, Tensor]:
-    """The rounded values of each of `matrices`, see `round_to_nearest`."""
+    """Each of `matrices`, rounded by `round_to_nearest`."""
     return {
         name: matrix.map_rows(lambda rows: round_to_nearest(rows, bits, group_size))
         for name, matrix in matrices.items()
@@ -54,14 +56,14 @@ def quantized(matrices: Mapping[str, WeightMatrix], bits: int, group_size: int |
 
 def dynamic_int8(model: nn.Module, names: Mapping[str, WeightMatrix]) -> nn.Module:
     """
-    A copy of `model` on the CPU whose linear layers multiply int8 weights by activations rounded to int8 as they come.
+    A copy of `model` on the CPU whose linear layers have int8 weights and round their activations on the fly.
 
     Args:
-        model (`nn.Module`): Stays as it is.
-        names (`Mapping`): The weights that may be quantized, see `weight_matrices`.
+        model (`nn.Module`): The model, which does not change.
+        names (`Mapping`): The weights to quantize, see `weight_matrices`.
 
     Raises:
-        ImportError: This torch has no dynamic quantization any more.
+        ImportError: This version of torch no longer has dynamic quantization.
     """
     from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
 

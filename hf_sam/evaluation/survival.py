@@ -1,9 +1,9 @@
-"""What is left of a checkpoint after what people do to checkpoints: quantization, pruning, noise, merging."""
+"""Evaluation of a checkpoint after post-training changes: quantization, pruning, weight noise, merging."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -24,40 +24,41 @@ T = TypeVar("T")
 @dataclass
 class SurvivalConfig:
     """
-    What is done to a checkpoint before it is evaluated again.
+    The changes to apply to a checkpoint before it is evaluated again.
 
     Args:
         treatments (`list[str]`, *optional*):
             Any of `"quantize"`, `"dynamic_int8"`, `"prune"`, `"noise"`; all of them by default.
         bits (`list[int]`, *optional*, defaults to `[8, 4, 3, 2]`):
-            Of weights rounded to the nearest level.
+            Bit widths of round-to-nearest weight quantization.
         group_sizes (`list[int]`, *optional*, defaults to `[0, 64]`):
-            Inputs that share a scale; 0 is one scale per output channel.
+            Number of inputs that share a scale; 0 means one scale per output channel.
         pruned_shares (`list[float]`, *optional*):
-            Share of each weight matrix that is set to zero, smallest magnitudes first.
+            Fractions of each weight matrix to set to zero, smallest magnitudes first.
         noise_sizes (`list[float]`, *optional*):
             Standard deviations of Gaussian noise, relative to that of each weight matrix.
         noise_draws (`int`, *optional*, defaults to 3):
-            Draws at each size.
+            Number of noise draws at each size.
         libraries (`list[str]`, *optional*):
-            Any of `"torchao-int8"`, `"torchao-int4"`, `"bitsandbytes-nf4"`, through transformers' quantization configurations.
+            Any of `"torchao-int8"`, `"torchao-int4"`, `"bitsandbytes-nf4"`, through transformers' quantization
+            configurations.
         merge_with (`list[str]`, *optional*):
-            Checkpoints fine-tuned from the same start, to merge each evaluated one with.
+            Checkpoints fine-tuned from the same start; each evaluated checkpoint is merged with each of them.
         merge_start (`str`, *optional*):
-            That start, for task arithmetic.
+            The checkpoint that all of them were fine-tuned from, for task arithmetic.
         merge_points (`list[float]`, *optional*, defaults to `[0.25, 0.5, 0.75]`):
-            Where on the line to the other checkpoint; 0.5 is the average.
+            Interpolation weights of the other checkpoint; 0.5 is the average.
         merge_scales (`list[float]`, *optional*, defaults to `[0.3, 0.7, 1.0]`):
-            Factors of the summed task vectors.
+            Scaling factors of the summed task vectors.
         alter_embeddings, alter_head (`bool`, *optional*, default to `False`):
-            Quantize, prune and disturb these too.
+            Also quantize, prune and add noise to these.
         weight_noise_seed (`int`, *optional*, defaults to 0):
-            Of the noise.
+            Seed of the noise.
         max_examples (`int`, *optional*, defaults to 1000):
-            Each evaluation is on at most so many test examples, drawn once; 0 is all of them.
+            Maximum number of test examples of each evaluation, sampled once; 0 means all.
 
     Raises:
-        ValueError: An unknown treatment, or a number out of range.
+        ValueError: A treatment is unknown, or a number is out of range.
     """
 
     treatments: list[str] = field(default_factory=lambda: list(FAMILIES))
@@ -102,12 +103,12 @@ class SurvivalConfig:
 @dataclass(frozen=True)
 class Treatment:
     """
-    One thing that is done to a checkpoint.
+    One change to a checkpoint, such as quantization to 4 bits.
 
     Args:
-        kind (`str`): Treatments of one kind make one curve, such as `"bits per channel"`.
-        level (`float`, *optional*): How much of it; `None` where there are no degrees.
-        draw (`int`, *optional*, defaults to 0): Which draw, where it is random.
+        kind (`str`): The kind of change, such as `"bits per channel"`; treatments of one kind form one curve.
+        level (`float`, *optional*): Its strength; `None` if it has no levels.
+        draw (`int`, *optional*, defaults to 0): Index of the random draw.
     """
 
     kind: str
@@ -116,7 +117,7 @@ class Treatment:
 
     @property
     def label(self) -> str:
-        """In words, without the draw."""
+        """A description for reports, without the draw."""
         if self.level is None:
             return {NONE: "as trained", "dynamic int8": "dynamic int8"}.get(self.kind, self.kind)
         if self.kind.startswith("bits"):
@@ -131,53 +132,53 @@ class Treatment:
 
 
 @dataclass(frozen=True)
-class Survived(Generic[T]):
-    """What `evaluate` returned under a treatment, or why the treatment could not be had."""
+class Outcome(Generic[T]):
+    """The result of `evaluate` under a treatment, or the reason why the treatment is not available."""
 
     treatment: Treatment
     result: T | None
     problem: str | None = None
 
 
-def survive(
+def evaluate_treatments(
     model: nn.Module,
     evaluate: Callable[[nn.Module], T],
     config: SurvivalConfig,
     others: Mapping[str, State] | None = None,
     start: State | None = None,
-) -> Iterator[Survived[T]]:
+) -> Iterator[Outcome[T]]:
     """
-    Evaluate the model as it is, then under each treatment; between them it is what it was, bit for bit.
+    Evaluate the model as trained, then under each treatment. The weights are restored bit for bit after each one.
 
     Args:
-        model (`nn.Module`): In evaluation mode; adapters merged.
-        evaluate (`Callable[[nn.Module], T]`): What is asked of the altered model.
-        config (`SurvivalConfig`): What is done.
-        others (`Mapping[str, State]`, *optional*): By name, what `mergeable_state` gives for checkpoints to merge with.
-        start (`State`, *optional*): The same of what all were fine-tuned from.
+        model (`nn.Module`): A model in evaluation mode, with adapters merged.
+        evaluate (`Callable[[nn.Module], T]`): The evaluation of the altered model.
+        config (`SurvivalConfig`): The treatments.
+        others (`Mapping[str, State]`, *optional*): The `mergeable_state` of each checkpoint to merge with, by name.
+        start (`State`, *optional*): The `mergeable_state` of the checkpoint that all were fine-tuned from.
 
     Yields:
-        `Survived`: As trained first. A quantization that this machine or model cannot have is a `problem`, not an error.
+        `Outcome`: As trained first. A quantization that this machine or model does not support yields a `problem`.
 
     Raises:
-        ValueError: A checkpoint to merge with has another architecture.
+        ValueError: A checkpoint to merge with has a different architecture.
     """
     own = mergeable_state(model) if others else {}
     for name, other in (others or {}).items():
         check_same_shapes(own, other, name)
     if start is not None:
         check_same_shapes(own, start, "merge_start")
-    yield Survived(Treatment(NONE), evaluate(model))
+    yield Outcome(Treatment(NONE), evaluate(model))
     for treatment, altered in _treatments(model, config, others or {}, start):
         try:
             with altered() as other_model:
                 result = evaluate(other_model)
-        except Exception as error:  # a library's kernel, or a layer that torch cannot quantize
+        except Exception as error:  # a missing kernel, or a layer that torch cannot quantize
             if not _is_optional(treatment):
                 raise
-            yield Survived(treatment, None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+            yield Outcome(treatment, None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
         else:
-            yield Survived(treatment, result)
+            yield Outcome(treatment, result)
 
 
 def _is_optional(treatment: Treatment) -> bool:
@@ -187,7 +188,7 @@ def _is_optional(treatment: Treatment) -> bool:
 def _treatments(
     model: nn.Module, config: SurvivalConfig, others: Mapping[str, State], start: State | None
 ) -> Iterator[tuple[Treatment, Callable[[], AbstractContextManager[nn.Module]]]]:
-    """Each treatment with what opens the altered model."""
+    """Each treatment, with a function that returns a context manager of the altered model."""
     matrices = weight_matrices(model, config.alter_embeddings, config.alter_head)
 
     def inside(values: Callable[[], Any]) -> Callable[[], AbstractContextManager[nn.Module]]:
@@ -202,7 +203,7 @@ def _treatments(
                     inside(lambda bits=bits, size=size: quantized(matrices, bits, size or None)),
                 )
     if "dynamic_int8" in config.treatments:
-        yield Treatment("dynamic int8"), lambda: _given(dynamic_int8(model, matrices))
+        yield Treatment("dynamic int8"), lambda: nullcontext(dynamic_int8(model, matrices))
     for name in config.libraries:
         yield Treatment(name), lambda name=name: loaded_by_library(model, name, matrices)
     if "prune" in config.treatments:
@@ -227,8 +228,3 @@ def _treatments(
                 Treatment(f"task arithmetic with {name}", scale),
                 inside(lambda other=other, scale=scale: task_arithmetic(start, [mergeable_state(model), other], scale)),
             )
-
-
-@contextmanager
-def _given(model: nn.Module) -> Iterator[nn.Module]:
-    yield model

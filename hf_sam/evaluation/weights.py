@@ -1,4 +1,4 @@
-"""Which weights of a model are altered, as matrices with one row per output channel, and how the model gets its own back."""
+"""The weights that treatments alter, as matrices with one row per output channel, and their temporary replacement."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ BODY = ("attention", "mlp", "other")  # of `hf_sam.update.roles.GROUPS`; norms h
 @dataclass(frozen=True)
 class WeightMatrix:
     """
-    One weight of a layer, seen as `(output channels, inputs)`.
+    A layer's weight, viewed as a matrix `(output channels, inputs)`.
 
     Args:
-        weight (`Tensor`): As the module holds it.
-        outputs (`tuple[int, ...]`): Its axes that count output channels.
+        weight (`Tensor`): The weight in the module's own layout.
+        outputs (`tuple[int, ...]`): The axes that index output channels.
     """
 
     weight: Tensor
     outputs: tuple[int, ...]
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function` of the matrix `(output channels, inputs)`, in the weight's own shape."""
+        """Apply `function` to the matrix `(output channels, inputs)`; the result has the weight's own shape."""
         inputs = [axis for axis in range(self.weight.ndim) if axis not in self.outputs]
         order = [*self.outputs, *inputs]
         moved = self.weight.detach().permute(order)
@@ -42,16 +42,16 @@ class WeightMatrix:
 
 def weight_matrices(model: nn.Module, embeddings: bool = False, head: bool = False) -> dict[str, WeightMatrix]:
     """
-    The weights that quantization, pruning and noise alter: of linear and convolutional layers, and stacked experts.
+    The weights that quantization, pruning and noise alter: linear and convolutional layers, and stacked experts.
 
-    Biases and normalization layers always stay as they are. Embeddings (of tokens, positions and patches) and the head
-    (with output embeddings that are tied to the input's counting as embeddings) do so too unless asked for: libraries leave them in
-    full precision, and a rounding of them would hide what happens to the body.
+    Biases and normalization layers are never altered. Embeddings (of tokens, positions and patches) and the head are
+    left out by default: libraries keep them in full precision, and rounding them would mask the effect on the body.
+    Output embeddings that are tied to the input embeddings count as embeddings.
 
     Args:
         model (`nn.Module`): Any model.
-        embeddings (`bool`, *optional*, defaults to `False`): Include them.
-        head (`bool`, *optional*, defaults to `False`): Include it.
+        embeddings (`bool`, *optional*, defaults to `False`): Include the embeddings.
+        head (`bool`, *optional*, defaults to `False`): Include the head.
     """
     altered = {*BODY, *(["embeddings"] if embeddings else []), *(["head"] if head else [])}
     groups = groups_of(model)
@@ -74,11 +74,11 @@ def _output_axes(owner: nn.Module, weight: Tensor) -> tuple[int, ...]:
 @contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """
-    Run the block with other values in the named parameters and buffers; afterwards the old ones are back, bit for bit.
+    Run the block with other values in the named parameters and buffers, then restore the old ones bit for bit.
 
     Args:
-        model (`nn.Module`): Altered in place.
-        tensors (`Mapping[str, Tensor]`): Name to value, of the same shape.
+        model (`nn.Module`): The model, altered in place.
+        tensors (`Mapping[str, Tensor]`): New values by name, of the same shapes.
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = {name: own[name].detach().clone() for name in tensors}

@@ -1,1 +1,1 @@
-"""From a plan to run records: the driver, executors, processes, tuning, provenance."""
+"""Studies, from a plan to run records: driver, executors, processes, tuning, provenance."""

@@ -1,4 +1,4 @@
-"""What a run has cost, carried over its interruptions: each checkpoint keeps what the steps before it took."""
+"""The cost of a run across interruptions: each checkpoint stores the cost of the steps before it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COSTS_NAME = "costs.json"  # in each checkpoint
 
 class CostKeeper(TrainerCallback):
     """
-    Counts seconds, passes and losses of the steps between two interruptions, and keeps them in every checkpoint, so
-    that a resumed run knows what the steps before it took. Steps that a killed run made after its last checkpoint are
-    made again, and counted once.
+    Count seconds, passes and losses between interruptions, and store them in every checkpoint for a resumed run.
+
+    Steps of a killed run after its last checkpoint are repeated, and counted once.
 
     Args:
-        trainer (`transformers.Trainer`): Of the run; not yet trained.
+        trainer (`transformers.Trainer`): The trainer of the run, before training.
     """
 
     def __init__(self, trainer: Any):
@@ -35,11 +35,11 @@ class CostKeeper(TrainerCallback):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the costs of all steps since the first one are known."""
+        """Whether the cost of all steps since the first is known."""
         return not self.begin or (bool(self.earlier) and self.earlier[0]["begin"] == 0)
 
     def segments(self) -> list[dict[str, Any]]:
-        """The earlier segments and the present one, as far as it has come."""
+        """The earlier segments, and the present one so far."""
         if self.begin is None:
             return []
         step = self.trainer.state.global_step
@@ -53,7 +53,7 @@ class CostKeeper(TrainerCallback):
         }
         return [*self.earlier, present]
 
-    # --- what the Trainer calls --------------------------------------------------------------------------------------
+    # --- called by the Trainer ---------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begin = self._last_logged = state.global_step
@@ -63,7 +63,7 @@ class CostKeeper(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save and args.logging_strategy != IntervalStrategy.NO:
-            control.should_log = True  # else the losses since the last entry would be lost with a resume
+            control.should_log = True  # otherwise a resumed run would lose the losses since the last entry
 
     on_epoch_end = on_step_end
 
@@ -80,7 +80,7 @@ class CostKeeper(TrainerCallback):
             (folder / COSTS_NAME).write_text(json.dumps(self.segments()), encoding="utf-8")
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Lets the last log entry be about the whole run, where the earlier parts are known."""
+        """Make the last log entry cover the whole run, if the earlier segments are known."""
         entry = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), None)
         if entry is not None and self.begin and self.is_whole:
             entry |= self.whole(entry)
@@ -88,10 +88,10 @@ class CostKeeper(TrainerCallback):
     # -----------------------------------------------------------------------------------------------------------------
 
     def whole(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The Trainer's own metrics of its last call of `train`, as those of the whole run."""
+        """The metrics of the Trainer's last call of `train`, extended to the whole run."""
         runtime, begin, steps = metrics["train_runtime"], self.begin or 0, self.trainer.state.global_step
         seconds = runtime + sum(entry["seconds"] for entry in self.earlier)
-        # before transformers 5.4 the Trainer divided the losses of this call by the steps of all
+        # before transformers 5.4, the Trainer divided the losses of this call by the steps of the whole run
         divisor = steps - begin if hasattr(self.trainer, "_initial_global_step") else steps
         counted = sum(entry["loss_steps"] for entry in self.earlier) + steps - begin
         losses = sum(entry["loss_sum"] for entry in self.earlier) + metrics.get("train_loss", 0.0) * divisor
@@ -105,7 +105,7 @@ class CostKeeper(TrainerCallback):
 
 
 def planned_passes(trainer: Any, begin: int, end: int) -> float:
-    """Gradient evaluations of the whole effective batch that the steps from `begin` to before `end` take."""
+    """Number of gradient evaluations of the whole effective batch in steps `begin` to `end - 1`."""
     config = getattr(trainer, "sam_config", None)
     if config is None or config.rho == 0 or begin >= end:
         return float(end - begin)
@@ -115,7 +115,7 @@ def planned_passes(trainer: Any, begin: int, end: int) -> float:
 
 
 def checkpoint_of(args: Any, step: int) -> Path:
-    """The checkpoint that a run goes on from at `step`: the one that was named, else the one in `output_dir`."""
+    """The checkpoint from which a run resumes at `step`: the one in the arguments, else the one in `output_dir`."""
     named = re.search(r"checkpoint-(\d+)/*$", str(args.resume_from_checkpoint))
     if named and int(named[1]) == step:
         return Path(args.resume_from_checkpoint)
@@ -123,7 +123,7 @@ def checkpoint_of(args: Any, step: int) -> Path:
 
 
 def read_segments(checkpoint: Path) -> list[dict[str, Any]]:
-    """What the steps before a checkpoint have cost; nothing where it does not say."""
+    """The cost of the steps before a checkpoint; empty if it is not stored."""
     try:
         found = json.loads((checkpoint / COSTS_NAME).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

@@ -1,7 +1,7 @@
-"""The driver of a study: it knows which runs are to be made next, hands them to an executor, and reads what they left.
+"""The driver of a study: it decides which runs come next, submits them to an executor, and reads their records.
 
-All that it knows is on disk, so that it can be killed, or closed and opened again, at any moment: a run with the record
-of an end is never made again, and `submission.json` in the folder of another one says which job is at it.
+Its whole state is on disk, so it can be killed and restarted at any moment. A run whose record says that it ended is
+never repeated; for all others, `submission.json` in the run's folder names the job that executes it.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from .workshop import DEATHS_NAME, Workshop
 logger = logging.get_logger(__name__)
 
 LOCK_NAME = ".driver.lock"
-MAX_DEATHS = 3  # a run that ends so often without a result, by its own fault, is a failed one
+MAX_DEATHS = 3  # a run that ends this often without a result, by its own fault, has failed
 
 
 class StudyInUseError(ValueError):
-    """Another driver is at work in the folder."""
+    """Another driver, or another executor, is working on the study."""
 
 
 @contextmanager
 def study_lock(folder: Path) -> Iterator[None]:
     """
-    Keep a second driver out of a study. The system gives the lock up with the process, however that ends.
+    Keep a second driver out of a study. The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        StudyInUseError: There is one; the message says where.
+        StudyInUseError: Another driver has the lock; the message says which process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / LOCK_NAME), folder / ".driver.owner"
     try:
-        lock.acquire(timeout=1)  # `is_driven` has it for a moment
+        lock.acquire(timeout=1)  # `is_driven` holds it for a moment
     except Timeout:
         at = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
         raise StudyInUseError(
@@ -65,7 +65,7 @@ def study_lock(folder: Path) -> Iterator[None]:
 
 
 def is_driven(folder: Path) -> bool:
-    """Whether a driver is at work on a study, as far as the file system can tell."""
+    """Whether a driver is working on a study, as far as the file system can tell."""
     lock = FileLock(folder / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
@@ -80,12 +80,12 @@ def is_driven(folder: Path) -> bool:
 @dataclass
 class Driver:
     """
-    Makes the runs of a workshop; the caller holds `study_lock`.
+    Execute the runs of a workshop. The caller holds `study_lock`.
 
     Args:
-        workshop (`Workshop`): The plan and where it stands.
-        executor (`Executor`): Who makes the runs.
-        report (`Callable[[Run, str], None]`, *optional*): Told what becomes of each run.
+        workshop (`Workshop`): The plan and the state of its runs.
+        executor (`Executor`): The executor of the runs.
+        report (`Callable[[Run, str], None]`, *optional*): Called with each run whose state changes, and the new state.
     """
 
     workshop: Workshop
@@ -94,10 +94,12 @@ class Driver:
 
     def __post_init__(self):
         self.jobs: dict[str, Run] = {}
-        self._gone: dict[str, float] = {}  # jobs that have ended without a result that could be seen, and since when
+        self._gone: dict[
+            str, float
+        ] = {}  # jobs that ended without a visible result, and the time when this was first seen
 
     def drive(self) -> None:
-        """Goes on until no run is left that could be made."""
+        """Execute runs until none is left that can start."""
         try:
             self.attach()
             while self.advance():
@@ -106,12 +108,12 @@ class Driver:
             self.executor.close()
 
     def advance(self) -> bool:
-        """Collects what has ended and submits what there is room for; returns whether there is more to come."""
+        """Collect jobs that have ended and submit as many as there is room for; returns whether any are left."""
         self.collect()
         return self.submit() or bool(self.jobs)
 
     def attach(self) -> None:
-        """Takes up the jobs that an earlier driver has submitted."""
+        """Adopt the jobs that an earlier driver has submitted."""
         self.jobs = named_jobs(self.workshop, self.executor.kind)
         for name, ending in self.executor.ended(list(self.jobs)).items():
             self.release(name, Ending(ending.cause, is_own_fault=False))
@@ -119,7 +121,7 @@ class Driver:
             self.report(run, "goes on")
 
     def collect(self) -> None:
-        """Lets go of the jobs that have ended, once their record is seen or has been waited for."""
+        """Release jobs that have ended, once their record is visible or the wait for it is over."""
         for name, ending in self.executor.ended(list(self.jobs)).items():
             self.workshop.forget(self.jobs[name])
             since = self._gone.setdefault(name, time.monotonic())
@@ -127,7 +129,7 @@ class Driver:
                 self.release(name, ending)
 
     def release(self, name: str, ending: Ending) -> None:
-        """Notes that a job has ended, and counts it against its run where that has no result."""
+        """Record the end of a job, and count it against the run if there is no result."""
         run = self.jobs.pop(name)
         self._gone.pop(name, None)
         folder = self.workshop.folder(run)
@@ -146,7 +148,7 @@ class Driver:
         self.report(run, self.workshop.record(run).status)
 
     def submit(self) -> bool:
-        """Hands over what there is room for, in the order of the plan; returns whether the executor took less."""
+        """Submit runs in the order of the plan while there is room; returns whether the executor took fewer."""
         room = self.executor.room - len(self.jobs)
         if room <= 0:
             return False
@@ -167,15 +169,15 @@ def drive(
     workshop: Workshop, choice: Choice | None = None, report: Callable[[Run, str], None] = lambda *_: None
 ) -> None:
     """
-    Makes every run of a workshop that has not ended.
+    Execute every run of a workshop that has not ended.
 
     Args:
-        workshop (`Workshop`): The plan and where it stands.
-        choice (`Choice`, *optional*): Who makes the runs; one process of this machine after another when left out.
-        report (`Callable[[Run, str], None]`, *optional*): Told what becomes of each run.
+        workshop (`Workshop`): The plan and the state of its runs.
+        choice (`Choice`, *optional*): The executor; by default one process after another on this machine.
+        report (`Callable[[Run, str], None]`, *optional*): Called with each run whose state changes, and the new state.
 
     Raises:
-        StudyInUseError: Another driver is at work on it.
+        StudyInUseError: Another driver is working on the study.
     """
     choice = choice or Choice()
     with study_lock(workshop.plan.output_dir):
@@ -183,7 +185,7 @@ def drive(
 
 
 def jobs_of(workshop: Workshop, choice: Choice) -> dict[str, Run]:
-    """The jobs that are queued or under way; nothing is changed. A driver that is at work has noted them all."""
+    """The jobs that are queued or running. Nothing is changed; if a driver is running, its own list of jobs is used."""
     jobs = named_jobs(workshop, choice.kind)
     if not jobs or is_driven(workshop.plan.output_dir):
         return jobs
@@ -197,10 +199,10 @@ def jobs_of(workshop: Workshop, choice: Choice) -> dict[str, Run]:
 
 def cancel_all(workshop: Workshop, choice: Choice) -> int:
     """
-    Ends every job of a study; returns how many there were.
+    Cancel every job of a study, and return their number.
 
     Raises:
-        StudyInUseError: A driver is at work on it, which would submit them again.
+        StudyInUseError: A driver is running, which would submit them again.
     """
     with study_lock(workshop.plan.output_dir):
         jobs = named_jobs(workshop, choice.kind)
@@ -218,13 +220,13 @@ def cancel_all(workshop: Workshop, choice: Choice) -> int:
 
 
 def named_jobs(workshop: Workshop, kind: str) -> dict[str, Run]:
-    """The last job of each run that could be made now, as far as the folders tell."""
+    """The last job of each run that can start now or has started, according to the runs' folders."""
     named = ((job_at(workshop.folder(run), kind), run) for run in workshop.open_runs())
     return {name: run for name, run in named if name is not None}
 
 
 def make_one(folder: Path, executor: Executor, result: str) -> None:
-    """Makes what `run.json` in `folder` says, and waits for its end, or a little longer for the file `result`."""
+    """Execute the run in `folder`, and wait for its end and, up to the executor's patience, for the file `result`."""
     try:
         jobs = executor.submit([folder.resolve()])
         while not executor.ended(jobs):
@@ -238,14 +240,14 @@ def make_one(folder: Path, executor: Executor, result: str) -> None:
 
 def job_at(folder: Path, kind: str) -> str | None:
     """
-    The job that was last at a run, as far as its folder tells.
+    The last job of a run, according to its folder.
 
     Args:
-        folder (`Path`): Of the run.
-        kind (`str`): Of the executor that is to go on with it.
+        folder (`Path`): The run's folder.
+        kind (`str`): Kind of the executor that is to continue the run.
 
     Raises:
-        StudyInUseError: Another executor has the run.
+        StudyInUseError: The run belongs to another executor.
     """
     stated = read_json(folder / SUBMISSION_NAME)
     if stated is None:  # the driver that submitted it may have died before it noted the job, which has begun since
@@ -261,7 +263,7 @@ def job_at(folder: Path, kind: str) -> str | None:
 
 
 def prepare(folder: Path, job: dict[str, Any]) -> None:
-    """Leaves in a run's folder what it is to do; checkpoints that other settings made are none to go on from."""
+    """Write a run's job to its folder, and remove checkpoints made with other settings."""
     path = folder / JOB_NAME
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["argv"] != job["argv"]:
         remove_checkpoints(folder)
@@ -270,7 +272,7 @@ def prepare(folder: Path, job: dict[str, Any]) -> None:
 
 
 def count_death(folder: Path, ending: Ending) -> None:
-    """A run that has often ended without a result is marked as failed."""
+    """Count an end without a result, and mark the run as failed after `MAX_DEATHS` of them."""
     counter = folder / DEATHS_NAME
     deaths = 1 + (int(counter.read_text()) if counter.exists() else 0)
     counter.write_text(str(deaths))

@@ -1,4 +1,4 @@
-"""One run in a process of its own: a crash, a leak or a killed worker takes nothing else with it."""
+"""Execute one run in its own process, so that a crash, a memory leak or a kill does not affect anything else."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .plan import averaging_of, command_line
 from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
 
 JOB_NAME, LOG_NAME, LENGTH_NAME = "run.json", "log.txt", "length.json"
-SUBMISSION_NAME = "submission.json"  # which job of which executor makes the run; gone when it has ended
-PLACE_NAME = "place.json"  # where the run began last, written by the run itself
-PRELOADED = ["datasets", "pandas", __name__]  # once for all runs of a machine
+SUBMISSION_NAME = "submission.json"  # which job of which executor executes the run; removed when the job has ended
+PLACE_NAME = "place.json"  # where the run last started, written by the run itself
+PRELOADED = ["datasets", "pandas", __name__]  # imported once for all runs on a machine
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
 def load_task(name: str) -> ModuleType:
     """
-    The module whose `main(argv, callbacks)` makes a run.
+    Import the module whose `main(argv, callbacks)` executes a run.
 
     Args:
-        name (`str`): Of a task in `hf_sam.tasks`, or with a dot in it, any importable module.
+        name (`str`): Name of a task in `hf_sam.tasks`, or of any importable module if it contains a dot.
     """
     return importlib.import_module(name if "." in name else f"hf_sam.tasks.{name}")
 
@@ -49,9 +49,9 @@ def start(
     Start the run whose `run.json` is in `folder`, in a process that ends with this one.
 
     Args:
-        folder (`Path`): Of the run.
-        launcher (`Sequence[str]`): Command that starts it; none: a child of a process that has the libraries loaded.
-        environment (`Mapping[str, str]`, *optional*): Variables to set over those of this process.
+        folder (`Path`): The run's folder.
+        launcher (`Sequence[str]`): Command that starts the run; if empty, a process with preloaded libraries is forked.
+        environment (`Mapping[str, str]`, *optional*): Variables that override those of this process.
     """
     if launcher:
         words = [*launcher, "-m", __name__, str(folder), "--parent", str(os.getpid())]
@@ -68,17 +68,17 @@ def start(
 
 
 def is_running(process: multiprocessing.Process | subprocess.Popen) -> bool:
-    """Whether it has not ended."""
+    """Whether a process is still running."""
     return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
 
 
 def exit_code(process: multiprocessing.Process | subprocess.Popen) -> int:
-    """How it ended; negative: by that signal."""
+    """The exit code of a process; negative if it was killed by that signal."""
     return process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
 
 
 def stop(process: multiprocessing.Process | subprocess.Popen) -> None:
-    """Ends it, politely first."""
+    """Terminate a process, and kill it if it does not end within seconds."""
     process.terminate()
     deadline = time.monotonic() + 5
     while is_running(process) and time.monotonic() < deadline:
@@ -89,7 +89,7 @@ def stop(process: multiprocessing.Process | subprocess.Popen) -> None:
 
 
 def _child(folder: Path, environment: Mapping[str, str]) -> None:
-    """What a process of our own does first: write to the log, and end when the one that started it does."""
+    """Execute a run in a child process, with output to the log; the child ends with its parent."""
     os.environ.update(environment)
     with open(folder / LOG_NAME, "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
@@ -99,17 +99,17 @@ def _child(folder: Path, environment: Mapping[str, str]) -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the one that started it has ended, however that came about."""
+    """End this process when its parent process ends, however it ends."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)  # nobody is left to stop what goes on
+        os._exit(1)  # otherwise nobody could stop this process
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with(parent: int) -> None:
-    """The same under a launcher, by the number of that process."""
+    """End this process when the process with the id `parent` ends; for runs started by a launcher."""
 
     def watch() -> None:
         while True:
@@ -134,7 +134,7 @@ def execute(folder: Path) -> None:
     if has_ended(folder):
         return
     if job.get("pause_at") is not None and int(os.environ.get("RANK", "0")) == 0:
-        remove_checkpoints(folder)  # of a part of a run, which is made again from where it began
+        remove_checkpoints(folder)  # this phase restarts from its beginning
     try:
         averaging = averaging_of(job["average"])
         callbacks = [averaging] if averaging is not None else []
@@ -151,27 +151,27 @@ def execute(folder: Path) -> None:
                 write_json(folder / LENGTH_NAME, {"max_steps": trainer.state.max_steps})
     except Exception as error:
         traceback.print_exc()
-        if type(error).__name__ == "FolderInUseError":  # the run goes on elsewhere: it has not failed
+        if type(error).__name__ == "FolderInUseError":  # the run continues in another process, so it has not failed
             sys.exit(1)
         if int(os.environ.get("RANK", "0")) == 0:
             mark_failed(folder, job["names"], error)
 
 
 def _measure(folder: Path, task: str, settings: dict[str, Any]) -> None:
-    """Sharpness (by all processes of the run) or survival (by the first) of the trained model, into the run's record."""
+    """Add sharpness (on all processes) or survival (on the first) of the trained model to the run's record."""
     try:
         if task == "sharpness":
-            PartialState().wait_for_everyone()  # the first one has written the model
+            PartialState().wait_for_everyone()  # until the first process has written the model
         words = command_line(None, settings, folder / task)
         load_task(task).main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
-    except Exception:  # the run itself is finished and stays so; the report says that this was not measured
+    except Exception:  # the run stays finished; the report shows the measure as missing
         traceback.print_exc()
 
 
 def _clear(folder: Path, job: dict[str, Any]) -> None:
-    """Removes what need not stay."""
+    """Remove checkpoints and weights that are no longer needed."""
     if not job["keep_model"]:
-        if job.get("pause_at") is None:  # a paused run goes on from its checkpoint
+        if job.get("pause_at") is None:  # a paused run resumes from its checkpoint
             remove_checkpoints(folder)
         for pattern in WEIGHTS:
             for path in folder.glob(pattern):
@@ -184,7 +184,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether the run in `folder` has a record that says so."""
+    """Whether the run in `folder` has ended, according to its record."""
     try:
         return read_record(folder / RECORD_NAME).status in ENDED
     except RecordError:
@@ -193,12 +193,17 @@ def has_ended(folder: Path) -> bool:
 
 def take_up(folder: Path, submission: str) -> bool:
     """
-    Note that the run begins here, unless it belongs to another job: one that was submitted by a driver that died
-    before it could note the job's name is found out when it starts, and leaves the run alone.
+    Record that the run starts in this process, unless it belongs to another job.
+
+    If a driver dies between submitting a job and recording its name, the next driver may submit the run again. The job
+    that is not recorded then leaves the run alone.
 
     Args:
-        folder (`Path`): Of the run.
-        submission (`str`): Name that the executor gave this job.
+        folder (`Path`): The run's folder.
+        submission (`str`): The executor's name of this job.
+
+    Returns:
+        `bool`: Whether this job may execute the run.
     """
     stated = read_json(folder / SUBMISSION_NAME)
     if stated is not None and stated["id"] != submission:
@@ -208,13 +213,13 @@ def take_up(folder: Path, submission: str) -> bool:
 
 
 def write_place(folder: Path, submission: str, pid: int, gpus: str | None) -> None:
-    """Note on which machine, and with which GPUs, a run is being made."""
+    """Record the machine, process and GPUs of a run."""
     place = {"id": submission, "host": socket.gethostname(), "pid": pid, "gpus": gpus or None}
     write_json(folder / PLACE_NAME, place)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a small file beside a run; `None` where there is none that can be read."""
+    """The content of a JSON file; `None` if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -222,7 +227,7 @@ def read_json(path: Path) -> Any:
 
 
 def mark_failed(folder: Path, names: dict[str, Any], error: Exception) -> None:
-    """Leaves a failed record, unless the recipe has done so itself."""
+    """Write a failed record, unless the recipe has done so itself."""
     try:
         record = read_record(folder / RECORD_NAME)
     except RecordError:
@@ -233,11 +238,11 @@ def mark_failed(folder: Path, names: dict[str, Any], error: Exception) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One process of a run that a launcher started."""
+    """Entry point of a run that was started by a launcher."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="Of the run; `run.json` in it says what is run.")
-    parser.add_argument("--parent", type=int, help="Process that the run ends with.")
-    parser.add_argument("--submission", help="Job of a cluster that the run is made in.")
+    parser.add_argument("folder", type=Path, help="The run's folder, with its `run.json`.")
+    parser.add_argument("--parent", type=int, help="Id of the process with which the run ends.")
+    parser.add_argument("--submission", help="Name of the cluster job that executes the run.")
     args = parser.parse_args(argv)
     if args.parent:
         end_with(args.parent)

@@ -1,7 +1,7 @@
-"""Who makes the runs: processes of this machine, a Ray cluster, or Slurm.
+"""Executors of runs: processes on this machine, a Ray cluster, or Slurm.
 
-An executor queues, places and ends jobs; it decides nothing. Which runs are to be made says the driver, and what became
-of one says its record on disk: the executor is asked only which jobs have ended, and why.
+An executor queues, places and ends jobs, and reports which jobs have ended, and why. The driver decides which runs to
+execute, and a run's outcome is read from its record on disk.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ KINDS = {"local": "LocalExecutor", "ray": "RayExecutor", "slurm": "SlurmExecutor
 @dataclass(frozen=True)
 class Ending:
     """
-    Why a job is no longer there.
+    The reason why a job ended.
 
     Args:
-        cause (`str`): In a line.
+        cause (`str`): The reason in one line.
         is_own_fault (`bool` or `None`, *optional*, defaults to `True`):
-            Whether it counts against the run; not where the machine was taken away or the driver killed. `None` where
-            the executor cannot tell: then it counts if the run had begun.
+            Whether the end counts against the run; false if the machine was taken away or the driver killed. `None` if
+            the executor cannot tell; then it counts if the run had started.
     """
 
     cause: str
@@ -45,54 +45,54 @@ class Ending:
 @dataclass
 class Executor(ABC):
     """
-    Makes runs, each from the `run.json` in its folder. Jobs have names that another process can ask about.
+    Executes runs, each from the `run.json` in its folder. Jobs have names by which other processes can query them.
 
     Args:
-        launcher (`Sequence[str]`): Command that starts each run; none: this Python.
+        launcher (`Sequence[str]`): Command that starts each run; empty for this Python.
     """
 
     launcher: Sequence[str]
 
-    kind = ""  # begins the name of each job, after which comes a space
-    survives_driver = True  # whether jobs go on while no driver is there
-    patience = 0.0  # seconds until a record that was written elsewhere is seen here
+    kind = ""  # prefix of each job's name, followed by a space
+    survives_driver = True  # whether jobs continue without a driver
+    patience = 0.0  # seconds until a record written on another machine is visible here
 
     @property
     @abstractmethod
     def room(self) -> int:
-        """How many jobs may be queued or under way at a time."""
+        """Maximum number of jobs queued or running at a time."""
 
     @abstractmethod
     def submit(self, folders: Sequence[Path]) -> list[str]:
-        """Hands over runs, by their absolute folders; returns names of jobs, fewer where no more are taken now."""
+        """Submit runs by their absolute folders; returns the names of the jobs, fewer if no more are accepted now."""
 
     @abstractmethod
     def ended(self, jobs: Sequence[str]) -> dict[str, Ending]:
-        """Those of `jobs` that are neither queued nor under way; where the cluster does not answer, none."""
+        """The jobs that are neither queued nor running; empty if the cluster does not answer."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Lets some time pass, at most until a job ends."""
+        """Wait for a while, at most until a job ends."""
 
     @abstractmethod
     def cancel(self, jobs: Sequence[str]) -> None:
-        """Ends jobs, whether they have begun or not."""
+        """Cancel jobs, whether they have started or not."""
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of whatever would keep this process alive; what survives the driver goes on."""
+        """Release whatever would keep this process alive; jobs that survive the driver continue."""
 
 
 @dataclass
 class LocalExecutor(Executor):
     """
-    Processes of this machine, which end with this one.
+    Processes on this machine, which end with this process.
 
     Args:
-        workers (`int`, *optional*, defaults to 1): Runs at the same time.
+        workers (`int`, *optional*, defaults to 1): Number of runs at the same time.
         gpus (`int`, *optional*):
-            GPUs that each run sees; one, or all of them where there is a launcher or a single worker. Where there are
-            fewer than all workers need together, they are shared.
+            Number of GPUs visible to each run; by default one, or all of them with a launcher or a single worker. If
+            the workers need more GPUs than there are, they share them.
     """
 
     workers: int = 1
@@ -124,7 +124,7 @@ class LocalExecutor(Executor):
         return names
 
     def _gpus_of(self, slot: int) -> str | None:
-        """The devices of a slot, as CUDA wants them; `None` leaves a run what this process sees."""
+        """The `CUDA_VISIBLE_DEVICES` of a slot; `None` to keep that of this process."""
         devices = visible_gpus()
         if not devices or (self.gpus is None and (self.launcher or self.workers == 1)):
             return None
@@ -134,7 +134,7 @@ class LocalExecutor(Executor):
     def ended(self, jobs: Sequence[str]) -> dict[str, Ending]:
         found = {}
         for name in jobs:
-            if name not in self._running:  # of a driver that was killed
+            if name not in self._running:  # the job of a driver that was killed
                 _, host, pid, born = name.split()
                 if host != socket.gethostname() or _born(int(pid)) != born:
                     found[name] = Ending("its driver was ended", is_own_fault=False)
@@ -156,7 +156,7 @@ class LocalExecutor(Executor):
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, named as in `CUDA_VISIBLE_DEVICES`, found without touching them."""
+    """The GPUs that this process may use, as in `CUDA_VISIBLE_DEVICES`, found without initializing them."""
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [word.strip() for word in stated.split(",") if word.strip()]
@@ -166,7 +166,7 @@ def visible_gpus() -> list[str]:
 
 
 def _born(pid: int) -> str | None:
-    """When a process began, which tells it from a later one with the same number; `None` where it has ended."""
+    """Start time of a process, to distinguish it from later ones with the same id; `None` if it has ended."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
@@ -177,11 +177,11 @@ def _born(pid: int) -> str | None:
 @dataclass
 class Choice:
     """
-    An executor that was asked for; its library is imported when it is made.
+    The executor to use; its library is imported only when it is created.
 
     Args:
         kind (`str`): One of `KINDS`.
-        options (`dict`): Its arguments beside the launcher.
+        options (`dict`): Arguments of the executor, apart from the launcher.
     """
 
     kind: str = "local"
@@ -195,16 +195,16 @@ def choose(
     stated: Mapping[str, Any], kind: str | None = None, workers: int | None = None, given: Sequence[str] = ()
 ) -> Choice:
     """
-    The executor that a plan states, under what the command line says.
+    The executor of a plan, with overrides from the command line.
 
     Args:
-        stated (`Mapping`): `kind` and, under the name of each kind, its options.
-        kind (`str`, *optional*): Instead of the stated one.
-        workers (`int`, *optional*): Of `local`.
-        given (`Sequence[str]`, *optional*): `key=value` pairs over the options of the chosen kind.
+        stated (`Mapping`): `kind`, and the options of each kind under its name.
+        kind (`str`, *optional*): Overrides the kind in the plan.
+        workers (`int`, *optional*): Overrides the workers of `local`.
+        given (`Sequence[str]`, *optional*): `key=value` pairs that override options of the chosen kind.
 
     Raises:
-        ValueError: An unknown kind or option; names it and what is allowed.
+        ValueError: A kind or option is unknown; the message names it and what is allowed.
     """
     for name in stated:
         if name not in ("kind", *KINDS):

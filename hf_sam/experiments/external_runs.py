@@ -1,4 +1,4 @@
-"""Runs that a plain `Trainer` wrote, read so that they can be shown beside ours: fewer columns, no pairs."""
+"""Outputs of a plain `Trainer`, read for display in a report: with fewer columns, and never paired."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .records import RECORD_NAME, RunRecord
 STATE, RESULTS = "trainer_state.json", "all_results.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 _SEED = re.compile(r"[-_. ]?seed[-_=. ]?(\d+)$", re.IGNORECASE)
-_TEST_PREFIXES = ("test_", "predict_", "eval_")  # where a metric has several, the first of these counts
+_TEST_PREFIXES = ("test_", "predict_", "eval_")  # by precedence, if a metric has several
 _TIMING = re.compile(r"(runtime|samples_per_second|steps_per_second|samples|model_preparation_time|loss_per_token)$")
 
 
-def find_foreign_records(folder: str | os.PathLike, task: str) -> tuple[list[RunRecord], list[str]]:
+def find_external_runs(folder: str | os.PathLike, task: str) -> tuple[list[RunRecord], list[str]]:
     """
-    Every plain Trainer run under `folder`, and one message for each that cannot be read.
+    All runs of a plain Trainer under `folder`, and one message for each that cannot be read.
 
-    A run is a folder with `trainer_state.json` or `all_results.json` and without a record of ours; where only its
-    checkpoints have them, the last checkpoint counts. The arm is the folder's name, the seed a trailing `seed-N`
-    (`adamw/seed-3` and `adamw-seed3` are both arm `adamw`, seed 3).
+    A run is a folder with `trainer_state.json` or `all_results.json`, but without a run record. If only its checkpoints
+    have these files, the last checkpoint is used. The arm is the folder's name, and the seed a trailing `seed-N`:
+    `adamw/seed-3` and `adamw-seed3` are both arm `adamw`, seed 3.
 
     Args:
-        folder (`str` or `os.PathLike`): Searched recursively.
-        task (`str`): What the runs learnt, which their files do not say.
+        folder (`str` or `os.PathLike`): Folder to search recursively.
+        task (`str`): The task of the runs, which their files do not contain.
     """
     records, problems = [], []
     for run in _find_runs(Path(folder)):
@@ -85,7 +85,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
+        raise ValueError(f"{path.name} is not a JSON object")
     return content
 
 
@@ -104,7 +104,7 @@ def _number(value: Any) -> Any:
 
 
 def _name(run: Path, folder: Path) -> tuple[str, int | None]:
-    """Arm and seed from the folder's name, or from its parent's where its own says only the seed."""
+    """Arm and seed from the folder's name, or the arm from its parent's name if its own has only the seed."""
     name = run.name if run != folder else run.resolve().name
     match = _SEED.search(name)
     arm = name[: match.start()] if match else name

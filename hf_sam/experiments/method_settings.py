@@ -1,7 +1,7 @@
-"""What stays of a method's settings when a later layer - a file, an arm, the command line - names another method.
+"""Layers of settings (a file, an arm, the command line), and which settings survive a change of method.
 
-A rho is a size in the method's own units: 0.01 is usual for `sam`, 0.5 for `asam`, 3 for `msam`. So a layer that names a
-method begins with that method's defaults, and only what is said beside it, or later, changes them.
+The scale of rho depends on the method: 0.01 is usual for `sam`, 0.5 for `asam`, 3 for `msam`. So a layer that sets a
+method starts from that method's defaults; only settings of the same or a later layer change them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PREFIX, OFF = "sam_", "no SAM"
 
 @dataclass(frozen=True)
 class Dropped:
-    """A setting of an earlier layer that was meant for another method."""
+    """A setting of an earlier layer that belonged to another method."""
 
     key: str
     value: Any
     source: str
-    method: str  # the one it was meant for, or `OFF`
+    method: str  # the method it belonged to, or `OFF`
 
     def __str__(self) -> str:
         meant = "switched SAM off" if self.method == OFF else f"was for {self.method}"
@@ -34,12 +34,12 @@ class Dropped:
 @dataclass
 class Merged:
     """
-    Layers of settings, later ones over earlier ones.
+    The result of merging layers of settings.
 
     Args:
-        values (`dict[str, Any]`): The settings in force; `None` gives a key back to its default.
-        sources (`dict[str, str]`): Key to the name of the layer that it came from.
-        dropped (`list[Dropped]`): What was left out because a later layer names another method.
+        values (`dict[str, Any]`): The settings in force; `None` resets a key to its default.
+        sources (`dict[str, str]`): Name of the layer that each key comes from.
+        dropped (`list[Dropped]`): Settings dropped because a later layer sets another method.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -49,16 +49,16 @@ class Merged:
 
 def merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Merged:
     """
-    Put layers on top of each other; one that names a method drops what earlier ones said for another.
+    Merge layers of settings. A layer that sets a method drops the settings of earlier layers for another method.
 
     Args:
-        layers (`Iterable[tuple[str, Mapping]]`): Name and settings of each, the first one lowest.
+        layers (`Iterable[tuple[str, Mapping]]`): Name and settings of each layer, in increasing precedence.
     """
     merged = Merged()
     for name, settings in layers:
         method = settings.get(f"{PREFIX}method")
         if method is not None:
-            for key in _foreign_keys(merged.values, str(method)):
+            for key in _keys_to_drop(merged.values, str(method)):
                 before = OFF if _is_zero(merged.values.get(f"{PREFIX}rho")) else _method(merged.values)
                 merged.dropped.append(Dropped(key, merged.values[key], merged.sources[key], before))
             for entry in merged.dropped:
@@ -71,7 +71,7 @@ def merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Merged:
 
 
 def explain(config: SAMConfig, merged: Merged) -> str:
-    """The configuration in force in one line: each value with where it came from, and what was left out."""
+    """The configuration in force in one line: each value with its source, and the settings that were dropped."""
     if config.rho == 0:
         line = f"no SAM: rho 0 ({merged.sources.get(f'{PREFIX}rho', 'default')})"
     else:
@@ -90,13 +90,13 @@ def explain(config: SAMConfig, merged: Merged) -> str:
     return line
 
 
-def _foreign_keys(values: Mapping[str, Any], method: str) -> list[str]:
-    """The keys of `values` that mean nothing, or something else, under `method`."""
+def _keys_to_drop(values: Mapping[str, Any], method: str) -> list[str]:
+    """The keys of `values` that have no meaning, or a different one, under `method`."""
     before = _method(values)
     if method == before:
-        return [f"{PREFIX}rho"] if _is_zero(values.get(f"{PREFIX}rho")) else []  # naming a method asks for it
+        return [f"{PREFIX}rho"] if _is_zero(values.get(f"{PREFIX}rho")) else []  # setting a method switches SAM on
     if method not in METHODS or before not in METHODS:
-        return []  # is refused later, by its name
+        return []  # an unknown method is refused later
     old, new = METHODS[before], METHODS[method]
     return [
         key

@@ -11,7 +11,7 @@ class BeforeFirstStep(BaseException):
 
 class PauseAt(TrainerCallback):
     """
-    Saves a checkpoint after optimizer step `step` and ends training there, as if it had been interrupted.
+    Save a checkpoint after optimizer step `step` and end training there, as if it had been interrupted.
 
     Args:
         step (`int`): Counted from the start of the whole run; at 0, `BeforeFirstStep` is raised instead.

@@ -1,4 +1,4 @@
-"""What a run was made of: fingerprints of model and data, packages, commit, hardware."""
+"""Provenance of a run: fingerprints of model and data, packages, commit, hardware."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 PACKAGES = ("hf-sam", "torch", "transformers", "accelerate", "datasets", "peft", "trl", "numpy", "scipy")
-MAX_HASHED_VALUES = 2**16  # per tensor: a full hash of every classifier head, a strided sample of large matrices
+MAX_HASHED_VALUES = 2**16  # per tensor: all values of a classifier head, a strided sample of large matrices
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
-    """Name, class, size and fingerprint of a model as it stands."""
+    """Name, class, size and fingerprint of a model with its present weights."""
     return {
         "name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         "class": type(model).__name__,
@@ -33,10 +33,10 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def fingerprint_model(model: torch.nn.Module) -> str:
     """
-    A hash of names, shapes, dtypes and values of parameters and buffers.
+    A hash of the names, shapes, dtypes and values of parameters and buffers.
 
-    Of tensors above `MAX_HASHED_VALUES` elements an evenly spaced sample is hashed, so that it costs no second of a
-    large model; of a sharded tensor, the local shard.
+    For tensors above `MAX_HASHED_VALUES` elements, an evenly spaced sample is hashed, so that large models take less
+    than a second; for sharded tensors, the local shard.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -53,7 +53,7 @@ def fingerprint_model(model: torch.nn.Module) -> str:
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
-    """Number of examples, columns and fingerprint, each `None` where the data set cannot tell (streams, for one)."""
+    """Number of examples, columns and fingerprint; each is `None` if the data set does not have it (such as streams)."""
     return {
         "examples": len(dataset) if hasattr(dataset, "__len__") else None,
         "columns": list(getattr(dataset, "column_names", None) or []) or None,
@@ -63,10 +63,10 @@ def describe_data(dataset: Any) -> dict[str, Any]:
 
 def fingerprint_data(dataset: Any) -> str | None:
     """
-    A hash of the content of a `datasets.Dataset`, in its order; `None` for anything else.
+    A hash of the content of a `datasets.Dataset`, in order; `None` for anything else.
 
-    The library's own `_fingerprint` names the transforms instead and is random where they cannot be hashed, so it would
-    call equal data different.
+    The library's own `_fingerprint` hashes the transforms and is random if they cannot be hashed, so equal data may
+    have different fingerprints.
     """
     from datasets import Dataset
 
@@ -75,7 +75,7 @@ def fingerprint_data(dataset: Any) -> str | None:
     arrow = dataset.with_format("arrow")
     digest = hashlib.sha256(str(arrow.features).encode())
     for table in arrow.iter(batch_size=1000):
-        copy = table.take(np.arange(len(table))).combine_chunks()  # a slice would bring its neighbours along
+        copy = table.take(np.arange(len(table))).combine_chunks()  # a slice would serialize its neighbours, too
         for batch in copy.to_batches():
             digest.update(batch.serialize())
     return digest.hexdigest()[:16]
@@ -97,14 +97,14 @@ def _packages() -> dict[str, str]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout hf_sam runs from; `None` outside a checkout or without git."""
+    """Commit and dirty flag of the checkout that hf_sam runs from; `None` outside a checkout or without git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # installed inside somebody else's checkout: not its commit
+        git("ls-files", "--error-unmatch", __file__)  # fails if installed inside another project's checkout
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
@@ -122,7 +122,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Bytes at the peak: allocated on the accelerator where there is one, else resident in this process."""
+    """Peak memory in bytes: allocated on the accelerator if there is one, else resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster: each is an actor that outlives the driver, holds the run's CPUs and GPUs, and ends with it."""
+"""Runs on a Ray cluster: each is an actor that holds the run's CPUs and GPUs, outlives the driver, and ends itself."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from typing import Any
 from .execution import __name__ as RUN_MODULE
 from .executors import Ending, Executor
 
-NAMESPACE = "hf_sam"  # of the actors, so that a later driver finds them by their names
+NAMESPACE = "hf_sam"  # namespace of the actors, where a later driver finds them by name
 
 
 @dataclass
 class RayExecutor(Executor):
     """
+    Runs on a Ray cluster.
+
     Args:
-        address (`str`, *optional*): Of the cluster; the running one, or else one of its own, when left out.
-        num_cpus (`float`, *optional*, defaults to 1): Of each run.
-        num_gpus (`float`, *optional*): Of each run; 1 where the cluster has GPUs.
-        resources (`dict`, *optional*): Others that each run needs.
-        queue (`int`, *optional*, defaults to 64): Runs that Ray is given at a time, waiting ones included.
-        environment (`dict[str, str]`, *optional*): Variables of each run.
-        python (`str`, *optional*): Interpreter of the runs on their nodes; this one when left out.
-        patience (`float`, *optional*, defaults to 5.0): Seconds until a record that another node wrote is seen here.
+        address (`str`, *optional*): Address of the cluster; by default the running one, or else a new local one.
+        num_cpus (`float`, *optional*, defaults to 1): CPUs per run.
+        num_gpus (`float`, *optional*): GPUs per run; by default 1 if the cluster has GPUs.
+        resources (`dict`, *optional*): Custom resources per run.
+        queue (`int`, *optional*, defaults to 64): Maximum number of runs submitted at a time, including waiting ones.
+        environment (`dict[str, str]`, *optional*): Environment variables of each run.
+        python (`str`, *optional*): Python interpreter on the nodes; by default this one.
+        patience (`float`, *optional*, defaults to 5.0): Seconds until a record written on another node is visible here.
     """
 
     address: str | None = None
@@ -48,7 +50,7 @@ class RayExecutor(Executor):
         except ImportError:
             raise ValueError("executor=ray needs Ray: pip install 'hf-sam[ray]'") from None
         self._ray = ray
-        self._ends: dict[str, Any] = {}  # job: reference to why it ended
+        self._ends: dict[str, Any] = {}  # job: reference to the reason of its end
         self._over: dict[str, Ending] = {}
 
     @property
@@ -74,8 +76,8 @@ class RayExecutor(Executor):
             "num_cpus": self.num_cpus,
             "num_gpus": gpus,
             "resources": self.resources or None,
-            "max_restarts": 0,  # the driver knows whether there is a record, and submits the run again
-            "max_concurrency": 8,  # drivers, one after the other, that wait for its end
+            "max_restarts": 0,  # the driver submits the run again if there is no record
+            "max_concurrency": 8,  # successive drivers may wait for its end
         }
         environment = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ} | self.environment
         names = []
@@ -92,10 +94,10 @@ class RayExecutor(Executor):
         if not jobs:
             return {}
         self._connect()
-        for name in set(jobs) - self._ends.keys() - self._over.keys():  # of an earlier driver
+        for name in set(jobs) - self._ends.keys() - self._over.keys():  # submitted by an earlier driver
             try:
                 self._ends[name] = self._ray.get_actor(name, namespace=NAMESPACE).end.remote()
-            except ValueError:  # nobody has this name any more
+            except ValueError:  # no actor has this name any more
                 self._over[name] = Ending("it ended while no driver was there", is_own_fault=False)
         names = {reference: name for name, reference in self._ends.items()}
         done = self._ray.wait(list(names), num_returns=len(names), timeout=0)[0] if names else []
@@ -130,10 +132,10 @@ class RayExecutor(Executor):
 
 
 def _actor_class() -> type:
-    """Made in a function, so that it is sent as it is: the actor's process needs no hf_sam, only the run's does."""
+    """The actor's class, defined in a function so that it is pickled by value: the actor needs no hf_sam."""
 
     class Run:
-        """A run in a process of its own."""
+        """A run in its own process."""
 
         def __init__(self, words: list[str], folder: str, cwd: str, environment: dict[str, str]):
             import os
@@ -160,13 +162,13 @@ def _actor_class() -> type:
                 code = self.process.wait()
                 self.cause = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
                 self.over.set()
-                threading.Event().wait(1.0)  # whoever waits for the end has its answer
+                threading.Event().wait(1.0)  # until those who wait for the end have their answer
                 ray.kill(me)
 
             threading.Thread(target=watch, daemon=True).start()
 
         def end(self) -> str:
-            """Why the process ended, once it has."""
+            """Wait for the end of the process, and return its reason."""
             self.over.wait()
             return self.cause
 

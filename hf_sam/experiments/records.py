@@ -1,15 +1,15 @@
-"""One run, one JSON file: what was run, on what, with which result and at which cost.
+"""Run records: one JSON file per run, with its configuration, data, environment, results and cost.
 
-A script that trains writes a record in three lines, and the record says `running`, `finished` or `failed` truthfully
-whatever happens in between:
+A training script writes a record in three lines. The status in the record is right whatever happens: `running`,
+`interrupted`, `finished` or `failed`.
 
     with recording(Path(args.output_dir) / RECORD_NAME, trainer, recipe=settings, task="digits", arm="sam") as record:
         trainer.train()
         record.metrics = evaluate(trainer)          # {"accuracy": 0.93, "nll": ...} on the test split
-        record.predictions = "predictions.parquet"  # optional: a file beside the record, see `RunRecord`
+        record.predictions = "predictions.parquet"  # optional: a file in the same folder, see `RunRecord`
 
-Files are replaced atomically, so a record that can be read is whole. Nothing secret goes in: values under keys that
-name a credential, and strings that look like a hub token, are masked.
+Files are replaced atomically, so a readable record is complete. Secrets are masked: values under keys that name a
+credential, and strings that look like a hub token.
 """
 
 from __future__ import annotations
@@ -34,59 +34,61 @@ VERSION = 1
 RECORD_NAME = "run_record.json"
 STATUSES = ("running", "interrupted", "finished", "failed", "foreign")
 ENDED = ("finished", "failed")
-OPEN = ("running", "interrupted")  # what a killed run, and one that was stopped, leave behind: to be resumed
+OPEN = ("running", "interrupted")  # left behind by a run that was killed or stopped, and can be resumed
 
 _SECRET_KEY = re.compile(r"(_token|^token|api_?key|password|passwd|secret|credential)s?$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})")
 
 
 class RecordError(ValueError):
-    """A file that is no readable run record; the message says which file, why, and what to do."""
+    """A file is not a readable run record; the message names the file, the reason and the fix."""
 
 
 class RunFinishedError(Exception):
-    """The run that is asked for has its finished record already, made with the same arguments: nothing to do."""
+    """The run has finished with the same arguments before, so there is nothing to do."""
 
 
 @dataclass
 class RunRecord:
     """
-    One run.
+    The record of one run.
 
     Args:
-        task (`str`): What is learnt; results are compared within a task.
+        task (`str`): The task; results are compared within a task.
         arm (`str`): The treatment: `"adamw"`, `"sam"`, ...
-        condition (`str`, *optional*, defaults to `"clean"`): The state of the training data, such as `"noise 0.4"`.
+        condition (`str`, *optional*, defaults to `"clean"`): The condition of the training data, such as `"noise 0.4"`.
         budget (`str`, *optional*, defaults to `"steps"`):
-            `"steps"` (every arm takes as many optimizer steps) or `"passes"` (as many gradient evaluations).
-        seed (`int`, *optional*): Runs of different arms with the same seed are pairs.
+            `"steps"` (equal optimizer steps for every arm) or `"passes"` (equal gradient evaluations).
+        seed (`int`, *optional*): The seed; runs of different arms with the same seed are pairs.
         status (`str`, *optional*, defaults to `"running"`):
-            `"running"` (also what a killed run leaves behind), `"interrupted"` (by Ctrl-C), `"finished"`, `"failed"`,
-            or `"foreign"` for a run that something else wrote.
+            `"running"` (also after the run was killed), `"interrupted"` (by Ctrl-C), `"finished"`, `"failed"`, or
+            `"foreign"` for a run that hf_sam did not record.
         config (`dict`, *optional*):
-            `"recipe"` (what the script was given), `"training_arguments"` and `"sam"` (`None`: no SAM).
+            `"recipe"` (the script's arguments), `"training_arguments"` and `"sam"` (`None`: no SAM).
         model, data, environment (`dict`, *optional*):
             Names, sizes and fingerprints, see `hf_sam.experiments.provenance`.
-        metrics (`dict[str, float]`, *optional*): Measured at the end of training, on the test split.
-        steps (`int`, *optional*): Optimizer steps taken.
-        passes (`float`, *optional*): Gradient evaluations of the whole effective batch; the stock Trainer: one a step.
-        seconds, samples_per_second (`float`, *optional*): Of the training loop alone.
-        peak_memory (`int`, *optional*): In bytes; of the accelerator where there is one, else of the process.
+        metrics (`dict[str, float]`, *optional*): Metrics on the test split at the end of training.
+        steps (`int`, *optional*): Number of optimizer steps.
+        passes (`float`, *optional*): Gradient evaluations of the whole effective batch; one per step in the stock
+            Trainer.
+        seconds, samples_per_second (`float`, *optional*): Duration and throughput of the training loop alone.
+        peak_memory (`int`, *optional*): Peak memory in bytes, of the accelerator if there is one, else of the process.
         resumed_from (`int`, *optional*):
-            The step at which the run last went on after an interruption.
+            The step at which the run last resumed after an interruption.
         segments (`list[dict]`, *optional*):
-            The parts between interruptions, each with `"begin"`, `"end"`, `"seconds"` and `"passes"`. Where they begin
-            at step 0, `seconds` and `passes` are their sums; where they do not, see `has_whole_costs`.
+            The segments between interruptions, each with `"begin"`, `"end"`, `"seconds"` and `"passes"`. If the first
+            one begins at step 0, `seconds` and `passes` are their sums; if not, see `has_whole_costs`.
         curves (`list[dict]`, *optional*): The Trainer's `log_history`, one dict per log call, each with a `"step"`.
-        sharpness (`dict[str, float]`, *optional*): Measures of the trained weights, where asked for.
+        sharpness (`dict[str, float]`, *optional*): Sharpness measures of the trained weights, if measured.
         survival (`list[dict]`, *optional*):
-            Scores after quantization, pruning, noise or merging, where asked for: `"kind"`, `"level"`, `"draw"`, and metrics.
+            Scores after quantization, pruning, noise or merging, if measured: `"kind"`, `"level"`, `"draw"` and
+            metrics.
         predictions (`str`, *optional*):
-            Name of a parquet file beside the record, one row per test example: `label` (`int`) and `probabilities`
-            (list of `float`, one per class).
-        error (`dict`, *optional*): `"type"`, `"message"` and `"traceback"` of what ended a failed run.
-        started, ended (`str`, *optional*): ISO 8601, UTC.
-        path (`Path`, *optional*): Where the record was read from or is written to; not part of the file.
+            Name of a parquet file in the record's folder with one row per test example: `label` (`int`) and
+            `probabilities` (list of `float`, one per class).
+        error (`dict`, *optional*): `"type"`, `"message"` and `"traceback"` of the error that ended a failed run.
+        started, ended (`str`, *optional*): Times in ISO 8601, UTC.
+        path (`Path`, *optional*): Path of the record; not part of the file.
     """
 
     task: str
@@ -117,7 +119,7 @@ class RunRecord:
     path: Path | None = field(default=None, compare=False)
 
     def write(self, path: str | os.PathLike | None = None) -> Path:
-        """Writes the record to `path` (default: `self.path`) in one atomic step and returns the path."""
+        """Write the record atomically to `path` (default: `self.path`) and return the path."""
         path = Path(path or self.path)
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         del content["path"]
@@ -126,7 +128,7 @@ class RunRecord:
         return path
 
     def fail(self, error: BaseException) -> None:
-        """Marks the run as failed by `error`."""
+        """Mark the run as failed with `error`."""
         self.status = "failed"
         self.error = {
             "type": type(error).__name__,
@@ -137,21 +139,21 @@ class RunRecord:
 
     @property
     def has_whole_costs(self) -> bool:
-        """Whether seconds, throughput and passes are those of all steps, and not of the rest after an interruption."""
+        """Whether seconds, throughput and passes cover all steps, not just those after an interruption."""
         return self.resumed_from is None or (bool(self.segments) and self.segments[0].get("begin") == 0)
 
     def take_costs(self, trainer, keeper: CostKeeper) -> None:
-        """Reads steps, passes, time, memory and curves off a `Trainer` whose `train()` has returned or raised."""
+        """Read steps, passes, time, memory and curves from a `Trainer` whose `train()` has returned or raised."""
         self.steps = trainer.state.global_step
         self.curves = trainer.state.log_history
         self.peak_memory = peak_memory()
         self.segments = keeper.segments()
-        if not self.segments:  # it never began
+        if not self.segments:  # training never started
             return
         self.resumed_from = keeper.begin or None
         present, before = self.segments[-1], sum(entry["seconds"] for entry in keeper.earlier)
         for entry in reversed(self.curves):
-            if "train_runtime" in entry:  # it came to its end
+            if "train_runtime" in entry:  # training completed
                 present["seconds"] = max(entry["train_runtime"] - (before if keeper.is_whole else 0.0), 0.0)
                 present["passes"] = (present["end"] - present["begin"]) * entry.get("sam_passes", 1.0)
                 self.samples_per_second = entry.get("train_samples_per_second")
@@ -163,27 +165,28 @@ class RunRecord:
 @contextmanager
 def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | None = None, **names):
     """
-    Keeps the record of one run while the `with` block trains and evaluates it.
+    Keep the record of one run while the `with` block trains and evaluates it.
 
-    The record is on disk as `running`, with the fingerprint of the untrained model, before the block starts; after it,
-    as `finished`, as `failed` with the error, or as `interrupted` by Ctrl-C; what was raised is raised on. A run that is
-    killed stays `running`, so that a comparison knows to resume it. Every process enters; the first one writes.
-
-    A run that goes on from a checkpoint counts the seconds, passes and losses of the steps before it.
+    - Before the block starts, the record is written as `running`, with the fingerprint of the untrained model.
+    - After the block, it is written as `finished`, as `failed` with the error, or as `interrupted` by Ctrl-C;
+      exceptions propagate.
+    - The record of a killed run stays `running`, so a comparison knows to resume it.
+    - All processes enter; the first one writes.
+    - A run resumed from a checkpoint includes the seconds, passes and losses of the steps before it.
 
     Args:
         path (`str` or `os.PathLike`): The file to write, by convention `<output_dir>/run_record.json`.
-        trainer (`transformers.Trainer`): Built, not yet trained.
-        recipe (`Mapping`, *optional*): Everything the script was given, to be able to run it again.
-        **names: `task`, `arm`, `condition`, `budget` and whatever else [`RunRecord`] takes.
+        trainer (`transformers.Trainer`): The trainer, before training.
+        recipe (`Mapping`, *optional*): All arguments of the script, so that the run can be repeated.
+        **names: `task`, `arm`, `condition`, `budget` and other fields of [`RunRecord`].
 
     Yields:
-        `RunRecord`: Set its `metrics`, and `predictions` and `sharpness` where there are any.
+        `RunRecord`: Set its `metrics`, and `predictions` and `sharpness` if there are any.
 
     Raises:
-        RunFinishedError: The folder holds the finished record of this very run.
-        ValueError: It holds one that was made with other arguments, or the checkpoint that is gone on from was; the
-            message names each with its old and its new value.
+        RunFinishedError: The folder has a finished record of the same run.
+        ValueError: The folder has a finished record with different arguments, or the checkpoint to resume from was made
+            with different arguments. The message names each with its old and new value.
     """
     names.setdefault("seed", trainer.args.seed)
     record = RunRecord(**names, path=Path(path), started=_now())
@@ -225,30 +228,28 @@ def recording(path: str | os.PathLike, trainer, *, recipe: Mapping[str, Any] | N
 
 
 def _check_earlier(record: RunRecord, checkpoint: str | None) -> None:
-    """Refuses to write over a finished record, and to go on from a checkpoint that other arguments made."""
+    """Refuse to overwrite a finished record, or to resume from a checkpoint made with different arguments."""
     earlier = _readable(record.path)
     if earlier is not None and earlier.status == "finished":
         changed = changed_arguments(earlier, record)
         if not changed:
-            raise RunFinishedError(
-                f"{record.path} is the record of this run, finished after {earlier.steps} steps. Nothing to do."
-            )
+            raise RunFinishedError(f"{record.path}: this run has finished after {earlier.steps} steps. Nothing to do.")
         raise ValueError(
-            f"{record.path} is the record of a finished run with other arguments: {'; '.join(changed)}. Name another "
-            f"output_dir, or start anew by --overwrite_output_dir true."
+            f"{record.path} is the record of a finished run with different arguments: {'; '.join(changed)}. Choose another "
+            f"output_dir, or start over with --overwrite_output_dir true."
         )
     if checkpoint:
         earlier = _readable(Path(checkpoint).parent / record.path.name)
         changed = changed_arguments(earlier, record) if earlier is not None else []
         if changed:
             raise ValueError(
-                f"{checkpoint} was made with other arguments: {'; '.join(changed)}. Give the old values to go on, or "
-                f"start anew with the new ones: --overwrite_output_dir true, or another output_dir."
+                f"{checkpoint} was made with different arguments: {'; '.join(changed)}. Resume with the old values, or "
+                f"start over with the new ones: --overwrite_output_dir true, or another output_dir."
             )
 
 
 def changed_arguments(earlier: RunRecord, now: RunRecord) -> list[str]:
-    """What makes `now` another run than `earlier`: each argument with its old and its new value."""
+    """The arguments in which two runs differ, each with its old and new value."""
     found = {}
     before, after = (plain(run.config.get("training_arguments") or {}) for run in (earlier, now))
     for name in ARGUMENTS_OF_A_RUN:
@@ -273,7 +274,7 @@ def changed_arguments(earlier: RunRecord, now: RunRecord) -> list[str]:
     return [f"{name} was {old} and is now {new}" for name, (old, new) in found.items() if old != new]
 
 
-# Training arguments that decide where a run ends; the others say how it is watched, saved or made faster.
+# Training arguments that affect the result; the others control logging, saving and speed.
 ARGUMENTS_OF_A_RUN = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
@@ -281,14 +282,14 @@ ARGUMENTS_OF_A_RUN = (
     *("train_sampling_strategy", "dataloader_drop_last", "max_length", "packing", "completion_only_loss"),
     "assistant_only_loss",
 )
-# Of a recipe's arguments, those that name a place, or what is measured afterwards.
+# Recipe arguments that do not affect training: paths and names, and what is evaluated afterwards.
 NO_PART_OF_A_RUN = frozenset(
     ["dataset", "model_name_or_path", "tokenizer_name", "validation_samples", "test_samples", "check_images"]
 )
 
 
 def _batch_size(run: RunRecord) -> int | None:
-    """Examples of one optimizer step, over all processes."""
+    """Number of examples per optimizer step, over all processes."""
     values = run.config.get("training_arguments") or {}
     parts = [values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")]
     parts.append(((run.environment or {}).get("hardware") or {}).get("processes"))
@@ -304,10 +305,10 @@ def _readable(path: Path) -> RunRecord | None:
 
 def read_record(path: str | os.PathLike) -> RunRecord:
     """
-    Reads one record.
+    Read one record.
 
     Raises:
-        RecordError: The file is missing, no JSON, cut off, no run record, of another version, or incomplete.
+        RecordError: The file is missing, truncated, incomplete, not JSON, not a run record, or of another version.
     """
     path = Path(path)
     try:
@@ -315,14 +316,16 @@ def read_record(path: str | os.PathLike) -> RunRecord:
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror}).") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: not valid JSON ({error}); broken or cut off. Delete it to run it again.") from None
+        raise RecordError(
+            f"{path} is not valid JSON ({error}); it may be truncated. Delete it to run it again."
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RecordError(f"{path}: no run record of hf_sam (its 'format' is not {FORMAT!r}).")
+        raise RecordError(f"{path} is not a run record of hf_sam (its 'format' is not {FORMAT!r}).")
     version = content.get("version")
     if version != VERSION:
         is_newer = isinstance(version, int) and version > VERSION
         remedy = "Upgrade hf_sam to read it" if is_newer else "Run it again, or read it with the release that wrote it"
-        raise RecordError(f"{path}: version {version!r} of the format; this hf_sam reads version {VERSION}. {remedy}.")
+        raise RecordError(f"{path} has format version {version!r}; this hf_sam reads version {VERSION}. {remedy}.")
     known = {entry.name for entry in fields(RunRecord)} - {"path"}
     record = {name: value for name, value in content.items() if name in known}
     _check_types(path, record)
@@ -331,10 +334,10 @@ def read_record(path: str | os.PathLike) -> RunRecord:
 
 def find_records(folder: str | os.PathLike) -> tuple[list[RunRecord], list[str]]:
     """
-    Every record under `folder`, in the order of their paths, and one message for each file that is none.
+    All records under `folder`, ordered by path, and one message for each file that cannot be read.
 
     Args:
-        folder (`str` or `os.PathLike`): Searched recursively for files named `run_record.json`.
+        folder (`str` or `os.PathLike`): Folder to search recursively for files named `run_record.json`.
     """
     records, problems = [], []
     for path in sorted(_walk(Path(folder))):
@@ -365,25 +368,27 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def _check_types(path: Path, record: dict[str, Any]) -> None:
     for name in ("task", "arm", "status"):
         if name not in record:
-            raise RecordError(f"{path}: incomplete, {name!r} is missing. Delete it to run it again.")
+            raise RecordError(f"{path} is incomplete: {name!r} is missing. Delete it to run it again.")
     for name, value in record.items():
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-            raise RecordError(f"{path}: {name!r} holds a {type(value).__name__}, which no run record does.")
+            raise RecordError(f"{path}: {name!r} must not be of type {type(value).__name__}.")
     if record["status"] not in STATUSES:
-        raise RecordError(f"{path}: status {record['status']!r} is unknown. Allowed: {', '.join(STATUSES)}.")
+        raise RecordError(f"{path}: status={record['status']!r} is unknown. Allowed: {', '.join(STATUSES)}.")
     for name in ("metrics", "sharpness"):
         for key, value in record.get(name, {}).items():
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise RecordError(f"{path}: {name}[{key!r}] must be a number, not {value!r}.")
     if not all(isinstance(entry, dict) for entry in record.get("curves", [])):
-        raise RecordError(f"{path}: 'curves' must hold one JSON object per logged step.")
+        raise RecordError(f"{path}: 'curves' must contain one JSON object per logged step.")
 
 
 def plain(value: Any, key: str = "") -> Any:
-    """`value` as strict JSON can hold it: secrets masked, NaN and infinity `null`, anything unknown its `str`."""
+    """Convert `value` to strict JSON: secrets are masked, NaN and infinity become null, unknown objects strings."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # NumPy and torch scalars
         return plain(value.item(), key)
-    if _SECRET_KEY.search(key) and value and not isinstance(value, (int, float)):  # a loss per token is none
+    if (
+        _SECRET_KEY.search(key) and value and not isinstance(value, (int, float))
+    ):  # numbers, such as a loss per token, are not secrets
         return f"<{key.upper()}>"
     if isinstance(value, Mapping):
         return {str(name): plain(entry, str(name)) for name, entry in value.items()}
@@ -399,7 +404,7 @@ def plain(value: Any, key: str = "") -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replaces `path` atomically: readers see the old file or the new one, never a part."""
+    """Replace `path` atomically: readers see the old file or the new one, never a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:

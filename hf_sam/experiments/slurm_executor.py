@@ -1,4 +1,4 @@
-"""Runs as Slurm jobs, submitted as arrays by submitit; `squeue` says which of them have ended."""
+"""Runs as Slurm jobs, submitted in arrays by submitit and monitored by `squeue`."""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ from .executors import Ending, Executor
 
 logger = logging.get_logger(__name__)
 
-# States of a job that will not run again by itself, and those among them that are no fault of the run.
+# States of jobs that will not run again by themselves, and those among them that are not the run's fault.
 OVER = frozenset(
     ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
 )
 TAKEN_AWAY = frozenset(["BOOT_FAIL", "NODE_FAIL", "PREEMPTED"])
-TO_BE_REPEATED = ("limit", "timed out", "unable to contact", "temporarily")  # in what a refused sbatch says
+TO_BE_REPEATED = ("limit", "timed out", "unable to contact", "temporarily")  # in sbatch errors worth a retry
 
 
 @dataclass
 class SlurmExecutor(Executor):
     """
+    Runs as Slurm jobs.
+
     Args:
-        partition, qos, account, memory (`str`, *optional*): As `sbatch` takes them; Slurm's own defaults when left out.
+        partition, qos, account, memory (`str`, *optional*): Options of `sbatch`; by default Slurm's own defaults.
         minutes (`int`, *optional*, defaults to 240):
-            Time limit of a job. One that comes near it, or is preempted, is requeued and goes on from its checkpoint.
-        gpus (`int`, *optional*, defaults to 0): GPUs of each run.
-        cpus (`int`, *optional*, defaults to 1): CPUs of each run.
-        queue (`int`, *optional*, defaults to 200): Jobs that Slurm is given at a time, pending ones included.
-        timeouts (`int`, *optional*, defaults to 10): How often a run may come to its time limit.
-        setup (`list[str]`, *optional*): Lines of the job's script before the run, such as `module load cuda`.
-        sbatch (`dict`, *optional*): Any other option of `sbatch`, such as `{constraint: a100}`.
-        environment (`dict[str, str]`, *optional*): Variables of each run.
-        poll (`float`, *optional*, defaults to 10.0): Seconds between two looks at the queue.
-        patience (`float`, *optional*, defaults to 10.0): Seconds until a record that another node wrote is seen here.
+            Time limit of a job. Jobs that approach it, or are preempted, are requeued and resume from their checkpoint.
+        gpus (`int`, *optional*, defaults to 0): GPUs per run.
+        cpus (`int`, *optional*, defaults to 1): CPUs per run.
+        queue (`int`, *optional*, defaults to 200): Maximum number of jobs submitted at a time, including pending ones.
+        timeouts (`int`, *optional*, defaults to 10): Number of times that a run may reach its time limit.
+        setup (`list[str]`, *optional*): Lines in the job's script before the run, such as `module load cuda`.
+        sbatch (`dict`, *optional*): Any other options of `sbatch`, such as `{constraint: a100}`.
+        environment (`dict[str, str]`, *optional*): Environment variables of each run.
+        poll (`float`, *optional*, defaults to 10.0): Seconds between queries of the queue.
+        patience (`float`, *optional*, defaults to 10.0): Seconds until a record written on another node is visible
+            here.
     """
 
     partition: str | None = None
@@ -121,7 +124,7 @@ class SlurmExecutor(Executor):
         return found
 
     def _states(self) -> dict[str, tuple[str, str]] | None:
-        """State and reason of this user's jobs that the controller knows; `None` where it does not answer."""
+        """State and reason of this user's jobs known to the controller; `None` if it does not answer."""
         command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r"]
         try:
             lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
@@ -141,20 +144,20 @@ class SlurmExecutor(Executor):
             subprocess.run(["scancel", *numbers[begin : begin + 500]], check=True)
 
     def close(self) -> None:
-        """Jobs go on without a driver."""
+        """Do nothing: jobs continue without a driver."""
 
 
 def _scripts(run: Path) -> Path:
-    """Where submitit keeps the scripts and logs of the jobs of a study: beside its runs."""
+    """The folder for submitit's scripts and logs, next to the folders of the study's runs."""
     kinds = [parent for parent in run.parents if parent.name in ("runs", "trials")]
     return (kinds[0] if kinds else run).parent / "slurm"
 
 
 def _job_class() -> type:
-    """Made in a function, so that it is sent as it is: unpickling it imports nothing but this file needs."""
+    """The job's class, defined in a function so that it is pickled by value: unpickling it does not import hf_sam."""
 
     class Job:
-        """A run in a process of its own; `checkpoint` says what is requeued: the same, which goes on by itself."""
+        """A run in its own process. `checkpoint` requeues the same job, which resumes by itself."""
 
         def __init__(self, words: list[str], folder: Path, environment: dict[str, str]):
             self.words, self.folder, self.environment = words, str(folder), environment

@@ -1,4 +1,4 @@
-"""Where a study stands: what is done, who is at what, what failed and why, and how long the rest will take."""
+"""The state of a study: finished, running and failed runs, with reasons, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ MAX_LISTED = 20
 @dataclass(frozen=True)
 class Standing:
     """
+    The state of a study.
+
     Args:
-        finished, total (`int`): Runs and trials.
-        under_way (`dict[Path, str]`): Folder of each run that is being made: where, and for how long.
-        queued (`int`): Submitted, not begun.
-        failed (`dict[Path, str]`): Folder of each run that failed: why, in a line.
-        progress (`str`): How long the rest will take.
+        finished, total (`int`): Number of runs, including trials.
+        under_way (`dict[Path, str]`): Folder of each running run, and where and for how long it has been running.
+        queued (`int`): Number of runs that are submitted but have not started.
+        failed (`dict[Path, str]`): Folder of each failed run, and the reason in one line.
+        progress (`str`): A line on the progress, with the estimated remaining time.
     """
 
     finished: int
@@ -35,7 +37,7 @@ class Standing:
 
 
 def standing_of(workshop: Workshop, choice: Choice) -> Standing:
-    """Reads it from the folder; a cluster is asked only about the jobs that the folder names."""
+    """Read the state of a study from its folder; a cluster is queried only about the jobs named there."""
     count = counts(workshop)
     jobs = jobs_of(workshop, choice)
     under_way, queued = {}, 0
@@ -59,7 +61,7 @@ def standing_of(workshop: Workshop, choice: Choice) -> Standing:
 
 
 def describe_standing(standing: Standing) -> str:
-    """The same in a few lines."""
+    """The state of a study as a few lines of text."""
     lines = [standing.progress, f"{len(standing.under_way)} under way, {standing.queued} queued"]
     for title, entries in (("under way", standing.under_way), ("failed", standing.failed)):
         lines += [f"  {title}: {folder}: {words}" for folder, words in list(entries.items())[:MAX_LISTED]]
@@ -69,14 +71,14 @@ def describe_standing(standing: Standing) -> str:
 
 
 def reason(record: RunRecord) -> str:
-    """What ended a failed run, in a line."""
+    """The error that ended a failed run, in one line."""
     error = record.error or {}
     lines = error.get("message", "").splitlines()
     return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
 
 
 def progress(workshop: Workshop, workers: int = 1) -> str:
-    """One line: how far it is, and how long it will take."""
+    """The progress and the estimated remaining time, in one line."""
     count = counts(workshop)
     total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
     line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
@@ -93,7 +95,7 @@ def _spell(minutes: float) -> str:
 
 
 def estimate(workshop: Workshop) -> tuple[float, int] | None:
-    """Seconds that the rest would take one worker, and from how many finished runs that is known; `None` before any."""
+    """Seconds that one worker would need for the remaining runs, and the number of runs that the estimate rests on."""
     spent, cost = 0.0, 0.0
     known = 0
     rest = 0.0
@@ -109,7 +111,7 @@ def estimate(workshop: Workshop) -> tuple[float, int] | None:
 
 
 def _seconds(record: RunRecord) -> float:
-    """From the moment when the run began to its end, by the folder's clock."""
+    """Seconds from the start of a run to its end, by the file system's clock."""
     begun = record.path.with_name(PLACE_NAME)
     if not begun.exists():
         begun = record.path.with_name(JOB_NAME)

@@ -1,4 +1,4 @@
-"""Which settings a trial tries and which have won: a study of optuna's for each arm, asked and told trial by trial."""
+"""Tuning: the settings of each trial, and the best ones, from one optuna study per arm (ask-and-tell)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 STORAGE_NAME = "tuning.journal"  # in the folder of the comparison
 
-# A trial that was begun: what it tries, and its record once it has ended.
+# A started trial: its settings, and its record once it has ended.
 Trial = tuple[Mapping[str, Any], RunRecord | None]
 
 
 def open_storage(folder: Path, url: str | None = None) -> optuna.storages.BaseStorage:
     """
-    Where optuna keeps the trials.
+    Open the storage of optuna's trials.
 
     Args:
-        folder (`Path`): Of the comparison; a journal in it is used where no `url` is given.
-        url (`str`, *optional*): Of a relational database, such as `postgresql://...` or `sqlite:///trials.db`.
+        folder (`Path`): Folder of the comparison, for a journal file if there is no `url`.
+        url (`str`, *optional*): URL of a relational database, such as `postgresql://...` or `sqlite:///trials.db`.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -48,19 +48,19 @@ def next_settings(
     name: str = "trials",
 ) -> dict[str, Any]:
     """
-    What the trial after the `earlier` ones tries, by optuna's tree-structured Parzen estimator.
+    The settings of the trial after the `earlier` ones, from optuna's tree-structured Parzen estimator.
 
-    Each trial has a sampler of its own, seeded by `seed` and its number: what it tries depends on the results that were
-    known when it was asked for, and on nothing else. A storage that lags behind the records, or was lost, is completed
-    from them.
+    Each trial has its own sampler, seeded by `seed` and the trial's number, so its settings depend only on the results
+    known when it starts. A storage that is lost or out of date is completed from the records.
 
     Args:
         space (`Mapping`): Setting to `{low, high, log, int}` or a list of choices.
-        seed (`int`): Of the search.
-        metric (`str`): What is optimised, in the direction that `METRICS` gives.
-        earlier (`Sequence[Trial]`): In order; failed and diverged ones count as such, others may still be under way.
-        storage (`optuna.storages.BaseStorage`, *optional*): Where the trials are kept; in memory when left out.
-        name (`str`, *optional*, defaults to `"trials"`): Of the study in `storage`.
+        seed (`int`): Seed of the search.
+        metric (`str`): The metric to optimize, in the direction given by `METRICS`.
+        earlier (`Sequence[Trial]`): The earlier trials, in order. Those without a score count as failed; some may still
+            be running.
+        storage (`optuna.storages.BaseStorage`, *optional*): Storage of the trials; in memory by default.
+        name (`str`, *optional*, defaults to `"trials"`): Name of the study in `storage`.
     """
     import optuna
     from optuna.trial import TrialState, create_trial
@@ -84,13 +84,13 @@ def next_settings(
             if record is not None and (index >= len(known) or not known[index].state.is_finished()):
                 value = record.metrics.get(metric)
                 study.tell(index, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
-        if len(known) > number:  # asked for before, by a driver that died before the trial began
+        if len(known) > number:  # drawn before, by a driver that died before the trial started
             return dict(known[number].params)
         return study.ask(distributions).params
 
 
 def best_trial(metric: str, done: Sequence[RunRecord]) -> int | None:
-    """The index of the trial that scored best, the first among equals; `None` where none has a score."""
+    """Index of the best trial, the first one on ties; `None` if no trial has a score."""
     sign = 1 if metric_of(metric).higher_is_better else -1
     scores = {
         index: sign * run.metrics[metric] for index, run in enumerate(done) if run.metrics.get(metric) is not None
@@ -98,8 +98,8 @@ def best_trial(metric: str, done: Sequence[RunRecord]) -> int | None:
     return max(scores, key=scores.get) if scores else None
 
 
-def is_possible(space: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a search of `space` can have come to `settings`."""
+def in_space(space: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether `settings` lie in the search space `space`."""
     if space.keys() != settings.keys():
         return False
     return all(

@@ -1,4 +1,4 @@
-"""A plan and where its runs stand, by the records on disk alone: who makes them is the business of an executor."""
+"""A plan and the state of its runs, read from the records on disk. How runs are executed is up to an executor."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from typing import Any
 from .execution import JOB_NAME, SUBMISSION_NAME
 from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
 from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record
-from .tuning import best_trial, is_possible, next_settings, open_storage
+from .tuning import best_trial, in_space, next_settings, open_storage
 
-DEATHS_NAME = "deaths.txt"  # beside a run: how often it ended without a result
+DEATHS_NAME = "deaths.txt"  # in a run's folder: how often it ended without a result
 
 
 class StudyChangedError(ValueError):
-    """A run on disk was made with other settings than the plan now has."""
+    """A run on disk has other settings than the plan now gives it."""
 
 
 @dataclass
 class Workshop:
     """
-    A plan and where its runs stand.
+    A plan and the state of its runs.
 
     Args:
-        plan (`Plan`): What is compared.
+        plan (`Plan`): The comparison.
         runs (`list[Run]`): The final runs, see `final_runs`.
-        length (`Callable[[Run], dict]`): `max_steps` or `num_train_epochs` that the recipe has before a budget applies.
-        in_force (`dict[tuple[str, str], str]`, *optional*): The SAM configuration of each task and arm, in words.
+        length (`Callable[[Run], dict]`): `max_steps` or `num_train_epochs` of the recipe, before a budget applies.
+        in_force (`dict[tuple[str, str], str]`, *optional*):
+            A description of the SAM configuration in force, for each task and arm.
     """
 
     plan: Plan
@@ -43,19 +44,19 @@ class Workshop:
         self._records: dict[Path, RunRecord | None] = {}
         self._trials: dict[tuple[str, ...], list[Run]] = {}
 
-    # --- where the runs stand --------------------------------------------------------------------------------------
+    # --- state of the runs -----------------------------------------------------------------------------------------
 
     def folder(self, run: Run) -> Path:
         return self.plan.output_dir / run.folder
 
     def record(self, run: Run) -> RunRecord | None:
-        """The record of a run without its bulk, if there is a readable one; read once, see `forget`."""
+        """The run's record without its large fields, or `None` if it cannot be read; cached, see `forget`."""
         if run.folder not in self._records:
             self._records[run.folder] = read_outcome(self.folder(run))
         return self._records[run.folder]
 
     def forget(self, run: Run) -> None:
-        """Has the record of a run read anew."""
+        """Drop the cached record of a run, so that it is read again."""
         self._records.pop(run.folder, None)
 
     def has_ended(self, run: Run) -> bool:
@@ -70,7 +71,7 @@ class Workshop:
         return [*found, *self.runs]
 
     def all_runs(self) -> Sequence[Run]:
-        """Trials and final runs, in the order in which they are made."""
+        """Trials and final runs, in order of execution."""
         return self._every_run
 
     def trials(self, run: Run) -> list[Run]:
@@ -82,23 +83,23 @@ class Workshop:
         return self._trials[run.group]
 
     def is_ready(self, run: Run) -> bool:
-        """Whether enough is known for it: of a final run, all trials; of a trial, all but `parallel` - 1 before it."""
+        """Whether a run can start: a final run after all its trials, a trial after all but `parallel` - 1 before it."""
         if self.plan.tuning is None:
             return True
         missing = sum(not self.has_ended(trial) for trial in self.trials(run)[: run.trial])
         return missing < (1 if run.trial is None else self.plan.tuning.parallel)
 
     def open_runs(self) -> Iterator[Run]:
-        """Those that could be made now, whether somebody is at it or not, in the order in which they are made."""
+        """Runs that can start now or have started, in order of execution."""
         return (run for run in self.all_runs() if not self.has_ended(run) and self.is_ready(run))
 
     def discard(self) -> None:
-        """Removes what nothing needs any more; called when a run has ended."""
+        """Remove files that are no longer needed; called when a run has ended."""
 
-    # --- what a run is ---------------------------------------------------------------------------------------------
+    # --- settings of a run -----------------------------------------------------------------------------------------
 
     def tuned(self, run: Run) -> dict[str, Any]:
-        """The settings that a trial tries, or that have won for a final run."""
+        """The settings that a trial tries, or the best ones for a final run."""
         if self.plan.tuning is None:
             return {}
         tuning, metric = self.plan.tuning, self.plan.question.metric
@@ -106,17 +107,19 @@ class Workshop:
         records = [self.record(trial) if self.has_ended(trial) else None for trial in trials]
         if run.trial is None:
             best = best_trial(metric, records)
-            return {} if best is None else self._made(trials[best])["tuned"]  # every trial failed; the run says why
+            return (
+                {} if best is None else self._made(trials[best])["tuned"]
+            )  # if all trials failed, the run itself will show why
         if (self.folder(run) / JOB_NAME).exists():
             made = self._made(run)["tuned"]
-            if is_possible(tuning.of(run.arm), made):
+            if in_space(tuning.of(run.arm), made):
                 return made
         earlier = [(self._made(trial)["tuned"], record) for trial, record in zip(trials, records, strict=True)]
         name = " | ".join([*run.group, metric])
         return next_settings(tuning.of(run.arm), tuning.seed, metric, earlier, self._storage, name)
 
     def _made(self, run: Run) -> dict[str, Any]:
-        """The job by which a run was made last."""
+        """The job with which a run was last started."""
         return json.loads((self.folder(run) / JOB_NAME).read_text(encoding="utf-8"))
 
     @cached_property
@@ -124,7 +127,7 @@ class Workshop:
         return open_storage(self.plan.output_dir, self.plan.tuning.storage)
 
     def job(self, run: Run) -> dict[str, Any]:
-        """What `run.json` holds: all that a process needs to make the run."""
+        """The content of `run.json`: everything that a process needs to execute the run."""
         tuned, task = self.tuned(run), self.plan.tasks[run.task]
         settings = settings_of(self.plan, run, tuned, self.length(run))
         names = {name: settings[name] for name in ("task", "arm", "condition", "budget")}
@@ -142,33 +145,35 @@ class Workshop:
 
     def check_unchanged(self) -> None:
         """
+        Check that the runs on disk have the settings of the plan.
+
         Raises:
-            StudyChangedError: An ended run was made with other settings than the plan now gives it.
+            StudyChangedError: A run has ended with other settings than the plan now gives it.
         """
         for run in self.all_runs():
             path = self.folder(run) / JOB_NAME
             if self.has_ended(run) and self.is_ready(run) and path.exists():
                 made = self._made(run)
-                if run.trial is not None and not is_possible(self.plan.tuning.of(run.arm), made["tuned"]):
+                if run.trial is not None and not in_space(self.plan.tuning.of(run.arm), made["tuned"]):
                     raise StudyChangedError(
-                        f"{path.parent} tried {made['tuned']}, which is not in the space that tuning now searches. "
-                        f"Name another output_dir, or delete that folder to run it again."
+                        f"{path.parent} tried {made['tuned']}, which is not in the present search space. "
+                        f"Choose another output_dir, or delete that folder to run it again."
                     )
                 now = self.job(run)
                 changed = sorted(
                     word
                     for word in set(map(str, made["argv"])) ^ set(now["argv"])
-                    if not word.startswith("--output_dir=")
-                )  # a study may have been moved since
+                    if not word.startswith("--output_dir=")  # the folder may have been moved
+                )
                 if changed or made["average"] != now["average"]:
                     raise StudyChangedError(
-                        f"{path.parent} was run with other settings ({', '.join(changed[:4])}). Name another "
+                        f"{path.parent} was run with other settings ({', '.join(changed[:4])}). Choose another "
                         f"output_dir, or delete that folder to run it again."
                     )
 
 
 def read_outcome(folder: Path) -> RunRecord | None:
-    """The record in `folder` without curves and descriptions, which would fill the memory in a study of thousands."""
+    """The record in `folder` without curves and descriptions, which would fill the memory in a study with many runs."""
     try:
         record = read_record(folder / RECORD_NAME)
     except RecordError:
@@ -177,7 +182,7 @@ def read_outcome(folder: Path) -> RunRecord | None:
 
 
 def retry_failed(workshop: Workshop) -> int:
-    """Removes the records of failed runs, so that they are made again; returns how many there were."""
+    """Remove the records of failed runs, so that they run again; returns the number of failed runs."""
     count = 0
     for run in workshop.all_runs():
         record = workshop.record(run)
@@ -190,7 +195,7 @@ def retry_failed(workshop: Workshop) -> int:
 
 
 def counts(workshop: Workshop) -> dict[str, int]:
-    """How many runs and trials there are, by where they stand."""
+    """Number of runs by state, and number of trials."""
     found = {"finished": 0, "failed": 0, "begun": 0, "waiting": 0, "trials": 0}
     for run in workshop.all_runs():
         record = workshop.record(run)
@@ -200,7 +205,7 @@ def counts(workshop: Workshop) -> dict[str, int]:
 
 
 def records_of(workshop: Workshop, runs: Sequence[Run] | None = None) -> list[RunRecord]:
-    """The whole records that there are, of trials and final runs."""
+    """The complete records of trials and final runs, as far as they exist."""
     found = []
     for run in workshop.all_runs() if runs is None else runs:
         if workshop.record(run) is not None:

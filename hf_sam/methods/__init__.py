@@ -1,4 +1,4 @@
-"""Methods: where to perturb, what the optimizer gets, and the table of published methods."""
+"""Methods: ascents (where to perturb), descents (what the optimizer gets), and the table of published methods."""
 
 from .ascents import AuxiliaryPair, Carried, Friendly, Geometry, Momentum, Noise, Previous, RandomTensors, Steepest
 from .base import Ascent, Descent, Method, Needs, Step

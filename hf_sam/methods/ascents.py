@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Geometry(Ascent):
-    """The norm that measures a perturbation.
+    """The norm in which a perturbation is measured.
 
     Args:
-        p (`float`): The ball's norm, in [1, inf] (Foret et al. 2021, Equation 2).
-        adaptive (`bool`): Measure in units of the weights, `T = |w| + eta` (Kwon et al. 2021, Equation 3). Every
-            perturbed tensor is scaled, as in the paper; its authors' code leaves T = 1 on tensors not named weight.
+        p (`float`): Order of the norm, in [1, inf] (Foret et al. 2021, Equation 2).
+        adaptive (`bool`): Scale each coordinate by `T = |w| + eta` (Kwon et al. 2021, Equation 3). Every perturbed
+            tensor is scaled, as in the paper; the authors' code keeps T = 1 for tensors not named `weight`.
         eta (`float`): Added to `|w|`, so that weights at zero move too.
     """
 
@@ -35,14 +35,14 @@ class Geometry(Ascent):
     eta: float = number(0.01, 0)
 
     def steepest(self, direction: Vector, step: Step, rho: float | None = None) -> Vector:
-        """The steepest perturbation of size `rho` (by default the step's) along `direction`, which is consumed."""
+        """The steepest perturbation of size `rho` (by default `step.rho`) along `direction`, which is overwritten."""
         scale = step.weights.abs() if self.adaptive else None
         if scale is not None:
             scale += self.eta
         return steepest(direction, step.rho if rho is None else rho, self.p, scale)
 
     def gradient_in(self, displacement: Tensor) -> Tensor | None:
-        """`eps` is `sign(g) |g|^(q-1)`, and (q - 1)(p - 1) = 1."""
+        """Invert `eps = sign(g) |g|^(q-1)`, by (q - 1)(p - 1) = 1."""
         has_moved_on = getattr(self, "weight_decay_in_ascent", False) or self.ascent_steps > 1
         if self.adaptive or has_moved_on or not 1 < self.p < float("inf"):
             return None
@@ -63,7 +63,7 @@ class Steepest(Geometry):
 
     @property
     def logs_cosine(self) -> bool:
-        """Read `g` off the displacement, so that plain SAM holds one copy of the weights even in steps that log."""
+        """False if `g` can be recovered from the displacement: plain SAM holds one copy even in steps that log."""
         return self.adaptive
 
     def eps(self, g: Vector, step: Step) -> Vector:
@@ -72,12 +72,12 @@ class Steepest(Geometry):
 
 @dataclass(frozen=True)
 class Friendly(Geometry):
-    """Along the batch's own part of the gradient, `g - sigma m` (Li et al. 2024, arXiv 2403.12350, Equation 10).
+    """Perturb along the batch-specific part of the gradient, `g - sigma m`, with m a running average of g.
 
-    `m` is the running average of `g`. It starts at zero, so the first step is plain SAM.
+    Li et al. 2024, arXiv 2403.12350, Equation 10. `m` starts at zero, so the first step is plain SAM.
 
     Args:
-        sigma (`float`): How much of the average is subtracted.
+        sigma (`float`): Weight of the average that is subtracted.
         ema_decay (`float`): Decay of the average.
     """
 
@@ -101,10 +101,10 @@ class Friendly(Geometry):
 
 @dataclass(frozen=True)
 class RandomTensors(Geometry):
-    """A random choice of tensors, perturbed by `eps / beta` (Du et al. 2022, arXiv 2110.03141, Section 3.1).
+    """Perturb a random choice of tensors by `eps / beta` (Du et al. 2022, arXiv 2110.03141, Section 3.1).
 
     Args:
-        beta (`float`): Probability that a tensor is chosen. The authors' code also chooses whole tensors.
+        beta (`float`): Probability that a tensor is perturbed. Whole tensors are drawn, as in the authors' code.
     """
 
     beta: float = number(0.6, 0, 1, above=True)
@@ -122,10 +122,11 @@ class RandomTensors(Geometry):
 
 @dataclass(frozen=True)
 class Carried(Geometry):
-    """Perturb along the gradient of the last due step until the next one (this project).
+    """Perturb along the gradient of the last due step until the next due step (this project).
 
     Args:
-        alpha (`float`): Factor by which the perturbation shrinks with each step since its direction was computed.
+        alpha (`float`): Factor by which the perturbation shrinks in each step after the one that computed its
+            direction.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_STEP
@@ -149,7 +150,7 @@ class Carried(Geometry):
 
 @dataclass(frozen=True)
 class Previous(Ascent):
-    """Along the gradient of the previous optimizer step; one pass (Ji et al. 2024, NeurIPS, S2-SAM)."""
+    """Perturb along the gradient of the previous optimizer step; one pass (S2-SAM, Ji et al. 2024, NeurIPS)."""
 
     needs: ClassVar = Needs.NOTHING
     memory: ClassVar = ("gradient",)
@@ -164,12 +165,12 @@ class Previous(Ascent):
 
 @dataclass(frozen=True)
 class Momentum(Ascent):
-    """`eps = -rho v / ||v||`, v the optimizer's momentum: ahead, in the direction of the next update.
+    """`eps = -rho v / ||v||`, with v the optimizer's momentum: a look ahead in the direction of the next update.
 
-    One pass; no step is perturbed while the learning rate warms up (Becker et al. 2024, arXiv 2401.12033, Algorithm 1).
+    One pass; no perturbation while the learning rate warms up (Becker et al. 2024, arXiv 2401.12033, Algorithm 1).
 
     Raises:
-        ValueError: The optimizer has stepped and keeps no momentum that can be read.
+        ValueError: The optimizer has stepped, but has no readable momentum.
     """
 
     needs: ClassVar = Needs.OPTIMIZER_STATE
@@ -179,15 +180,15 @@ class Momentum(Ascent):
         momentum = step.optimizer_state("exp_avg", "momentum_buffer")
         if momentum is None and not step.is_first:
             raise ValueError(
-                f"method='msam' perturbs along the optimizer's momentum, but {step.optimizer_name} keeps none that can be "
-                "read. Use one with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
+                f"method='msam' perturbs along the optimizer's momentum, but {step.optimizer_name} has no readable momentum. "
+                "Use an optimizer with `exp_avg` (optim='adamw_torch') or `momentum_buffer` (SGD with momentum=0.9)."
             )
         return None if momentum is None else -steepest(momentum, step.rho)
 
 
 @dataclass(frozen=True)
 class Noise(Ascent):
-    """`eps = rho z / ||z||`, z standard normal: uniform on the sphere, the control for every other direction."""
+    """`eps = rho z / ||z||`, with z standard normal: uniform on the sphere, a control for every other direction."""
 
     needs: ClassVar = Needs.NOISE
 
@@ -202,9 +203,9 @@ class Noise(Ascent):
 
 @dataclass(frozen=True)
 class AuxiliaryPair(Ascent):
-    """A second LoRA pair that ascends at the base learning rate while the first one descends, in one pass.
+    """A second LoRA pair that ascends at the base learning rate while the adapter descends, in one pass.
 
-    Its `||s B2 A2||` stays at most rho (Bi-LoRA, Liu et al. 2025, arXiv 2508.19564).
+    `||s B2 A2||` is clipped to rho (Bi-LoRA, Liu et al. 2025, arXiv 2508.19564).
     """
 
     needs: ClassVar = Needs.NOTHING
@@ -219,7 +220,7 @@ class AuxiliaryPair(Ascent):
         return step.attached.active()
 
     def after(self, gradient: Vector, step: Step) -> None:
-        norm = step.attached.climb(step.rho, step.lr, step.loss_scale)
+        norm = step.attached.ascend(step.rho, step.lr, step.loss_scale)
         step.record(sam_rho=step.rho, sam_perturbation_norm=norm)
 
 

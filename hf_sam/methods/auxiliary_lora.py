@@ -1,4 +1,4 @@
-"""Bi-LoRA's second pair of low-rank factors, which ascends while the adapter descends (Liu et al. 2025, arXiv 2508.19564)."""
+"""Bi-LoRA's second LoRA pair, which ascends while the adapter descends (Liu et al. 2025, arXiv 2508.19564)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 class AuxiliaryLora:
-    """One pair `(A2, B2)` for each linear LoRA layer of a PEFT model; not part of the model, so never saved with it.
+    """One pair `(A2, B2)` for each linear LoRA layer of a PEFT model; not part of the model, and not saved with it.
 
-    Inside `active`, every such layer also adds `s B2 A2 x`, `s` the adapter's own scaling, and `backward` computes
-    the pair's gradient together with all others. `climb` then moves the pair along it and keeps `||s B2 A2||_F`, over
-    all layers together, within rho.
+    Inside `active`, each such layer also adds `s B2 A2 x`, with `s` the adapter's scaling, and `backward` computes
+    the pair's gradient along with all others. `ascend` then moves the pair along it and clips `||s B2 A2||_F`, over
+    all layers together, to rho.
 
     Args:
         model (`nn.Module`): A PEFT model whose active adapter is LoRA.
@@ -27,7 +27,7 @@ class AuxiliaryLora:
     """
 
     def __init__(self, model: nn.Module, seed: int):
-        self._layers = linear_lora_layers(model, "method='bilora' climbs with a second LoRA pair beside the first")
+        self._layers = linear_lora_layers(model, "method='bilora' attaches a second LoRA pair to each LoRA layer")
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._scales: dict[tuple[float, ...], Tensor] = {}
         self._is_active = False
@@ -42,7 +42,7 @@ class AuxiliaryLora:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Passes inside run at the perturbed weights, including recomputation in the backward pass."""
+        """Run the passes inside at the perturbed weights, including recomputation in the backward pass."""
         self._is_active = True
         try:
             yield
@@ -50,8 +50,8 @@ class AuxiliaryLora:
             self._is_active = False
 
     @torch.no_grad()
-    def climb(self, rho: float, lr: float, loss_scale: Tensor | float) -> Tensor:
-        """`theta2 <- clip_rho(theta2 + lr grad)`; the gradients are consumed. Returns the norm of the perturbation."""
+    def ascend(self, rho: float, lr: float, loss_scale: Tensor | float) -> Tensor:
+        """`theta2 <- clip_rho(theta2 + lr grad)`, and clear the gradients; returns the norm of the perturbation."""
         factors = [factor for factor in self._factors() if factor.grad is not None]
         changes = torch._foreach_mul([factor.grad for factor in factors], lr / loss_scale)
         for factor in factors:
@@ -67,7 +67,7 @@ class AuxiliaryLora:
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """`||s B2 A2||_F` over all layers, from the r x r matrices alone: `||B A||^2 = <B^T B, A A^T>`.
+        """`||s B2 A2||_F` over all layers, from r x r matrices alone: `||B A||^2 = <B^T B, A A^T>`.
 
         Layers of the same shape are processed together, so that the number of operations does not grow with the depth.
         """
@@ -80,7 +80,7 @@ class AuxiliaryLora:
             a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))  # (layers, r, in), (layers, out, r)
             a, b = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (a, b))
             scales = tuple(self._scaling(name) ** 2 for name in names)
-            if scales not in self._scales:  # moving numbers to the device waits for it
+            if scales not in self._scales:  # copying numbers to the device synchronizes with it
                 self._scales[scales] = torch.tensor(scales, dtype=a.dtype, device=a.device)
             squares.append(self._scales[scales] @ ((b.mT @ b) * (a @ a.mT)).sum((1, 2)))
         return torch.stack(squares).sum().clamp(min=0).sqrt()
@@ -135,12 +135,12 @@ def linear_lora_layers(model: nn.Module, purpose: str) -> dict[str, nn.Module]:
     """The linear LoRA layers of a PEFT model, by name.
 
     Raises:
-        ValueError: It has none; the message starts with their purpose.
+        ValueError: It has none; the message starts with `purpose`.
     """
     layers = {name: module for name, module in model.named_modules() if _is_linear_lora(module)}
     if not layers:
         raise ValueError(
-            f"{purpose}, and this model has no linear LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)), or "
+            f"{purpose}, but this model has no linear LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)), or "
             "choose another method."
         )
     return layers

@@ -1,8 +1,8 @@
-"""The protocol of a method: an `Ascent` says where to perturb, a `Descent` what the optimizer gets.
+"""The interface of a method: an `Ascent` says where to perturb, a `Descent` what the optimizer gets.
 
-Both are frozen dataclasses whose fields are their hyperparameters. The package runs them: it accumulates and
-synchronises gradients, perturbs and restores the weights, keeps `memory` in checkpoints, and derives from `needs` what
-a step costs and where it cannot run. `docs/write_your_own.md` shows how to write one from a formula.
+Both are frozen dataclasses whose fields are their hyperparameters. The package does the rest: it accumulates and
+synchronizes gradients, perturbs and restores the weights, saves `memory` in checkpoints, and derives from `needs` what
+a step costs and which engines cannot run it. `docs/write_your_own.md` shows how to write one from a formula.
 """
 
 from __future__ import annotations
@@ -27,50 +27,52 @@ if TYPE_CHECKING:
 
     from ..update.vector import Vector
 
-# A backward pass costs about twice a forward pass, and a Hessian-vector product two of both.
+# A backward pass costs about twice a forward pass; a Hessian-vector product costs about two forward-backward passes.
 FORWARD_SHARE = 1 / 3
 HESSIAN_PASSES = 2.0
 
 
 class Needs(Flag):
-    """What a method needs of a step; an engine states which of these it lacks, and why."""
+    """What a method needs from a step; each engine states which of these it lacks, and why."""
 
     NOTHING = 0
     # Of an ascent
-    GRADIENT = auto()  # the gradient at w, from a pass of its own
-    WHOLE_STEP = auto()  # a gradient of the whole step, not of one micro-batch
+    GRADIENT = auto()  # the gradient at w, from a separate pass
+    WHOLE_STEP = auto()  # the gradient of the whole step, not of one micro-batch
     WHOLE_TENSORS = auto()  # statistics of whole tensors, which cannot be computed from a shard
     OPTIMIZER_STATE = auto()  # the base optimizer's state, such as its momentum
-    NOISE = auto()  # random numbers, different on every rank
+    NOISE = auto()  # random numbers that differ between ranks
     # Of a descent
     CLEAN_GRADIENT = auto()  # g in addition to g_s: one more copy of the weights
-    SUBSET = auto()  # the loss of each example, and parts of a batch
+    SUBSET = auto()  # the loss of each example, and passes over part of a batch
     LOGITS = auto()  # the loss as a function of the model's logits
     HVP = auto()  # a Hessian-vector product
     # Derived from what a class overrides
     STEP_GRADIENT = auto()  # `after`: the gradient that the optimizer is about to step along
     ATTACHMENT = auto()  # `attach`: extra modules attached to the model
-    OWN_GRADIENT = auto()  # `gradient`, `between`, `may_skip`: the optimizer gets a gradient that the method builds
-    UNEVEN_PASSES = auto()  # `perturbed_examples`: a number of passes that differs between ranks
+    OWN_GRADIENT = auto()  # `gradient`, `between`, `may_skip`: the method builds the gradient for the optimizer
+    UNEVEN_PASSES = auto()  # `perturbed_examples`: the number of passes differs between ranks
 
 
 class Step(Protocol):
-    """What a method can ask about the optimizer step it runs in.
+    """What a method knows about the optimizer step it runs in.
 
     Attributes:
-        index (`int`): Optimizer steps before this one.
+        index (`int`): Number of optimizer steps before this one.
         progress (`float`): Fraction of the run that is done, in [0, 1).
-        rho (`float`): Size of the perturbation: the schedule's, divided by the number of inner ascent steps.
-        lr (`float`): The largest learning rate of the optimizer's groups.
-        age (`int`): Steps since the last one that was due under `interval`; 0 in such a step.
+        rho (`float`): Size of the perturbation: the scheduled rho, divided by the number of inner ascent steps.
+        lr (`float`): The largest learning rate of the optimizer's parameter groups.
+        age (`int`): Steps since the last one that was due under `interval`; 0 in a due step.
         is_first (`bool`): Whether this is the first step since the run started or was resumed.
         weights (`Vector`): `w` over the perturbed parameters; do not change it in place.
         memory (`MutableMapping[str, Vector]`): State that the method keeps from step to step, under its declared names.
-            In-place forms never overwrite what is read here.
+            In-place operations never overwrite a Vector that was read from it.
         generator (`torch.Generator`): Random numbers that depend only on seed, step, rank and micro-batch.
-        shared_random (`random.Random`): The same on every rank and in every micro-batch of the step.
+        shared_random (`random.Random`): Random numbers that are the same on every rank and in every micro-batch of the
+            step.
         attached (`Any`): What `Ascent.attach` returned.
         loss_scale (`Tensor` or `float`): The factor by which gradients outside Vectors are scaled up under fp16.
+        optimizer_name (`str`): The optimizer's class, for error messages.
     """
 
     index: int
@@ -88,13 +90,13 @@ class Step(Protocol):
     optimizer_name: str
 
     def optimizer_state(self, *names: str) -> Vector | None:
-        """The first of the states `names` that the optimizer keeps of each perturbed parameter; None if there are none."""
+        """The first of the states `names` that the optimizer keeps for every perturbed parameter, or None."""
 
     def hessian_product(self, vector: Vector) -> Vector:
-        """`H vector` at `w`, over all trainable parameters; only with `Needs.HVP`."""
+        """The Hessian-vector product at `w`, over all trainable parameters; only with `Needs.HVP`."""
 
     def record(self, **values: Tensor | float) -> None:
-        """Log scalars under names listed in `Telemetry`."""
+        """Log scalars under names that are listed in `Telemetry`."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,14 @@ class Ascent:
 
     Class attributes:
         needs (`Needs`): `GRADIENT` by default; without it, `eps` gets `g=None` and the step has one pass.
-        memory (`tuple[str, ...]`): Names under which `step.memory` keeps Vectors from step to step. Checkpoints
-            contain them, and each counts as a copy of the perturbed weights.
+        memory (`tuple[str, ...]`): Names under which `step.memory` keeps Vectors from step to step. They are saved in
+            checkpoints, and each counts as a copy of the perturbed weights.
         scalars (`tuple[str, ...]`): The same for 0-dim tensors.
-        ascent_steps (`int`): How often `eps` is called; each further call costs a pass at the perturbed weights.
-        may_skip (`bool`): `eps` may return None in some steps but not in others, and ranks may differ.
+        ascent_steps (`int`): How often `eps` is called; each additional call costs a pass at the perturbed weights.
+        may_skip (`bool`): `eps` may return None in some steps, and not on every rank in the same ones.
         perturbs_between (`bool`): Under `interval`, also perturb the steps in between, without an ascent pass.
         after_warmup (`bool`): Do not perturb while the learning rate warms up.
-        logs_cosine (`bool`): Keep a copy of `g` in steps that log, unless `gradient_in` provides it.
+        logs_cosine (`bool`): Keep a copy of `g` in steps that log, unless `gradient_in` can recover it.
     """
 
     needs: ClassVar[Needs] = Needs.GRADIENT
@@ -129,20 +131,21 @@ class Ascent:
         """The perturbation, over the perturbed parameters or some of them.
 
         Args:
-            g (`Vector`, *optional*): The gradient at `w` over the perturbed parameters, unscaled. You may overwrite it:
-                in-place forms may consume it. None without `Needs.GRADIENT`, and in a step between two due ones.
+            g (`Vector`, *optional*): The gradient at `w` over the perturbed parameters, unscaled. You may overwrite it.
+                None without `Needs.GRADIENT`, and in a step between two due ones.
             step (`Step`): The current step; `step.rho` is the requested size.
 
         Returns:
-            `Vector`, or None for no perturbation in this step. If `g` or the result is not finite, nothing is perturbed.
+            `Vector`, or None to skip the perturbation in this step. If `g` or the result is not finite, nothing is
+            perturbed.
         """
         raise NotImplementedError(f"{type(self).__name__} must define eps(g, step).")
 
     def after(self, gradient: Vector, step: Step) -> None:
-        """Called before clipping, once the gradient that the optimizer steps along is known; to update `step.memory`."""
+        """Update `step.memory` from the gradient that the optimizer will step along; called before clipping."""
 
     def radius(self, step: Step) -> float:
-        """The size of the perturbation to log: `step.rho`, unless the method has its own rule to shrink it."""
+        """The size of the perturbation, for the log: `step.rho` unless the method changes it."""
         return step.rho
 
     def ready(self, step: Step) -> bool:
@@ -158,20 +161,23 @@ class Ascent:
         return None
 
     def perturbed_examples(self, inputs: Mapping[str, Any], step: Step) -> Tensor | None:
-        """Indices of the examples whose loss is taken at `w + eps`, while the others' is taken at `w`; None for all.
+        """Indices of the examples whose loss is taken at `w + eps`; that of the others is taken at `w`. None for all.
 
-        A class that overrides this perturbs for each micro-batch, from the gradient of those examples alone. It needs a
-        `tail_weight` that multiplies their loss, and a `part`: the name of a batch entry that the model does not take, or
-        None.
+        A class that overrides this is perturbed in each micro-batch, along the gradient of those examples alone. It
+        needs two fields: `tail_weight`, which multiplies their loss, and `part`, the name of a batch entry that is not
+        an argument of the model, or None.
         """
         return None
 
     def resolved(self, train_dataset: Any) -> Ascent:
-        """Called once when a run starts: return the ascent, completed with what it needs from the training data."""
+        """Return the ascent, completed with what it needs from the training data; called once when a run starts."""
         return self
 
     def attach(self, model: nn.Module, seed: int) -> Any:
-        """Set up what the method attaches to the model for one run; it needs `state_dict`, `load_state_dict`, `remove`."""
+        """Attach extra modules to the model for one run.
+
+        The returned object needs the methods `state_dict`, `load_state_dict` and `remove`.
+        """
         return None
 
     def applied(self, step: Step) -> AbstractContextManager:
@@ -179,13 +185,13 @@ class Ascent:
         return contextlib.nullcontext()
 
     def gradient_in(self, displacement: Tensor) -> Tensor | None:
-        """`g` up to a factor, read off the realised displacement of one tensor, so that no copy of `g` is kept."""
+        """Recover `g` up to a factor from the actual displacement of one tensor, which saves a copy of `g`."""
         return None
 
 
 @dataclass(frozen=True)
 class Descent:
-    """What the optimizer gets. By default `g_s`, the gradient at `w + eps`.
+    """What the optimizer gets: by default `g_s`, the gradient at `w + eps`.
 
     Class attributes:
         needs (`Needs`): `CLEAN_GRADIENT` to see `g` in `gradient`.
@@ -200,19 +206,19 @@ class Descent:
 
     @property
     def extra_passes(self) -> float:
-        """Forward-backward passes over the batch beyond the one at the perturbed weights; may be negative."""
+        """Forward-backward passes over the batch in addition to the one at the perturbed weights; may be negative."""
         return 0.0
 
     def gradient(self, g: Vector | None, g_s: Vector, step: Step) -> Vector:
         """The gradient for the optimizer, over all trainable parameters, from `g` at `w` and `g_s` at `w + eps`.
 
-        Both are unscaled, and you may overwrite them. If each rank perturbs on its own, they are this rank's gradients, and
-        the package averages the results over ranks. `g` is None without `Needs.CLEAN_GRADIENT`.
+        Both are unscaled, and you may overwrite them. `g` is None without `Needs.CLEAN_GRADIENT`. If each rank has its
+        own perturbation, they are this rank's gradients, and the package averages the results over ranks.
         """
         return g_s
 
     def between(self, g: Vector, step: Step) -> Vector:
-        """The gradient for the optimizer in a step between two due ones, from the gradient of its only pass."""
+        """The gradient for the optimizer in a step between two due ones, given the gradient of its only pass."""
         return g
 
     def examples(self, before: Tensor, after: Tensor) -> Tensor | None:
@@ -223,7 +229,7 @@ class Descent:
         return None
 
     def keep(self, loss: Tensor, logits: Tensor) -> Any:
-        """What `loss` needs from the clean pass; only with `Needs.LOGITS`."""
+        """Return what `loss` needs from the clean pass; only with `Needs.LOGITS`."""
         return None
 
     def loss(self, loss: Tensor, logits: Tensor, kept: Any) -> Tensor:
@@ -236,7 +242,7 @@ class Method:
     """One row of the table: a published method as an ascent, a descent, and defaults.
 
     Args:
-        name (`str`): What the user writes in `SAMConfig(method=...)`.
+        name (`str`): The name in `SAMConfig(method=...)`.
         paper (`str`): Authors, year and arXiv number.
         summary (`str`): The update in one sentence.
         ascent (`type[Ascent]`): Where to perturb.
@@ -253,12 +259,12 @@ class Method:
 
     @property
     def classes(self) -> tuple[type[Ascent], type[Descent]]:
-        """Both classes."""
+        """The ascent and the descent."""
         return self.ascent, self.descent
 
 
 def overrides(part: Ascent | Descent | type, name: str) -> bool:
-    """Whether a class has its own `name` rather than the one of `Ascent` or `Descent`."""
+    """Whether a class overrides the attribute `name` of `Ascent` or `Descent`."""
     return _overrides(part if isinstance(part, type) else type(part), name)
 
 
@@ -269,7 +275,7 @@ def _overrides(kind: type, name: str) -> bool:
 
 
 def needs_of(ascent: Ascent | type, descent: Descent | type) -> Needs:
-    """What a method needs, as declared or as derived from what it overrides."""
+    """What a method needs: what it declares, and what follows from what it overrides."""
     needs = ascent.needs | descent.needs
     if combines(descent) or overrides(descent, "between") or descent.needs:
         needs |= Needs.GRADIENT  # a pass at w, even for an ascent that does not need one
@@ -292,15 +298,15 @@ def combines(descent: Descent | type) -> bool:
 
 
 def copies_for_cosine(ascent: Ascent) -> bool:
-    """Whether a step that logs copies `g` for its cosine with `g_s`, because it cannot be read off eps."""
+    """Whether a step that logs copies `g` for its cosine with `g_s`, because `g` cannot be recovered from `eps`."""
     return ascent.logs_cosine and bool(ascent.needs & Needs.GRADIENT) and ascent.gradient_in(torch.ones(1)) is None
 
 
 def copies_of(ascent: Ascent, descent: Descent) -> int:
-    """Copies of the perturbed weights in addition to the stock Trainer's, at the peak of a step that logs.
+    """Copies of the perturbed weights beyond what the stock Trainer holds, at the peak of a step that logs.
 
-    One copy holds the weights to restore, and `memory` needs one per name; one more is `g`, if it is kept for the descent
-    or for the cosine between `g` and `g_s`.
+    One copy holds the weights to restore, and each name in `memory` adds one. Another holds `g` if it is kept for the
+    descent or for the cosine between `g` and `g_s`.
     """
     if needs_of(ascent, descent) & Needs.ATTACHMENT:
         return 0

@@ -1,4 +1,4 @@
-"""What the optimizer gets: the descents of the published methods. Norms and projections are global."""
+"""What the optimizer gets: the descents of the published methods. Norms and projections are over all parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SurrogateGap(Descent):
-    """`g_s - alpha g_orth`, g_orth the part of g orthogonal to g_s (GSAM, Zhuang et al. 2022, arXiv 2203.08065, Alg. 1).
+    """`g_s - alpha g_orth`, with g_orth the part of g orthogonal to g_s.
+
+    GSAM, Zhuang et al. 2022, arXiv 2203.08065, Algorithm 1.
 
     Args:
-        alpha (`float`): Weight of that part, which closes the gap L(w + eps) - L(w).
+        alpha (`float`): Weight of that part, which reduces the gap L(w + eps) - L(w).
     """
 
     needs: ClassVar = Needs.CLEAN_GRADIENT
@@ -55,7 +57,7 @@ class Weighted(Descent):
 
 @dataclass(frozen=True)
 class Reused(Descent):
-    """SAM in due steps; between, `g + alpha ||g||/||g_v|| g_v`, g_v the part of g_s orthogonal to g that was kept.
+    """SAM in due steps; in between, `g + alpha ||g||/||g_v|| g_v`, with g_v the last part of g_s orthogonal to g.
 
     LookSAM, Liu et al. 2022, arXiv 2203.02714, Algorithm 1 and Equation 5.
 
@@ -81,10 +83,10 @@ class Reused(Descent):
 
 @dataclass(frozen=True)
 class HardestHit(Descent):
-    """g_s of the examples whose loss rises most under eps (ESAM, Du et al. 2022, arXiv 2110.03141, Equation 9).
+    """`g_s` of the examples whose loss rises most under eps (ESAM, Du et al. 2022, arXiv 2110.03141, Equation 9).
 
     Args:
-        gamma (`float`): Share of the examples to keep.
+        gamma (`float`): Fraction of the examples to keep.
     """
 
     needs: ClassVar = Needs.SUBSET
@@ -104,7 +106,7 @@ class HardestHit(Descent):
 
 @dataclass(frozen=True)
 class Functional(Descent):
-    """`J(w + eps)^T grad_logits L(w)`: the clean loss's gradient at the logits (Singh et al. 2025, arXiv 2502.02407)."""
+    """`J(w + eps)^T grad_logits L(w)`: only the Jacobian is perturbed (Singh et al. 2025, arXiv 2502.02407)."""
 
     needs: ClassVar = Needs.LOGITS
 
@@ -118,9 +120,9 @@ class Functional(Descent):
 
 @dataclass(frozen=True)
 class ThroughPerturbation(Descent):
-    """`g_s + (d eps/d w)^T g_s = g_s + rho/||g|| H (I - u u^T) g_s`, u = g/||g||: the term that SAM drops, for p = 2.
+    """`g_s + (d eps/d w)^T g_s = g_s + rho/||g|| H (I - u u^T) g_s`, with u = g/||g||: SAM with the term it drops.
 
-    Foret et al. 2021, Equation 3 before its approximation. Logs the cosine between this and g_s.
+    Foret et al. 2021, Equation 3 before the approximation; for p = 2. Logs the cosine between this gradient and g_s.
     """
 
     needs: ClassVar = Needs.CLEAN_GRADIENT | Needs.HVP
@@ -141,5 +143,5 @@ class ThroughPerturbation(Descent):
 
 
 def orthogonal_part(vector: Vector, to: Vector) -> Vector:
-    """`v - proj_u(v)`."""
+    """`v - proj_u(v)`, with u = `to`."""
     return vector - to * projection(vector, onto=to)

@@ -1,4 +1,4 @@
-"""Hyperparameters with ranges: one check per kind of value, whose message names the field and what is allowed."""
+"""Hyperparameters with ranges: one check per kind of value; messages name the field and what is allowed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def number(
         decay: float = number(0.9, 0, 1, below=True)    # [0, 1)
 
     Args:
-        default (`float`): The value if the user gives none.
-        low, high (`float`, *optional*): The bounds, both included.
-        above (`bool`, *optional*, defaults to `False`): The value must lie above `low`.
-        below (`bool`, *optional*, defaults to `False`): The value must lie below `high`.
-        inf (`bool`, *optional*, defaults to `False`): Infinity is allowed, too.
+        default (`float`): The default value.
+        low, high (`float`, *optional*): The bounds, both inclusive.
+        above (`bool`, *optional*, defaults to `False`): Exclude `low`.
+        below (`bool`, *optional*, defaults to `False`): Exclude `high`.
+        inf (`bool`, *optional*, defaults to `False`): Allow infinity.
     """
     return _field(default, is_number(low, high, above=above, below=below, inf=inf))
 
 
 def whole(default: int, low: int = 1) -> Any:
-    """A field that holds a whole number, at least `low`."""
+    """A field that holds an integer of at least `low`."""
     return _field(default, is_whole(low))
 
 
@@ -45,10 +45,10 @@ def _field(default: Any, check: Check) -> Any:
 
 
 def check_fields(instance: Any) -> None:
-    """Check every field of a frozen dataclass, and convert each value to its annotated type.
+    """Check every field of a frozen dataclass and convert each value to its annotated type.
 
     Raises:
-        ValueError: A value is out of range, or does not have its annotated type.
+        ValueError: A value is out of range or does not have its annotated type.
     """
     for field in dataclasses.fields(instance):
         check = field.metadata.get("check") or _BY_ANNOTATION.get(str(getattr(field.type, "__name__", field.type)))
@@ -57,13 +57,13 @@ def check_fields(instance: Any) -> None:
             object.__setattr__(instance, field.name, value)
 
 
-# --- one check per kind of value: returns the value in its own type, or raises ------------------------------------
+# --- one check per kind of value: returns the converted value, or raises ------------------------------------------
 
 
 def is_number(
     low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False, inf: bool = False
 ) -> Check:
-    """A finite number (or inf if `inf`) in [low, high], open at `low` if `above` and at `high` if `below`."""
+    """A finite number (or infinity, if `inf`) in [low, high], without `low` if `above` and without `high` if `below`."""
     interval = (
         f"{'(' if above or low == -math.inf else '['}{low:g}, {high:g}"
         f"{']' if (high < math.inf and not below) or inf else ')'}"
@@ -83,7 +83,7 @@ def is_number(
 
 
 def is_whole(low: int) -> Check:
-    """A whole number, at least `low`."""
+    """An integer of at least `low`."""
 
     def check(field: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -107,7 +107,7 @@ def is_choice(allowed: Sequence[str]) -> Check:
 
 
 def is_flag(field: str, value: Any) -> bool:
-    """Exactly `True` or `False`, not a value that only equals one of them."""
+    """Exactly `True` or `False`, not a value that merely compares equal to one of them."""
     if not isinstance(value, bool):
         raise ValueError(f"{field}={value!r} must be True or False.")
     return value
@@ -125,7 +125,7 @@ def is_moment(field: str, value: Any) -> int | float:
 
 
 def is_selector(named: Sequence[str]) -> Check:
-    """One of the selectors `named`, a shell pattern, or a list of patterns."""
+    """One of the selectors `named`, a shell pattern over parameter names, or a list of patterns."""
 
     def check(field: str, value: Any) -> str | list[str]:
         patterns = [value] if isinstance(value, str) else value
@@ -138,5 +138,5 @@ def is_selector(named: Sequence[str]) -> Check:
     return check
 
 
-# For fields of custom classes that declare only a type.
+# For fields of custom classes that have only a type annotation.
 _BY_ANNOTATION: dict[str, Check] = {"float": is_number(inf=True), "int": is_whole(-(2**63)), "bool": is_flag}

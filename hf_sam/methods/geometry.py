@@ -16,16 +16,16 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
     r"""The maximiser of `<g, eps>` over the ball `||eps / scale||_p <= rho`; consumes `g`.
 
         eps = rho * sign(g) |g|^(q-1) / ||g||_q^(q/p),   1/p + 1/q = 1          (Foret et al. 2021, Equation 2)
-        eps = T d(T g),  d the above, T the scale;  p = 2: rho T^2 g / ||T g||   (Kwon et al. 2021, Equation 3)
+        eps = T d(T g), with d as above and T the scale; p = 2: rho T^2 g / ||T g||   (Kwon et al. 2021, Equation 3)
 
-    Computed from `u = g / max|g|`, which gives the same `eps`, so that no power of a small gradient underflows.
+    For general p, `eps` is computed from `g / max|g|`, so that powers of small gradients do not underflow.
 
     Args:
         g (`Vector`): The gradient, or any direction.
         rho (`float`): Radius of the ball.
         p (`float`, *optional*, defaults to 2.0): Norm of the ball, in [1, inf]. At `p = 1` the largest coordinates
             share rho equally.
-        scale (`Vector`, *optional*): The unit of each coordinate; the weights' own size in adaptive methods.
+        scale (`Vector`, *optional*): The unit of each coordinate; `|w| + eta` in adaptive methods.
 
     Returns:
         `Vector`: exactly 0 if the norm of `g` is 0 or not finite.
@@ -55,14 +55,14 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
 
 
 def _keep_signs_of_largest_(tensors: list[Tensor], largest: Tensor) -> None:
-    """-1 or 1 where the absolute value is the largest one, else 0."""
+    """Replace each entry by its sign if its absolute value is the largest, else by 0."""
     winners = _are_largest(tensors, largest)
     torch._foreach_sign_(tensors)
     torch._foreach_mul_(tensors, winners)
 
 
 def _are_largest(tensors: list[Tensor], largest: Tensor) -> list[Tensor]:
-    """1 where the absolute value is the largest one, else 0."""
+    """1 where the absolute value is the largest, else 0."""
     sizes = torch._foreach_abs(tensors)
     torch.ops.aten._foreach_add_.Tensor(sizes, -largest.to(sizes[0]))  # 0 for the largest, negative for others
     torch._foreach_sign_(sizes)

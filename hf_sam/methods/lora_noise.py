@@ -1,4 +1,4 @@
-"""Flat-LoRA's noise on the merged weight of every LoRA layer, added to activations so that no weight changes."""
+"""Flat-LoRA: noise on the merged weight of each LoRA layer, applied to the activations, so that no weight changes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from .base import Ascent, Needs, Step
 
 @dataclass(frozen=True)
 class LoraNoise(Ascent):
-    """Gaussian noise on `W' = W + s B A` of each LoRA layer, row i with deviation `f_t rho ||W'_i|| / sqrt(n)`, in one pass.
+    """Gaussian noise N on the merged weight `W' = W + s B A` of each LoRA layer, in one pass.
 
-    `f_t = (1 - cos(pi t / T)) / 2` over the run, n the number of inputs; redrawn in every step (Flat-LoRA, Li et al. 2024,
-    arXiv 2409.14396, and the authors' code). `(W' + N) x` is computed as `W' x + N x`, N drawn from its seed in the forward and
-    again in the backward pass: nothing is stored or restored, and quantized weights work, too.
+    Row i of N has the standard deviation `f_t rho ||W'_i|| / sqrt(n)`, with n the number of inputs and
+    `f_t = (1 - cos(pi t / T)) / 2` over the run; N is redrawn in every step (Flat-LoRA, Li et al. 2024, arXiv
+    2409.14396, and the authors' code). `(W' + N) x` is computed as `W' x + N x`, and N is drawn from its seed in the
+    forward pass and again in the backward pass. So nothing is stored or restored, and quantized weights work, too.
     """
 
     needs: ClassVar = Needs.NOISE
@@ -56,12 +57,12 @@ class NoisyLayers:
     def __init__(self, model: nn.Module):
         self._layers = linear_lora_layers(model, "method='flat-lora' adds noise to the weights under LoRA adapters")
         self._squares = [_squared_row_norms(layer) for layer in self._layers.values()]  # of W, which is frozen
-        self._noise: tuple[float, list[int]] | None = None  # rho, and one seed for each layer
+        self._noise: tuple[float, list[int]] | None = None  # rho, and one seed per layer
         self._hooks = [layer.register_forward_hook(self._hook(i)) for i, layer in enumerate(self._layers.values())]
 
     @contextlib.contextmanager
     def noisy(self, rho: float, generator: torch.Generator) -> Iterator[None]:
-        """Passes inside run at `W' + N`, including recomputation in the backward pass."""
+        """Run the passes inside at `W' + N`, including recomputation in the backward pass."""
         dice = random.Random(generator.initial_seed())
         self._noise = rho, [dice.getrandbits(63) for _ in self._layers]
         try:
@@ -70,7 +71,7 @@ class NoisyLayers:
             self._noise = None
 
     def drawn(self, i: int) -> tuple[Tensor, int]:
-        """Inside `noisy`: the deviations of the rows of the i-th layer's noise, and its seed."""
+        """Standard deviations of the rows of the i-th layer's noise, and its seed; only inside `noisy`."""
         rho, seeds = self._noise
         return _deviations(list(self._layers.values())[i], self._squares[i], rho), seeds[i]
 
@@ -97,7 +98,7 @@ class NoisyLayers:
 
 
 class _NoiseProduct(torch.autograd.Function):
-    """`x N^T` with N drawn from a seed, and redrawn for the gradient."""
+    """`x N^T`, with N drawn from a seed, and drawn again for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int, inputs: int) -> Tensor:
@@ -112,7 +113,7 @@ class _NoiseProduct(torch.autograd.Function):
 
 
 def noise(deviations: Tensor, seed: int, inputs: int) -> Tensor:
-    """N, shape `(rows, inputs)`, row i with deviation `deviations[i]`; the same for the same seed."""
+    """N, shape `(rows, inputs)`; row i has the standard deviation `deviations[i]`. The same for the same seed."""
     generator = torch.Generator(deviations.device).manual_seed(seed)
     draw = torch.randn(len(deviations), inputs, generator=generator, device=deviations.device, dtype=deviations.dtype)
     return draw.mul_(deviations[:, None])
@@ -127,7 +128,10 @@ def _squared_row_norms(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _deviations(layer: nn.Module, squares: Tensor, rho: float) -> Tensor:
-    """`rho ||W'_i|| / sqrt(n)` by products no larger than the factors: `||W_i||^2 + 2 s B_i . (A W_i^T) + s^2 B_i A A^T B_i^T`."""
+    """`rho ||W'_i|| / sqrt(n)`, without forming W'.
+
+    `||W'_i||^2 = ||W_i||^2 + 2 s B_i . (A W_i^T) + s^2 B_i A A^T B_i^T` needs no matrix larger than the factors.
+    """
     from peft.utils.integrations import dequantize_module_weight
 
     adapter = layer.active_adapters[0]

@@ -1,4 +1,4 @@
-"""Custom ascents and descents: conversion to text and back."""
+"""Custom ascents and descents: to a description in plain data, and back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .base import Ascent, Descent
 
 
 def describe_part(part: Ascent | Descent) -> dict[str, Any]:
-    """The path of an object's class, and its fields."""
+    """The import path of a part's class, and its fields."""
     kind = type(part)
     return {"class": f"{kind.__module__}:{kind.__qualname__}", **dataclasses.asdict(part)}
 
 
 def part_from_description(values: Any, kind: type) -> Ascent | Descent:
-    """The inverse of `describe_part`, for classes of imported modules: a file never causes an import.
+    """The inverse of `describe_part`. The module must have been imported: reading a file never imports code.
 
     Raises:
         ValueError: The class is missing, is not a subclass of `kind`, or has other fields.
@@ -33,8 +33,8 @@ def part_from_description(values: Any, kind: type) -> Ascent | Descent:
     module, _, name = path.partition(":")
     if module not in sys.modules:
         raise ValueError(
-            f"{path} is a class of a module that is not imported, and files may not import modules: `import {module}` first, or "
-            f"give the class on the command line (--sam_{kind.__name__.lower()} {path})."
+            f"{path}: the module {module} is not imported, and reading a file never imports code. Run `import {module}` first, or "
+            f"name the class on the command line (--sam_{kind.__name__.lower()} {path})."
         )
     return make_part(_class_in(sys.modules[module], module, name, kind), fields)
 
@@ -61,9 +61,9 @@ def load_part(path: str, kind: type) -> type:
 
 
 def load_parts(ascent: str | None, descent: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`SAMConfig`'s `ascent`, `descent` and `options` from the paths of classes and one mapping of hyperparameters.
+    """`SAMConfig`'s `ascent`, `descent` and `options`, from the paths of classes and one mapping of hyperparameters.
 
-    Each option goes to the class that has a field of its name; the remaining options go to the method's own parts.
+    Each option goes to the class that has a field of its name; the rest go to the ascent and descent of the method.
 
     Raises:
         ValueError: A class cannot be imported, or an option resembles a field of a class but is not one.

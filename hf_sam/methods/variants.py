@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossBudget(Ascent):
-    """The radius at which the linearised loss rises by sigma, at most rho (LE-SAM, Wang et al. 2026, arXiv 2605.10183).
+    """The radius at which the linearized loss rises by sigma, at most rho (LE-SAM, Wang et al. 2026, arXiv 2605.10183).
 
-    `eps = min(sigma_t / ||g||, rho) g / ||g||`, since the rise of the linearised loss is `rho ||g||`.
+    `eps = min(sigma_t / ||g||, rho) g / ||g||`, since the linearized loss rises by `rho ||g||`.
 
     Args:
         sigma (`float`): The budget, in units of the loss.
-        decay_start (`float`): Fraction of the run after which sigma falls to 0 along a cosine; 1 for never.
+        decay_start (`float`): Fraction of the run after which sigma decays to 0 along a cosine; 1 for never.
     """
 
     sigma: float = number(0.1, 0, above=True)
@@ -50,16 +50,17 @@ class LossBudget(Ascent):
 
 @dataclass(frozen=True)
 class Preconditioned(Ascent):
-    """Along `D^-1 g`, `D = sqrt(exp_avg_sq) + floor`: the geometry that AdamW moves in (after Singh et al. 2025, arXiv 2502.02407).
+    """Perturb along `D^-1 g`, with `D = sqrt(exp_avg_sq) + floor`: AdamW's own geometry.
 
-    The length is rho in the Euclidean norm, as in every other method; D is 1 before the optimizer's first step.
+    After Singh et al. 2025, arXiv 2502.02407. The Euclidean norm of `eps` is rho, as in the other methods. D is 1
+    before the optimizer's first step.
 
     Args:
-        floor (`float`): Added to `sqrt(exp_avg_sq)`, relative to its root mean square, so that a weight that has rarely
-            had a gradient does not take the whole perturbation.
+        floor (`float`): Added to `sqrt(exp_avg_sq)`, relative to its root mean square, so that weights that rarely get
+            a gradient do not take up the whole perturbation.
 
     Raises:
-        ValueError: The optimizer has stepped and keeps no `exp_avg_sq` that can be read.
+        ValueError: The optimizer has stepped, but has no readable `exp_avg_sq`.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.OPTIMIZER_STATE
@@ -70,8 +71,8 @@ class Preconditioned(Ascent):
         squares = step.optimizer_state("exp_avg_sq")
         if squares is None and not step.is_first:
             raise ValueError(
-                "method='precond' perturbs in the geometry of the optimizer's second moments, but "
-                f"{step.optimizer_name} keeps none that can be read. Use one with `exp_avg_sq` (optim='adamw_torch')."
+                "method='precond' scales the perturbation by the optimizer's second moments, but "
+                f"{step.optimizer_name} has no readable ones. Use an optimizer with `exp_avg_sq` (optim='adamw_torch')."
             )
         if squares is not None:
             scale = squares.over(g).sqrt()
@@ -83,11 +84,12 @@ class Preconditioned(Ascent):
 
 @dataclass(frozen=True)
 class AboveAverage(Geometry):
-    """SAM in steps whose squared gradient norm is above its running mean plus c_t deviations (AE-SAM, Jiang et al. 2023).
+    """SAM in steps whose ||g||^2 exceeds its running mean by c_t standard deviations (AE-SAM).
 
-    arXiv 2304.14647: `n = ||g||^2` enters the averages, then the step is perturbed if `n >= mean + c_t sd`, with c_t going
-    from `late_to` ... `early_from` as `lambda_2` falls to `lambda_1`: few perturbed steps at first, most at the end. Other steps go
-    along g, after one pass. To decide, the host reads one number from the device.
+    Jiang et al. 2023, arXiv 2304.14647. The running mean and variance are updated with `n = ||g||^2`, and the step is
+    perturbed if `n >= mean + c_t sd`. c_t goes linearly from `lambda_2` to `lambda_1`, so few steps are perturbed at
+    first and most at the end. All other steps take one pass and step along g. The decision reads one number from the
+    device.
 
     Args:
         decay (`float`): Decay of the running mean and variance, which start at the first n and at 0.
@@ -115,9 +117,10 @@ class AboveAverage(Geometry):
 
 @dataclass(frozen=True)
 class Centred(Geometry):
-    """Along the gradient minus its mean over all dimensions but the first (GCSAM, Hassan et al. 2025, arXiv 2501.11584).
+    """Perturb along the centered gradient (GCSAM, Hassan et al. 2025, arXiv 2501.11584).
 
-    Tensors with one dimension are not centred. The authors' code divides by the norm before centring; here `||eps||` is rho.
+    The mean over all dimensions but the first is subtracted; tensors with one dimension stay as they are. The authors'
+    code divides by the norm before centering; here `||eps||` is rho.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_TENSORS
@@ -131,13 +134,13 @@ class Centred(Geometry):
 
 @dataclass(frozen=True)
 class SparseByScore(Geometry):
-    """Along the coordinates of each tensor whose |z-score| lies above a quantile (ZSharp, Yun 2025, arXiv 2505.02369).
+    """Perturb the coordinates of each tensor whose |z-score| exceeds a quantile (ZSharp, Yun 2025, arXiv 2505.02369).
 
-    z is computed within each tensor with more than one dimension; others are not filtered. `||eps||` is rho over all tensors
-    together; the author's code gives each tensor that norm.
+    z is computed within each tensor with more than one dimension; other tensors are not filtered. `||eps||` is rho over
+    all tensors together; in the author's code, it is rho for each tensor.
 
     Args:
-        quantile (`float`): Share of each tensor's coordinates to leave out.
+        quantile (`float`): Fraction of each tensor's coordinates to leave out.
     """
 
     needs: ClassVar = Needs.GRADIENT | Needs.WHOLE_TENSORS
@@ -150,7 +153,7 @@ class SparseByScore(Geometry):
     def _keep_outliers_(self, tensors: list[Tensor]) -> None:
         for stack in _stacks(tensors):
             exact = stack.flatten(1).float()  # (tensors, numbers)
-            score = (exact - exact.mean(1, keepdim=True)).abs()  # |z| up to the tensor's own deviation: the same order
+            score = (exact - exact.mean(1, keepdim=True)).abs()  # |z| times the tensor's deviation: the same order
             rank = max(1, math.ceil(self.quantile * score.shape[1]))
             stack *= (score > score.kthvalue(rank, dim=1, keepdim=True).values).view(stack.shape)
 
@@ -160,18 +163,18 @@ class SparseByScore(Geometry):
 
 @dataclass(frozen=True)
 class TailClasses(Geometry):
-    """Perturbed weights for the examples of rare classes only (ImbSAM, Zhou et al. 2023, arXiv 2308.07815).
+    """Perturb only for examples of rare classes (ImbSAM, Zhou et al. 2023, arXiv 2308.07815).
 
-    The gradient is that of the others at `w` plus `tail_weight` times that of the rare ones at `w + eps`, eps from the rare
-    ones' own gradient. Rare examples are given by `tail_classes`, by the counts of the training labels, or by a
-    column of the batch.
+    The step uses the gradient of the common examples at `w` plus `tail_weight` times that of the rare examples at
+    `w + eps`, with eps along the gradient of the rare examples. Which examples are rare is given by `tail_classes`, by
+    the class counts of the training labels, or by an entry of the batch.
 
     Args:
         tail_classes (`list[int]`, *optional*): The rare classes.
-        tail_below (`int`): Without `tail_classes`: classes with fewer training examples than this are rare.
-        part (`str`, *optional*): Name of a batch entry that is 1 for the examples to perturb for and 0 for the others,
-            instead of classes; needs `remove_unused_columns=False`.
-        tail_weight (`float`): Factor of the rare examples' loss. The authors' code uses 2.
+        tail_below (`int`): Without `tail_classes`, classes with fewer training examples than this are rare.
+        part (`str`, *optional*): Name of a batch entry that is 1 for rare examples and 0 for the others, instead of
+            classes; needs `remove_unused_columns=False`.
+        tail_weight (`float`): Weight of the rare examples' loss. The authors' code uses 2.
     """
 
     may_skip: ClassVar = True
@@ -185,7 +188,7 @@ class TailClasses(Geometry):
         return self.steepest(g, step)
 
     def resolved(self, train_dataset: Any) -> TailClasses:
-        """Return the ascent with the rare classes, counted in the labels of the training data."""
+        """Return the ascent with the rare classes, from the class counts of the training labels."""
         if self.part is not None or self.tail_classes is not None:
             return self
         counts = Counter(_labels_of(train_dataset))
@@ -195,23 +198,23 @@ class TailClasses(Geometry):
         if self.part is not None:
             if not isinstance(inputs.get(self.part), Tensor):
                 raise ValueError(
-                    f"part={self.part!r} is not a tensor of the batch.{did_you_mean(self.part, inputs)} The batch has: "
+                    f"part={self.part!r} is not a tensor in the batch.{did_you_mean(self.part, inputs)} The batch has: "
                     f"{', '.join(map(str, inputs))}. Set remove_unused_columns=False so that the Trainer keeps the column."
                 )
             return inputs[self.part].flatten().nonzero().flatten().cpu()
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
-                "method='imbsam' needs one class per example in `labels`. If there is none, name a batch entry that is 1 for the "
-                "examples to perturb for: options={'part': 'is_rare'}."
+                "method='imbsam' needs one class per example in `labels`. Without classes, name a batch entry that is 1 for the "
+                "rare examples: options={'part': 'is_rare'}."
             )
         return torch.isin(labels, torch.tensor(self.tail_classes, device=labels.device)).nonzero().flatten().cpu()
 
 
 def _stacks(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Tensors with more than one dimension, stacked by shape as `(tensors, ...)`; stacks may be changed in place.
+    """Tensors with more than one dimension, stacked by shape as `(tensors, ...)`. You may change the stacks in place.
 
-    The number of stacks is that of shapes, whatever the depth of the model.
+    There is one stack per shape, so their number does not grow with the depth of the model.
     """
     groups: dict[torch.Size, list[Tensor]] = {}
     for tensor in tensors:
@@ -228,9 +231,8 @@ def _stacks(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 def _centre_(tensors: list[Tensor]) -> None:
     for stack in _stacks(tensors):  # (tensors, outputs, ...)
-        parts = (
-            16 if stack.device.type == "cpu" and stack.dtype.itemsize == 2 else 1
-        )  # there a mean is of a float32 copy
+        # On the CPU, the mean of a 16-bit tensor copies it to float32: in parts, the copy is small.
+        parts = 16 if stack.device.type == "cpu" and stack.dtype.itemsize == 2 else 1
         for rows in stack.split(max(1, stack.shape[1] // parts), dim=1):
             rows -= rows.mean(dim=tuple(range(2, stack.dim())), keepdim=True)
 
@@ -253,6 +255,6 @@ def _labels_of(train_dataset: Any) -> list[int]:
         return [int(row["labels"] if "labels" in row else row["label"]) for row in rows]
     except (TypeError, KeyError, StopIteration, ValueError, AttributeError) as error:
         raise ValueError(
-            "method='imbsam' counts the training labels to find the rare classes, but this data set has no column `labels` or "
-            "`label` that can be counted. Name the classes: options={'tail_classes': [3, 7]}."
+            "method='imbsam' counts the training labels to find the rare classes, but this data set has no usable column `labels` "
+            "or `label`. Name the classes: options={'tail_classes': [3, 7]}."
         ) from error

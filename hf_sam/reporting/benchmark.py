@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import EngFormatter
 
 from ..benchmark.measure import Measurement
-from ..benchmark.variants import STOCK, Contender
+from ..benchmark.variants import STOCK, Variant
 from ..config import SAMConfig
 from ..evaluation.metrics import metric_of
 from ..experiments.records import RunRecord
@@ -29,18 +29,18 @@ SWEEP = "Time relative to the stock Trainer against each setting that varies, th
 
 def row_of(measurement: Measurement, examples: int, seed: int = 0) -> dict[str, Any]:
     """
-    One measurement as a flat row; for a contender that cannot run, missing values are None.
+    One measurement as a flat row; for a variant that cannot run, missing values are None.
 
     Args:
-        measurement (`Measurement`): One contender.
+        measurement (`Measurement`): One variant.
         examples (`int`): Examples in a whole step, over all processes.
         seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
     """
-    contender, counted = measurement.contender, measurement.counted
+    variant, counted = measurement.variant, measurement.counted
     row: dict[str, Any] = {
-        "contender": contender.name,
-        "claimed_passes": contender.claimed_passes,
-        "share_perturbed": contender.share_perturbed,
+        "variant": variant.name,
+        "expected_passes": variant.expected_passes,
+        "share_perturbed": variant.share_perturbed,
         "impossible": measurement.reason,
     }
     if counted is None:
@@ -68,11 +68,11 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of one setting, as text."""
     lines = []
     for row in rows.to_dict("records"):
-        line = {"contender": row["contender"]}
+        line = {"variant": row["variant"]}
         if isinstance(row["impossible"], str):
             lines.append(line | {"step (ms), quartiles": f"impossible: {row['impossible']}"})
             continue
-        is_stock = row["contender"] == STOCK.name
+        is_stock = row["variant"] == STOCK.name
         milliseconds = [1e3 * row[key] for key in ("step_seconds", "step_seconds_q1", "step_seconds_q3")]
         lines.append(
             line
@@ -84,7 +84,7 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
                 "samples / s": f"{row['samples_per_second']:.4g}",
                 "peak (MiB)": "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / MEBI:.1f}",
                 "passes counted": f"{row['passes']:.3f}",
-                "claimed": f"{row['claimed_passes']:.3f}",
+                "passes expected": f"{row['expected_passes']:.3f}",
                 "forward": f"{row['forward']:.2f}",
                 "backward": f"{row['backward']:.2f}",
                 **({"sent (MiB)": f"{row['bytes'] / MEBI:.2f}"} if row["processes"] > 1 else {}),
@@ -102,9 +102,9 @@ def draw_ratios(rows: pd.DataFrame) -> Canvas:
     places = range(len(rows))
     spread = np.maximum([rows.ratio - rows.ratio_low, rows.ratio_high - rows.ratio], 0)
     axes.errorbar(rows.ratio, places, xerr=spread, fmt="o", color=COLOURS[2], markersize=4, label="measured time, 95 %")
-    axes.plot(rows.claimed_passes, places, "|", color=COLOURS[1], markersize=11, label="passes of the method")
+    axes.plot(rows.expected_passes, places, "|", color=COLOURS[1], markersize=11, label="passes of the method")
     axes.axvline(1, color=INK, linewidth=0.8)
-    axes.set_yticks(places, rows.contender)
+    axes.set_yticks(places, rows.variant)
     axes.invert_yaxis()
     axes.set_xlabel("step time relative to the stock Trainer")
     canvas.legend(loc="outside lower center", ncols=2)
@@ -114,7 +114,7 @@ def draw_ratios(rows: pd.DataFrame) -> Canvas:
 @styled
 def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
     """The ratio against each setting that varies, the others held fixed; None if nothing varies."""
-    rows = rows[rows.ratio.notna() & (rows.contender != STOCK.name)]
+    rows = rows[rows.ratio.notna() & (rows.variant != STOCK.name)]
     varied = [name for name in SETTING if rows[name].nunique() > 1]
     if not varied:
         return None
@@ -122,12 +122,12 @@ def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
     canvas = Canvas(figsize=size(1.5 + 3.6 * shape[1], 0.6 + 3.0 * shape[0]), layout="constrained")
     panels = canvas.subplots(*shape, squeeze=False).flat
     for axes, name in zip(panels, varied, strict=True):
-        for index, (contender, lines) in enumerate(rows.groupby("contender", sort=False)):
+        for index, (variant, lines) in enumerate(rows.groupby("variant", sort=False)):
             look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
             others = [other for other in varied if other != name]
             for number, (_, line) in enumerate(lines.groupby(others, sort=False) if others else [(None, lines)]):
                 line = line.sort_values(name)
-                label = {} if number or name != varied[0] else {"label": contender}
+                label = {} if number or name != varied[0] else {"label": variant}
                 axes.plot(line[name], line.ratio, linewidth=1, **look, **label)
         axes.set_xscale("log")
         values = sorted(rows[name].unique())  # the settings themselves, instead of powers of ten
@@ -171,7 +171,7 @@ def write_benchmark_report(
     if gained is not None and not gained.empty:
         caption = "Gain of every arm over the control against its step time; the line joins the arms that no other arm dominates."
         frontier_blocks.append(figure("gains", caption, draw_frontier, gained, data=gained))
-    impossible = dict(rows[rows.impossible.notna()][["contender", "impossible"]].itertuples(index=False))
+    impossible = dict(rows[rows.impossible.notna()][["variant", "impossible"]].itertuples(index=False))
     if impossible:
         answer.append(Listing([f"Not timed: {name}. {reason}" for name, reason in impossible.items()]))
     sections = [
@@ -189,19 +189,19 @@ def write_benchmark_report(
 
 def cost_sentence(rows: pd.DataFrame, title: str) -> str:
     """A sentence with the cost of SAM, or of the first method, and the range over all methods."""
-    timed = rows[rows.ratio.notna() & (rows.contender != STOCK.name)]
+    timed = rows[rows.ratio.notna() & (rows.variant != STOCK.name)]
     if timed.empty:
         return f"No method could be timed against the stock Trainer ({title})."
-    chosen = timed[timed.contender == "sam"] if (timed.contender == "sam").any() else timed.iloc[:1]
+    chosen = timed[timed.variant == "sam"] if (timed.variant == "sam").any() else timed.iloc[:1]
     row = chosen.iloc[0]
     sentence = (
-        f"A step of {row.contender} takes {row.ratio:.2f} times as long as one of the stock Trainer [{row.ratio_low:.2f}, "
-        f"{row.ratio_high:.2f}], for {row.claimed_passes:.3g} gradient passes"
+        f"A step of {row.variant} takes {row.ratio:.2f} times as long as one of the stock Trainer [{row.ratio_low:.2f}, "
+        f"{row.ratio_high:.2f}], for {row.expected_passes:.3g} gradient passes"
     )
     if len(timed) == 1:
         return f"{sentence}."
     cheap, costly = timed.loc[timed.ratio.idxmin()], timed.loc[timed.ratio.idxmax()]
-    return f"{sentence}; the methods range from {cheap.ratio:.2f} ({cheap.contender}) to {costly.ratio:.2f} ({costly.contender})."
+    return f"{sentence}; the methods range from {cheap.ratio:.2f} ({cheap.variant}) to {costly.ratio:.2f} ({costly.variant})."
 
 
 def _title(rows: pd.DataFrame, model: str) -> str:
@@ -214,7 +214,7 @@ def _title(rows: pd.DataFrame, model: str) -> str:
 
 
 def gains(
-    records: Sequence[RunRecord], rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None = None
+    records: Sequence[RunRecord], rows: pd.DataFrame, variants: Sequence[Variant], control: str | None = None
 ) -> pd.DataFrame:
     """
     The gain of every arm of a comparison over its control, with the step time measured here.
@@ -222,7 +222,7 @@ def gains(
     Args:
         records (`Sequence[RunRecord]`): The records of a comparison.
         rows (`pd.DataFrame`): The rows of one setting.
-        contenders (`Sequence[Contender]`): The contenders of these rows.
+        variants (`Sequence[Variant]`): The variants of these rows.
         control (`str`, *optional*): The arm to compare with; if omitted, AdamW or the first arm without SAM.
 
     Returns:
@@ -233,8 +233,8 @@ def gains(
         ValueError: `control` is not an arm of the records.
     """
     question = guess_question(records, control, None, None)
-    ratios = dict(zip(rows.contender, rows.ratio, strict=True))
-    timed = [entry for entry in contenders if entry.sam and entry.sam.rho > 0 and entry.loop is None]
+    ratios = dict(zip(rows.variant, rows.ratio, strict=True))
+    timed = [entry for entry in variants if entry.sam and entry.sam.rho > 0 and entry.loop is None]
     costs = {_costly_part(entry.sam): ratios[entry.name] for entry in timed}
     costs_of_arms = {
         run.arm: costs.get(_costly_part(SAMConfig.from_dict(run.config["sam"]))) if uses_sam(run) else 1.0

@@ -55,7 +55,7 @@ def write_report(
     Write the report of a set of runs.
 
     Args:
-        records (`Sequence[RunRecord]`): Records of hf_sam and of other trainers, see `find_records` and `find_foreign_records`.
+        records (`Sequence[RunRecord]`): Records of hf_sam and of other trainers, see `find_records` and `find_external_runs`.
         folder (`str` or `os.PathLike`): Receives `report.html`, `report.md`, `figures/` and `data/`.
         title (`str`, *optional*): Heading.
         seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.

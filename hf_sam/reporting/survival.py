@@ -12,7 +12,7 @@ import pandas as pd
 from ..evaluation.classification import CLASSIFICATION
 from ..evaluation.metrics import metric_of
 from ..evaluation.predictions import LanguagePredictions, Predictions
-from ..evaluation.survival import NONE, Survived, Treatment
+from ..evaluation.survival import NONE, Outcome, Treatment
 from ..experiments.plan import BUDGETS, Question
 from ..experiments.records import RunRecord
 from . import plots
@@ -45,7 +45,7 @@ def scores_of(kept: Kept) -> dict[str, float]:
     return {name: metric(kept) for name, metric in CLASSIFICATION.items()}
 
 
-def survival_rows(found: Sequence[Survived[Kept]]) -> list[dict[str, Any]]:
+def survival_rows(found: Sequence[Outcome[Kept]]) -> list[dict[str, Any]]:
     """What a run record keeps: one entry per treatment and draw, with its scores, or with the reason why there are none."""
     rows = []
     for entry in found:
@@ -55,7 +55,7 @@ def survival_rows(found: Sequence[Survived[Kept]]) -> list[dict[str, Any]]:
 
 
 def compare_survival(
-    found: Mapping[str, Sequence[Survived[Kept]]], rng: np.random.Generator, resamples: int = 1000
+    found: Mapping[str, Sequence[Outcome[Kept]]], rng: np.random.Generator, resamples: int = 1000
 ) -> list[dict[str, Any]]:
     """
     For each treatment and checkpoint, the main score with its interval over test examples, and its difference from the
@@ -64,7 +64,7 @@ def compare_survival(
     Draws of one treatment are averaged, example by example.
 
     Args:
-        found (`Mapping[str, Sequence[Survived]]`): By checkpoint, on the same examples.
+        found (`Mapping[str, Sequence[Outcome]]`): By checkpoint, on the same examples.
         rng (`np.random.Generator`): The generator of the bootstrap.
         resamples (`int`, *optional*, defaults to 1000): Number of resamples.
     """
@@ -81,7 +81,7 @@ def compare_survival(
     return rows
 
 
-def _sums(entries: Sequence[Survived[Kept]]) -> dict[Treatment, tuple[np.ndarray, np.ndarray]]:
+def _sums(entries: Sequence[Outcome[Kept]]) -> dict[Treatment, tuple[np.ndarray, np.ndarray]]:
     """For each treatment, every example's contribution to the score and its weight, both `(n,)`; draws are averaged."""
     groups: dict[Treatment, list[Kept]] = {}
     for entry in entries:

@@ -1,9 +1,13 @@
-"""Successive halving over rho within a budget of gradient passes, and the rule by which a rho is recommended.
+"""Successive halving over rho within a budget of gradient passes, and the rule that recommends a rho.
 
-optuna's `SuccessiveHalvingPruner` and `HyperbandPruner` do not fit: they halve asynchronously, so that how many trials
-reach a rung, and with it the cost, depends on their order; a pruned trial cannot be taken up again; and `rho = 0`, the
-control that every other value is compared with, would be pruned like any other. Synchronous halving (Jamieson &
-Talwalkar 2016, arXiv 1502.07943) with the control kept is a few lines, and its cost is known beforehand, to the pass.
+optuna's `SuccessiveHalvingPruner` and `HyperbandPruner` do not fit:
+
+- They halve asynchronously, so the number of trials that reach a rung, and thus the cost, depends on their order.
+- A pruned trial cannot be resumed.
+- They would prune `rho = 0`, the control that every other value is compared with.
+
+Synchronous halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) that keeps the control takes a few lines, and its cost
+is known exactly beforehand.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.05  # chance to recommend a rho where none helps, over all that were tried
+LEVEL = 0.05  # probability of recommending a rho if none helps, over all values tried
 MAX_SEEDS = 10
 
 # Gradient passes of a run with rho > 0: (steps of its schedule, first step, step before which it stops) -> passes.
@@ -28,8 +32,8 @@ class Rung:
     One round of the search.
 
     Args:
-        step (`int`): Up to which every run goes before they are compared.
-        rhos (`int`): How many values above 0 take part, beside 0 itself.
+        step (`int`): Optimizer step at which the runs are compared.
+        rhos (`int`): Number of values above 0 in this round; 0 is always included.
     """
 
     step: int
@@ -39,15 +43,15 @@ class Rung:
 @dataclass(frozen=True)
 class SearchPlan:
     """
-    What a search will run.
+    The runs of a search: its rungs, then a confirmation of the best value.
 
     Args:
         length (`int`): Optimizer steps of an ordinary run.
-        rungs (`tuple[Rung, ...]`): Of the search, all with one seed.
-        horizon (`int`): Steps of the confirmation: the best value and 0, once with each of `seeds` new seeds.
-        seeds (`int`): How many those are.
-        schedule (`int`): Steps over which the learning rate is scheduled: `length`, or `horizon` if annealed.
-        passes (`float`): Gradient passes of all of it; at most the budget.
+        rungs (`tuple[Rung, ...]`): The rungs of the search, all with the same seed.
+        horizon (`int`): Steps of the confirmation, which runs the best value and 0 with each of `seeds` new seeds.
+        seeds (`int`): Number of seeds of the confirmation.
+        schedule (`int`): Steps of the learning rate schedule: `length`, or `horizon` if annealed.
+        passes (`float`): Total gradient passes, at most the budget.
     """
 
     length: int
@@ -65,7 +69,8 @@ def geometric_grid(low: float, high: float, points: int) -> list[float]:
 
 def halving(rhos: int, horizon: int, reduction: int) -> tuple[Rung, ...]:
     """
-    Rungs that leave one of `rhos` values, each `reduction` times as long as the one before, `horizon` the next of them.
+    Rungs that reduce `rhos` values to one. Each rung is `reduction` times as long as the one before, and `horizon`
+    `reduction` times as long as the last.
     """
     counts = []
     while rhos > 1:
@@ -75,7 +80,7 @@ def halving(rhos: int, horizon: int, reduction: int) -> tuple[Rung, ...]:
 
 
 def search_passes(rungs: Sequence[Rung], schedule: int, passes: PassCount) -> float:
-    """Gradient passes of the rungs; a run that is promoted goes on from where it stopped."""
+    """Total gradient passes of the rungs; promoted runs resume from where they stopped."""
     total, begin = 0.0, 0
     for rung in rungs:
         total += rung.rhos * passes(schedule, begin, rung.step) + (rung.step - begin)
@@ -87,20 +92,20 @@ def make_plan(
     length: int, rhos: int, budget: float, passes: PassCount, *, seeds: int, reduction: int, annealed: bool = False
 ) -> SearchPlan:
     """
-    The longest search that the budget pays for; what is left at the full length buys more seeds.
+    The longest search within the budget. At full length, what is left of the budget goes into more seeds.
 
     Args:
         length (`int`): Optimizer steps of an ordinary run.
-        rhos (`int`): Values above 0.
-        budget (`float`): In ordinary runs without SAM: `budget * length` gradient passes.
-        passes (`PassCount`): What a run with rho > 0 costs.
-        seeds (`int`): Of the confirmation, at least.
-        reduction (`int`): One in so many values is promoted.
+        rhos (`int`): Number of values above 0.
+        budget (`float`): Budget in ordinary runs without SAM, that is, `budget * length` gradient passes.
+        passes (`PassCount`): The cost of a run with rho > 0.
+        seeds (`int`): Minimum number of seeds of the confirmation.
+        reduction (`int`): One in `reduction` values is promoted.
         annealed (`bool`, *optional*, defaults to `False`):
             Schedule the learning rate over the horizon instead of over the ordinary run.
 
     Raises:
-        ValueError: The budget does not pay for the shortest search, one step in the first rung.
+        ValueError: The budget is too small for the shortest search, with one step in the first rung.
     """
 
     def plan(horizon: int, seeds: int) -> SearchPlan:
@@ -112,15 +117,16 @@ def make_plan(
     allowed = budget * length
     shortest = reduction ** len(halving(rhos, 1, reduction))
     if shortest > length:
-        raise ValueError(f"A run of {length} steps is too short to be halved {shortest}-fold; give fewer rhos.")
+        raise ValueError(
+            f"A run of {length} steps is too short for a search that needs at least {shortest}. Give fewer rhos."
+        )
     least = plan(shortest, seeds).passes
     if least > allowed:
         raise ValueError(
-            f"budget={budget:g} ordinary runs of {length} steps are {allowed:g} gradient passes, and the shortest search "
-            f"takes {least:g}: give a budget of at least {math.ceil(100 * least / length) / 100:g}, fewer points or "
-            "fewer seeds."
+            f"budget={budget:g} is too small: {allowed:g} gradient passes, while the shortest search takes {least:g}. Give a "
+            f"budget of at least {math.ceil(100 * least / length) / 100:g}, fewer points or fewer seeds."
         )
-    low, high = shortest, length  # `low` is paid for
+    low, high = shortest, length  # `low` is within the budget
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if plan(middle, seeds).passes <= allowed else (low, middle - 1)
@@ -131,11 +137,12 @@ def make_plan(
 
 def survivors(gains: Mapping[float, float | None], keep: int) -> list[float]:
     """
-    The values that go on, the best first.
+    The values that are promoted, best first.
 
     Args:
-        gains (`Mapping[float, float | None]`): Value to score, more is better; `None` where the run failed or diverged.
-        keep (`int`): How many; of equal ones the smaller.
+        gains (`Mapping[float, float | None]`): Gain of each value, higher is better; `None` if its run failed or
+            diverged.
+        keep (`int`): Number of values to keep; on ties the smaller value is kept.
     """
     scored = {rho: gain for rho, gain in gains.items() if gain is not None and math.isfinite(gain)}
     return sorted(scored, key=lambda rho: (-scored[rho], rho))[:keep]
@@ -147,11 +154,11 @@ def survivors(gains: Mapping[float, float | None], keep: int) -> list[float]:
 @dataclass(frozen=True)
 class ExampleScores:
     """
-    A metric that is a mean over examples, example by example: `totals.sum() / weights.sum()`.
+    The per-example parts of a metric that is a mean over examples: `totals.sum() / weights.sum()`.
 
     Args:
-        totals (`np.ndarray` of shape `(n,)`): What each example adds.
-        weights (`np.ndarray` of shape `(n,)`): What each counts: 1, or its tokens.
+        totals (`np.ndarray` of shape `(n,)`): Contribution of each example.
+        weights (`np.ndarray` of shape `(n,)`): Weight of each example: 1, or its number of tokens.
     """
 
     totals: np.ndarray
@@ -164,8 +171,10 @@ class ExampleScores:
 
     def influence(self) -> np.ndarray:
         """
-        `n` times what each example moves the metric by, `(n,)`. Its variance over `n` is the variance of the metric
-        over resampled examples, which for a mean the bootstrap needs no draws to find.
+        `n` times the influence of each example on the metric, `(n,)`.
+
+        Its variance divided by `n` is the variance of the metric over resampled examples: for a mean, the bootstrap has
+        this closed form.
         """
         return (self.totals - self.value * self.weights) / self.weights.mean()
 
@@ -173,13 +182,13 @@ class ExampleScores:
 @dataclass(frozen=True)
 class Gain:
     """
-    How much better a rho is than 0, on the same examples with the same seeds.
+    The gain of a rho over 0, on the same examples and with the same seeds.
 
     Args:
-        value (`float`): Mean over seeds; above 0 is better, whatever the metric.
-        low, high (`float`): Interval that covers the truth with `confidence`.
-        confidence (`float`): Two-sided.
-        seeds (`int`): Pairs behind it. From one the interval knows nothing of other seeds.
+        value (`float`): Mean over seeds; positive is better, whatever the metric.
+        low, high (`float`): Confidence interval.
+        confidence (`float`): Two-sided confidence level.
+        seeds (`int`): Number of pairs. With one, the interval does not include the variation between seeds.
     """
 
     value: float
@@ -193,18 +202,19 @@ def paired_gain(
     treated: Sequence[ExampleScores], control: Sequence[ExampleScores], higher_is_better: bool, rhos: int
 ) -> Gain:
     """
-    The gain over `rho = 0` with an interval over seeds and over validation examples.
+    The gain over `rho = 0`, with an interval over seeds and validation examples.
 
-    Both are resampled: the standard error is `sqrt(s^2 + e^2)`, `s` that of the mean over seeds, `e` that over the
-    examples of the seeds' mean. What differs by chance between an example under one seed and under another is counted
-    in both, which errs on the safe side. Student's quantile has the degrees of freedom of Welch (1947) and
-    Satterthwaite (1946); few seeds make it large. The level is divided by the number of values tried (Bonferroni),
-    since the one that is looked at was chosen on the same validation examples.
+    - The standard error is `sqrt(s^2 + e^2)`, with `s` that of the mean over seeds, and `e` that over examples of the
+      mean over seeds. The interaction of example and seed is counted in both, which errs on the safe side.
+    - The quantile is Student's, with the degrees of freedom of Welch (1947) and Satterthwaite (1946); few seeds make it
+      large.
+    - The level is divided by the number of values tried (Bonferroni), since the value was selected on the same
+      validation examples.
 
     Args:
         treated, control (`Sequence[ExampleScores]`): One per seed, in the same order, on the same examples.
-        higher_is_better (`bool`): Of the metric.
-        rhos (`int`): How many values above 0 were tried.
+        higher_is_better (`bool`): Direction of the metric.
+        rhos (`int`): Number of values above 0 that were tried.
     """
     sign = 1 if higher_is_better else -1
     gains = np.array([sign * (a.value - b.value) for a, b in zip(treated, control, strict=True)])
@@ -224,6 +234,6 @@ def paired_gain(
 
 
 def recommended(rho: float | None, gain: Gain | None) -> float:
-    """`rho` where its gain over 0 is more than noise, over two seeds or more; 0 else, ties included."""
+    """`rho` if its gain over 0 is significant with at least two seeds, else 0."""
     is_sure = rho is not None and gain is not None and gain.seeds > 1 and gain.low > 0
     return rho if is_sure else 0.0

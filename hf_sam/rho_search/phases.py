@@ -1,4 +1,4 @@
-"""The runs of a search for rho: which there are so far, how a process makes each, and what they scored."""
+"""The runs of a search for rho: which runs the results so far call for, their jobs, and their scores."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..experiments.workshop import Workshop
 from ..update.schedule import Schedule
 from .halving import ExampleScores, Gain, SearchPlan, paired_gain, survivors
 
-PREDICTIONS_NAME = "test_predictions.parquet"  # of a trial, whose test split is its validation split
+PREDICTIONS_NAME = "test_predictions.parquet"  # trials are scored on the validation split in place of the test split
 UNTRAINED = "untrained"  # folder of the run that stops before its first step
-# What a search settles itself, over what the user's command line says.
+# Settings of every run of a search, which override the user's command line.
 SETTINGS = {
     "budget": f"{TUNING} steps",
     "save_strategy": "no",
@@ -40,13 +40,13 @@ SETTINGS = {
 @dataclass(frozen=True)
 class Phase:
     """
-    Part of a run with one rho and one seed, from a paused state to the next.
+    A segment of a run with one rho and one seed, between two pauses.
 
     Args:
-        stage (`int`): Rung of the search, counted from 0; the confirmation is the last one.
-        rho (`float`): Of the run.
-        seed (`int`): Of the run.
-        begin, end (`int`): Steps between which it is made; 0 begins anew.
+        stage (`int`): Rung of the search, counted from 0; the confirmation is the last stage.
+        rho (`float`): The run's rho.
+        seed (`int`): The run's seed.
+        begin, end (`int`): First and last step of the segment; a segment with `begin = 0` starts from scratch.
     """
 
     stage: int
@@ -57,17 +57,17 @@ class Phase:
 
     @property
     def folder(self) -> Path:
-        """Relative to the folder of the search."""
+        """The phase's folder, relative to the folder of the search."""
         return self._folder(self.end)
 
     @property
     def source(self) -> Path | None:
-        """The checkpoint from which it goes on."""
+        """The checkpoint that the phase resumes from, relative to the folder of the search."""
         return self._folder(self.begin) / f"checkpoint-{self.begin}" if self.begin else None
 
     @property
     def control(self) -> Phase:
-        """The same without SAM."""
+        """The same phase without SAM."""
         return replace(self, rho=0.0)
 
     def _folder(self, step: int) -> Path:
@@ -77,18 +77,18 @@ class Phase:
 @dataclass(frozen=True)
 class Search:
     """
-    A search and everything that its runs are given.
+    A search, with everything that its runs need.
 
     Args:
-        output_dir (`Path`): Where everything goes.
-        launcher (`list[str]`): Command that starts each run; none: this Python.
+        output_dir (`Path`): Folder for all outputs.
+        launcher (`list[str]`): Command that starts each run; empty for this Python.
         recipe (`str`): A script in `recipes/`.
-        words (`tuple[str, ...]`): The user's command line of that recipe.
-        settings (`dict`): Arguments of every run, over those of `words`.
+        words (`tuple[str, ...]`): The user's command line of the recipe.
+        settings (`dict`): Arguments of every run, which override those of `words`.
         rhos (`tuple[float, ...]`): The values above 0.
-        seed (`int`): Of the search; the confirmation takes those that follow.
-        metric (`str` or `None`): What is compared; the first of `METRICS_KEPT` that the task has if `None`.
-        plan (`SearchPlan`): How long and how many.
+        seed (`int`): Seed of the search; the confirmation uses the following ones.
+        metric (`str` or `None`): The metric to compare; by default the first of `METRICS_KEPT` that the task has.
+        plan (`SearchPlan`): Lengths and numbers of the runs.
     """
 
     output_dir: Path
@@ -104,18 +104,20 @@ class Search:
 
 class RhoWorkshop(Workshop):
     """
-    A search and where its runs stand. Which ones there are follows from the records alone, so that a search that was
-    killed, or whose runs are made at the same time, goes the same way.
+    A search and the state of its runs.
+
+    The runs follow from the records alone, so a search that is killed and resumed, or that runs in parallel, takes the
+    same decisions.
     """
 
     def __init__(self, search: Search):
-        super().__init__(search, [], lambda run: {})  # a driver asks a plan for its folder and launcher alone
+        super().__init__(search, [], lambda run: {})  # a driver uses only a plan's folder and launcher
         self.search = search
         self._scores: dict[Path, dict[str, ExampleScores]] = {}
         self._floors: dict[Path, dict[str, ExampleScores]] = {}
 
     def stages(self) -> list[list[Phase]]:
-        """The phases of every stage that the results so far decide."""
+        """The phases of every stage that the results so far determine."""
         search, plan = self.search, self.search.plan
         found, rhos, begin = [], list(search.rhos), 0
         for stage, rung in enumerate(plan.rungs):
@@ -164,7 +166,7 @@ class RhoWorkshop(Workshop):
     # --- disk --------------------------------------------------------------------------------------------------------
 
     def discard(self) -> None:
-        """Removes every checkpoint from which nothing will go on any more."""
+        """Remove every checkpoint that no run will resume from."""
         stages, waiting = self.stages(), list(self.open_runs())
         wanted = {self.search.output_dir / phase.source for phase in waiting if phase.source}
         going_on = stages[-1] if waiting and len(stages) < len(self.search.plan.rungs) else []
@@ -176,7 +178,7 @@ class RhoWorkshop(Workshop):
     # --- scores ------------------------------------------------------------------------------------------------------
 
     def scores(self, run: Phase) -> dict[str, ExampleScores]:
-        """What a finished phase scored on each validation example, by metric; empty where it failed or diverged."""
+        """Per-example scores of a finished phase, by metric; empty if it failed or diverged."""
         folder = self.folder(run)
         if folder not in self._scores:
             record = self.record(run)
@@ -193,30 +195,33 @@ class RhoWorkshop(Workshop):
         return example_scores(pd.read_parquet(path)) if path.exists() else {}
 
     def score(self, run: Phase) -> ExampleScores | None:
-        """The same of the metric that is compared.
+        """Per-example scores of a finished phase in the metric to compare.
 
         Raises:
-            ValueError: The task has no such metric.
+            ValueError: The task does not have this metric.
         """
         scores = self.scores(run)
         if not scores:
             return None
         if self.metric not in scores:
-            raise ValueError(f"metric={self.metric!r} is none of this task, which has: {', '.join(scores)}.")
+            raise ValueError(f"metric={self.metric!r} is not a metric of this task. Allowed: {', '.join(scores)}.")
         return scores[self.metric]
 
     def floor(self, runs: Sequence[Phase]) -> float | None:
         """
-        Return the score that a model which has learnt anything exceeds, on the examples of the first of `runs` with
-        scores: that of always giving the same answer, or for language models that of the model before its first step.
+        The score that any model that has learned something exceeds, on the examples of the first of `runs` with scores.
+
+        It is the score of always giving the same answer, or for language models, that of the model before its first
+        step.
         """
         found = [floors for run in runs if self.scores(run) and (floors := self._floors[self.folder(run)])]
         return found[0][self.metric].value if found and self.metric in found[0] else None
 
     def has_learnt(self, runs: Sequence[Phase]) -> bool:
         """
-        Tell whether any of `runs` is better than the floor by more than the validation examples leave to chance, and
-        for language models by 1 %; true if there is no floor.
+        Whether any of `runs` is significantly better than the floor, and for language models by at least 1 %.
+
+        True if there is no floor.
         """
         if self.floor(runs) is None:
             return True
@@ -234,12 +239,12 @@ class RhoWorkshop(Workshop):
         return False
 
     def gain(self, run: Phase) -> float | None:
-        """How much better than 0 in the same stage, as the search ranks values; `None` where there is no score."""
+        """The gain over 0 in the same stage, by which the search ranks values; `None` without scores."""
         gain = self.gain_over([(run, run.control)])
         return gain.value if gain else None
 
     def gain_over(self, pairs: Sequence[tuple[Phase, Phase]]) -> Gain | None:
-        """The gain over the pairs of which both have a score; `None` where there is none."""
+        """The gain over the pairs in which both runs have a score; `None` if there are none."""
         scored = [(self.score(a), self.score(b)) for a, b in pairs]
         scored = [(a, b) for a, b in scored if a is not None and b is not None]
         if not scored:
@@ -249,23 +254,24 @@ class RhoWorkshop(Workshop):
 
     @property
     def floor_in_words(self) -> str:
-        """What the floor is the score of."""
+        """A description of the floor."""
         return "the model before its first step" if self.metric == "nll_per_token" else "always giving the same answer"
 
     @property
     def metric(self) -> str:
-        """What is compared, by the scores that have been read."""
+        """The metric to compare; the default depends on the scores read so far."""
         kept = next(filter(None, self._scores.values()), {"accuracy": None})
         return self.search.metric or next(iter(kept))
 
 
-# --- metrics that are means over examples, so that an interval over examples is known without a guess ----------------
+# --- metrics that are means over examples, for which an interval over examples has a closed form ---------------------
 
 
 def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
     """
-    Metrics of kept predictions, example by example, the one that is compared by default first and a loss last; empty
-    where a value is not finite, as of a run that diverged.
+    Per-example scores of saved predictions, by metric: the default metric first, a loss last.
+
+    Empty if a value is not finite, as after divergence.
     """
     ones = np.ones(len(kept))
     if "nll" in kept:
@@ -273,7 +279,7 @@ def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
         found = {"accuracy": ExampleScores(counts["correct"], counts["answers"])} if "answers" in kept else {}
         if "tokens" in kept:
             found["nll_per_token"] = ExampleScores(counts["nll"], counts["tokens"])
-        else:  # one answer a word
+        else:  # one answer per word
             found["nll"] = ExampleScores(counts["nll"], counts["answers"])
     elif "probabilities" not in kept:
         error = kept["prediction"].to_numpy(float) - kept["label"].to_numpy(float)
@@ -298,7 +304,7 @@ def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
 
 
 def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
-    """The same metrics of the best answer that looks at no example: the most frequent one, the frequencies, the mean."""
+    """The scores of the best constant answer: the most frequent class, the class frequencies, or the mean."""
     if "most_frequent" in kept:
         right = kept["most_frequent"].to_numpy(float)
         return {"accuracy": ExampleScores(right, kept["answers"].to_numpy(float))}
@@ -319,22 +325,22 @@ def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
 
 def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
     """
-    The `PassCount` of runs under `config`: one gradient of the whole effective batch in a plain step, so many as the
-    method takes in one that perturbs.
+    The `PassCount` of runs under `config`: one pass in a plain step, and as many as the method takes in a perturbed
+    step.
 
     Args:
-        config (`SAMConfig`): With a rho above 0.
-        warmup_steps (`Callable[[int], int]`): Of a schedule of so many steps.
+        config (`SAMConfig`): A configuration with rho above 0.
+        warmup_steps (`Callable[[int], int]`): Warm-up steps of a schedule of the given length.
     """
 
     def count(length: int, begin: int, end: int) -> float:
         try:
             schedule = Schedule.resolve(config, length, warmup_steps(length))
-        except ValueError:  # a run so short that no step would perturb
+        except ValueError:  # too short for a perturbed step
             return end - begin
         first, last = max(begin, schedule.start), min(end, schedule.end)
         interval = config.interval or 1
-        # perturbed are schedule.start, schedule.start + interval, ...
+        # the perturbed steps are schedule.start, schedule.start + interval, ...
         perturbed = max(0, -((schedule.start - last) // interval) + (schedule.start - first) // interval)
         return end - begin + (config.passes_per_step - 1) * perturbed
 
@@ -342,5 +348,5 @@ def pass_counter(config: SAMConfig, warmup_steps: Callable[[int], int]):
 
 
 def passes_spent(record: RunRecord) -> float:
-    """Gradient passes of one phase, as its trainer counted them."""
+    """Gradient passes of one phase, as counted by its trainer."""
     return record.segments[-1]["passes"] if record.segments else 0.0

@@ -25,7 +25,7 @@ class Line:
 
     @property
     def barrier(self) -> float:
-        """The largest rise of the loss above the chord between its ends (Frankle et al. 2020); 0 if there is none."""
+        """The largest height of the loss above the chord between its ends (Frankle et al. 2020); at least 0."""
         chord = (1 - np.array(self.t)) * self.losses[0] + np.array(self.t) * self.losses[-1]
         return float((np.array(self.losses) - chord).max())
 
@@ -33,7 +33,8 @@ class Line:
 def filter_normalised_direction(loss: SubsetLoss, seed: int = 0) -> Tensor:
     """A Gaussian direction in which each filter has the norm of the weights' filter (Li et al. 2018, Section 4).
 
-    A filter is a row: all weights of one output unit or channel. Vectors (biases and normalisation layers) are not moved.
+    A filter is a row: all weights of one output unit or channel. The direction is 0 for vectors (biases, normalisation
+    layers).
 
     Returns:
         `Tensor`: Shape `(P,)`.

@@ -16,7 +16,7 @@ from ..update.parameters import TrainedParameters
 from .subset import Batch, Subset, forward_arguments
 from .undisturbed import check_whole, undisturbed
 
-# The relative difference between the loss of a batch and the mean over its labels above which they count as different.
+# Relative difference above which the loss of a batch is not the mean over its labels.
 MEAN_TOLERANCE = 1e-4
 # Smaller differences come from padding and the order of summation.
 ROUNDING = 1e-5
@@ -111,7 +111,7 @@ class SubsetLoss:
         loss, gradient = self.mean_over_batches(loss_and_gradient)
         return loss.item(), gradient
 
-    # --- the same for other weights, examples and statistics ---------------------------------------------------------
+    # --- the same function on other examples or buffers --------------------------------------------------------------
 
     def on(self, subset: Subset) -> SubsetLoss:
         """The same function over other examples, computed by this process alone; passes are counted together."""
@@ -127,7 +127,7 @@ class SubsetLoss:
         return other
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parts of a flat vector of shape `(P,)` by parameter name, in the parameters' shapes, without a copy."""
+        """Split a flat vector of shape `(P,)` into views by parameter name, in the parameters' shapes."""
         parts = vector.split([shape.numel() for shape in self.shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
@@ -202,7 +202,8 @@ class SubsetLoss:
         """Whether the model predicts the label at the next position, so that the first label of a row does not count.
 
         Models do not declare this, so it is tested: the loss of several examples together must be the mean over their
-        labels. The examples with the fewest and the most labels show it; if all have the same number, it does not matter.
+        labels. The examples with the fewest and the most labels show it; if all have the same number, it does not
+        matter.
         """
         by_length = sorted(self.subset.examples, key=_length)
         examples = by_length if len(by_length) < 4 else [*by_length[:2], *by_length[-2:]]

@@ -1,4 +1,4 @@
-"""Several measures of one checkpoint: their configuration, a JSON-compatible result, and its numbers by name."""
+"""Take several measures of one checkpoint: configuration, JSON-compatible results, and scalars by name."""
 
 from __future__ import annotations
 
@@ -125,16 +125,16 @@ def measure(
     loss: SubsetLoss, config: SharpnessConfig, on_measure: Callable[[str], Any] | None = None
 ) -> dict[str, Result]:
     """
-    Take the measures that `config` names, and note the cost of each.
+    Take the measures in `config`, and record the cost of each.
 
     Args:
-        loss ([`SubsetLoss`]): The function.
-        config ([`SharpnessConfig`]): What to measure.
+        loss ([`SubsetLoss`]): The loss function.
+        config ([`SharpnessConfig`]): The measures and their settings.
         on_measure (`Callable[[str], Any]`, *optional*): Called with the name of each measure before it starts.
 
     Returns:
-        `dict[str, dict]`: By measure: its numbers in JSON-compatible form, `seconds`, and `passes` over the subset by
-        kind (a curvature pass is a product with the Hessian).
+        `dict[str, dict]`: For each measure, its results in JSON-compatible form, `seconds`, and `passes` over the
+        subset by kind (a curvature pass is a product with the Hessian).
     """
     results = {}
     for name in config.measures:
@@ -149,7 +149,7 @@ def measure(
 
 
 def scalars(results: dict[str, Result]) -> dict[str, float]:
-    """The single numbers of `measure`'s result by short names, for a log or a table."""
+    """The scalars in the results of `measure`, by short names, for a log or a table."""
     return {
         key: value
         for name, result in results.items()
@@ -158,7 +158,7 @@ def scalars(results: dict[str, Result]) -> dict[str, float]:
     }
 
 
-# --- one function per measure: from the loss to numbers that JSON can hold ------------------------------------------
+# --- one function per measure: from the loss to JSON-compatible results ---------------------------------------------
 
 
 def _sam(loss: SubsetLoss, config: SharpnessConfig) -> Result:
@@ -292,7 +292,7 @@ MEASURES: dict[str, Callable[[SubsetLoss, SharpnessConfig], Result]] = {
 }
 
 
-# --- from those numbers to names ---------------------------------------------------------------------------------------
+# --- from results to named scalars -------------------------------------------------------------------------------------
 
 
 def _sam_scalars(result: Result) -> dict[str, float]:

@@ -17,7 +17,7 @@ TWICE_DIFFERENTIABLE_ATTENTION = (None, "eager", "sdpa")
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, float32 arithmetic in full precision and attention that can be differentiated twice.
+    """Run the block in evaluation mode, with full float32 precision and attention that can be differentiated twice.
 
     On exit, the modes of all modules, the attention implementations, the precision flags, a forward that Accelerate
     wrapped for mixed precision, and the random states of the CPU and of the model's device are restored. Weights,

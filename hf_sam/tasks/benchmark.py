@@ -33,11 +33,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_sam import SAMConfig
 from hf_sam.benchmark import (
-    CONTENDERS,
     STOCK,
-    Contender,
+    VARIANTS,
     SteppedSAMTrainer,
     SteppedTrainer,
+    Variant,
     measure,
     stepped_trainer,
 )
@@ -71,7 +71,7 @@ class BenchmarkArguments:
     """The variants to measure, their sizes, and the number of steps."""
 
     task: str | None = option(None, f"{', '.join(TASKS)}.")
-    methods: list[str] | None = option(None, f"Variants: {', '.join(CONTENDERS)}, or JSON objects of SAMConfig.")
+    methods: list[str] | None = option(None, f"Variants: {', '.join(VARIANTS)}, or JSON objects of SAMConfig.")
     synthetic: bool = option(False, "Synthetic data in the model's input shape instead of a data set.")
     sizes: list[str] | None = option(None, f"Models from scratch of these sizes: {', '.join(SIZES)}.")
     batch_sizes: list[int] | None = option(None, "Examples per device; default: per_device_train_batch_size.")
@@ -79,12 +79,12 @@ class BenchmarkArguments:
     steps: int = option(40, "Timed optimizer steps per variant.")
     warmup: int = option(5, "Untimed optimizer steps before these.")
     block: int = option(5, "Optimizer steps per turn.")
-    contenders_at_once: int = option(6, "Variants in memory at the same time, including the stock Trainer.")
+    variants_at_once: int = option(6, "Variants in memory at the same time, including the stock Trainer.")
     records: str | None = option(None, "Folder of a comparison; plots its gains against the cost measured here.")
     control: str | None = option(None, "The arm of these records to compare with; default: detected.")
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("warmup", 1), ("block", 1), ("contenders_at_once", 2)):
+        for name, least in (("steps", 1), ("warmup", 1), ("block", 1), ("variants_at_once", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         for name in ("batch_sizes", "accumulations"):
@@ -95,15 +95,15 @@ class BenchmarkArguments:
                 raise ValueError(f"sizes: {size!r} is unknown. Allowed: {', '.join(SIZES)}.")
 
     @property
-    def contenders(self) -> list[Contender]:
+    def variants(self) -> list[Variant]:
         """
         Return the named variants, by default all; the stock Trainer always comes first.
 
         Raises:
             UserError: If a name is unknown, or `SAMConfig` rejects a configuration.
         """
-        named = [contender_of(text) for text in self.methods or CONTENDERS]
-        return list({contender.name: contender for contender in [STOCK, *named]}.values())
+        named = [variant_of(text) for text in self.methods or VARIANTS]
+        return list({variant.name: variant for variant in [STOCK, *named]}.values())
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     )
     if hasattr(task_args, "trainer"):
         task_args.trainer = "plain"  # TRL's trainer does extra work
-    contenders, records = bench.contenders, records_of(bench)
+    variants, records = bench.variants, records_of(bench)
     check(model_args, data_args, getattr(task_args, "glue_task", None), bench)
     prepare(args)
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         )
         with (
             tqdm(
-                total=expected_steps(bench, len(contenders)),
+                total=expected_steps(bench, len(variants)),
                 unit=" steps",
                 disable=args.disable_tqdm or args.process_index > 0,
                 desc=f"{parameters / 1e6:.1f} M parameters, {setting.batch_size} x {setting.accumulation}",
@@ -146,14 +146,14 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             as_user_error(ValueError),
         ):
             measurements = measure(
-                contenders,
-                lambda contender, steps, inputs=inputs, setting=setting: build(
-                    contender, steps, inputs, setting, args, task
+                variants,
+                lambda variant, steps, inputs=inputs, setting=setting: build(
+                    variant, steps, inputs, setting, args, task
                 ),
                 steps=bench.steps,
                 warmup=bench.warmup,
                 block=bench.block,
-                at_once=bench.contenders_at_once,
+                at_once=bench.variants_at_once,
                 seed=args.seed,
                 progress=lambda name, steps, bar=bar: bar.update(steps),
             )
@@ -162,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             columns
             | {
                 "model": type(inputs.model).__name__,
-                "steps": {entry.contender.name: entry.seconds for entry in measurements},
-                "sam": {c.name: c.sam.to_dict() if c.sam else None for c in contenders},
+                "steps": {entry.variant.name: entry.seconds for entry in measurements},
+                "sam": {c.name: c.sam.to_dict() if c.sam else None for c in variants},
             }
         )
     rows = pd.concat(frames, ignore_index=True)
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         }
         folder = Path(args.output_dir)
         write(document, rows, folder)
-        gained = write_gains(records, rows, contenders, bench.control, folder) if records else None
+        gained = write_gains(records, rows, variants, bench.control, folder) if records else None
         print(f"Report: {write_benchmark_report(plain(document), rows, folder, provenance(document), gained)}")
     return rows
 
@@ -214,19 +214,17 @@ def glance(argv: Sequence[str]) -> tuple[Task, bool, list[str]]:
     return TASKS[name], is_synthetic, [*argv, *(["--model_type", TASKS[name].model_type] if from_scratch else [])]
 
 
-def contender_of(text: str) -> Contender:
-    """Return a row of `CONTENDERS`, or one made from a JSON object such as `{"method": "subset", "interval": 10}`."""
-    if text in CONTENDERS:
-        return CONTENDERS[text]
+def variant_of(text: str) -> Variant:
+    """Return a row of `VARIANTS`, or one made from a JSON object such as `{"method": "subset", "interval": 10}`."""
+    if text in VARIANTS:
+        return VARIANTS[text]
     if not text.lstrip().startswith("{"):
-        raise UserError(
-            f"methods: {text!r} is unknown.{did_you_mean(text, CONTENDERS)} Allowed: {', '.join(CONTENDERS)}."
-        )
+        raise UserError(f"methods: {text!r} is unknown.{did_you_mean(text, VARIANTS)} Allowed: {', '.join(VARIANTS)}.")
     with as_user_error(ValueError, TypeError, prefix="methods: "):
         values = json.loads(text)
         if isinstance(values.get("ascent") or values.get("descent"), str):  # custom classes
             values |= load_parts(values.get("ascent"), values.get("descent"), values.get("options"))
-        return Contender(", ".join(f"{name} {value}" for name, value in values.items()), SAMConfig.from_dict(values))
+        return Variant(", ".join(f"{name} {value}" for name, value in values.items()), SAMConfig.from_dict(values))
 
 
 def records_of(bench: BenchmarkArguments) -> list:
@@ -306,7 +304,7 @@ def inputs_of(
 
 
 def build(
-    contender: Contender, steps: int, inputs: Inputs, setting: Setting, args: TrainingArguments, task: Task
+    variant: Variant, steps: int, inputs: Inputs, setting: Setting, args: TrainingArguments, task: Task
 ) -> SteppedTrainer | SteppedSAMTrainer:
     """Make the trainer of a variant, with a copy of the model."""
     args = copy.deepcopy(args)
@@ -320,17 +318,17 @@ def build(
         "train_dataset": inputs.dataset,
         "data_collator": inputs.collator,
     }
-    trainer = stepped_trainer(contender, **common)
+    trainer = stepped_trainer(variant, **common)
     if task.is_classification:
         trainer.model_accepts_loss_kwargs = False  # as in the training recipes, whose loss is a mean over examples
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
-def expected_steps(bench: BenchmarkArguments, contenders: int) -> int:
+def expected_steps(bench: BenchmarkArguments, variants: int) -> int:
     """Total of the progress bar: one counting step plus all timed ones, with the stock Trainer in each group."""
-    groups = max(1, -(-(contenders - 1) // (bench.contenders_at_once - 1)))
-    return contenders + (contenders - 1 + groups) * (bench.steps + bench.warmup)
+    groups = max(1, -(-(variants - 1) // (bench.variants_at_once - 1)))
+    return variants + (variants - 1 + groups) * (bench.steps + bench.warmup)
 
 
 # --- results -----------------------------------------------------------------------------------------------------------
@@ -364,7 +362,7 @@ def provenance(document: dict[str, Any]) -> str:
     bench = document["arguments"]["benchmark"]
     return (
         f"One run on {machine}, {hardware['threads']} threads per process; {versions}. Medians of {bench['steps']} optimizer "
-        f"steps of each contender after {bench['warmup']} dropped ones, in turns of {bench['block']}; ratios are to the "
+        f"steps of each variant after {bench['warmup']} dropped ones, in turns of {bench['block']}; ratios are to the "
         f"stock Trainer's steps in the same turns, with bootstrap intervals. Command: `{document['command']}`\n"
     )
 
@@ -381,12 +379,12 @@ def command(argv: Sequence[str]) -> str:
 
 
 def write_gains(
-    records: list, rows: pd.DataFrame, contenders: Sequence[Contender], control: str | None, folder: Path
+    records: list, rows: pd.DataFrame, variants: Sequence[Variant], control: str | None, folder: Path
 ) -> pd.DataFrame:
     """Plot gain against cost at the first setting; return what was plotted."""
     first = rows[(rows[SETTING] == rows[SETTING].iloc[0]).all(axis=1)]
     with as_user_error(ValueError, prefix="records: "):
-        frame = gains(records, first, contenders, control)
+        frame = gains(records, first, variants, control)
     if frame.empty:
         print("No arm of the records has a configuration that was timed here, so gain against cost is not plotted.")
         return frame

@@ -1,10 +1,10 @@
-"""Compare arms (AdamW, SGD, any SAM method, averaged weights) on tasks, paired over seeds, and write the report.
+"""Compare arms (AdamW, SGD, any SAM method, averaged weights) on tasks, paired over seeds, and write a report.
 
-    hf-sam compare digits --plan      # what would run
+    hf-sam compare digits --plan      # print what would run
     hf-sam compare digits             # run what is missing, then report
 
-The same command again resumes where it stopped. --workers 4 makes four runs at a time on this machine, --executor ray
-or slurm hands them to a cluster (docs/clusters.md), --status prints where they stand.
+Repeat the command to resume. --workers 4 executes four runs at a time on this machine, --executor ray or slurm submits
+them to a cluster (docs/clusters.md), and --status prints their state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_sam.config import SAMConfig
 from ..experiments.driver import cancel_all, drive
 from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
 from ..experiments.executors import Choice, choose
-from ..experiments.external_runs import find_foreign_records
+from ..experiments.external_runs import find_external_runs
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import (
     BUDGETS,
@@ -38,8 +38,8 @@ from ..experiments.plan import (
     final_runs,
     layers_of,
     mean_passes,
-    read_plan,
 )
+from ..experiments.plan_file import read_plan
 from ..experiments.records import ENDED, RECORD_NAME, write_json
 from ..experiments.standing import describe_standing, progress, reason, standing_of
 from ..experiments.workshop import Workshop, counts, records_of, retry_failed
@@ -53,8 +53,8 @@ from .command_line.parsers import check_recipe, parse_study
 
 PLAN_NAME = "comparison.json"
 MAX_REASONS = 5
-PROGRESS_SECONDS = 1.0  # between two lines on how far it is
-REPORT_SHARE, REPORT_SECONDS = 0.05, 60.0  # a report on what there is: of the time at most, and at least apart
+PROGRESS_SECONDS = 1.0  # between two progress lines
+REPORT_SHARE, REPORT_SECONDS = 0.05, 60.0  # interim reports: maximum share of the time, minimum seconds between two
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     choice = choose(plan.executor, args.executor, args.workers, args.executor_options)
     workshop = open_workshop(plan)
     if args.cancel:
-        print(f"{cancel_all(workshop, choice)} jobs are ended. The same command without --cancel goes on.")
+        print(f"Cancelled {cancel_all(workshop, choice)} jobs. Repeat the command without --cancel to resume.")
         return None
     if args.status:
         print(describe_standing(standing_of(workshop, choice)))
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if args.plan:
         return None
     if args.retry_failed:
-        print(f"{retry_failed(workshop)} failed runs are made again.")
+        print(f"Retrying {retry_failed(workshop)} failed runs.")
     command = command_again("compare", [word for word in argv if word not in ("--report", "--retry_failed")])
     if not args.report:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 
 def describe_failures(workshop: Workshop) -> str:
-    """How many runs failed, why, and what to do about it; empty where none did."""
+    """The number of failed runs, their reasons and the fix; empty if none failed."""
     outcomes = map(workshop.record, workshop.all_runs())
     failed = [record for record in outcomes if record is not None and record.status == "failed"]
     if not failed:
@@ -97,13 +97,13 @@ def describe_failures(workshop: Workshop) -> str:
     listed = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.most_common(MAX_REASONS))
     total = sum(counts(workshop)[name] for name in ("finished", "failed", "begun", "waiting"))
     return (
-        f"{len(failed)} of {total} runs failed: {listed}. The whole story is in {failed[0].path.parent}/{LOG_NAME}; "
-        f"mend the cause and repeat the command with --retry_failed."
+        f"{len(failed)} of {total} runs failed: {listed}. See the log {failed[0].path.parent}/{LOG_NAME}; "
+        f"fix the cause and repeat the command with --retry_failed."
     )
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
-    """The YAML with what the command line overrides."""
+    """The plan from the YAML file, with overrides from the command line."""
     plan = read_plan(args.study, args.output_dir)
     given = dict(word.split("=", 1) for word in args.set)
     settings = merge([("settings of the study", plan.settings), ("--set", given)]).values
@@ -112,10 +112,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 def open_workshop(plan: Plan) -> Workshop:
     """
-    The plan with all its runs; every arm of every task is parsed as its recipe would parse it.
+    The plan with all its runs. Every arm of every task is parsed as its recipe would parse it.
 
     Raises:
-        UserError: An arm that its recipe would refuse; names task and arm.
+        UserError: An arm is not valid for its recipe; the message names task and arm.
     """
     for arm in plan.arms.values():
         averaging_of(arm)
@@ -123,7 +123,7 @@ def open_workshop(plan: Plan) -> Workshop:
 
     def passes(task: str, arm: str) -> float:
         args, sam_config, _ = parsed[task, arm]
-        steps = args.max_steps if args.max_steps > 0 else 1000  # with epochs, only the share of steps matters
+        steps = args.max_steps if args.max_steps > 0 else 1000  # with epochs, only proportions matter
         return mean_passes(sam_config, steps, args.get_warmup_steps(steps))
 
     def length(run: Run) -> dict[str, Any]:
@@ -136,8 +136,13 @@ def open_workshop(plan: Plan) -> Workshop:
 
 def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMConfig, str]:
     """
-    What the recipe makes of an arm under every condition; returns its training arguments, its SAM configuration, and
-    the latter in words.
+    Parse an arm under every condition as its recipe would.
+
+    Returns:
+        `tuple`: The training arguments, the SAM configuration, and a description of the latter.
+
+    Raises:
+        UserError: A value is invalid, or the arm's SAM settings have no effect.
     """
     types = argument_types(plan.tasks[task]["recipe"])
     config = plan.tasks[task].get("config")
@@ -154,27 +159,27 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
     named = [key for key in plan.arms[arm] if key.startswith("sam_") and key != "sam_rho"]
     if named and sam_config.rho == 0:
         raise UserError(
-            f"arm {arm}: {', '.join(named)} does nothing while sam_rho is 0, as the base has it; give sam_rho."
+            f"arm {arm}: {', '.join(named)} has no effect with sam_rho=0, the value of the base recipe. Set sam_rho."
         )
     return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
 
 
 def check_metric(plan: Plan, recipe: str, parsed: Sequence[Any]) -> None:
     """
+    Check that the recipe measures the metric of the question.
+
     Raises:
-        UserError: The recipe does not measure what the question asks about.
+        UserError: It does not.
     """
     known, metric = getattr(load_task(recipe), "METRICS", ()), plan.question.metric
     run_args = next((values for values in parsed if type(values).__name__ == "RunArguments"), None)
     if run_args is not None and run_args.hub_metrics:
-        return  # their names are only known when they have been computed
+        return  # the names of hub metrics are known only once they are computed
     if run_args is not None and run_args.evaluate_train:
         known = (*known, *(f"train_{name}" for name in known))
     if known and metric not in known:
         near = did_you_mean(metric, known)
-        raise UserError(
-            f"question.metric={metric!r} is none that {recipe} measures.{near} Allowed: {', '.join(known)}."
-        )
+        raise UserError(f"question.metric={metric!r} is not measured by {recipe}.{near} Allowed: {', '.join(known)}.")
 
 
 def argument_types(recipe: str) -> tuple[type, ...]:
@@ -182,18 +187,18 @@ def argument_types(recipe: str) -> tuple[type, ...]:
     The dataclasses that a task parses its command line into.
 
     Raises:
-        UserError: There is no such task, or it does not train.
+        UserError: The task does not exist, or does not train.
     """
     check_recipe(recipe)
     with as_user_error(ImportError, prefix=f"recipe {recipe!r} cannot be imported: "):
         task = load_task(recipe)
     if not hasattr(task, "ARGUMENTS"):
-        raise UserError(f"recipe {recipe!r} declares no ARGUMENTS, the dataclasses of its command line.")
+        raise UserError(f"recipe {recipe!r} has no ARGUMENTS, the tuple of dataclasses of its command line.")
     return tuple(task.ARGUMENTS)
 
 
 def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) -> None:
-    """Makes what is missing, tells of each run, and calls `write` for a new report now and then."""
+    """Execute the missing runs, print their progress, and call `write` for an interim report now and then."""
     count = counts(workshop)
     total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
     bar = tqdm(total=total, initial=count["finished"] + count["failed"], unit="run", disable=None, dynamic_ncols=True)
@@ -221,10 +226,10 @@ def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) ->
                 started = time.monotonic()
                 try:
                     write()
-                except UserError:  # nothing to report on yet
+                except UserError:  # nothing to report yet
                     pass
-                except Exception as error:  # no reason to let the runs go; the report at the end will raise it again
-                    bar.write(f"{'':>10}  The report could not be rewritten: {one_line(error)}")
+                except Exception as error:  # the runs continue; the final report would raise the error again
+                    bar.write(f"{'':>10}  The interim report failed: {one_line(error)}")
                 now = time.monotonic()
                 due = now + max(REPORT_SECONDS, (now - started) / REPORT_SHARE)
 
@@ -232,13 +237,13 @@ def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) ->
         with bar:
             drive(workshop, choice, tell)
     except KeyboardInterrupt:
-        stays = "" if choice.kind == "local" else "What was submitted goes on; --status shows it, --cancel ends it. "
-        print(f"\nInterrupted. {stays}The same command goes on from here.", file=sys.stderr)
+        stays = "" if choice.kind == "local" else "Submitted jobs continue; see --status, or end them with --cancel. "
+        print(f"\nInterrupted. {stays}Repeat the command to resume.", file=sys.stderr)
         sys.exit(130)
 
 
 def print_plan(workshop: Workshop, workers: int) -> None:
-    """What is compared, and how many runs that takes."""
+    """Print the comparison and its runs."""
     plan, count = workshop.plan, counts(workshop)
     rows = [("arm", "budget", "steps x", "passes x", "settings")]
     for arm in plan.arms:
@@ -247,13 +252,13 @@ def print_plan(workshop: Workshop, workers: int) -> None:
             name = " and ".join(BUDGETS[part] for part in budget.split("+"))
             others = {key: value for key, value in plan.arms[arm].items() if not key.startswith("sam_")}
             settings = ", ".join(f"{key}={value}" for key, value in others.items())
-            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings or "as the base"))
+            rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings or "as the base recipe"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(f"{plan.name}: {plan.question.treatment} against {plan.question.control}, by {plan.question.metric}")
     print(f"tasks {', '.join(plan.tasks)}; conditions {', '.join(plan.conditions)}; seeds {plan.seeds}")
     for row in rows:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
-    print("SAM in force, and where each value comes from:")
+    print("SAM configuration in force, with the source of each value:")
     for arm in plan.arms:
         told: dict[str, list[str]] = {}
         for task in plan.tasks:
@@ -267,43 +272,43 @@ def print_plan(workshop: Workshop, workers: int) -> None:
 
 
 def describe_power(plan: Plan) -> str:
-    """What the seeds of a plan can establish."""
+    """The effect sizes that the number of seeds can establish and detect."""
     seeds, cells = len(plan.seeds), len(plan.tasks) * len(plan.conditions)
     if seeds < 2:
-        return "With one seed no verdict is possible: give at least 3, by --seeds or in the YAML."
+        return "With one seed, no verdict is possible. Give at least 3, with --seeds or in the YAML file."
     level = 0.05 / cells
-    over = f", Holm over {cells} tasks and conditions" if cells > 1 else ""
+    over = f", Holm correction over {cells} tasks and conditions" if cells > 1 else ""
     return (
-        f"With {seeds} seeds a difference is established (paired t-test at 5 %{over}) from "
-        f"{established_effect(seeds, level):.1f} standard deviations of the paired differences on; a true one of "
-        f"{detectable_effect(seeds, level):.1f} is found four times in five (with {2 * seeds} seeds, of "
-        f"{detectable_effect(2 * seeds, level):.1f})."
+        f"With {seeds} seeds, a difference is significant (paired t-test at 5 %{over}) if it exceeds "
+        f"{established_effect(seeds, level):.1f} standard deviations of the paired differences. A true difference of "
+        f"{detectable_effect(seeds, level):.1f} is detected four times in five; with {2 * seeds} seeds, one of "
+        f"{detectable_effect(2 * seeds, level):.1f}."
     )
 
 
 def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "", command: str | None = None) -> Path:
     """
-    The report of what there is.
+    Write the report on the runs so far.
 
     Raises:
-        UserError: No run has finished.
+        UserError: No run has finished, or no record has the metric of the question.
     """
     plan, records = workshop.plan, records_of(workshop)
     problems: list[str] = []
     for folder in foreign:
-        found, messages = find_foreign_records(folder, task=next(iter(plan.tasks)))
+        found, messages = find_external_runs(folder, task=next(iter(plan.tasks)))
         records, problems = records + found, problems + messages
     paths = {workshop.folder(run) / RECORD_NAME for run in workshop.runs}
     final = [record for record in records if record.path in paths]
     done = {entry.arm for entry in final if entry.status == "finished"}
     if not any(record.status in ("finished", "foreign") for record in records):
-        raise UserError(failures or f"No run has finished in {plan.output_dir}: there is nothing to report on.")
+        raise UserError(failures or f"No run has finished in {plan.output_dir}, so there is nothing to report.")
     question = dataclasses.asdict(plan.question)
-    if not {question["control"], question["treatment"]} <= done:  # too early for the question: show what there is
+    if not {question["control"], question["treatment"]} <= done:  # too early for the question: show the runs so far
         question = {}
     elif not any(record.metrics.get(plan.question.metric) is not None for record in final):
         measured = sorted({name for record in final for name in record.metrics})
-        raise UserError(f"question.metric={plan.question.metric!r} is in no record. There are: {', '.join(measured)}.")
+        raise UserError(f"question.metric={plan.question.metric!r} is in no record. Allowed: {', '.join(measured)}.")
     return write_report(
         records,
         plan.output_dir / "report",

@@ -2,8 +2,8 @@
 
     hf-sam find-rho image-classification digits --label_noise 0.4
 
-First the recipe, then its command line as ever, with the options of the search anywhere among it. The same command goes
-on after an interruption. docs/find_rho.md says how it searches, by which rule it recommends, and what it cannot see.
+Give the recipe, its usual command line, and the options of the search, in any order. After an interruption, the same
+command resumes. docs/find_rho.md describes the search, the rule for the recommendation, and its limits.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ RHO_OF_THE_PAPER = 0.05  # Foret et al. 2021
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     options, words = parse_search(argv)
     types = argument_types(options.recipe)
-    args, sam_config, data_args = parse_recipe(types, words, sam_rho=1e30)  # the method, whatever its rho
+    args, sam_config, data_args = parse_recipe(types, words, sam_rho=1e30)  # any rho: this is about the method
     rhos = options.rhos or grid(options, sam_config)
-    configs = [parse_recipe(types, words, sam_rho=rho)[1] for rho in rhos]  # refused now, or not at all
+    configs = [parse_recipe(types, words, sam_rho=rho)[1] for rho in rhos]  # invalid values fail before any run
     settings = {} if data_args.validation_size or data_args.validation_split else {"validation_size": VALIDATION_SIZE}
     if settings and data_args.streaming:
-        raise UserError("A search needs a validation split, which streaming cannot split off: give --validation_split.")
+        raise UserError(
+            "A search needs a validation split, which cannot be taken from a streamed training split. Give --validation_split."
+        )
 
     output_dir = Path(args.output_dir) / "find_rho"
     search = Search(
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 def parse_recipe(
     types: Sequence[type], words: Sequence[str], sam_rho: float
 ) -> tuple[TrainingArguments, SAMConfig, Any]:
-    """What the recipe makes of the user's words with another rho: its training, SAM and data arguments."""
+    """The training, SAM and data arguments of the recipe, parsed from the user's command line with another rho."""
     parsed = parse_arguments(types, [*words, f"--sam_rho={sam_rho}"])
     by_name = {type(values).__name__: values for values in parsed}
     training = next(values for values in parsed if isinstance(values, TrainingArguments))
@@ -89,7 +91,7 @@ def parse_recipe(
 
 
 def grid(options: argparse.Namespace, sam_config: SAMConfig) -> list[float]:
-    """From a tenth to four times the rho of the method's paper, where the user names no other ends."""
+    """The grid of rho: by default, from a tenth to four times the rho of the method's paper."""
     usual = sam_config.row.defaults.get("rho", RHO_OF_THE_PAPER)
     low, high = options.low or usual / 10, options.high or usual * 4
     if low >= high and options.points > 1:
@@ -99,11 +101,13 @@ def grid(options: argparse.Namespace, sam_config: SAMConfig) -> list[float]:
 
 def find_length(search: Search, choice: Choice) -> int:
     """
-    Return the optimizer steps of an ordinary run. A run is started and stopped before its first step: the Trainer
-    itself determines its length, errors in model or data show up, and the untrained model is evaluated.
+    The number of optimizer steps of an ordinary run.
+
+    A run is started and stopped before its first step: the Trainer itself determines its length, errors in model or
+    data show up, and the untrained model is evaluated.
 
     Raises:
-        UserError: What the recipe says is wrong.
+        UserError: The run failed; the message is the run's own.
     """
     folder = search.output_dir / UNTRAINED
     job = {
@@ -130,10 +134,10 @@ def plan_of(
     options: argparse.Namespace, length: int, configs: Sequence[SAMConfig], warmup_steps: Callable[[int], int]
 ) -> SearchPlan:
     """
-    What the budget pays for, in a run of `length` steps.
+    The plan of the search within the budget, for ordinary runs of `length` steps.
 
     Raises:
-        UserError: Too little, or so short a first rung that the method has not begun to perturb.
+        UserError: The budget is too small, or the method does not perturb before the end of the first rung.
     """
     with as_user_error(ValueError):
         plan = make_plan(
@@ -149,14 +153,14 @@ def plan_of(
     first = (*plan.rungs, Rung(plan.horizon, 1))[0].step
     if begins >= first:
         raise UserError(
-            f"method={configs[0].method} begins to perturb at step {begins} of {plan.schedule}, and runs are first "
-            f"compared after step {first}: raise budget, give fewer points, lower sam_start, or try --annealed."
+            f"method={configs[0].method} perturbs from step {begins} of {plan.schedule} on, but runs are first compared "
+            f"after step {first}. Raise the budget, give fewer points, lower sam_start, or try --annealed."
         )
     return plan
 
 
 def _error_in(folder: Path) -> str:
-    """What ended the run in `folder`."""
+    """The error that ended the run in `folder`."""
     try:
         error = read_record(folder / RECORD_NAME).error
     except RecordError:
@@ -166,10 +170,10 @@ def _error_in(folder: Path) -> str:
 
 def keep_plan(search: Search) -> None:
     """
-    Leaves beside the runs what they are part of.
+    Write the settings of the search to its folder.
 
     Raises:
-        UserError: The folder holds another search.
+        UserError: The folder contains a search with other settings.
     """
     path = search.output_dir / PLAN_NAME
     content = plain(dataclasses.asdict(search))
@@ -178,22 +182,22 @@ def keep_plan(search: Search) -> None:
         changed = [name for name in content if content[name] != before.get(name)]
         if changed:
             raise UserError(
-                f"{search.output_dir} holds a search with other settings ({', '.join(changed)}). Repeat its command, "
-                "delete that folder, or name another output_dir."
+                f"{search.output_dir} contains a search with other settings ({', '.join(changed)}). Repeat its command, "
+                "delete that folder, or choose another output_dir."
             )
     write_json(path, content)
 
 
 def print_plan(search: Search, budget: float) -> None:
-    """What will run and what it costs."""
+    """Print the runs of the search and their cost."""
     plan = search.plan
     share = f"{100 * plan.horizon / plan.length:.0f} %"
     print(f"rho: 0, {', '.join(f'{rho:g}' for rho in search.rhos)}")
     for number, rung in enumerate(plan.rungs, start=1):
-        print(f"rung {number}: 0 and {rung.rhos} values to step {rung.step}, seed {search.seed}")
-    how = "annealed there" if plan.schedule == plan.horizon else "on the schedule of the whole run"
-    print(f"confirmation: 0 and the best to step {plan.horizon} with {plan.seeds} other seeds")
-    print(f"It sees {share} of an ordinary run of {plan.length} steps, {how}.")
+        print(f"rung {number}: 0 and {rung.rhos} values up to step {rung.step}, seed {search.seed}")
+    how = "annealed to that length" if plan.schedule == plan.horizon else "with the schedule of the whole run"
+    print(f"confirmation: 0 and the best value up to step {plan.horizon}, {plan.seeds} other seeds")
+    print(f"Runs cover {share} of an ordinary run of {plan.length} steps, {how}.")
     print(
         f"Cost: {plan.passes:g} gradient passes, {plan.passes / plan.length:.2f} ordinary runs; budget {budget:g}.",
         flush=True,
@@ -201,7 +205,7 @@ def print_plan(search: Search, budget: float) -> None:
 
 
 def make_all(workshop: RhoWorkshop, choice: Choice) -> None:
-    """Makes every phase, rung after rung."""
+    """Run every phase, rung by rung."""
 
     def tell(phase: Phase, what: str) -> None:
         print(f"{what:>10}  rho {phase.rho:g}, seed {phase.seed}, steps {phase.begin} to {phase.end}", flush=True)
@@ -209,26 +213,28 @@ def make_all(workshop: RhoWorkshop, choice: Choice) -> None:
     try:
         drive(workshop, choice, tell)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        print("\nInterrupted. Repeat the command to resume.", file=sys.stderr)
         sys.exit(130)
 
 
 def next_command(recipe: str, words: Sequence[str], rho: float) -> str:
-    """How the user trains with what was found: by `hf-sam` or by a script, as the search itself was started."""
+    """The command that trains with the recommended rho, by `hf-sam` or a script, as the search itself was started."""
     return command_again(recipe, [*words, f"--sam_rho={rho:g}"])
 
 
 def report(workshop: RhoWorkshop, budget: float, again: str) -> dict[str, Any]:
     """
-    Writes and prints what was found.
+    Write and print the result.
 
     Raises:
-        UserError: `rho = 0` itself failed, so that there is nothing to compare with.
+        UserError: The run with `rho = 0` failed, so there is nothing to compare with.
     """
     search = workshop.search
     control = workshop.stages()[0][0]
     if workshop.score(control) is None:
-        raise UserError(f"rho=0 failed or diverged, so no rho can be judged: {_error_in(workshop.folder(control))}")
+        raise UserError(
+            f"The run with rho=0 failed or diverged, so there is nothing to compare with: {_error_in(workshop.folder(control))}"
+        )
     points = rho_report.curve(workshop)
     rho, _, sentence = rho_report.conclusion(workshop)
     command = next_command(search.recipe, search.words, rho)
@@ -238,5 +244,5 @@ def report(workshop: RhoWorkshop, budget: float, again: str) -> dict[str, Any]:
     page = rho_report.write_rho_report(workshop, points, found, again)
     print(f"\n{rho_report.table(points)}\n\n{sentence}")
     print(f"Spent: {found['passes']['spent']:g} of {found['passes']['allowed']:g} gradient passes.")
-    print(f"Written: {search.output_dir}/find_rho.json, find_rho.csv\nReport: {page}\n\nGo on with\n\n    {command}")
+    print(f"Written: {search.output_dir}/find_rho.json, find_rho.csv\nReport: {page}\n\nTrain with\n\n    {command}")
     return found

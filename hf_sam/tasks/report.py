@@ -3,9 +3,9 @@
     hf-sam report outputs/digits_adamw outputs/digits_sam --output_dir outputs/report
     hf-sam report adamw=outputs/a sam=some/hub-id --dataset imdb --test_samples 1000
 
-Checkpoints are local folders, hub ids or PEFT adapters, each alone or as name=checkpoint. The data are those that the
-first checkpoint's run record names, unless `--dataset` and the other data arguments of the training recipes are given.
-Writes one self-contained `report.html`, the same as `report.md`, and its numbers.
+Checkpoints are local folders, hub ids or PEFT adapters, optionally named as name=checkpoint. By default, the data are
+those in the first checkpoint's run record; `--dataset` and the other data arguments of the training recipes override
+them. Writes a self-contained `report.html`, the same as `report.md`, and the numbers.
 """
 
 from __future__ import annotations
@@ -52,22 +52,25 @@ THUMBNAIL = 96  # pixels of the longer side
 
 @dataclass
 class ReportArguments:
-    """Which checkpoints, and what is done with them."""
+    """The checkpoints, and what to evaluate."""
 
-    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, each alone or as name=checkpoint."})
+    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, optionally as name=checkpoint."})
     task: str | None = option(
-        None, "image-classification, text-classification, causal-lm or seq2seq; found when left out."
+        None,
+        "image-classification, text-classification, causal-lm or seq2seq; by default that of the first checkpoint.",
     )
-    output_dir: str = option("outputs/report", "Where report.html and the rest go.")
+    output_dir: str = option("outputs/report", "Folder for report.html and the other outputs.")
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(32, "Examples per batch.")
-    corruption_samples: int = option(500, "Test examples that are corrupted; 0 leaves robustness out.")
-    sharpness: bool = option(False, "Also measure sharpness; takes the options of `hf-sam sharpness`.")
+    corruption_samples: int = option(500, "Number of test examples to corrupt; 0 skips the robustness section.")
+    sharpness: bool = option(False, "Also measure sharpness; accepts the options of `hf-sam sharpness`.")
     survival: bool = option(False, "Also evaluate after quantization, pruning and noise (`hf-sam survival`).")
-    num_examples: int = option(256, "Training examples that sharpness is measured on.")
-    bootstrap_seed: int = option(0, "Of the intervals and the corruptions.")
-    disable_tqdm: bool = option(False, "No progress bars.")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
+    num_examples: int = option(256, "Number of training examples for sharpness.")
+    bootstrap_seed: int = option(0, "Seed of the intervals and the corruptions.")
+    disable_tqdm: bool = option(False, "Hide progress bars.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model. Use only with sources you trust."
+    )
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -85,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     name = sharpness.find_task(argv)
     if name == "token-classification":
         raise UserError(
-            "A report on token-classification checkpoints is not available: its intervals take examples to be independent, "
-            "which the words of a sentence are not. recipes/compare.py reports on runs, recipes/sharpness.py on checkpoints."
+            "Reports do not support token-classification checkpoints: their intervals assume independent examples, which the "
+            "words of a sentence are not. Use recipes/compare.py to report on runs, or recipes/sharpness.py on checkpoints."
         )
     task = sharpness.TASKS[name]
     args, data_args, task_args, *_ = parse_arguments(
@@ -94,21 +97,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
         [*argv, *sharpness.recorded_data(argv)],
     )
     named = sharpness.CheckpointArguments(args.checkpoints).named
-    for path in named.values() if args.task is None else ():  # before minutes are spent on the first of them
+    for path in named.values() if args.task is None else ():  # fail before minutes are spent on the first one
         other = sharpness.find_task(["--checkpoints", path])
         if other != name:
-            raise UserError(f"{path} is for {other}, the first checkpoint for {name}; report on them one by one.")
+            raise UserError(f"{path} is for {other}, the first checkpoint for {name}. Report on them separately.")
     if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     splits, *columns = task.read_data(data_args, task_args)
-    if task.recipe == "seq2seq":  # by the likelihood of the targets, as texts of a language model
+    if task.recipe == "seq2seq":  # evaluated by the likelihood of the targets, as for a language model
         columns = [[SOURCE, TARGET]]
     if args.split not in splits:
-        raise UserError(f"split={args.split} is not there; the data have: {', '.join(splits)}.")
+        raise UserError(f"split={args.split} does not exist. Allowed: {', '.join(splits)}.")
     rows = splits[args.split]
     if not isinstance(rows, Dataset):
-        raise UserError("A report needs the whole test split at hand: leave streaming off.")
+        raise UserError("A report needs the whole test split. Switch streaming off.")
     is_classifier = columns[-1] is not None and len(columns) > 1
     some, corrupted = corrupt(rows, columns, args) if is_classifier else (None, {})
 
@@ -166,14 +169,14 @@ def _words(value: Any) -> str:
 
 
 def with_option_name(argv: list[str]) -> list[str]:
-    """Checkpoints come first and without a name; the parsers behind want one."""
+    """Put `--checkpoints`, which the parsers need, before checkpoints given as positional arguments."""
     count = next((index for index, word in enumerate(argv) if word.startswith("-")), len(argv))
     return ["--checkpoints", *argv[:count], *argv[count:]] if count else argv
 
 
 @torch.no_grad()
 def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePredictions:
-    """What the model makes of every example, in order: class probabilities, or losses per text."""
+    """The model's predictions for every example, in order: class probabilities, or losses per text."""
     outputs, labels = [], []
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -195,7 +198,7 @@ def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePrediction
 
 
 def recorded_splits(path: Path) -> dict[str, Any]:
-    """What the run record of a checkpoint, or of the run that it is one of, says of its data; nothing without one."""
+    """The data in the run record of a checkpoint or of the run it belongs to; empty without a record."""
     for folder in (path, path.parent) if path.name.startswith("checkpoint-") else (path,):
         with suppress(RecordError):
             return read_record(folder / RECORD_NAME).data
@@ -203,7 +206,7 @@ def recorded_splits(path: Path) -> dict[str, Any]:
 
 
 def thumbnails(rows: Dataset, image_column: str, split: str) -> Callable[[int], Any]:
-    """From the number of an example to its image, small."""
+    """A function from the index of an example to its thumbnail."""
     images = undecoded(rows, image_column)
 
     def image_of(index: int) -> Any:
@@ -217,7 +220,12 @@ def thumbnails(rows: Dataset, image_column: str, split: str) -> Callable[[int], 
 def corrupt(
     rows: Dataset, columns: Sequence[Any], args: ReportArguments
 ) -> tuple[np.ndarray | None, dict[tuple[str, int], Dataset]]:
-    """Some test examples, which ones, under each corruption and level; what is drawn depends on the example alone."""
+    """
+    Corrupt some test examples. The random draws depend only on the seed, the example and the level.
+
+    Returns:
+        `tuple`: The indices of the examples, and the corrupted rows by corruption and level.
+    """
     count = min(args.corruption_samples, len(rows))
     if count == 0:
         return None, {}
@@ -245,7 +253,7 @@ def corrupt(
 
 
 def shown_examples(rows: Dataset, columns: Sequence[Any]) -> list[str]:
-    """What the report shows of each example: its text, or the number of an image."""
+    """The label of each example in the report: its text, or the index of an image."""
     names = columns[0]
     if isinstance(names, (list, tuple)):
         return [" | ".join(str(row[name]) for name in names) for row in rows.select_columns(list(names))]
@@ -253,14 +261,14 @@ def shown_examples(rows: Dataset, columns: Sequence[Any]) -> list[str]:
 
 
 def measure_sharpness(argv: list[str], folder: Path) -> dict[str, Any]:
-    """By `hf-sam sharpness`, whose own report is written beside; its section becomes one of this report."""
+    """Run `hf-sam sharpness`, which also writes its own report to a subfolder, and return its record."""
     words = without(argv, *OWN, "split", "batch_size", "bootstrap_seed", *_fields(SurvivalConfig))
     return sharpness.main([*words, "--output_dir", str(folder / "sharpness")])
 
 
 def measure_survival(argv: list[str], folder: Path) -> Section:
-    """By `hf-sam survival`, whose own report is written beside; its section becomes one of this report."""
-    from . import survival  # which imports this module
+    """Run `hf-sam survival`, which also writes its own report to a subfolder, and return its section."""
+    from . import survival  # imports this module
 
     words = without(argv, *OWN, "num_examples", *_fields(SharpnessConfig))
     return survival_section(survival.main([*words, "--output_dir", str(folder / "survival")]))

@@ -1,10 +1,10 @@
-"""How sharp the loss is around fine-tuned checkpoints, on data given as in the other recipes.
+"""Measure the sharpness of the loss around fine-tuned checkpoints.
 
     hf-sam sharpness --checkpoints adamw=outputs/digits_adamw sam=outputs/digits_sam
 
-The data are those that the first checkpoint's run record names; `--dataset` and the other data arguments of the
-training recipes come first. Writes `sharpness.json`, `report.html`, `report.md`, figures and their numbers to
-`--output_dir`. With `--num_processes N` processes share the examples, and the numbers stay the same.
+By default, the data are those in the first checkpoint's run record; `--dataset` and the other data arguments of the
+training recipes override them. Writes `sharpness.json`, `report.html`, `report.md`, figures and their numbers to
+`--output_dir`. With `--num_processes N`, the processes split the examples, and the results are the same.
 """
 
 from __future__ import annotations
@@ -67,22 +67,28 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass
 class CheckpointArguments:
-    """Which checkpoints, and which examples."""
+    """The checkpoints, and the examples to measure on."""
 
-    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, each alone or as name=checkpoint."})
-    task: str | None = option(None, "image-classification, text-classification, causal-lm, ...; found when left out.")
-    output_dir: str = option("outputs/sharpness", "Where sharpness.json, the report and its figures go.")
+    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, optionally as name=checkpoint."})
+    task: str | None = option(
+        None, "image-classification, text-classification, causal-lm, ...; by default that of the first checkpoint."
+    )
+    output_dir: str = option("outputs/sharpness", "Folder for sharpness.json, the report and its figures.")
     split: str = option("train", "Split to measure on, without augmentation.")
-    num_examples: int = option(256, "Examples of the split, drawn by subset_seed.")
-    batch_size: int = option(16, "Examples per batch and process: memory and speed, not the numbers.")
-    dtype: str = option("float32", "Arithmetic: float32 or float64.")
-    perturb: str = option("all", "Which parameters: all, norm, no-norm-no-bias, or patterns with commas between.")
-    peft: str = option("merged", "An adapter is measured merged into the full weights, or as its factors.")
-    line: bool = option(False, "Also measure the loss between each checkpoint and the first.")
+    num_examples: int = option(256, "Number of examples of the split, sampled with subset_seed.")
+    batch_size: int = option(16, "Examples per batch and process; affects memory and speed, not the results.")
+    dtype: str = option("float32", "Precision: float32 or float64.")
+    perturb: str = option("all", "Parameters to perturb: all, norm, no-norm-no-bias, or patterns separated by commas.")
+    peft: str = option("merged", "How to measure an adapter: merged into the weights, or its factors.")
+    line: bool = option(False, "Also measure the loss on the line between the first checkpoint and each other one.")
     line_points: int = option(11, "Points on each line.")
-    update_records: bool = option(True, "Write the numbers into run_record.json of checkpoints that have one.")
-    disable_tqdm: bool = option(False, "No progress bars.")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
+    update_records: bool = option(
+        True, "Also write the results to the run_record.json of each checkpoint that has one."
+    )
+    disable_tqdm: bool = option(False, "Hide progress bars.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model. Use only with sources you trust."
+    )
 
     def __post_init__(self):
         for name, allowed in (("dtype", DTYPES), ("peft", ("merged", "factors"))):
@@ -97,7 +103,7 @@ class CheckpointArguments:
         """Checkpoints by name, in order."""
         pairs = [text.split("=", 1) if "=" in text else (_short_name(text), text) for text in self.checkpoints]
         if len({name for name, _ in pairs}) < len(pairs):
-            raise UserError("Two checkpoints have the same name: give each one as name=checkpoint.")
+            raise UserError("Two checkpoints have the same name. Name them: name=checkpoint.")
         return dict(pairs)
 
 
@@ -112,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with state.main_process_first():
         splits, *columns = task.read_data(data_args, task_args)
     if args.split not in splits:
-        raise UserError(f"split={args.split} is not there; the data have: {', '.join(splits)}.")
+        raise UserError(f"split={args.split} does not exist. Allowed: {', '.join(splits)}.")
     rows = fixed_rows(splits[args.split], args.num_examples, data_args.subset_seed)
 
     checkpoints, losses = {}, {}
@@ -178,15 +184,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
-# --- what to measure -------------------------------------------------------------------------------------------------
+# --- task and data ---------------------------------------------------------------------------------------------------
 
 
 def find_task(argv: Sequence[str]) -> str:
     """
-    The task that was named, or that the first checkpoint's architecture is for.
+    The task in the command line, or that of the first checkpoint's architecture.
 
     Raises:
-        UserError: Neither says.
+        UserError: Neither determines the task.
     """
     known = _glance(argv)
     if wants_help(argv):
@@ -203,7 +209,7 @@ def find_task(argv: Sequence[str]) -> str:
 
 
 def recorded_data(argv: Sequence[str]) -> list[str]:
-    """The data arguments in the first checkpoint's run record as command-line words, where the user gives no data set."""
+    """The data arguments of the first checkpoint's run record, for a command line; empty if `--dataset` is given."""
     known = _glance(argv)
     if known.dataset is not None or not known.checkpoints or wants_help(argv):
         return []
@@ -223,15 +229,15 @@ def recorded_data(argv: Sequence[str]) -> list[str]:
 
 
 def fixed_rows(split: Any, count: int, seed: int) -> Dataset:
-    """`count` rows, drawn by `seed` and kept in their order, before anything is done to them."""
+    """A sample of `count` raw rows, drawn with `seed` and kept in order."""
     if not isinstance(split, Dataset):
-        raise UserError("Sharpness is measured on a fixed subset: leave streaming off.")
+        raise UserError("A fixed subset of the data is needed. Switch streaming off.")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return split.select(sorted(order[:count].tolist()))
 
 
 def _glance(argv: Sequence[str]) -> argparse.Namespace:
-    """What decides which other arguments there are."""
+    """The arguments that determine which other arguments exist."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoints", nargs="+")
     parser.add_argument("--task")
@@ -251,10 +257,13 @@ def load_checkpoint(
     auto_class: type, model_args: ModelArguments, columns: Sequence[Any], peft: str
 ) -> tuple[PreTrainedModel, ModelArguments]:
     """
-    The model in float32 with its trained head, an adapter merged into it or around it, and where its processor is.
+    Load a model in float32 with its trained head, and its adapter merged or attached.
+
+    Returns:
+        `tuple`: The model, and the model arguments with the path of its processor or tokenizer.
 
     Raises:
-        UserError: It cannot be read, has no head for the task, or one for other classes than the data's.
+        UserError: The model cannot be loaded, has no head for the task, or has other classes than the data.
     """
     path = model_args.model_name_or_path
     base = adapter_base(path)
@@ -272,10 +281,10 @@ def load_checkpoint(
                 model = model.merge_and_unload().requires_grad_(True)
     if base is None and loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
-        raise UserError(f"{path} has no trained head for this task (missing: {missing}): fine-tune it first.")
+        raise UserError(f"{path} has no trained head for this task (missing: {missing}). Fine-tune it first.")
     if names is not None and model.config.num_labels != len(names):
         raise UserError(
-            f"{path} has {model.config.num_labels} classes, the data have {len(names)}: {', '.join(names)}."
+            f"{path} has {model.config.num_labels} classes, but the data have {len(names)}: {', '.join(names)}."
         )
     has_own = any((Path(path) / file).is_file() for file in ("tokenizer_config.json", "preprocessor_config.json"))
     source = path if base is None or has_own else base
@@ -305,7 +314,9 @@ def prepare_texts(splits: Splits, columns: Sequence[Any], model_args: ModelArgum
 def prepare_language(splits: Splits, columns: Sequence[Any], model_args: ModelArguments, lm_args: Any, model: Any):
     (names,) = columns
     if len(names) > 1 or names == ("messages",):
-        raise UserError(f"Sharpness is measured on texts, not on {' + '.join(names)}: name a column by --text_column.")
+        raise UserError(
+            f"Sharpness is measured on texts, not on {' + '.join(names)}. Name a column with --text_column."
+        )
     tokenizer = _tokenizer(model_args)
     check_max_length(lm_args.max_length, model.config)
     return tokenize_texts(splits, names[0], tokenizer, lm_args.max_length), DataCollatorForSeq2Seq(tokenizer)
@@ -329,20 +340,20 @@ def prepare_words(splits: Splits, columns: Sequence[Any], model_args: ModelArgum
 def _tokenizer(model_args: ModelArguments):
     tokenizer = load_tokenizer(model_args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"  # on the left it would move texts to other positions, with the batch size
+    tokenizer.padding_side = "right"  # left padding would make positions depend on the batch
     return tokenizer
 
 
 @dataclass(frozen=True)
 class Task:
     """
-    How one recipe's data and models are read.
+    How to load the data and models of one recipe.
 
     Args:
-        auto_class (`type`): What loads them.
-        recipe (`str`): The script that trains them; imported only where it is needed.
-        arguments_name (`str`): Its dataclass of the task's own data arguments.
-        prepare (`Callable`): From rows to examples and a collator.
+        auto_class (`type`): The auto class of the models.
+        recipe (`str`): The module of the recipe, imported only if needed.
+        arguments_name (`str`): Name of its dataclass of task-specific data arguments.
+        prepare (`Callable`): Function from rows to examples and a collator.
     """
 
     auto_class: type
@@ -383,7 +394,7 @@ TASKS = {
 
 
 def gradient_cost(loss: SubsetLoss) -> tuple[float, int]:
-    """Seconds of one gradient over the subset, after one to warm up, and the peak memory so far in bytes."""
+    """Seconds of one gradient over the subset, after a warm-up, and the peak memory so far in bytes."""
     loss.gradient()
     start = time.perf_counter()
     loss.gradient()
@@ -391,7 +402,7 @@ def gradient_cost(loss: SubsetLoss) -> tuple[float, int]:
 
 
 def lines_from_first(losses: dict[str, SubsetLoss], points: int) -> list[dict[str, Any]]:
-    """The loss from the first checkpoint to each other one."""
+    """The loss on the line from the first checkpoint to each other one."""
     names = list(losses)
     lines = []
     for name in names[1:]:
@@ -402,7 +413,7 @@ def lines_from_first(losses: dict[str, SubsetLoss], points: int) -> list[dict[st
 
 
 def save(record: dict[str, Any], folder: Path, update_records: bool, command: str) -> None:
-    """`sharpness.json`, the report, and the numbers in the checkpoints' own run records."""
+    """Write `sharpness.json`, the report, and the results in the checkpoints' run records."""
     write_json(folder / "sharpness.json", record)
     report = write_sharpness_report(record, folder, command)
     print(f"Wrote {folder / 'sharpness.json'} and {report}")

@@ -1,12 +1,12 @@
-"""What is left of fine-tuned checkpoints after quantization, pruning, noise and merging.
+"""Evaluate fine-tuned checkpoints after quantization, pruning, weight noise and merging.
 
     hf-sam survival adamw=outputs/digits_adamw sam=outputs/digits_sam --output_dir outputs/survival
     hf-sam survival outputs/seed_0 --merge_with outputs/seed_1 --merge_start some/hub-id
 
-Checkpoints are local folders, hub ids or PEFT adapters, each alone or as name=checkpoint. The data are those that the
-first checkpoint's run record names, unless `--dataset` and the other data arguments are given. Nothing is trained.
-Writes `survival.json`, `report.html`, `report.md`, figures and their numbers; `hf-sam report --survival true` has the
-same as a section.
+Checkpoints are local folders, hub ids or PEFT adapters, optionally named as name=checkpoint. By default, the data are
+those in the first checkpoint's run record; `--dataset` and the other data arguments override them. Nothing is trained.
+Writes `survival.json`, `report.html`, `report.md`, figures and their numbers. `hf-sam report --survival true` includes
+the same results as a section.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.merging import mergeable_state
 from ..evaluation.predictions import LanguagePredictions
-from ..evaluation.survival import SurvivalConfig, Survived, survive
+from ..evaluation.survival import Outcome, SurvivalConfig, evaluate_treatments
 from ..evaluation.weights import weight_matrices
 from ..experiments.provenance import describe_data, describe_environment
 from ..experiments.records import RECORD_NAME, plain, read_record, write_json
@@ -43,17 +43,21 @@ from .models import adapter_base
 
 @dataclass
 class SurvivalArguments:
-    """Which checkpoints, and where the results go."""
+    """The checkpoints, and where the results go."""
 
-    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, each alone or as name=checkpoint."})
-    task: str | None = option(None, "image-classification, text-classification or causal-lm; found when left out.")
-    output_dir: str = option("outputs/survival", "Where survival.json, the report and its figures go.")
+    checkpoints: list[str] = field(metadata={"help": "Local folders or hub ids, optionally as name=checkpoint."})
+    task: str | None = option(
+        None, "image-classification, text-classification or causal-lm; by default that of the first checkpoint."
+    )
+    output_dir: str = option("outputs/survival", "Folder for survival.json, the report and its figures.")
     split: str = option("test", "Split to evaluate on.")
     batch_size: int = option(32, "Examples per batch.")
-    bootstrap_seed: int = option(0, "Of the intervals, and of the examples where not all are used.")
-    update_records: bool = option(True, "Write the scores into run_record.json of checkpoints that have one.")
-    disable_tqdm: bool = option(False, "No progress bars.")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for sources you trust.")
+    bootstrap_seed: int = option(0, "Seed of the intervals, and of the sample of examples if not all are used.")
+    update_records: bool = option(True, "Also write the scores to the run_record.json of each checkpoint that has one.")
+    disable_tqdm: bool = option(False, "Hide progress bars.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model. Use only with sources you trust."
+    )
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -79,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     others = {name: body_of(task, path, args) for name, path in merged.items()}
     start = body_of(task, config.merge_start, args) if config.merge_start else None
 
-    found: dict[str, list[Survived]] = {}
+    found: dict[str, list[Outcome]] = {}
     checkpoints: dict[str, dict[str, Any]] = {}
     for name, path in sharpness.CheckpointArguments(args.checkpoints).named.items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return report.predictions_of(altered, loader)
 
         with as_user_error(ValueError, prefix=f"{path}: "):
-            treated = survive(model, evaluate, config, others, start)
+            treated = evaluate_treatments(model, evaluate, config, others, start)
             found[name] = list(tqdm(treated, desc=name, unit=" evaluations", disable=args.disable_tqdm))
         matrices = weight_matrices(model, config.alter_embeddings, config.alter_head)
         checkpoints[name] = {
@@ -122,19 +126,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def check_data(splits: Any, columns: Sequence[Any], split: str) -> None:
     """
+    Check that the data can be used.
+
     Raises:
-        UserError: No such split, a stream, or labels other than one class an example.
+        UserError: The split does not exist or is a stream, or examples do not have exactly one class.
     """
     if split not in splits:
-        raise UserError(f"split={split} is not there; the data have: {', '.join(splits)}.")
+        raise UserError(f"split={split} does not exist. Allowed: {', '.join(splits)}.")
     if not isinstance(splits[split], Dataset):
-        raise UserError("Survival is measured on a fixed set of examples: leave streaming off.")
+        raise UserError("`hf-sam survival` needs a fixed set of examples. Switch streaming off.")
     if "regression" in columns or "multi_label_classification" in columns:
-        raise UserError("Survival is measured for one class an example, and for language models.")
+        raise UserError("`hf-sam survival` supports classifiers with one class per example, and language models.")
 
 
 def body_of(task: sharpness.Task, path: str, args: SurvivalArguments) -> dict[str, torch.Tensor]:
-    """What merging takes of a checkpoint, whatever head it has; a PEFT adapter is merged into its base first."""
+    """The mergeable tensors of a checkpoint, with any head; a PEFT adapter is first merged into its base."""
     with as_user_error(OSError, ValueError, prefix=f"{path} cannot be loaded as {task.auto_class.__name__}: "):
         base = adapter_base(path)
         model = task.auto_class.from_pretrained(base or path, dtype="float32", trust_remote_code=args.trust_remote_code)
@@ -146,7 +152,7 @@ def body_of(task: sharpness.Task, path: str, args: SurvivalArguments) -> dict[st
 
 
 def save(record: dict[str, Any], folder: Path, update_records: bool) -> None:
-    """`survival.json`, the report, and the scores in the checkpoints' own run records."""
+    """Write `survival.json`, the report, and the scores in the checkpoints' run records."""
     write_json(folder / "survival.json", record)
     names = ", ".join(record["checkpoints"])
     lead = (

@@ -13,7 +13,7 @@ import torch
 from hf_sam.benchmark import on_gpu, stepped_trainer
 from hf_sam.benchmark.on_gpu import MODELS, PRECISIONS, cells, main
 
-ROW = {"contender": "trainer", "problem": "not measured"}
+ROW = {"variant": "trainer", "problem": "not measured"}
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def dry_run(folder, only: str, *words: str) -> list[dict]:
 
 
 def test_a_dry_run_measures_all_that_a_card_is_asked_for(tmp_path):
-    rows = dry_run(tmp_path, "ViT-S/14, bf16 autocast, batch 3", "--contenders", "sam", "periodic", "hand-loop")
-    assert [row["contender"] for row in rows] == ["trainer", "sam", "periodic", "hand-loop"]
+    rows = dry_run(tmp_path, "ViT-S/14, bf16 autocast, batch 3", "--variants", "sam", "periodic", "hand-loop")
+    assert [row["variant"] for row in rows] == ["trainer", "sam", "periodic", "hand-loop"]
     stock, sam, periodic, _ = rows
     assert stock["ratio"] == 1
     assert all(0 < row["seconds_25"] <= row["seconds_50"] <= row["seconds_75"] for row in rows)
@@ -49,15 +49,15 @@ def test_a_dry_run_measures_all_that_a_card_is_asked_for(tmp_path):
 def test_a_compiled_cell_leaves_no_other_cell_compiled(tmp_path, monkeypatch):
     backends = []
 
-    def spying(contender, *, args, **kwargs):
-        trainer = stepped_trainer(contender, args=args, **kwargs)
+    def spying(variant, *, args, **kwargs):
+        trainer = stepped_trainer(variant, args=args, **kwargs)
         backends.append(str(trainer.accelerator.state.dynamo_plugin.backend.value).lower())
         return trainer
 
     monkeypatch.setattr(on_gpu, "stepped_trainer", spying)
     first, second = (next(c for c in cells(True) if c.precision == name) for name in (on_gpu.COMPILED, on_gpu.AUTOCAST))
     for cell in (first, second):
-        (row,) = on_gpu.run_cell(cell, [on_gpu.STOCK, on_gpu.CONTENDERS["sam"]], "cpu", 5)[1:]
+        (row,) = on_gpu.run_cell(cell, [on_gpu.STOCK, on_gpu.VARIANTS["sam"]], "cpu", 5)[1:]
         assert "ratio" in row
         assert ("bookkeeping" in row) == (cell is second)
     assert backends == ["eager"] * 2 + ["no"] * 2
@@ -67,7 +67,7 @@ def test_a_compiled_cell_leaves_no_other_cell_compiled(tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_cell_in_a_dry_run(model, precision, tmp_path):
-    assert all("ratio" in row for row in dry_run(tmp_path, f"^{model}, {precision}, batch 2", "--contenders", "sam"))
+    assert all("ratio" in row for row in dry_run(tmp_path, f"^{model}, {precision}, batch 2", "--variants", "sam"))
 
 
 def test_every_model_and_precision_has_a_batch_that_fills_the_card_and_one_that_does_not():
@@ -121,13 +121,13 @@ def test_memory_that_runs_out_is_a_row_and_the_others_are_measured_in_pairs(tmp_
     groups = []
 
     def run_group(cell, group, *_):
-        groups.append([contender.name for contender in group])
+        groups.append([variant.name for variant in group])
         if len(group) > 2 or group[1].name == "gsam":
             raise torch.OutOfMemoryError("no more")
-        return {contender.name: {"ratio": 1.0} for contender in group}
+        return {variant.name: {"ratio": 1.0} for variant in group}
 
     monkeypatch.setattr(on_gpu, "run_group", run_group)
-    contenders = [on_gpu.CONTENDERS[name] for name in ("trainer", "sam", "gsam", "asam")]
-    rows = on_gpu.run_cell(cells(tiny=True)[0], contenders, "cpu", 5)
+    variants = [on_gpu.VARIANTS[name] for name in ("trainer", "sam", "gsam", "asam")]
+    rows = on_gpu.run_cell(cells(tiny=True)[0], variants, "cpu", 5)
     assert groups == [["trainer", "sam", "gsam", "asam"], ["trainer", "sam"], ["trainer", "gsam"], ["trainer", "asam"]]
     assert [row.get("problem") for row in rows] == [None, None, "out of memory", None]

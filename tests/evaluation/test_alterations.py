@@ -233,10 +233,10 @@ def test_merges_are_what_their_formulas_say():
 def test_another_architecture_is_not_merged():
     own = mergeable_state(bert())
     check_same_shapes(own, mergeable_state(bert(seed=1, num_labels=7)))  # heads do not matter
-    with pytest.raises(ValueError, match=r"b has other tensors \(bert.encoder.layer.1"):
+    with pytest.raises(ValueError, match=r"b has a different architecture: its tensors differ \(bert.encoder.layer.1"):
         check_same_shapes(own, mergeable_state(bert(num_hidden_layers=2)), "b")
     with pytest.raises(
-        ValueError, match=r"b: bert.embeddings.word_embeddings.weight is \(21, 16\) instead of \(20, 16\)"
+        ValueError, match=r"b: bert.embeddings.word_embeddings.weight has the shape \(21, 16\) instead of \(20, 16\)"
     ):
         check_same_shapes(own, mergeable_state(bert(vocab_size=21)), "b")
 

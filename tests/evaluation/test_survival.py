@@ -8,7 +8,7 @@ from test_alterations import bert, same, state_of
 from torch import nn
 
 from hf_sam.evaluation.merging import mergeable_state
-from hf_sam.evaluation.survival import SurvivalConfig, Treatment, survive
+from hf_sam.evaluation.survival import SurvivalConfig, Treatment, evaluate_treatments
 
 FEW = {"bits": [4], "pruned_shares": [0.5], "noise_sizes": [0.1], "noise_draws": 2}
 
@@ -23,7 +23,7 @@ def test_every_treatment_changes_the_model_and_none_stays():
     before = state_of(model)
     other, start = mergeable_state(bert(seed=1)), mergeable_state(bert(seed=2))
     config = SurvivalConfig(**FEW, merge_with=["b"], merge_start="s", merge_points=[0.5], merge_scales=[1.0])
-    found = list(survive(model, logits, config, {"b": other}, start))
+    found = list(evaluate_treatments(model, logits, config, {"b": other}, start))
     assert [entry.treatment.label for entry in found] == [
         "as trained",
         "4 bits per channel",
@@ -47,7 +47,7 @@ def test_a_library_that_cannot_run_is_named_and_the_rest_goes_on(monkeypatch):
         raise ImportError("no such library")
 
     monkeypatch.setattr("hf_sam.evaluation.libraries.LIBRARIES", {"torchao-int8": missing})
-    found = list(survive(bert(), logits, SurvivalConfig(treatments=["prune"], libraries=["torchao-int8"])))
+    found = list(evaluate_treatments(bert(), logits, SurvivalConfig(treatments=["prune"], libraries=["torchao-int8"])))
     assert found[1].problem == "ImportError: no such library"
     assert found[1].result is None
     assert [entry.treatment for entry in found[2:]] == [
@@ -60,7 +60,7 @@ def test_an_error_of_the_evaluation_is_no_matter_of_the_treatment():
         raise RuntimeError("no data")
 
     with pytest.raises(RuntimeError, match="no data"):
-        list(survive(nn.Sequential(nn.Linear(2, 2)), evaluate, SurvivalConfig()))
+        list(evaluate_treatments(nn.Sequential(nn.Linear(2, 2)), evaluate, SurvivalConfig()))
 
 
 @pytest.mark.parametrize(

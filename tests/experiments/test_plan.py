@@ -7,14 +7,14 @@ from hf_sam.experiments.plan import (
     command_line,
     final_runs,
     mean_passes,
-    read_plan,
     settings_of,
     slug,
     stretched,
     trial_runs,
 )
+from hf_sam.experiments.plan_file import read_plan
 from hf_sam.experiments.records import RunRecord
-from hf_sam.experiments.tuning import best_trial, is_possible, next_settings, open_storage
+from hf_sam.experiments.tuning import best_trial, in_space, next_settings, open_storage
 
 STUDY = {
     "recipe": "image_classification",
@@ -108,31 +108,37 @@ def test_passes_per_step_of_published_methods(config, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arm": {}}, "arm is no key of a comparison. Did you mean 'arms'"),
+        ({"arm": {}}, "arm is not a key of a comparison. Did you mean 'arms'"),
         ({"arms": {}}, "`arms` must map at least one name"),
         ({"arms": ["adamw"]}, "`arms` must map"),
         ({"arms": {"adamw": 3}}, "arms adamw must map settings to values"),
         ({"conditions": {"clean": [1]}}, "conditions clean must map"),
         ({"settings": [1]}, "`settings` must be a mapping"),
         ({"recipe": None}, "task digits needs a `recipe`"),
-        ({"tasks": {"a": {"recipe": "x"}}}, "give `recipe` and `config`, or `tasks`"),
+        ({"tasks": {"a": {"recipe": "x"}}}, "give either `recipe` and `config`, or `tasks`"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml of task digits does not exist"),
-        ({"seeds": 3}, "seeds=3 must be a list of different whole numbers"),
-        ({"seeds": [1, 1]}, "must be a list of different whole numbers"),
+        ({"seeds": 3}, "seeds=3 must be a list of distinct whole numbers"),
+        ({"seeds": [1, 1]}, "must be a list of distinct whole numbers"),
         ({"budgets": ["time"]}, "budgets=.'time'. must be a list of: steps, passes"),
-        ({"question": {"control": "adam"}}, "question.control='adam' is no arm; there are: adamw, sam"),
-        ({"question": {"treatmnt": "sam"}}, "question.treatmnt is no key of a comparison. Did you mean 'treatment'"),
+        ({"question": {"control": "adam"}}, "question.control='adam' is not an arm. Allowed: adamw, sam"),
+        ({"question": {"treatmnt": "sam"}}, "question.treatmnt is not a key of a comparison. Did you mean 'treatment'"),
         ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
         ({"arms": {"swa": {"average": "mean"}}}, "average='mean' is unknown. Allowed: swa, ema"),
         ({"arms": {"swa": {"average_start": 0.5}}}, "average_start is used only with average"),
-        ({"arms": {"a b": {}, "a-b": {}}}, "arms 'a b' and 'a-b' would share a folder; rename one"),
+        ({"arms": {"a b": {}, "a-b": {}}}, "arms 'a b' and 'a-b' would share a folder. Rename one"),
         ({"tuning": {"trials": 0}}, "tuning.trials=0 must be a whole number, at least 1"),
         ({"tuning": {"trials": 1, "space": {"lr": [1]}, "parallel": 0}}, "tuning.parallel=0 must be at least 1"),
         ({"executor": 3}, "`executor` must be local, ray, slurm, or a mapping"),
-        ({"tuning": {"trials": 1}}, "nothing to search for arm adamw"),
-        ({"tuning": {"trials": 1, "space": {"lr": {"low": 1}}}}, "tuning of lr must be a list of choices or"),
-        ({"tuning": {"trials": 1, "space": {"lr": {"low": "1e-5", "high": 1.0}}}}, "write 1.0e-5, not 1e-5"),
-        ({"tuning": {"trials": 1, "space": {"lr": [1]}, "spaces": {"sma": {}}}}, "tuning.spaces names sma, no arm"),
+        ({"tuning": {"trials": 1}}, "no search space for arm adamw"),
+        ({"tuning": {"trials": 1, "space": {"lr": {"low": 1}}}}, "the search space of lr must be a list of choices or"),
+        (
+            {"tuning": {"trials": 1, "space": {"lr": {"low": "1e-5", "high": 1.0}}}},
+            "write 1.0e-5, since YAML reads 1e-5 as text",
+        ),
+        (
+            {"tuning": {"trials": 1, "space": {"lr": [1]}, "spaces": {"sma": {}}}},
+            "tuning.spaces has unknown arms: sma. Allowed: adamw",
+        ),
         ({"tuning": {"trials": 1, "space": {"lr": [1]}, "validation_size": 1.0}}, "validation_size=1.0 must be in"),
     ],
 )
@@ -143,7 +149,7 @@ def test_a_wrong_study_is_one_readable_line(plan, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is no YAML"), ("- a", "must hold lines"), (None, "cannot be read")]
+    ("text", "message"), [("a: [", "is not valid YAML"), ("- a", "must contain lines"), (None, "cannot be read")]
 )
 def test_a_file_that_is_no_study_is_a_message(tmp_path, text, message):
     if text is not None:
@@ -155,7 +161,7 @@ def test_a_file_that_is_no_study_is_a_message(tmp_path, text, message):
 def test_averaging_is_read_from_an_arm():
     assert averaging_of({"sam_rho": 0}) is None
     assert type(averaging_of({"average": "entropy-sgd"})).__name__ == "EntropySGD"
-    with pytest.raises(ValueError, match="entropy-sgd takes no average_decay"):
+    with pytest.raises(ValueError, match="entropy-sgd does not use average_decay"):
         averaging_of({"average": "entropy-sgd", "average_decay": 0.9})
     averaging = averaging_of({"average": "ema", "average_decay": 0.9})
     assert (averaging.kind, averaging.decay) == ("ema", 0.9)
@@ -240,4 +246,4 @@ def test_a_failed_trial_does_not_stop_the_search():
     ],
 )
 def test_a_trial_of_another_space_is_found_out(settings, expected):
-    assert is_possible(SPACE, settings) is expected
+    assert in_space(SPACE, settings) is expected

@@ -144,7 +144,7 @@ def test_a_finished_record_is_never_written_over(make_trainer, tmp_path):
         ({}, 0.2, r"label_noise was 0\.0 and is now 0\.2"),
     ):
         with (
-            pytest.raises(ValueError, match=f"finished run with other arguments: .*{message}.*Name another"),
+            pytest.raises(ValueError, match=f"finished run with different arguments: .*{message}.*Choose another"),
             recording(path, make_trainer(**words), recipe={"data": {"label_noise": recipe}}, task="toy", arm="adamw"),
         ):
             pytest.fail("the block must not be entered")
@@ -175,20 +175,20 @@ def test_written_and_read_records_are_equal_and_strict_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "broken or cut off. Delete it to run it again"),
-        ('{"format": "hf_sam.run_record", "ver', "broken or cut off"),
-        ("[]", "no run record of hf_sam"),
-        ('{"loss": 1}', "no run record of hf_sam"),
-        ('{"format": "hf_sam.run_record", "version": 0}', "version 0 of the format; this hf_sam reads version 1. Run"),
-        ('{"format": "hf_sam.run_record", "version": 9}', "version 9 .* Upgrade hf_sam"),
+        ("", "may be truncated. Delete it to run it again"),
+        ('{"format": "hf_sam.run_record", "ver', "may be truncated"),
+        ("[]", "is not a run record of hf_sam"),
+        ('{"loss": 1}', "is not a run record of hf_sam"),
+        ('{"format": "hf_sam.run_record", "version": 0}', "has format version 0; this hf_sam reads version 1. Run"),
+        ('{"format": "hf_sam.run_record", "version": 9}', "version 9; .* Upgrade hf_sam"),
         ('{"format": "hf_sam.run_record", "version": 1, "task": "t", "arm": "a"}', "'status' is missing"),
         (
             '{"format": "hf_sam.run_record", "version": 1, "task": 1, "arm": "a", "status": "finished"}',
-            "'task' holds a int",
+            "'task' must not be of type int",
         ),
         (
             '{"format": "hf_sam.run_record", "version": 1, "task": "t", "arm": "a", "status": "done"}',
-            "status 'done' is unknown",
+            "status='done' is unknown",
         ),
         (
             '{"format": "hf_sam.run_record", "version": 1, "task": "t", "arm": "a", "status": "finished", '
@@ -198,7 +198,7 @@ def test_written_and_read_records_are_equal_and_strict_json(tmp_path):
         (
             '{"format": "hf_sam.run_record", "version": 1, "task": "t", "arm": "a", "status": "finished", '
             '"curves": [1]}',
-            "'curves' must hold",
+            "'curves' must contain",
         ),
     ],
 )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hf_sam.experiments.driver import drive
 from hf_sam.experiments.executors import choose
-from hf_sam.experiments.plan import final_runs, read_plan
+from hf_sam.experiments.plan import final_runs
+from hf_sam.experiments.plan_file import read_plan
 from hf_sam.experiments.workshop import Workshop
 
 

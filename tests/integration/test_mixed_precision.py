@@ -88,7 +88,7 @@ def test_real_overflow_in_both_passes(scope, config, tmp_path):
     for step, weights in trainer.passes:
         assert torch.isfinite(weights).all()
         if step in lost:
-            assert torch.equal(weights, tiny.flat(tiny.mlp(dropout=0.2)))  # nothing to climb along: eps is exactly 0
+            assert torch.equal(weights, tiny.flat(tiny.mlp(dropout=0.2)))  # no direction: eps is exactly 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -53,7 +53,7 @@ def explicit_run(steps, rho, lr=0.1, s=3.0):
 
 
 @pytest.mark.parametrize("rho", [0.02, 10.0])
-def test_first_pair_descends_where_the_second_has_climbed(tmp_path, rho):
+def test_first_pair_descends_at_the_weights_perturbed_by_the_second(tmp_path, rho):
     trainer = run(tmp_path, SAMConfig(method="bilora", rho=rho), max_steps=4)
     found = [p for name, p in trainer.model.named_parameters() if "lora_" in name]
     for actual, expected in zip(found, explicit_run(4, rho), strict=True):

@@ -77,7 +77,7 @@ def test_precond(tmp_path, functional):
 
 
 def test_precond_without_second_moments_names_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"SGD keeps none.*exp_avg_sq"):
+    with pytest.raises(ValueError, match=r"SGD has no readable.*exp_avg_sq"):
         run(tmp_path, SAMConfig(method="precond"), steps=3)
 
 
@@ -176,7 +176,7 @@ def test_imbsam_takes_a_column_of_the_batch_that_is_not_the_models(tmp_path):
 
 
 def test_imbsam_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"part='rare' is not a tensor of the batch.*remove_unused_columns=False"):
+    with pytest.raises(ValueError, match=r"part='rare' is not a tensor in the batch.*remove_unused_columns=False"):
         train(tmp_path, SAMConfig(method="imbsam", options={"part": "rare"}))
     with pytest.raises(ValueError, match="one class per example"):
         tiny.trained(tiny.llama(), tiny.texts(), tmp_path, SAMConfig(method="imbsam", options={"tail_classes": [1]}))

@@ -141,11 +141,11 @@ def test_msam_waits_for_warm_up(tmp_path):
 
 
 def test_msam_without_momentum_names_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"SGD keeps none.*momentum=0\.9"):
+    with pytest.raises(ValueError, match=r"SGD has no readable.*momentum=0\.9"):
         run(tmp_path, SAMConfig(method="msam"), steps=3)
 
 
-def test_previous_climbs_along_the_gradient_of_the_step_before(tmp_path):
+def test_previous_perturbs_along_the_gradient_of_the_previous_step(tmp_path):
     state = {}
 
     def step_gradient(loss, w, step):
@@ -159,7 +159,7 @@ def test_previous_climbs_along_the_gradient_of_the_step_before(tmp_path):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("alpha", [1.0, 0.7, 0.0])
-def test_carried_climbs_along_the_last_gradient_it_looked_for(tmp_path, alpha, adaptive):
+def test_carried_perturbs_along_the_last_gradient_it_computed(tmp_path, alpha, adaptive):
     state = {}
 
     def step_gradient(loss, w, step):
@@ -175,7 +175,7 @@ def test_carried_climbs_along_the_last_gradient_it_looked_for(tmp_path, alpha, a
     assert_equal_to_1e_12(run(tmp_path, config, steps=7), reference(step_gradient, steps=7))
 
 
-def test_subset_climbs_along_the_first_examples_of_each_micro_batch(tmp_path):
+def test_subset_perturbs_along_the_gradient_of_the_first_examples_of_each_micro_batch(tmp_path):
     model, rows = tiny_classifier(), examples(8)
     whole = oracles.loss_function(model, stack(rows))
     seen = oracles.loss_function(model, stack(rows[:1] + rows[4:5]))  # a quarter of each of the two micro-batches

@@ -215,7 +215,7 @@ def test_a_file_never_imports_a_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     text = json.dumps({"ascent": {"class": "never_imported:Mine"}})
     with pytest.raises(
-        ValueError, match=r"never_imported:Mine is a class of a module that is not imported.*import never_imported"
+        ValueError, match=r"never_imported:Mine: the module never_imported is not imported.*import never_imported"
     ):
         SAMConfig.from_json(text)
 

@@ -268,7 +268,7 @@ def test_one_command_reports_on_two_checkpoints(checkpoints, tmp_path, capsys):
         ([], "Give at least one checkpoint"),
         (["nowhere"], "nowhere cannot be read"),
         (["{first}", "nowhere"], "nowhere cannot be read"),
-        (["{first}", "--split", "dev"], "split=dev is not there; the data have: train, test"),
+        (["{first}", "--split", "dev"], "split=dev does not exist. Allowed: train, test"),
         (["{first}", "--batch_size", "0"], "batch_size=0 must be at least 1"),
         (["{first}", "{first}"], "Two checkpoints have the same name"),
         (["{first}", "--sam_rho", "1"], "is not an argument of this recipe"),

@@ -25,10 +25,10 @@ from transformers import Trainer, set_seed
 
 from hf_sam import METHODS, SAMConfig, SAMTrainer
 from hf_sam.benchmark import (
-    CONTENDERS,
     STOCK,
-    Contender,
+    VARIANTS,
     Measurement,
+    Variant,
     measure,
     stepped_trainer,
 )
@@ -72,11 +72,11 @@ def builder(folder, model=None, data=None, **options):
     data = tiny.images() if data is None else data
     options = {"logging_strategy": "no", "dataloader_drop_last": True, **options}
 
-    def build(contender: Contender, steps: int):
+    def build(variant: Variant, steps: int):
         set_seed(2)
         common = {"args": tiny.arguments(folder, max_steps=steps, **options), "train_dataset": data}
         common["model"] = copy.deepcopy(model)
-        return stepped_trainer(contender, **common)
+        return stepped_trainer(variant, **common)
 
     return build
 
@@ -88,7 +88,7 @@ def test_steps_in_turns_are_bitwise_those_of_an_ordinary_run(tmp_path):
     """With dropout, a shuffled data set and accumulation; the two take turns, and neither disturbs the other."""
     options = {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear"}
     build = builder(tmp_path, **options)
-    trainers = [build(STOCK, 4), build(CONTENDERS["sam"], 4)]
+    trainers = [build(STOCK, 4), build(VARIANTS["sam"], 4)]
     for trainer in trainers:
         trainer.prepare()
     for name, steps in turns(["0", "1"], 4, block=3, seed=0):
@@ -118,7 +118,7 @@ def test_the_loop_by_hand_takes_sams_step(accumulation, loop, tolerance, tmp_pat
     model, lr, rho = tiny.mlp(torch.float64), 0.1, 0.3
     data = tiny.vectors(dtype=torch.float64)
     options = {"optim": "sgd", "learning_rate": lr, "max_grad_norm": 0, "gradient_accumulation_steps": accumulation}
-    trainer = builder(tmp_path, model, data, **options)(Contender("by hand", SAMConfig(rho=rho), loop), 2)
+    trainer = builder(tmp_path, model, data, **options)(Variant("by hand", SAMConfig(rho=rho), loop), 2)
     trainer.prepare()
     trainer.take_steps(2)
 
@@ -140,20 +140,20 @@ def test_the_loop_by_hand_takes_sams_step(accumulation, loop, tolerance, tmp_pat
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_method_is_a_contender():
-    assert set(METHODS) < set(CONTENDERS) == set(PASSES)
+def test_every_method_is_a_variant():
+    assert set(METHODS) < set(VARIANTS) == set(PASSES)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NEEDS_PEER) if name == "pytorch-optimizer" else name for name in CONTENDERS]
+    "name", [pytest.param(name, marks=NEEDS_PEER) if name == "pytorch-optimizer" else name for name in VARIANTS]
 )
-def test_passes_are_counted_and_are_those_claimed(name, tmp_path):
-    contender = CONTENDERS[name]
+def test_counted_passes_are_those_of_the_configuration(name, tmp_path):
+    variant = VARIANTS[name]
     model = tiny.with_lora(tiny.vit(), ["q_proj", "v_proj"]) if name in ("bilora", "flat-lora") else tiny.vit()
-    counted = count(contender, builder(tmp_path, model))
+    counted = count(variant, builder(tmp_path, model))
     if name == "aesam":  # decides in each step; the claim is what it costs at most
-        assert 1 <= counted.passes < contender.claimed_passes == 2
+        assert 1 <= counted.passes < variant.expected_passes == 2
         return
     share = SHARES.get(name, 1)
     forward, backward = (
@@ -161,7 +161,7 @@ def test_passes_are_counted_and_are_those_claimed(name, tmp_path):
     )
     assert (counted.forward, counted.backward) == pytest.approx((forward, backward))
     assert counted.passes == pytest.approx(forward / 3 + 2 * backward / 3)
-    assert contender.claimed_passes == pytest.approx(counted.passes)
+    assert variant.expected_passes == pytest.approx(counted.passes)
     assert counted.bytes == 0
 
 
@@ -172,7 +172,7 @@ def test_peak_memory_of_a_model_that_is_almost_all_weights(tmp_path):
     size = sum(p.nbytes for p in model.parameters())
     data = [{"x": torch.randn(256), "labels": 0} for _ in range(8)]
     build = builder(tmp_path, model, data, per_device_train_batch_size=1, optim="sgd", max_grad_norm=0)
-    peaks = {name: count(CONTENDERS[name], build).peak_memory / size for name in ("trainer", "sam", "hand-loop")}
+    peaks = {name: count(VARIANTS[name], build).peak_memory / size for name in ("trainer", "sam", "hand-loop")}
     assert peaks["trainer"] == pytest.approx(2, abs=0.1)
     assert 1 <= peaks["sam"] - peaks["trainer"] <= 1.25
     assert 1 <= peaks["hand-loop"] - peaks["trainer"] <= 1.25
@@ -180,11 +180,11 @@ def test_peak_memory_of_a_model_that_is_almost_all_weights(tmp_path):
 
 def test_a_peer_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    assert "pip install 'hf-sam[benchmark]'" in count(CONTENDERS["pytorch-optimizer"], builder(tmp_path))
+    assert "pip install 'hf-sam[benchmark]'" in count(VARIANTS["pytorch-optimizer"], builder(tmp_path))
 
 
-def test_impossible_contenders_say_why(tmp_path):
-    rows = measure([CONTENDERS["bilora"], CONTENDERS["msam"]], builder(tmp_path), steps=2, warmup=1, block=1)
+def test_impossible_variants_say_why(tmp_path):
+    rows = measure([VARIANTS["bilora"], VARIANTS["msam"]], builder(tmp_path), steps=2, warmup=1, block=1)
     stock, bilora, msam = rows
     assert "no linear LoRA layer" in bilora.reason
     assert bilora.counted is None
@@ -205,7 +205,7 @@ def test_in_every_round_each_has_one_turn():
 
 
 def test_ratio_weighs_perturbed_and_plain_steps_by_the_schedule():
-    late = CONTENDERS["late"]  # a quarter of the steps
+    late = VARIANTS["late"]  # a quarter of the steps
     entry = Measurement(
         late,
         seconds=[1.0, 2.0, 9.0, 6.0, 8.0],
@@ -221,14 +221,16 @@ def test_ratio_weighs_perturbed_and_plain_steps_by_the_schedule():
 
 def test_a_machine_that_slows_down_for_all_changes_no_ratio():
     slow = np.linspace(1, 3, 20)
-    entry = Measurement(CONTENDERS["sam"], seconds=list(2 * slow), perturbed=[True] * 20, stock_seconds=list(slow))
+    entry = Measurement(VARIANTS["sam"], seconds=list(2 * slow), perturbed=[True] * 20, stock_seconds=list(slow))
     assert entry.ratio() == pytest.approx(2)
     assert entry.ratio_interval(np.random.default_rng(0)) == pytest.approx((2, 2))
 
 
 def test_too_few_steps_for_a_schedule_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="steps=3 after warmup=2 hold no perturbed step of periodic: give more steps"):
-        measure([CONTENDERS["periodic"]], builder(tmp_path), steps=3, warmup=2)
+    with pytest.raises(
+        ValueError, match=r"steps=3 after warmup=2 include no perturbed step of periodic\. Give more steps"
+    ):
+        measure([VARIANTS["periodic"]], builder(tmp_path), steps=3, warmup=2)
 
 
 # --- gain against cost -----------------------------------------------------------------------------------------------
@@ -254,9 +256,9 @@ def test_gains_stand_beside_the_ratio_of_the_same_configuration():
             record("subset", seed, 0.82, SAMConfig(method="subset")),
             record("other", seed, 0.9, SAMConfig(ascent_steps=3)),  # was not timed
         ]
-    contenders = [STOCK, CONTENDERS["rho-0"], CONTENDERS["sam"], CONTENDERS["subset"]]
-    rows = pd.DataFrame({"contender": [c.name for c in contenders], "ratio": [1, 1.01, 1.9, 1.3]})
-    found = gains(records, rows, contenders)
+    variants = [STOCK, VARIANTS["rho-0"], VARIANTS["sam"], VARIANTS["subset"]]
+    rows = pd.DataFrame({"variant": [c.name for c in variants], "ratio": [1, 1.01, 1.9, 1.3]})
+    found = gains(records, rows, variants)
     assert found.arm.tolist() == ["sam", "subset"]
     assert found.ratio.tolist() == [1.9, 1.3]
     assert found.gain.tolist() == pytest.approx([3, 2])
@@ -269,7 +271,7 @@ def test_frontier_keeps_what_nothing_dominates():
 
 # --- the recipe --------------------------------------------------------------------------------------------------------
 
-FAST = ["--use_cpu=true", "--disable_tqdm=true", "--steps=8", "--warmup=2", "--block=2", "--contenders_at_once=2"]
+FAST = ["--use_cpu=true", "--disable_tqdm=true", "--steps=8", "--warmup=2", "--block=2", "--variants_at_once=2"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 SHAPES = {
     "image-classification": {"image_size": 16, "patch_size": 8},
@@ -291,7 +293,7 @@ def test_a_sweep_leaves_tables_and_drawings(tmp_path):
     assert re.search(r"> \*\*A step of late takes \d\.\d\d times as long as one of the stock Trainer", report)
     assert "- Not timed: bilora. method='bilora'" in report
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"ratios-0", "ratios-1", "sweep"}
-    assert rows.contender.tolist() == 2 * ["trainer", "late", "bilora", "method sam, interval 2"]
+    assert rows.variant.tolist() == 2 * ["trainer", "late", "bilora", "method sam, interval 2"]
     assert rows.passes.tolist()[:2] == pytest.approx([1, 1.25])
     assert rows.timed_steps.dropna().tolist() == [8] * 6
     assert (rows.peak_memory.dropna() > 0).all()
@@ -328,7 +330,10 @@ def test_the_users_own_model_and_data(tmp_path, encoder):
         (["--methods", '{"method": "sam", "roh": 1}'], "methods: 'roh' is not a field of SAMConfig"),
         (["--methods", '{"method"'], "methods: "),
         (["--steps=0"], "steps=0 must be at least 1"),
-        (["--steps=2", "--methods", "periodic"], "hold no perturbed step of periodic|hold no plain step of periodic"),
+        (
+            ["--steps=2", "--methods", "periodic"],
+            "include no perturbed step of periodic|include no plain step of periodic",
+        ),
         (["--sizes", "3M"], "sizes: '3M' is unknown. Allowed: 2M"),
         (["--batch_sizes", "0"], "each must be at least 1"),
         (["--records", "/no/such/folder"], "contains no run_record.json"),
@@ -358,7 +363,7 @@ def test_two_processes_count_what_they_send(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = pd.read_csv(Path(tmp_path) / "benchmark.csv").set_index("contender")
+    rows = pd.read_csv(Path(tmp_path) / "benchmark.csv").set_index("variant")
     stock = rows.bytes["trainer"]
     assert stock == pytest.approx(4 * rows.parameters["trainer"], rel=0.05)
     relative = (rows.bytes / stock).to_dict()

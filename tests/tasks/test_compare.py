@@ -95,10 +95,13 @@ def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
     assert "time is estimated after the first" in printed
     rows = {tuple(line.split()[:3]): line.split() for line in printed.splitlines()}
     assert rows["late", "equal", "passes"][3:5] == ["1.33", "2"]
-    assert "With 3 seeds a difference is established (paired t-test at 5 %) from 2.5 standard deviations" in printed
-    assert "a true one of 3.3 is found four times in five (with 6 seeds, of 1.4)" in printed
+    assert (
+        "With 3 seeds, a difference is significant (paired t-test at 5 %) if it exceeds 2.5 standard deviations"
+        in printed
+    )
+    assert "A true difference of 3.3 is detected four times in five; with 6 seeds, one of 1.4" in printed
     compare.main([path, "--output_dir", str(tmp_path / "out"), "--plan", "--seeds", "0"])
-    assert "With one seed no verdict is possible" in capsys.readouterr().out
+    assert "With one seed, no verdict is possible" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -131,14 +134,14 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
             "arm sam: 'sam_rhoo' is not an argument of this recipe. Did you mean 'sam_rho'",
         ),
         ({"arms": {"sam": {"sam_rho": -1}}}, "arm sam: .*rho=-1"),
-        ({"arms": {"sam": {"sam_scope": "micro"}}}, "arm sam: sam_scope does nothing while sam_rho is 0"),
+        ({"arms": {"sam": {"sam_scope": "micro"}}}, "arm sam: sam_scope has no effect with sam_rho=0"),
         ({"arms": {"sam": {"sam_method": "sma"}}}, "arm sam: sam_method='sma' is unknown. Did you mean 'sam'"),
         ({"conditions": {"noise": {"label_noise": 1.5}}}, "condition noise, arm adamw: label_noise=1.5"),
         (
             {"question": {"metric": "acuracy"}},
-            "metric='acuracy' is none .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
+            "metric='acuracy' is not measured by .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
         ),
-        ({"question": {"metric": "train_nll"}}, "metric='train_nll' is none that image_classification measures"),
+        ({"question": {"metric": "train_nll"}}, "metric='train_nll' is not measured by image_classification"),
         ({"recipe": "digits"}, "recipe 'digits' does not exist. Allowed: .*image_classification"),
     ],
 )
@@ -160,7 +163,7 @@ def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tm
     with pytest.raises(UserError, match="2 of 2 runs failed"):
         compare.main([study(**wrong), "--output_dir", str(tmp_path / "out"), "--report"])
     arms = {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.05, "label_column": "lable"}}
-    with pytest.raises(UserError, match=r"1 of 2 runs failed: .*mend the cause"):
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: .*fix the cause"):
         compare.main([study(arms=arms, seeds=[0]), "--output_dir", str(tmp_path / "part")])
     text = (tmp_path / "part/report/report.md").read_text()
     assert "No answer yet: only adamw has finished runs." in text
@@ -210,7 +213,7 @@ def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(s
     assert re.search(r"1 of 2 runs finished, 1 failed; about 0.0 minutes to go, judging by 1 finished", printed)
     assert re.search(r"failed: runs/digits/noise-0.4/steps/sam/seed-0: UserError: label_column=lable is no", printed)
     assert compare.main([*words, "--cancel"]) is None
-    assert "0 jobs are ended" in capsys.readouterr().out
+    assert "Cancelled 0 jobs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

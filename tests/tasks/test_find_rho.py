@@ -92,7 +92,7 @@ def test_an_interrupted_search_goes_on_as_planned_and_a_rho_that_diverges_is_kep
     assert len(before) == 5
     kept = {path.parent.parent.parent.name for path in folder.rglob("checkpoint-1")}
     assert {"rho-0.01", "rho-0.1"} <= kept  # what goes on has its checkpoint
-    assert "Interrupted. The same command goes on from here." in capsys.readouterr().err
+    assert "Interrupted. Repeat the command to resume." in capsys.readouterr().err
 
     found = find_rho.main(words)
     assert forked["made"] == 7 + 11 - 5
@@ -114,7 +114,7 @@ def test_an_interrupted_search_goes_on_as_planned_and_a_rho_that_diverges_is_kep
     assert re.search(r"rung 1 +1 +1e\+30 +0 +- +- +failed, " + re.escape(diverged["error"]), printed)
     assert "Spent: 36 of 36 gradient passes." in printed
     assert found["sentence"] in printed
-    with pytest.raises(UserError, match=r"holds a search with other settings \(metric\)"):
+    with pytest.raises(UserError, match=r"contains a search with other settings \(metric\)"):
         find_rho.main([*words, "--metric=brier"])
 
 
@@ -244,7 +244,7 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
         ),
         (["image_classification", DIGITS, "--sam_method=sma"], "sam_method='sma' is unknown. Did you mean 'sam'"),
         (["image_classification", DIGITS, "--sam_rho_schedule=linear", "--sam_rho_min=1"], "sam_rho_min=1"),
-        (["image_classification", "--dataset=x", "--model_type=vit", "--streaming=true"], "give --validation_split"),
+        (["image_classification", "--dataset=x", "--model_type=vit", "--streaming=true"], "Give --validation_split"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_anything_runs(words, message, tmp_path, monkeypatch):
@@ -264,8 +264,8 @@ def test_the_plan_is_printed_without_running_anything(search_of_24_steps, tmp_pa
     words = [*search_of_24_steps, f"--output_dir={tmp_path / 'out'}"]
     assert find_rho.main([*words, *SEARCH]) is None
     printed = capsys.readouterr().out
-    assert "rung 1: 0 and 2 values to step 2, seed 42" in printed
-    assert "confirmation: 0 and the best to step 4 with 2 other seeds" in printed
+    assert "rung 1: 0 and 2 values up to step 2, seed 42" in printed
+    assert "confirmation: 0 and the best value up to step 4, 2 other seeds" in printed
     assert "Cost: 34 gradient passes, 1.42 ordinary runs; budget 1.45." in printed
     assert find_rho.main([*words, "--sam_method=asam", "--budget=9"]) is None
     assert "rho: 0, 0.05, 0.17, 0.58, 2\n" in capsys.readouterr().out
@@ -275,5 +275,5 @@ def test_the_plan_is_printed_without_running_anything(search_of_24_steps, tmp_pa
 def test_a_budget_or_a_method_for_which_the_search_is_too_short(search_of_24_steps):
     with pytest.raises(UserError, match=r"budget=0\.1 .*at least 2\.09"):
         find_rho.main([*search_of_24_steps, "--budget=0.1"])
-    with pytest.raises(UserError, match=r"method=late begins to perturb at step 18 of 24.*raise budget"):
+    with pytest.raises(UserError, match=r"method=late perturbs from step 18 of 24 on.*Raise the budget"):
         find_rho.main([*search_of_24_steps, "--sam_method=late", "--budget=4"])

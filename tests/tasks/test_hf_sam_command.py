@@ -170,7 +170,7 @@ REFUSED = [
     (["compare", "{}/good.yaml", "--seeds", "one"], "argument --seeds: invalid int value: 'one'"),
     (["compare", "{}/good.yaml", "--set", "max_steps"], "--set takes key=value pairs, not 'max_steps'."),
     (["compare", "{}/good.yaml", "--set", "max_step=3"], r"--set: 'max_step' is not an argument .* mean 'max_steps'\?"),
-    (["compare", "{}/key.yaml"], r".*key.yaml: budgest is no key of a comparison. Did you mean 'budgets'\?"),
+    (["compare", "{}/key.yaml"], r".*key.yaml: budgest is not a key of a comparison. Did you mean 'budgets'\?"),
     (["compare", "{}/recipe.yaml"], r"recipe 'image_clasification' does not exist. Did you mean 'image_class.*"),
     (["compare", "{}/arm.yaml"], r"arm adamw: 'sam_roh' is not an argument .* Did you mean 'sam_rho'\?"),
     (["compare", "{}/number.yaml"], "settings of the study: argument --learning_rate: invalid float value: 'fast'"),

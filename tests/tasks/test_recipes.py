@@ -231,7 +231,7 @@ def test_going_on_with_other_arguments_is_refused(finished, data, tmp_path, word
     record.status = "running"
     record.write(out / "run_record.json")
     with pytest.raises(
-        ValueError, match=f"checkpoint-4 was made with other arguments: .*{message}.*Give the old values"
+        ValueError, match=f"checkpoint-4 was made with different arguments: .*{message}.*Resume with the old values"
     ):
         images(data, out, *SAME, word, "--resume_from_checkpoint=auto")
 

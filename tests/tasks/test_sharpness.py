@@ -173,10 +173,10 @@ def test_an_adapter_is_merged_or_measured_as_its_factors(recipe, text_model, tex
     ("words", "message"),
     [
         (["--checkpoints", "{bert}", "{bert}"], "same name"),
-        (["--checkpoints", "{bert}", "--split", "tset"], "split=tset is not there"),
+        (["--checkpoints", "{bert}", "--split", "tset"], "split=tset does not exist"),
         (["--checkpoints", "{bert}", "--task", "segmentation"], "task=segmentation is unknown"),
         (["--checkpoints", "{headless}", "--task", "text-classification"], "no trained head"),
-        (["--checkpoints", "{three}"], "3 classes, the data have 2"),
+        (["--checkpoints", "{three}"], "3 classes, but the data have 2"),
         (["--checkpoints", "{bert}", "--measures", "flatness"], "flatness"),
         (["--checkpoints", "{bert}", "--rho", "-1"], "rho=-1.0 must be"),
         (["--checkpoints", "{bert}", "--num_examples", "0"], "num_examples=0"),

@@ -101,11 +101,13 @@ def test_what_cannot_be_merged_or_does_not_exist_is_one_line(checkpoints, tmp_pa
     wider = TINY.replace('"hidden_size": 8', '"hidden_size": 16')
     image_classification.main([*DIGITS, f"--config_overrides={wider}", f"--output_dir={other}"])
     words = [checkpoints[0], *FEW, f"--output_dir={tmp_path / 'out'}", "--disable_tqdm=true"]
-    with pytest.raises(UserError, match=r"other: vit.embeddings.cls_token is \(1, 1, 16\) instead of \(1, 1, 8\)"):
+    with pytest.raises(
+        UserError, match=r"other: vit.embeddings.cls_token has the shape \(1, 1, 16\) instead of \(1, 1, 8\)"
+    ):
         survival.main([*words, "--merge_with", str(other)])
     with pytest.raises(UserError, match="nowhere cannot be loaded"):
         survival.main([*words, "--merge_with", str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="split=dev is not there; the data have: train, test"):
+    with pytest.raises(UserError, match=r"split=dev does not exist\. Allowed: train, test"):
         survival.main([*words, "--split=dev"])
     with pytest.raises(UserError, match="bits: 0 must be from 1 to 16"):
         survival.main([*words, "--bits", "0"])
@@ -244,7 +246,7 @@ def test_a_comparison_keeps_only_scores_and_pairs_them(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"bit": [4]}, "survival.bit is no key of a comparison. Did you mean 'bits'"),
+        ({"bit": [4]}, "survival.bit is not a key of a comparison. Did you mean 'bits'"),
         ({"bits": [0]}, "survival.bits: 0 must be from 1 to 16"),
         (3, "`survival` must be true, false or a mapping, not 3"),
     ],

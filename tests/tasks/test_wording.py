@@ -37,7 +37,7 @@ def test_a_sharpness_report_describes_the_measures_that_were_taken(measures, sai
 def test_the_ticks_of_a_sweep_are_its_settings():
     rows = pd.DataFrame(
         [
-            {"contender": "sam", "parameters": p, "batch_size": b, "accumulation": 1, "processes": 1, "ratio": 2.0}
+            {"variant": "sam", "parameters": p, "batch_size": b, "accumulation": 1, "processes": 1, "ratio": 2.0}
             for p in (2_000_000, 22_000_000)
             for b in (4, 16)
         ]

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...experiments.plan import layers_of, read_plan
+from ...experiments.plan import layers_of
+from ...experiments.plan_file import read_plan
 from ...suggestions import did_you_mean
 from .. import TRAINING
 from .config_files import read_layers, split_command_line, unknown_key

@@ -1,0 +1,184 @@
+"""Read the YAML file of a comparison into a `Plan`, and check every value without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..suggestions import did_you_mean
+from .plan import BUDGETS, Plan, Question, Tuning, averaging_values, require, slug
+
+
+def read_plan(path: Path, output_dir: Path | None = None) -> Plan:
+    """
+    Read the YAML file of a comparison. Paths in it are relative to the file.
+
+    Raises:
+        ValueError: The file is missing or is not YAML, a key is unknown, or a value is invalid. The message names the
+            key and what is allowed.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must contain lines of the form `key: value`.")
+    single = {key: values.pop(key) for key in ("recipe", "config", "task") if key in values}
+    if single:
+        if "tasks" in values:
+            raise ValueError(
+                f"{path}: give either `recipe` and `config`, or `tasks` with a `recipe` and `config` each."
+            )
+        values["tasks"] = {single.pop("task", None) or Path(str(single.get("config"))).stem: single}
+    _check_keys(values, Plan, f"{path}: ")
+    for key in ("tasks", "arms"):
+        require(
+            isinstance(values.get(key), dict) and values[key],
+            f"{path}: `{key}` must map at least one name to settings.",
+        )
+    _check_mappings(values, path)
+    if isinstance(values.get("executor"), str):
+        values["executor"] = {"kind": values["executor"]}
+    require(
+        isinstance(values.setdefault("executor", {}), dict),
+        f"{path}: `executor` must be local, ray, slurm, or a mapping with `kind` and the options of each.",
+    )
+    arms, tasks = values["arms"], values["tasks"]
+    for name, task in tasks.items():
+        require(isinstance(task, dict) and task.get("recipe"), f"{path}: task {name} needs a `recipe`.")
+        unknown = set(task) - {"recipe", "config", "settings"}
+        require(
+            not unknown,
+            f"{path}: task {name} has unknown keys: {', '.join(sorted(unknown))}. Allowed: recipe, config, settings.",
+        )
+        if task.get("config"):
+            task["config"] = str((Path(path).parent / task["config"]).resolve())
+            require(Path(task["config"]).is_file(), f"{path}: config {task['config']} of task {name} does not exist.")
+    values["question"] = _read_question(values.get("question"), arms, path)
+    values["tuning"] = _read_tuning(values.get("tuning"), arms, path)
+    values["survival"] = _read_survival(values.get("survival"), path)
+    seeds, budgets = values.get("seeds", [0]), values.get("budgets", ["steps"])
+    require(
+        isinstance(seeds, list)
+        and seeds
+        and all(type(seed) is int for seed in seeds)
+        and len(set(seeds)) == len(seeds),
+        f"{path}: seeds={seeds!r} must be a list of distinct whole numbers.",
+    )
+    require(
+        isinstance(budgets, list) and budgets and set(budgets) <= set(BUDGETS),
+        f"{path}: budgets={budgets!r} must be a list of: {', '.join(BUDGETS)}.",
+    )
+    every = values.get("checkpoint_every")
+    require(
+        every is None or (type(every) is int and every > 0), f"{path}: checkpoint_every={every!r} must be at least 1."
+    )
+    values.setdefault("name", Path(path).stem)
+    values["output_dir"] = Path(output_dir or values.get("output_dir") or f"outputs/comparison/{Path(path).stem}")
+    for key in ("tasks", "arms", "conditions"):
+        folders: dict[str, str] = {}
+        for name in values.get(key, {}):
+            other = folders.setdefault(slug(name), name)
+            require(other == name, f"{path}: {key} {other!r} and {name!r} would share a folder. Rename one.")
+    for arm in arms:
+        averaging_values(arms[arm])  # raises if invalid
+    return Plan(**values)
+
+
+def _check_mappings(values: dict[str, Any], path: Path) -> None:
+    for key in ("tasks", "arms", "conditions", "settings"):
+        entry = values.get(key, {})
+        require(isinstance(entry, dict), f"{path}: `{key}` must be a mapping, not {entry!r}.")
+        for name in [] if key == "settings" else list(entry):
+            entry[name] = {} if entry[name] is None else entry[name]
+            require(isinstance(entry[name], dict), f"{path}: {key} {name} must map settings to values.")
+            if not isinstance(name, str):
+                entry[str(name)] = entry.pop(name)
+
+
+def _read_question(values: Any, arms: Mapping[str, Any], path: Path) -> Question:
+    values = values or {}
+    require(isinstance(values, dict), f"{path}: `question` must map control, treatment, metric and margin to values.")
+    _check_keys(values, Question, f"{path}: question.")
+    names = list(arms)
+    question = Question(
+        control=str(values.get("control", names[0])),
+        treatment=str(values.get("treatment", names[min(1, len(names) - 1)])),
+        metric=str(values.get("metric", "accuracy")),
+        margin=values.get("margin"),
+    )
+    margin = question.margin
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    require(
+        margin is None or (is_number and margin > 0), f"{path}: question.margin={margin!r} must be a number above 0."
+    )
+    for key in ("control", "treatment"):
+        arm = getattr(question, key)
+        require(arm in arms, f"{path}: question.{key}={arm!r} is not an arm. Allowed: {', '.join(names)}.")
+    return question
+
+
+def _read_tuning(values: Any, arms: Mapping[str, Any], path: Path) -> Tuning | None:
+    if values is None:
+        return None
+    require(isinstance(values, dict), f"{path}: `tuning` must map trials and space to values.")
+    _check_keys(values, Tuning, f"{path}: tuning.")
+    trials, share = values.get("trials"), values.get("validation_size", 0.2)
+    require(type(trials) is int and trials > 0, f"{path}: tuning.trials={trials!r} must be a whole number, at least 1.")
+    parallel = values.get("parallel", 1)
+    require(type(parallel) is int and parallel > 0, f"{path}: tuning.parallel={parallel!r} must be at least 1.")
+    require(isinstance(share, float) and 0 < share < 1, f"{path}: tuning.validation_size={share!r} must be in (0, 1).")
+    values.setdefault("space", {})
+    unknown = set(values.get("spaces") or {}) - set(arms)
+    require(
+        not unknown,
+        f"{path}: tuning.spaces has unknown arms: {', '.join(sorted(unknown))}. Allowed: {', '.join(arms)}.",
+    )
+    tuning = Tuning(**values)
+    for arm in arms:
+        require(tuning.of(arm), f"{path}: tuning has no search space for arm {arm}. Set tuning.space.")
+        for name, entry in tuning.of(arm).items():
+            is_range = isinstance(entry, dict) and {"low", "high"} <= set(entry) <= {"low", "high", "log", "int"}
+            is_choice = isinstance(entry, list) and len(entry) > 0
+            require(
+                is_range or is_choice,
+                f"{path}: the search space of {name} must be a list of choices or {{low, high, log, int}}, not {entry!r}.",
+            )
+            if is_range:
+                low, high = entry["low"], entry["high"]
+                numbers = all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in (low, high))
+                require(
+                    numbers and low < high and (low > 0 or not entry.get("log")),
+                    f"{path}: search space of {name}: low={low!r} must be a number below high={high!r}, and above 0 for "
+                    f"log (write 1.0e-5, since YAML reads 1e-5 as text).",
+                )
+    return tuning
+
+
+def _read_survival(values: Any, path: Path) -> dict[str, Any] | None:
+    if values is None or values is False:
+        return None
+    from ..evaluation.survival import SurvivalConfig  # imports torch, so only if it is needed
+
+    values = {} if values is True else values
+    require(isinstance(values, dict), f"{path}: `survival` must be true, false or a mapping, not {values!r}.")
+    _check_keys(values, SurvivalConfig, f"{path}: survival.")
+    try:
+        SurvivalConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: survival.{error}") from None
+    return values
+
+
+def _check_keys(values: Mapping[str, Any], kind: type, prefix: str) -> None:
+    known = [entry.name for entry in fields(kind)]
+    for key in values:
+        if key not in known:
+            hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
+            raise ValueError(f"{prefix}{key} is not a key of a comparison.{hint}")
