@@ -154,7 +154,6 @@ class PassState:
 
     # --- putting aside ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
         """Take a snapshot of the current state.
 
@@ -243,7 +242,6 @@ class PassState:
             if type(tensor) in _PLAIN and tensor.device.type != "meta":
                 yield id(tensor)
 
-    @torch.no_grad()
     def learn(self, before: Snapshot) -> None:
         """After the clean pass that `before` was captured for: note what it has changed in place."""
         known = len(self._moving)
@@ -277,7 +275,6 @@ class PassState:
 
     # --- putting back -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Restore everything to the state of the snapshot."""
         if snapshot.random_states is not None:
