@@ -167,12 +167,12 @@ class Perturbation:
     def _sum(self, weight: Tensor, direction: Tensor, factor: Scalar, out: Tensor | None = None) -> Tensor:
         """`weight + factor * direction`, in float32 or better before it is rounded."""
         exact = torch.promote_types(weight.dtype, torch.float32)
-        if isinstance(factor, Tensor):
+        if isinstance(factor, Tensor) and factor.device != weight.device:
             factor = factor.to(weight.device)
         if weight.dtype == direction.dtype == exact and weight.device.type == "cpu":
             if not isinstance(factor, Tensor):
                 return torch.add(weight, direction, alpha=factor, out=out)
-            return torch.addcmul(weight, direction, factor.to(exact), out=out)
+            return torch.addcmul(weight, direction, factor if factor.dtype == exact else factor.to(exact), out=out)
         if weight.dtype == exact and out is None:
             return self._exact_sum(weight, direction, factor)
         out = torch.empty_like(weight) if out is None else out
