@@ -40,6 +40,8 @@ class TrainerPasses:
     def start(self, update: SharpnessAwareUpdate) -> None:
         """Bind to the update of a run."""
         self._update = update
+        self._needs_logits = bool(update.needs & Needs.LOGITS)
+        self._changes_losses = self._needs_logits or bool(update.needs & Needs.SUBSET)
         self._parts = LossesOfParts(self._trainer, update, lambda: self._compute_loss or self._trainer.compute_loss)
         if update.runner.takes_parts or update.needs & Needs.LOGITS:
             self._hook = self._trainer.model.register_forward_hook(self._see)
@@ -65,7 +67,7 @@ class TrainerPasses:
         trainer, update = self._trainer, self._update
         is_clean = is_ascent and not update.runner.is_repeating
         # Through DDP's wrapper the loss does not depend on the logits: gradients with respect to them need the bare model.
-        reaches_logits = is_clean and bool(update.needs & Needs.LOGITS)
+        reaches_logits = is_clean and self._needs_logits
         module = trainer.model if reaches_logits else model
         change = self._change_of(batch, is_clean)
         trainer.current_gradient_accumulation_steps = batch.accumulation_steps
@@ -84,6 +86,8 @@ class TrainerPasses:
 
     def _change_of(self, batch: MicroBatch, is_clean: bool) -> Callable[[Tensor, Any], Tensor] | None:
         """What to do with a pass's loss: observe it in the clean pass, change it in the others."""
+        if not self._changes_losses:
+            return None
         needs, descent = self._update.needs, self._update.parts.descent
 
         def keep(loss: Tensor, labels: Any) -> Tensor:

@@ -16,7 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import SAMConfig
 from ..methods.base import overrides
 from ..update.buckets import buckets
-from ..update.parameters import Gradients, gradients_only_for, laid_out_as, put_gradients, take_gradients
+from ..update.parameters import (
+    Gradients,
+    are_plain,
+    existing_gradients,
+    gradients_only_for,
+    laid_out_as,
+    put_gradients,
+    take_gradients,
+)
 from ..update.reductions import Reductions
 
 if TYPE_CHECKING:
@@ -113,7 +121,8 @@ class Engine:
 
     def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
         """The existing gradients, left in place."""
-        return {p: laid_out_as(p, p.grad) for p in parameters if p.grad is not None}
+        gradients = existing_gradients(parameters)
+        return gradients if are_plain(gradients.values()) else {p: laid_out_as(p, g) for p, g in gradients.items()}
 
     def renew_copies(self) -> None:
         """Drop everything derived from the weights, after they have changed."""

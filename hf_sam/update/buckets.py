@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from operator import attrgetter
 
 import torch
@@ -17,11 +18,14 @@ BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**16
 # A piece of a tensor, copied to a wider type, has this share of a list, but at least this many numbers.
 PIECE_SHARE, SMALLEST_PIECE = 32, 2**12
 # Devices and types for which a kernel adds a multiple to a whole list, reading the factor, and whether to add at all, from
-# the device. (On a CPU it drops most of a tensor of 16 bits; elsewhere its factor is float32.)
+# the device. (On a CPU it leaves most of a tensor of 16 bits unmoved; elsewhere its factor is float32.)
 _FUSED = {
     "cpu": (torch.float32, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+
+# Sizes with which it is tried: below and above the width of vector instructions, and not multiples of it.
+_TRIED_SIZES = (1, 7, 1000, 4099)
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
@@ -65,12 +69,12 @@ def buckets(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 
 def bucket_bytes(tensors: Iterable[Tensor]) -> int:
     """The size of a bucket of these tensors, counted in float32, such that a few copies are smaller than the whole."""
-    return min(BUCKET_BYTES, max(4 * sum(t.numel() for t in tensors) // BUCKET_SHARE, SMALLEST_BUCKET))
+    return min(BUCKET_BYTES, max(4 * sum(map(Tensor.numel, tensors)) // BUCKET_SHARE, SMALLEST_BUCKET))
 
 
 def piece_size(tensors: Iterable[Tensor], share: int = PIECE_SHARE) -> int:
     """How many numbers of these tensors to copy at a time, such that all copies are small compared with the whole."""
-    share = sum(t.numel() for t in tensors) // share
+    share = sum(map(Tensor.numel, tensors)) // share
     return min(max(share, SMALLEST_PIECE), BUCKET_BYTES // 4)
 
 
@@ -196,20 +200,7 @@ def add_multiple_(
     rounds = rounded is not None and weight.dtype != exact
     if not rounds and _lie_alike(mine, theirs):
         # The optimizers' own kernel with the opposite sign: one launch for the list, which reads factor and flag on the device.
-        torch._fused_sgd_(
-            mine,
-            theirs,
-            [],
-            weight_decay=0.0,
-            momentum=0.0,
-            lr=factor,
-            dampening=0.0,
-            nesterov=False,
-            maximize=True,
-            is_first_step=False,
-            grad_scale=None,
-            found_inf=None if unless is None else unless.to(weight.device, torch.float32),
-        )
+        _add_fused_(mine, theirs, factor, None if unless is None else unless.to(weight.device, torch.float32))
         return
     if len(mine) == 1 and weight.numel() > 4 * SMALLEST_PIECE:  # copies in float32 take twice the memory
         parts = list(pieces(max(SMALLEST_PIECE, weight.numel() // (64 if rounds else 16)), weight, theirs[0]))
@@ -227,6 +218,23 @@ def add_multiple_(
     torch._foreach_copy_(mine, _unflatten_dense_tensors(total, mine))
 
 
+def _add_fused_(mine: list[Tensor], theirs: list[Tensor], factor: Tensor, unless: Tensor | None) -> None:
+    torch._fused_sgd_(
+        mine,
+        theirs,
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=factor,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        grad_scale=None,
+        found_inf=unless,
+    )
+
+
 def _for(tensor: Tensor, factor: float | Tensor) -> float | Tensor:
     return factor.to(tensor.device, tensor.dtype) if isinstance(factor, Tensor) else factor
 
@@ -235,9 +243,19 @@ def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
     """Whether both lists of one bucket have the same dense memory layout, and a kernel exists for them."""
     if mine[0].dtype != theirs[0].dtype or mine[0].dtype not in _FUSED.get(mine[0].device.type, ()):
         return False
+    if not _moves_everything(mine[0].device, mine[0].dtype):
+        return False
     if all(map(Tensor.is_contiguous, mine)) and all(map(Tensor.is_contiguous, theirs)):
         return True
     return all(a.stride() == b.stride() and is_dense(a) for a, b in zip(mine, theirs, strict=True))
+
+
+@cache
+def _moves_everything(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether that kernel moves all numbers of tensors of any size; tried once, which waits for the device once."""
+    tensors = [torch.ones(size, device=device, dtype=dtype) for size in _TRIED_SIZES]
+    _add_fused_(tensors, [tensor.clone() for tensor in tensors], torch.full((), 2.0, device=device), None)
+    return all(bool((tensor == 3).all()) for tensor in tensors)
 
 
 def is_dense(tensor: Tensor) -> bool:

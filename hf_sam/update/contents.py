@@ -5,13 +5,16 @@ from __future__ import annotations
 import collections
 import functools
 import random
-from collections.abc import Iterable, Iterator
-from operator import is_
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .namespaces import are_identical
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -40,6 +43,7 @@ _LIBRARIES = frozenset(
     ]
 )
 _DEEPEST = 4
+_version = attrgetter("_version")
 # These have no contents.
 _ATOMS = frozenset([str, int, float, bool, type(None), bytes])
 
@@ -106,9 +110,48 @@ class Contents:
         keys, values = _keys_and_values(self.value)
         return (
             len(values) == len(self._values)
-            and all(map(is_, values, self._values))
-            and (all(map(is_, keys, self._keys)) or keys == self._keys)
+            and are_identical(values, self._values)
+            and (are_identical(keys, self._keys) or keys == self._keys)
         )
+
+    def nested(self) -> Iterator[Contents]:
+        """Itself, and the snapshots of everything inside."""
+        yield self
+        for inner in self._inner:
+            yield from inner.nested()
+
+
+class ShallowContents:
+    """Snapshots that copy no numbers, and whether anything in them has changed since, without a loop in Python.
+
+    Args:
+        contents (`Sequence[Contents]`): The snapshots, none of them deep or of a generator.
+    """
+
+    def __init__(self, contents: Sequence[Contents]):
+        self.contents = contents
+        values = [inner.value for one in contents for inner in one.nested()]
+        self._tensors = [v for v in values if isinstance(v, Tensor)]
+        self._objects = [v for v in values if not isinstance(v, (*_CONTAINERS, Tensor, np.ndarray))]
+        self._attributes = list(map(vars, self._objects))
+        self._containers = [v for v in values if isinstance(v, _CONTAINERS)] + self._attributes
+        self._dicts = [v for v in self._containers if isinstance(v, dict)]
+        self._then = self._lengths_and_versions(), self._entries()
+
+    def are_unchanged(self) -> bool:
+        """Whether every container and object has the very same entries, and no tensor another version."""
+        lengths_and_versions, entries = self._then
+        return (
+            self._lengths_and_versions() == lengths_and_versions
+            and are_identical(map(vars, self._objects), self._attributes)
+            and are_identical(self._entries(), entries)
+        )
+
+    def _lengths_and_versions(self) -> list[int]:
+        return [*map(len, self._containers), *map(_version, self._tensors)]
+
+    def _entries(self) -> list[Any]:
+        return [*chain.from_iterable(self._containers), *chain.from_iterable(map(dict.values, self._dicts))]
 
 
 def is_generator(value: Any) -> bool:

@@ -91,8 +91,9 @@ class CurrentStep:
         A quantized state (torchao's 8-bit and 4-bit optimizers) is returned dequantized.
         """
         found: dict[Parameter, Tensor] = {}
+        states = self._optimizer.state
         for p in self._selected:
-            state = self._optimizer.state.get(p, {})
+            state = states.get(p, {})
             value = next((state[name] for name in names if state.get(name) is not None), None)
             if value is not None:
                 value = local(value)

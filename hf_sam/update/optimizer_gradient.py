@@ -12,7 +12,15 @@ from torch.nn import Parameter
 from ..methods.base import Descent, Step
 from .batches import MicroBatch
 from .buckets import buckets
-from .parameters import Gradients, TrainedParameters, local, parts_of_gradients, put_gradients, take_gradients
+from .parameters import (
+    Gradients,
+    TrainedParameters,
+    are_plain,
+    local,
+    parts_of_gradients,
+    put_gradients,
+    take_gradients,
+)
 from .runner import PassRunner
 from .vector import Space, Vector
 
@@ -85,21 +93,27 @@ class OptimizerGradient:
         scale = self._engine.loss_scale(self._device)
         if isinstance(scale, Tensor):
             gradient *= scale
-        given: Gradients = {}
-        for p, part in zip(gradient.parameters, gradient.materialise(), strict=True):
-            whole = like[p] if p in like else torch.zeros_like(p)
-            if whole is not part and local(whole).data_ptr() != part.data_ptr():
-                if type(whole) is Tensor:
-                    whole = part
-                else:
-                    local(whole).copy_(part)
-            given[p] = whole
+        given: Gradients = dict(zip(gradient.parameters, gradient.materialise(), strict=True))
+        if not are_plain(like.values()) or not all(map(like.__contains__, given)):
+            self._lay_out(given, like)
         if both := [p for p in given if p in accumulated]:
             sums, terms = ([local(gradients[p]) for p in both] for gradients in (accumulated, given))
             for left, right in buckets(sums, terms) if self._space.in_buckets else [(sums, terms)]:
                 torch._foreach_add_(left, right)
         put_gradients(given | accumulated)
         self.average(is_last)
+
+    @staticmethod
+    def _lay_out(parts: Gradients, like: Gradients) -> None:
+        """Replace each process's part by a whole gradient of the kind of `like`, which holds the part."""
+        for p, part in parts.items():
+            whole = like[p] if p in like else torch.zeros_like(p)
+            if whole is not part and local(whole).data_ptr() != part.data_ptr():
+                if type(whole) is Tensor:
+                    whole = part
+                else:
+                    local(whole).copy_(part)
+            parts[p] = whole
 
     def average(self, is_last: bool) -> None:
         """Average over ranks, unless that is done, if the optimizer is about to step."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter, gt
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from transformers.utils import logging
@@ -17,6 +18,9 @@ from .roles import embedding_parameters, head_parameters
 Gradients = dict[Parameter, Tensor]
 
 logger = logging.get_logger(__name__)
+
+# For `map`, which loops over parameters in C.
+_grad, _trains, _nbytes = attrgetter("grad"), attrgetter("requires_grad"), attrgetter("nbytes")
 
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
@@ -89,7 +93,7 @@ class TrainedParameters:
 
     def _state(self) -> tuple:
         groups = () if self._optimizer is None else [len(group["params"]) for group in self._optimizer.param_groups]
-        return [p.requires_grad for p in self._all], list(groups)
+        return list(map(_trains, self._all)), list(groups)
 
     def _waits_for_thawing(self) -> bool:
         """Whether the patterns name frozen parameters, which a callback may unfreeze; if so, warn."""
@@ -189,21 +193,35 @@ def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
     return gradient
 
 
-def take_gradients(parameters: Iterable[Parameter], *, are_views: bool = False) -> Gradients:
+def take_gradients(parameters: Sequence[Parameter], *, are_views: bool = False) -> Gradients:
     """Move the gradients out of `p.grad`, which is set to None, as after `zero_grad`.
 
     The caller owns the result: a gradient inside another buffer (`are_views`, or a storage larger than itself) is
     copied.
     """
-    taken = {}
-    for p in parameters:
-        gradient = p.grad
-        if gradient is not None:
-            is_plain = type(gradient) is Tensor or not isinstance(gradient, DTensor)
-            is_view = is_plain and (are_views or gradient.untyped_storage().nbytes() > gradient.nbytes)
-            taken[p] = gradient.clone() if is_view else laid_out_as(p, gradient)
-            p.grad = None
+    taken = existing_gradients(parameters)
+    for p in taken:
+        p.grad = None
+    gradients = taken.values()
+    if are_plain(gradients) and not are_views:
+        storages = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, gradients))
+        if not any(map(gt, storages, map(_nbytes, gradients))):
+            return taken
+    for p, gradient in taken.items():
+        is_plain = type(gradient) is Tensor or not isinstance(gradient, DTensor)
+        is_view = is_plain and (are_views or gradient.untyped_storage().nbytes() > gradient.nbytes)
+        taken[p] = gradient.clone() if is_view else laid_out_as(p, gradient)
     return taken
+
+
+def existing_gradients(parameters: Sequence[Parameter]) -> Gradients:
+    """The gradients that are not None, left in `p.grad`."""
+    return {p: g for p, g in zip(parameters, map(_grad, parameters), strict=True) if g is not None}
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are tensors of torch's own class: neither sharded nor of any other kind."""
+    return {*map(type, tensors)} <= {Tensor}
 
 
 def put_gradients(gradients: Gradients) -> None:

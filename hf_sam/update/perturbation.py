@@ -122,17 +122,16 @@ class Perturbation:
         """Use one operation per bucket, whatever the number of tensors."""
         if not isinstance(factor, Tensor):
             factor = torch.full((), factor, dtype=torch.float32, device=eps.tensors[0].device)
-        parameters, directions, layout = eps.parameters, eps.tensors, eps.layout
+        parameters, directions, weights_of_all = eps.parameters, eps.tensors, eps.layout.weights
         is_zero = (factor == 0).float()  # then directions may be NaN
         rounded = None if self._generator is None else partial(round_stochastically, generator=self._generator)
-        apart = layout.turns  # weights that share memory one after the other, not within one kernel
-        if self._moved:
-            apart = [2 * turn + (id(p) in self._moved) for turn, p in zip(apart, parameters, strict=True)]
-        for group in buckets.grouped(
-            layout.weights, directions, most_bytes=buckets.bucket_bytes(directions), apart=apart
-        ):
+        groups = eps.layout.groups(directions)  # weights that share memory one after the other, not within one kernel
+        if self._moved:  # weights that are saved already apart from others
+            are_saved = [id(p) in self._moved for p in parameters]
+            groups = [[i for i in group if are_saved[i] is saved] for group in groups for saved in (False, True)]
+        for group in filter(None, groups):
             owners, weights, along = (
-                buckets.taken(entries, group) for entries in (parameters, layout.weights, directions)
+                buckets.taken(entries, group) for entries in (parameters, weights_of_all, directions)
             )
             if id(owners[0]) in self._moved:
                 buckets.add_multiple_(weights, along, factor, is_zero, rounded)
@@ -168,12 +167,12 @@ class Perturbation:
     def _sum(self, weight: Tensor, direction: Tensor, factor: Scalar, out: Tensor | None = None) -> Tensor:
         """`weight + factor * direction`, in float32 or better before it is rounded."""
         exact = torch.promote_types(weight.dtype, torch.float32)
-        if isinstance(factor, Tensor):
+        if isinstance(factor, Tensor) and factor.device != weight.device:
             factor = factor.to(weight.device)
         if weight.dtype == direction.dtype == exact and weight.device.type == "cpu":
             if not isinstance(factor, Tensor):
                 return torch.add(weight, direction, alpha=factor, out=out)
-            return torch.addcmul(weight, direction, factor.to(exact), out=out)
+            return torch.addcmul(weight, direction, factor if factor.dtype == exact else factor.to(exact), out=out)
         if weight.dtype == exact and out is None:
             return self._exact_sum(weight, direction, factor)
         out = torch.empty_like(weight) if out is None else out

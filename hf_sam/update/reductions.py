@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import buckets
+
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
 class Reductions:
@@ -98,12 +101,12 @@ class ShardedReductions(Reductions):
 
 def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
     """float64 if any tensor is, else float32."""
-    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+    return torch.float64 if torch.float64 in map(_dtype, tensors) else torch.float32
 
 
 def _stack(scalars: list[Tensor]) -> Tensor:
     device = scalars[0].device
-    if any(scalar.device != device for scalar in scalars):  # a model split over several devices has scalars on each
+    if len({*map(_device, scalars)}) > 1:  # a model split over several devices has scalars on each
         scalars = [scalar.to(device) for scalar in scalars]
     return torch.stack(scalars)
 

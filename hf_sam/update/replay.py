@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from operator import is_
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .contents import Contents, entries, is_looked_into, modules_in
+from .contents import Contents, ShallowContents, entries, is_generator, is_looked_into, modules_in
+from .namespaces import Namespaces, Values, are_identical
 from .random_states import RandomStates
 
 # What `nn.Module` itself keeps in `__dict__`; tensors are found through `_buffers` and `_parameters`.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_version, _mode = attrgetter("_version"), attrgetter("training")
 # A container with more entries than this counts as data, not state.
 _MOST_ENTRIES = 10_000
 # Tensors whose numbers can be copied and compared, unlike sharded and quantized ones.
@@ -30,22 +33,28 @@ class Snapshot:
 
     Attributes:
         random_states (`RandomStates`, *optional*): None if random numbers are not replayed.
-        namespaces (`list`): Dictionaries of modules, and their contents.
-        tensors (`list`): Tensors that a pass may change in place, their versions, and copies of their numbers if taken.
-        addresses (`list[int]`): Addresses of the tensors' memory.
-        contents (`list[Contents]`): Contents of containers, arrays, generators and objects.
-        own (`dict`): The owner's plain attributes.
+        namespaces (`list`): Dictionaries of modules, and their values.
+        own (`tuple`, *optional*): The same for the owner's plain attributes.
+        tensors (`list[Tensor]`): Tensors that a pass may change in place.
+        versions (`list[int]`): The version of each.
+        copies (`dict[int, Tensor]`): Copies of the numbers of some of them, by position.
+        addresses (`list[int]`): Addresses of the tensors' memory, while passes are watched by value.
+        contents (`list[Contents]`): Contents that are copied, and those of generators.
+        shallow (`ShallowContents`): Contents of all other containers, arrays and objects.
         is_watched (`bool`): Whether everything that can be copied is, for comparison.
         is_whole (`bool`): Whether everything that the following pass has changed can be restored.
     """
 
     random_states: RandomStates | None
-    namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
-    tensors: list[tuple[Tensor, int, Tensor | None]] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
-    contents: list[Contents] = field(default_factory=list)
-    own: dict[str, Any] = field(default_factory=dict)
-    is_watched: bool = False
+    namespaces: list[tuple[Namespaces, Values]]
+    own: tuple[Namespaces, Values]
+    tensors: list[Tensor]
+    versions: list[int]
+    copies: dict[int, Tensor]
+    addresses: list[int]
+    contents: list[Contents]
+    shallow: ShallowContents
+    is_watched: bool
     is_whole: bool = True
 
 
@@ -85,7 +94,7 @@ class PassState:
         self._owner, self._ignored = owner, frozenset(ignored)
         self._watches_parameters = watches_parameters
         self._moving: set[int] = set()  # ids of what passes change in place
-        self._signature: tuple | None = None
+        self._is_listed = False
         self._step: int | None = None
         self._is_watching, self._steps_to_watch = False, 0
         # Of this step: copies of parameters that were left alone so far, so that several snapshots share one.
@@ -93,19 +102,22 @@ class PassState:
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
-    def _scan(self) -> None:
+    def _list(self) -> None:
         """List everything that may change; repeated when modules have been added, removed or changed their mode."""
         roots = [*self._roots, *modules_in(self._own_attributes().values())]
         self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
+        self._inner = [m._modules for m in self._modules]
+        self._modes, self._children = self._modes_and_children()
         # torch's own layers keep no state in attributes, and walking them would cost most.
         custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules")]
-        self._namespaces = [vars(m) for m in custom] + [m._modules for m in custom if m._modules]
-        self._namespaces += [m._buffers for m in self._modules if m._buffers]
+        self._attributes = list(map(vars, custom))
+        self._members = [m._modules for m in custom if m._modules] + [m._buffers for m in self._modules if m._buffers]
         if self._watches_parameters:
             frozen = (
                 m for m in self._modules if any(p is not None and not p.requires_grad for p in m._parameters.values())
             )
-            self._namespaces += [m._parameters for m in frozen]
+            self._members += [m._parameters for m in frozen]
+        self._list_names()
         self._always = {  # BatchNorm's kernels change its buffers without changing their versions
             id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
         }
@@ -119,16 +131,29 @@ class PassState:
         if self._watches_parameters:
             found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
         self._tensors, self._looked_into = list(found.values()), list(looked_into.values())
+        self._list_moving()
+        self._is_listed, self._steps_to_watch = True, _WATCHED_STEPS
 
-    def _state_of_modules(self) -> tuple[list[bool], list[int]]:
-        return [m.training for m in self._modules], [id(c) for m in self._modules for c in m._modules.values()]
+    def _list_names(self) -> None:
+        """List the names to read, which anyone may change between two passes."""
+        owner = [] if self._owner is None else [vars(self._owner)]
+        self._namespaces = [Namespaces(self._attributes, _OF_EVERY_MODULE), Namespaces(self._members)]
+        self._own = Namespaces(owner, self._ignored)
+
+    def _list_moving(self) -> None:
+        """List what must always be copied, and what need not be."""
+        copied = self._moving | self._always
+        self._copied = [i for i, t in enumerate(self._tensors) if id(t) in copied]
+        self._shallow: ShallowContents | None = None
+
+    def _modes_and_children(self) -> tuple[list[bool], list[nn.Module | None]]:
+        return list(map(_mode, self._modules)), list(chain.from_iterable(map(dict.values, self._inner)))
 
     def _own_attributes(self) -> dict[str, Any]:
         return {} if self._owner is None else {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
 
     # --- putting aside ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
         """Take a snapshot of the current state.
 
@@ -138,24 +163,52 @@ class PassState:
             budget (`int`, *optional*): Bytes of parameters without gradient that may be copied while passes are watched
                 by value, the smallest first.
         """
-        if self._signature is None:
-            self._scan()
-            self._signature, self._steps_to_watch = self._state_of_modules(), _WATCHED_STEPS
+        if not self._is_listed:
+            self._list()
         if step != self._step:
             self._step, self._is_watching = step, self._steps_to_watch > 0
             self._unchanged.clear()
             self._steps_to_watch -= 1
-        snapshot = Snapshot(random_states, own=self._own_attributes(), is_watched=self._is_watching)
-        snapshot.namespaces = [(namespace, namespace.copy()) for namespace in self._namespaces]
-        copied = self._moving | self._always
+        namespaces, own = self._read()
+        copied, tensors = self._copied, self._tensors
         if self._is_watching:
-            copied = copied.union(self._affordable(budget))
-            snapshot.addresses = [_address(t) for t in self._tensors]
-        snapshot.tensors = [(t, t._version, self._copy(t) if id(t) in copied else None) for t in self._tensors]
-        snapshot.contents = [
-            Contents(value, is_deep=self._is_watching or id(value) in self._moving) for value in self._looked_into
-        ]
-        return snapshot
+            affordable = {*self._affordable(budget), *(id(tensors[i]) for i in copied)}
+            copied = [i for i, t in enumerate(tensors) if id(t) in affordable]
+        contents, shallow = self._contents()
+        return Snapshot(
+            random_states,
+            namespaces,
+            own,
+            tensors,
+            versions=list(map(_version, tensors)),
+            copies={i: self._copy(tensors[i]) for i in copied},
+            addresses=list(map(_address, tensors)) if self._is_watching else [],
+            contents=contents,
+            shallow=shallow,
+            is_watched=self._is_watching,
+        )
+
+    def _read(self) -> tuple[list[tuple[Namespaces, Values]], tuple[Namespaces, Values]]:
+        """The values of all names."""
+        listed = (*self._namespaces, self._own)
+        values = [namespaces.read() for namespaces in listed]
+        if None in values:
+            self._list_names()
+            return self._read()
+        *of_modules, own = zip(listed, values, strict=True)
+        return of_modules, own
+
+    def _contents(self) -> tuple[list[Contents], ShallowContents]:
+        """Snapshots of contents; those that copy nothing are reused as long as nothing has changed."""
+        if self._is_watching:
+            return [Contents(value, is_deep=True) for value in self._looked_into], ShallowContents([])
+        if self._shallow is None or not self._shallow.are_unchanged():
+            quiet = [Contents(v, is_deep=False) for v in self._looked_into if id(v) not in self._moving]
+            self._shallow = ShallowContents([one for one in quiet if not any(map(_holds_generator, one.nested()))])
+            known = {id(one.value) for one in self._shallow.contents}
+            self._copied_contents = [v for v in self._looked_into if id(v) not in known]
+        copied = [Contents(value, is_deep=id(value) in self._moving) for value in self._copied_contents]
+        return copied, self._shallow
 
     def _copy(self, tensor: Tensor) -> Tensor:
         version, value = self._unchanged.get(id(tensor), (None, None))
@@ -163,13 +216,20 @@ class PassState:
 
     def look_again(self, snapshot: Snapshot, budget: int | None = None) -> None:
         """Between the trainer's `model.train()` and the forward: include modules that are new or have changed their mode."""
-        if self._signature == self._state_of_modules():
-            return
-        self._signature = self._step = None
+        if self._is_listed:
+            modes, children = self._modes_and_children()
+            if (
+                modes == self._modes
+                and len(children) == len(self._children)
+                and are_identical(children, self._children)
+            ):
+                return
+        self._is_listed, self._step = False, None
         now = self.capture(None, -1, budget)
-        known = {id(namespace) for namespace, _ in snapshot.namespaces}
-        snapshot.namespaces += [pair for pair in now.namespaces if id(pair[0]) not in known]
-        snapshot.tensors, snapshot.contents = now.tensors, now.contents
+        known = {id(d) for namespaces, _ in snapshot.namespaces for d in namespaces.dictionaries}
+        snapshot.namespaces += [(n.without(known), n.without(known).read()) for n, _ in now.namespaces]
+        snapshot.tensors, snapshot.versions, snapshot.copies = now.tensors, now.versions, now.copies
+        snapshot.contents, snapshot.shallow = now.contents, now.shallow
         snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses
 
     def _affordable(self, budget: int | None) -> Iterator[int]:
@@ -182,43 +242,56 @@ class PassState:
             if type(tensor) in _PLAIN and tensor.device.type != "meta":
                 yield id(tensor)
 
-    @torch.no_grad()
     def learn(self, before: Snapshot) -> None:
         """After the clean pass that `before` was captured for: note what it has changed in place."""
-        for i, (tensor, version, value) in enumerate(before.tensors):
+        known = len(self._moving)
+        if before.is_watched or list(map(_version, before.tensors)) != before.versions:
+            self._learn_tensors(before)
+        shallow = [] if before.shallow.are_unchanged() else before.shallow.contents
+        for contents in (*before.contents, *shallow):
+            if id(contents.value) not in self._moving and contents.has_changed():
+                self._moving.add(id(contents.value))
+                before.is_whole &= contents.is_deep
+        if len(self._moving) != known:
+            self._list_moving()
+        for namespaces, values in before.namespaces:
+            if not namespaces.have(values) and any(
+                namespaces.own(now).keys() != then.keys() or _modules_differ(now, then)
+                for now, then in namespaces.changed(values)
+            ):
+                self._is_listed = False  # a new attribute or module: list again
+
+    def _learn_tensors(self, before: Snapshot) -> None:
+        for i, (tensor, version) in enumerate(zip(before.tensors, before.versions, strict=True)):
             if id(tensor) in self._moving:
                 continue
+            value = before.copies.get(i)
             has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
                 self._moving.add(id(tensor))
                 before.is_whole &= value is not None  # otherwise the previous value is lost
             elif before.is_watched and value is not None and isinstance(tensor, nn.Parameter):
                 self._unchanged[id(tensor)] = version, value
-        for contents in before.contents:
-            if id(contents.value) not in self._moving and contents.has_changed():
-                self._moving.add(id(contents.value))
-                before.is_whole &= contents.is_deep
-        changed = [(now, then) for now, then in before.namespaces if not _are_alike(now, then)]
-        if any(len(now) != len(then) or _modules_differ(now, then) for now, then in changed):
-            self._signature = None  # a new attribute or module: list again
 
     # --- putting back -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Restore everything to the state of the snapshot."""
         if snapshot.random_states is not None:
             snapshot.random_states.restore()
-        for namespace, before in snapshot.namespaces:
-            if not _are_alike(namespace, before):
-                _put_back(namespace, before)
-        if self._owner is not None:
-            own = vars(self._owner)
-            for name in [name for name in own if name not in snapshot.own and name not in self._ignored]:
-                del own[name]
-            own.update(snapshot.own)
-        for tensor, _, value in snapshot.tensors:
-            if value is None or tensor.requires_grad:  # unfrozen since, and perturbed
+        for namespaces, values in snapshot.namespaces:
+            if not namespaces.have(values):
+                for namespace, before in namespaces.changed(values):
+                    _put_back(namespaces, namespace, before)
+        attributes, values = snapshot.own
+        if not attributes.have(values):
+            for own, before in attributes.changed(values):
+                for name in attributes.own(own).keys() - before.keys():
+                    del own[name]
+                own.update(before)
+        for i, value in snapshot.copies.items():
+            tensor = snapshot.tensors[i]
+            if tensor.requires_grad:  # unfrozen since, and perturbed
                 continue
             if tensor.shape == value.shape:
                 tensor.detach().copy_(value)
@@ -226,23 +299,23 @@ class PassState:
                 tensor.data = value.clone()
         for contents in snapshot.contents:
             contents.restore()
+        if not snapshot.shallow.are_unchanged():
+            for contents in snapshot.shallow.contents:
+                contents.restore()
 
 
-def _put_back(namespace: dict[str, Any], before: dict[str, Any]) -> None:
-    mode = namespace.get("training")  # set by the trainer
-    for name in [name for name, value in namespace.items() if name not in before and _is_data(value)]:
-        del namespace[name]  # except what is set up once, such as the mark of installed hooks
-    namespace.update(before)
-    if mode is not None:
-        namespace["training"] = mode
-
-
-def _are_alike(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return len(now) == len(then) and all(map(is_, now.values(), then.values()))
+def _put_back(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name, value in namespaces.own(now).items() if name not in before and _is_data(value)]:
+        del now[name]  # except what is set up once, such as the mark of installed hooks
+    now.update(before)
 
 
 def _modules_differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
     return any(isinstance(value, nn.Module) and now.get(name) is not value for name, value in then.items())
+
+
+def _holds_generator(contents: Contents) -> bool:
+    return is_generator(contents.value)
 
 
 def _is_data(value: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -12,6 +14,7 @@ from . import buckets, singly
 from .parameters import is_whole, local
 from .reductions import Reductions
 
+_dtype = attrgetter("dtype")
 # The number of lists of parameters whose constant facts a Space keeps.
 _MOST_KNOWN = 16
 
@@ -74,6 +77,7 @@ class Layout:
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
         self._turns: list[int] = []
+        self._groups: dict[Any, list[list[int]]] = {}
 
     @property
     def weights(self) -> list[Tensor]:
@@ -89,12 +93,22 @@ class Layout:
             self._turns = turns(self._weights)
         return self._turns
 
+    def groups(self, tensors: list[Tensor]) -> list[list[int]]:
+        """Buckets of the weights and of one further tensor for each of them, without weights that share memory."""
+        dtypes = {*map(_dtype, tensors)}
+        key = dtypes.pop() if len(dtypes) == 1 else tuple(map(_dtype, tensors))
+        weights, apart = self.weights, self.turns
+        if key not in self._groups:
+            most = buckets.bucket_bytes(weights)
+            self._groups[key] = buckets.grouped(weights, tensors, most_bytes=most, apart=apart)
+        return self._groups[key]
+
     def _look(self) -> None:
         """Update the layout if weights have moved in memory."""
         weights = self.parameters if self._are_whole else [local(p) for p in self.parameters]
         addresses = list(map(Tensor.data_ptr, weights))
         if not self._weights or addresses != self._addresses:
-            self._addresses, self._turns = addresses, []
+            self._addresses, self._turns, self._groups = addresses, [], {}
             self._weights = [local(p) for p in self.parameters] if self._are_whole else weights
 
 

@@ -92,7 +92,7 @@ def test_tied_parameters_are_perturbed_once():
 def test_gradients_are_moved_and_not_copied():
     model = tiny_classifier()
     model.first.weight.grad = gradient = torch.ones_like(model.first.weight)
-    taken = take_gradients(model.parameters())
+    taken = take_gradients(list(model.parameters()))
     assert model.first.weight.grad is None
     put_gradients(taken)
     assert model.first.weight.grad is gradient
