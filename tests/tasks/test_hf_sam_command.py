@@ -165,7 +165,7 @@ REFUSED = [
     (["configs", "dinov2_smal"], "dinov2_smal is neither a file .*Did you mean 'dinov2_small'"),
     (["compare"], "Give the YAML file of a comparison, such as .*"),
     (["compare", "nowhere.yaml"], "Configuration file nowhere.yaml does not exist."),
-    (["compare", "{}/goood.yaml"], "goood.yaml does not exist. Did you mean 'good.yaml'"),
+    (["compare", "{}/goood.yaml"], "Configuration file .*goood.yaml does not exist. Did you mean 'good.yaml'"),
     (["image-classification", "digits", "--lr", "0.1"], "'lr' is not an argument .* Did you mean 'learning_rate'"),
     (["text-classification", "minilm", "--data=a.csv"], "'data' is not an argument .* Did you mean 'dataset'"),
     (["sharpness", "--samples", "64"], "'samples' is not an argument .* Did you mean 'num_examples'"),
