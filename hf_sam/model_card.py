@@ -204,9 +204,9 @@ class SAMCard:
             "perturbation size rho": f"{config.rho:g}",
             "norm p": f"{config.p:g}" if config.p is not None else None,
             "scope": self.scope or config.scope,
-            "examples a perturbation (m)": self.m,
-            "passes a step": f"{self.passes:.3g}" if self.passes is not None else None,
-            "measured cost of a step": f"{self.cost:.2f} x one pass" if self.cost is not None else None,
+            "examples per perturbation (m)": self.m,
+            "passes per step": f"{self.passes:.3g}" if self.passes is not None else None,
+            "measured cost of a step": f"{self.cost:.2f} times that of one pass" if self.cost is not None else None,
             "base optimizer": self.optimizer,
             **{
                 f"`{name}`": f"`{value}`"
@@ -376,10 +376,17 @@ def _without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _count(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
 def _procedure(args: Any, trainer: Any) -> dict[str, Any]:
     """How it was trained, in words; what the arguments do not say is left out."""
     state, data = trainer.state, getattr(trainer, "train_dataset", None)
-    batch = f"{args.train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x {args.world_size} processes"
+    batch = (
+        f"{args.train_batch_size} per device x {_count(args.gradient_accumulation_steps, 'accumulation step')} x "
+        f"{_count(args.world_size, 'process', 'processes')}"
+    )
     precision = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), None)
     schedule = getattr(args, "lr_scheduler_type", None)
     rows = {

@@ -15,7 +15,7 @@ def test_the_trainers_card_has_the_section_and_the_tag_and_writing_twice_changes
     assert "sam" not in card.data.tags  # which means Segment Anything
     assert "## Sharpness-aware minimization" in text
     assert "| perturbation size rho | 0.3 |" in text
-    assert "| passes a step | 2 |" in text
+    assert "| passes per step | 2 |" in text
     trainer.create_model_card(dataset="digits", tasks="image-classification", tags=["vision"])
     assert Path(tmp_path, "README.md").read_text() == text
 

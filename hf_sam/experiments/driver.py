@@ -142,7 +142,7 @@ class Driver:
             self.workshop.forget(run)
         (folder / SUBMISSION_NAME).unlink(missing_ok=True)
         if not self.workshop.has_ended(run):
-            self.report(run, f"to be made again: {ending.cause}")
+            self.report(run, f"to be run again: {ending.cause}")
             return
         self.workshop.discard()
         self.report(run, self.workshop.record(run).status)

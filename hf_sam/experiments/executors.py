@@ -229,7 +229,7 @@ def choose(
     for key in options:
         if key not in known:
             hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
-            raise ValueError(f"executor.{kind}.{key} is no option of it.{hint}")
+            raise ValueError(f"executor.{kind}.{key} is not one of its options.{hint}")
     return Choice(kind, options)
 
 

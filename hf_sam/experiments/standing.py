@@ -82,6 +82,8 @@ def progress(workshop: Workshop, workers: int = 1) -> str:
     count = counts(workshop)
     total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
     line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
+    if not count["begun"] + count["waiting"]:
+        return f"{line}."
     found = estimate(workshop)
     if found is None:
         return f"{line}; time is estimated after the first."

@@ -85,7 +85,7 @@ def answer(entry: Comparison) -> str:
             f"gives no interval and says nothing about other seeds."
         )
     interval = f"95 % interval {signed(paired.t_low, entry.metric)} to {signed(paired.t_high, entry.metric)}"
-    finding = f"{label} is {gap} {entry.control} ({interval}, {seeds} seeds)"
+    finding = f"The {label} of {entry.arm} is {gap} {entry.control} ({interval}, {seeds} seeds)"
     margin = None if entry.margin is None else f"±{size(entry.margin, entry.metric)}"
     if entry.verdict == "equivalent":
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 
 import matplotlib
@@ -190,7 +190,7 @@ def draw_curves(cells: Sequence[Cell], arms: Sequence[str], points: pd.DataFrame
             tables.append(grouped.assign(task=cell.task, condition=cell.condition, budget=cell.budget, arm=arm))
         axes.set_xlabel("optimizer steps" if x == "step" else "gradient evaluations")
         axes.set_ylabel(label)
-    _legend(canvas, arms, markers=False)
+    _legend(canvas, arms, {table.arm.iloc[0] for table in tables}, markers=False)
     return canvas, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -219,7 +219,7 @@ def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> 
             axes.errorbar(level * 100, mean, [mean - low, high - mean], **_look(index), linewidth=1.2, elinewidth=0.8)
         axes.set_xlabel("wrong training labels (%)")
         axes.set_ylabel(_with_unit(metric_name))
-    _legend(canvas, arms)
+    _legend(canvas, arms, {row[2] for row in rows})
     return canvas, pd.DataFrame(rows, columns=["task", "budget", "arm", "noise", "mean", "low", "high", "runs"])
 
 
@@ -240,7 +240,7 @@ def draw_reliability(tables: dict[str, dict[str, pd.DataFrame]], arms: Sequence[
             axes.plot(table.confidence, table.accuracy, **_look(arms.index(arm)), linewidth=1.1)
             frames.append(table.assign(panel=title, arm=arm))
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
-    _legend(canvas, arms)
+    _legend(canvas, arms, {arm for by_arm in tables.values() for arm in by_arm})
     return canvas, pd.concat(frames, ignore_index=True)
 
 
@@ -265,7 +265,7 @@ def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_l
                 )
         axes.set_xlabel(x_label)
         axes.set_ylabel(_with_unit(y))
-    _legend(canvas, arms)
+    _legend(canvas, arms, {row[3] for row in rows})
     return canvas, pd.DataFrame(rows, columns=["task", "condition", "budget", "arm", "seed", x, y])
 
 
@@ -352,8 +352,12 @@ def _look(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
 
 
-def _legend(canvas: Canvas, arms: Sequence[str], markers: bool = True) -> None:
-    looks = [_look(index) for index in range(len(arms))]
+def _legend(canvas: Canvas, arms: Sequence[str], drawn: Collection[str] | None = None, markers: bool = True) -> None:
+    """Names for the looks of `arms`; without those that are not in `drawn`, such as arms whose runs all failed."""
+    looks = [_look(index) for index, arm in enumerate(arms) if drawn is None or arm in drawn]
+    arms = [arm for arm in arms if drawn is None or arm in drawn]
+    if not arms:
+        return
     handles = [Line2D([], [], **look) if markers else Line2D([], [], color=look["color"]) for look in looks]
     columns = 2 if _narrow.get() else 5
     legend = canvas.legend(handles, ["."] * len(arms), loc="outside lower center", ncols=min(len(arms), columns))

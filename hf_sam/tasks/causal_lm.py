@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
     with args.main_process_first(desc="reading the data"):
         splits, columns = read_data(data_args, lm_args)
-    check_training_arguments(args, data_args, run_args, "validation" in splits)
+    check_training_arguments(args, data_args, run_args, "validation" in splits, METRICS)
 
     tokenizer = load_tokenizer(model_args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

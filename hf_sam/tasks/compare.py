@@ -94,7 +94,10 @@ def describe_failures(workshop: Workshop) -> str:
     if not failed:
         return ""
     reasons = Counter(reason(record) for record in failed)
-    listed = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.most_common(MAX_REASONS))
+    listed = "; ".join(
+        f"{reason.removesuffix('.')}{f' ({count} x)' if count > 1 else ''}"
+        for reason, count in reasons.most_common(MAX_REASONS)
+    )
     total = sum(counts(workshop)[name] for name in ("finished", "failed", "begun", "waiting"))
     return (
         f"{len(failed)} of {total} runs failed: {listed}. See the log {failed[0].path.parent}/{LOG_NAME}; "

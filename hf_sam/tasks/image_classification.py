@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
     with args.main_process_first(desc="reading the data"):
         splits, image_column, label_column, names = read_data(data_args, image_args)
-    check_training_arguments(args, data_args, run_args, "validation" in splits)
+    check_training_arguments(args, data_args, run_args, "validation" in splits, METRICS)
     opened = check_images(splits, image_column, image_args.check_images)
     if args.process_index == 0:
         tell([*sizes(splits), *classes(splits, label_column, names), *opened])
@@ -110,7 +110,7 @@ def read_data(data_args: DataArguments, image_args: ImageArguments) -> tuple[Spl
     )
     splits, names = class_labels(splits, label_column, data_args)
     splits = make_splits(splits, data_args, strata=label_column)
-    check_classes(splits, label_column, names, data_args)
+    check_classes(splits, label_column, names)
     return add_label_noise(splits, label_column, len(names), data_args), image_column, label_column, names
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -67,7 +67,7 @@ def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArgume
     check_reporters(args)
     folder = Path(args.output_dir)
     if folder.is_file():
-        raise UserError(f"output_dir={folder} is a file; name a folder.")
+        raise UserError(f"output_dir={folder} is a file; choose a folder.")
     if args.process_index == 0:
         lock_folder(folder)
     checkpoints = sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
@@ -84,16 +84,16 @@ def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArgume
         missing = missing_from_checkpoint(Path(args.resume_from_checkpoint), args)
         if missing:
             raise UserError(
-                f"resume_from_checkpoint={args.resume_from_checkpoint} is no complete checkpoint: {missing}."
+                f"resume_from_checkpoint={args.resume_from_checkpoint} is not a complete checkpoint: {missing}."
             )
     elif checkpoints:
         raise UserError(
-            f"output_dir={folder} already holds {checkpoints[-1].name}. Go on from it by --resume_from_checkpoint auto, "
-            f"start anew by --overwrite_output_dir true, or name another folder."
+            f"output_dir={folder} already holds {checkpoints[-1].name}. Continue from it with --resume_from_checkpoint auto, "
+            f"start over with --overwrite_output_dir true, or choose another folder."
         )
     elif is_finished(folder):
         raise UserError(
-            f"output_dir={folder} holds a finished run: start anew by --overwrite_output_dir true, or name another folder."
+            f"output_dir={folder} holds a finished run: start over with --overwrite_output_dir true, or choose another folder."
         )
     return sam_config
 
@@ -113,8 +113,12 @@ def lock_folder(folder: Path) -> None:
 
     Raises:
         FolderInUseError: Another run has it; the message says which.
+        UserError: The folder cannot be created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={folder} cannot be created ({error.strerror}); choose another folder.") from None
     path = folder / LOCK_NAME
     try:
         lock = _LOCKS.setdefault(
@@ -127,7 +131,7 @@ def lock_folder(folder: Path) -> None:
         except OSError:
             owner = "another process"
         raise FolderInUseError(
-            f"output_dir={folder} is in use by {owner}. Wait for that run or end it, or name another folder."
+            f"output_dir={folder} is in use by {owner}. Wait for that run or stop it, or choose another folder."
         ) from None
     except (NotImplementedError, OSError) as error:  # a file system without locks
         logger.warning("%s cannot be locked (%s): start no second run in it.", folder, one_line(error))
@@ -147,7 +151,7 @@ def last_complete_checkpoint(folder: Path, args: TrainingArguments) -> str | Non
         missing = missing_from_checkpoint(path, args)
         if missing is None:
             return str(path)
-        logger.warning("%s is not complete (%s); going on from the one before it.", path, missing)
+        logger.warning("%s is not complete (%s); continuing from the one before it.", path, missing)
     return None
 
 
@@ -195,7 +199,7 @@ def check_reporters(args: TrainingArguments) -> None:
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, f" Allowed: none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
-            raise UserError(f"report_to={name} is no tracker that the Trainer knows.{hint}")
+            raise UserError(f"report_to={name} is not a tracker that the Trainer knows.{hint}")
         raise UserError(f"report_to={name}: its package is not installed. Install it (pip install {name}), or give "
                         f"--report_to none.")  # fmt: skip
 
@@ -210,9 +214,15 @@ def check_optimizer(trainer: Trainer) -> None:
 
 
 def check_training_arguments(
-    args: TrainingArguments, data_args: DataArguments, run_args: RunArguments, has_validation: bool
+    args: TrainingArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    has_validation: bool,
+    metrics: Sequence[str] = (),
 ) -> None:
     """
+    `metrics` are the names of what the task measures.
+
     Raises:
         UserError: Combinations that `TrainingArguments` accepts and that would fail late or mean nothing.
     """
@@ -224,6 +234,12 @@ def check_training_arguments(
     if run_args.score_split == "validation" and not has_validation:
         raise UserError(
             "score_split=validation needs a validation split: give --validation_size 0.1, or --validation_split."
+        )
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metrics and best not in metrics and not run_args.hub_metrics:  # their names are only known once computed
+        raise UserError(
+            f"metric_for_best_model={args.metric_for_best_model} is not a metric of this task."
+            f"{did_you_mean(best, metrics)} Allowed: {', '.join(metrics)}."
         )
     if data_args.streaming and args.max_steps <= 0:
         raise UserError("A stream has no known length: give --max_steps.")
@@ -293,8 +309,8 @@ def _where_it_stands(trainer: Trainer) -> str:
     line = f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}."
     checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir), trainer.args)
     if checkpoint is None:
-        return f"{line} No checkpoint had been written (save_strategy, save_steps): the same command begins anew."
-    return f"{line} The same command with --resume_from_checkpoint auto goes on from {checkpoint}."
+        return f"{line} No checkpoint had been written (save_strategy, save_steps): the same command starts over."
+    return f"{line} The same command with --resume_from_checkpoint auto continues from {checkpoint}."
 
 
 def evaluate(trainer: Trainer, split: Any, name: str, table: Table | None = None) -> dict[str, float]:
@@ -378,3 +394,5 @@ def write_card(trainer: Trainer, **details: Any) -> None:
         trainer.push_to_hub(**details)
     else:
         trainer.create_model_card(**details)
+    if trainer.is_world_process_zero():
+        print(f"saved: the model, its card (README.md) and the test results, in {trainer.args.output_dir}", flush=True)

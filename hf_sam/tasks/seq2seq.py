@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
     with args.main_process_first(desc="reading the data"):
         splits, problem_type, words = read_data(data_args, text_args)
-    check_training_arguments(args, data_args, run_args, "validation" in splits)
+    check_training_arguments(args, data_args, run_args, "validation" in splits, EVALUATION[problem_type])
 
     tokenizer = load_tokenizer(model_args)
     config = sequence_config(model_args, tokenizer)
@@ -235,7 +235,7 @@ def read_classes(
             f"{', '.join(names)}."
         )
     splits = make_splits(splits, data_args, strata=label)
-    check_classes(splits, label, names, data_args)
+    check_classes(splits, label, names)
     return add_label_noise(splits, label, len(names), data_args), words
 
 

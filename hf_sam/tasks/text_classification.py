@@ -39,10 +39,9 @@ from .running import (
     write_card,
 )
 
-METRICS = tuple(
-    dict.fromkeys([*measured.CLASSIFICATION, *measured.MULTI_LABEL, *measured.REGRESSION])
-)  # on the test split
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+MEASURED = {SINGLE: measured.CLASSIFICATION, MULTI: measured.MULTI_LABEL, REGRESSION: measured.REGRESSION}
+METRICS = tuple(dict.fromkeys(name for names in MEASURED.values() for name in names))  # on the test split
 # What is measured for each kind of label, and which predictions are kept.
 EVALUATION: dict[str, tuple[Callable, Callable]] = {
     SINGLE: (classification_metrics, classification_table),
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
     with args.main_process_first(desc="reading the data"):
         splits, texts, label_column, problem_type, names = read_data(data_args, text_args)
-    check_training_arguments(args, data_args, run_args, "validation" in splits)
+    check_training_arguments(args, data_args, run_args, "validation" in splits, MEASURED[problem_type])
 
     config = load_config(model_args, labels=names, problem_type=problem_type)
     check_max_length(text_args.max_length, config)
@@ -145,7 +144,7 @@ def read_data(
     if problem_type == SINGLE:
         splits, names = class_labels(splits, label_column, data_args)
         splits = make_splits(splits, data_args, strata=label_column)
-        check_classes(splits, label_column, names, data_args)
+        check_classes(splits, label_column, names)
         return add_label_noise(splits, label_column, len(names), data_args), texts, label_column, problem_type, names
     for name in ("label_noise", "streaming", "train_samples_per_class"):
         if getattr(data_args, name):

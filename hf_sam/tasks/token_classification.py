@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
     with args.main_process_first(desc="reading the data"):
         splits, words, label_column, names = read_data(data_args, word_args)
-    check_training_arguments(args, data_args, run_args, "validation" in splits)
+    check_training_arguments(args, data_args, run_args, "validation" in splits, METRICS)
 
     tokenizer = load_word_tokenizer(model_args)
     vocabulary = {"vocab_size": len(tokenizer)} if model_args.model_type else {}

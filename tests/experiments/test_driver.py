@@ -131,7 +131,7 @@ def test_the_runs_of_a_killed_driver_end_with_it_and_the_next_one_makes_them_aga
     twice = {folder for folder, times in begun(out).items() if times == 2}
     assert twice <= interrupted
     assert set(begun(out).values()) <= {1, 2}
-    assert said.count("goes on") + said.count("to be made again: its driver was ended") >= len(twice)
+    assert said.count("goes on") + said.count("to be run again: its driver was ended") >= len(twice)
     assert not list(out.rglob("submission.json"))
     assert not list(out.rglob("deaths.txt"))  # nothing of it was the fault of a run
 

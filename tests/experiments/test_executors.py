@@ -160,7 +160,7 @@ def test_a_driver_that_is_opened_again_attaches_to_what_runs_and_submits_nothing
     driver = Driver(workshop_of(), engine, lambda run, what: said.append((str(run.folder), what)))
     driver.attach()
     assert said == [
-        ("runs/toy/clean/steps/sam/seed-0", "to be made again: gone"),
+        ("runs/toy/clean/steps/sam/seed-0", "to be run again: gone"),
         ("runs/toy/clean/steps/adamw/seed-1", "goes on"),
     ]
     driver.advance()

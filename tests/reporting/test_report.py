@@ -17,6 +17,7 @@ from hf_sam.experiments.records import RECORD_NAME, RunRecord, find_records
 from hf_sam.reporting.comparison import write_report
 from hf_sam.reporting.document import DARK, escape_markdown, shorten_paths
 from hf_sam.reporting.formatting import answer
+from hf_sam.reporting.plots import COLOURS, curve_points, draw_curves, draw_scatter
 from hf_sam.reporting.results import make_cells, natural, noise_level, pairing_problems
 from hf_sam.reporting.statistics import detectable_effect
 from hf_sam.reporting.study import make_study
@@ -85,7 +86,7 @@ def test_the_answer_names_effect_and_interval_and_the_statistics_the_tests(small
     wide = scores.pivot(index="seed", columns="arm", values="accuracy")
     assert row.difference == pytest.approx((wide.sam - wide.adamw).mean())
     sentence = next(line for line in markdown.splitlines() if line.startswith("digits, noise 0.4, equal steps: sam"))
-    assert f"sam is better. accuracy is {100 * row.difference:.1f} points above adamw" in sentence
+    assert f"sam is better. The accuracy of sam is {100 * row.difference:.1f} points above adamw" in sentence
     assert f"(95 % interval {100 * row.student_low:+.1f} to {100 * row.student_high:+.1f}, 5 seeds)" in sentence
     assert "5 seeds cannot give a sign-flip p below 0.0625" in markdown
     assert row.t_p == pytest.approx(ttest_rel(wide.sam, wide.adamw).pvalue)
@@ -416,6 +417,23 @@ def test_failed_unfinished_and_diverged_runs_count_nowhere_and_are_named(tmp_pat
     assert "RuntimeError: CUDA out of memory" in markdown
     assert "1 run unfinished and 4 not started" in markdown
     assert "1 finished run without a finite accuracy" in markdown
+
+
+def test_the_legend_leaves_out_an_arm_whose_runs_all_failed_and_keeps_the_colours(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "broken", "sam"))
+    for run in records:
+        if run.arm == "broken":
+            run.fail(RuntimeError("no"))
+            run.metrics, run.curves = {}, []
+    study = make_study(records, treatment="sam")
+    points = curve_points(study.cells, study.arms, "loss")
+    for canvas, _ in (
+        draw_scatter(study.cells, study.arms, "accuracy", "accuracy", "accuracy"),
+        draw_curves(study.cells, study.arms, points, "step", "loss"),
+    ):
+        assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["adamw", "sam"]
+        colours = [line.get_color() for line in canvas.legends[0].get_lines()]
+        assert colours == [COLOURS[study.arms.index(arm)] for arm in ("adamw", "sam")]
 
 
 def test_only_failed_runs_still_give_a_report(tmp_path):

@@ -59,6 +59,7 @@ def folder(tmp_path_factory):
     (tmp_path / "mixed/b.json").write_text('{"text": "a", "label": 0}\n')
     files = {
         "typo.yaml": "lerning_rate: 1e-3\n",
+        "epochs.yaml": "epochs: 3\n",
         "broken.yaml": "a: [1, 2\n",
         "list.yaml": "- a\n- b\n",
         "loop.yaml": "base: loop.yaml\n",
@@ -71,6 +72,10 @@ def folder(tmp_path_factory):
         "holes.csv": "text,label\na fine film,0\n,1\nso good,0\nso bad,1\n",
         "ids.csv": "text,label\n" + "".join(f"good fun,{i}\n" for i in range(50)),
         "one.csv": "text,label\n" + "so good,1\n" * 8,
+        "titles.json": json.dumps(
+            [{"text": text, "label": i % 2} for i, text in enumerate(["Alien", 1776, 300, "Up"])]
+        ),
+        "semicolons.csv": "text;label\n" + "so good;1\nso bad, alas, and long;0\n" * 4,
         "words.csv": "text,label\n" + "so good,much\n" * 4 + "so bad,little\n" * 4,
         "no_label.csv": "text,label\n" + "so good,1\nso bad,0\n" * 4 + "no fun,\n",
     }
@@ -115,14 +120,17 @@ CASES = {
         ["--lerning_rate", "1"],
         "'lerning_rate' is not an argument .* Did you mean 'learning_rate'",
     ),
+    "usual name of another program": (IMAGES, ["--lr", "1"], "'lr' is not .* Did you mean 'learning_rate'"),
+    "usual name of the batch": (TEXTS, ["--batch_size=4"], "Did you mean 'per_device_train_batch_size'"),
+    "usual name in a file": (LANGUAGE, ["{}/epochs.yaml"], "epochs.yaml: 'epochs' .* 'num_train_epochs'"),
     "unknown sam key": (IMAGES, ["--sam_roh", "1"], "Did you mean 'sam_rho'"),
     "unknown key in a file": (IMAGES, ["{}/typo.yaml"], "typo.yaml: 'lerning_rate' .* 'learning_rate'"),
-    "no such file": (IMAGES, ["{}/digit.yaml"], "digit.yaml cannot be read. .* contains: .*typo.yaml"),
+    "no such file": (IMAGES, ["{}/digit.yaml"], "digit.yaml does not exist. .* contains: .*typo.yaml"),
     "broken yaml": (IMAGES, ["{}/broken.yaml"], "broken.yaml is not valid YAML"),
     "yaml of control characters": (IMAGES, ["{}/binary.yaml"], "binary.yaml is not valid YAML"),
     "yaml without keys": (IMAGES, ["{}/list.yaml"], "must contain lines of the form `key: value`"),
     "yaml that is its own base": (IMAGES, ["{}/loop.yaml"], "is its own base"),
-    "base that is missing": (IMAGES, ["{}/orphan.yaml"], "parent.yaml cannot be read"),
+    "base that is missing": (IMAGES, ["{}/orphan.yaml"], "parent.yaml does not exist"),
     "file after the options": (IMAGES, ["--seed", "1", "{}/typo.yaml"], "is not an argument; give `--key value` pairs"),
     "word for a number": (IMAGES, ["--learning_rate", "fast"], "learning_rate.*: invalid float value: 'fast'"),
     "no value": (IMAGES, ["--learning_rate"], "learning_rate.*: expected one argument"),
@@ -214,19 +222,27 @@ CASES = {
     "empty text": (
         TEXTS,
         ["--dataset={}/holes.csv"],
-        r"1 examples without text in text: row 1 \(counting from 0\)\. .*drop_empty",
+        r"1 example without text in text: row 1 \(counting from 0\)\. .*drop_empty",
     ),
     "empty label": (
         TEXTS,
         ["--dataset={}/no_label.csv"],
-        r"1 empty or infinite values in label: row 8 .*Remove these rows",
+        r"1 empty or infinite value in label: row 8 .*Remove these rows",
     ),
+    "texts and numbers": (TEXTS, ["--dataset={}/titles.json"], 'text_column=text .* several types, .* as "1984"'),
+    "numbers as texts": (
+        TEXTS,
+        ["--dataset={}/scores.parquet", "--text_column=label", "--label_column=text"],
+        "label of .*float64.*, not text",
+    ),
+    "wrong delimiter": (TEXTS, ["--dataset={}/semicolons.csv", "--csv_delimiter=,"], "Leave out --csv_delimiter ','"),
     "one class": (TEXTS, ["--dataset={}/one.csv"], "only the class 1"),
     "class that is never seen": (TEXTS, ["--dataset={}/unseen.parquet"], "no example of class seen"),
     "samples that leave a class out": (
         TEXTS,
         ["--dataset={}/rare.csv", "--train_samples=12"],
-        "no example of class [0-9, ]+ of label: train_samples=12 examples.* 10 classes.*--train_samples_per_class 1 ",
+        r"train_samples=12, .*, has no example of [0-9, ]+ in label; give at least --train_samples \d+, or "
+        r"--train_samples_per_class 1 ",
     ),
     "validation samples without a split": (
         TEXTS,
@@ -251,7 +267,11 @@ CASES = {
     ),
     "unknown check of images": (IMAGES, ["--check_images=some"], "check_images=some is unknown. Allowed: sample, all"),
     "too many samples": (TEXTS, ["--dataset={}/texts", "--train_samples=999"], "999 examples .* only 12"),
-    "too many a class": (TEXTS, ["--dataset={}/texts", "--train_samples_per_class=9"], "smallest class has only 6"),
+    "too many a class": (
+        TEXTS,
+        ["--dataset={}/texts", "--train_samples_per_class=9"],
+        "smallest class has only 6 examples; give at most 6, or --train_samples 12 ",
+    ),
     "noise above one": (TEXTS, ["--label_noise=1.5"], r"label_noise=1.5 must be a fraction in \[0, 1\)"),
     "noise on a stream": (TEXTS, ["--streaming=true", "--label_noise=0.2"], "label_noise needs the whole split"),
     "noise on texts alone": (LANGUAGE, ["--dataset={}/corpus", "--label_noise=0.2"], "label_noise needs labels"),
@@ -332,6 +352,21 @@ CASES = {
     # the run
     "evaluation without a split": (TEXTS, ["--dataset={}/texts", "--eval_strategy=epoch"], "--validation_size 0.1"),
     "stream without an end": (TEXTS, ["--dataset={}/texts", "--streaming=true", "--max_steps=-1"], "give --max_steps"),
+    "unknown metric": (
+        IMAGES,
+        ["--dataset={}/images", "--metric_for_best_model=acuracy"],
+        "metric_for_best_model=acuracy is not a metric .* Did you mean 'accuracy'. Allowed: accuracy, .*loss",
+    ),
+    "metric of other labels": (
+        TEXTS,
+        ["--dataset={}/texts", "--metric_for_best_model=eval_pearson"],
+        "metric_for_best_model=eval_pearson is not a metric of this task",
+    ),
+    "metric of other tasks": (
+        LANGUAGE,
+        ["--dataset={}/corpus", "--metric_for_best_model=accuracy"],
+        "is not a metric of this task.* Allowed: perplexity",
+    ),
     "no learning rate": (TEXTS, ["--dataset={}/texts", "--learning_rate=0"], "learning_rate=0.0 must be above 0"),
     "no batch": (TEXTS, ["--dataset={}/texts", "--per_device_train_batch_size=0"], "must be at least 1"),
     "tracker that is not installed": (
@@ -339,15 +374,20 @@ CASES = {
         ["--dataset={}/texts", "--report_to=comet_ml"],
         r"report_to=comet_ml: its package is not installed\. Install it .*--report_to none",
     ),
-    "unknown tracker": (TEXTS, ["--report_to=wandbb"], "report_to=wandbb is no tracker .* Did you mean 'wandb'"),
+    "unknown tracker": (TEXTS, ["--report_to=wandbb"], "report_to=wandbb is not a tracker .* Did you mean 'wandb'"),
     "optimizer that is not installed": (
         TEXTS,
         ["--dataset={}/texts", "--optim=adamw_bnb_8bit"],
         "optim=adamw_bnb_8bit: .*bitsandbytes",
     ),
-    "output that is a file": (TEXTS, ["--dataset={}/texts", "--output_dir={}/file"], "is a file; name a folder"),
+    "output that is a file": (TEXTS, ["--dataset={}/texts", "--output_dir={}/file"], "is a file; choose a folder"),
+    "output inside a file": (TEXTS, ["--output_dir={}/file/run"], "/file/run cannot be created .*; choose another"),
     "output with a run in it": (TEXTS, ["--output_dir={}/kept"], "already holds checkpoint-5. .*--resume_from_"),
-    "checkpoint that is not there": (TEXTS, ["--resume_from_checkpoint={}/no"], "no complete checkpoint: there is no"),
+    "checkpoint that is not there": (
+        TEXTS,
+        ["--resume_from_checkpoint={}/no"],
+        "not a complete checkpoint: there is no",
+    ),
     "checkpoint that is half": (TEXTS, ["--resume_from_checkpoint={}/kept/checkpoint-5"], "trainer_state.json missing"),
     "resume and overwrite": (TEXTS, ["--overwrite_output_dir=true", "--resume_from_checkpoint=auto"], "not both"),
 }

@@ -37,9 +37,9 @@ SECTION = """\
 | perturbation size rho | 0.1 |
 | norm p | 2 |
 | scope | device |
-| examples a perturbation (m) | 32 |
-| passes a step | 2 |
-| measured cost of a step | 2.07 x one pass |
+| examples per perturbation (m) | 32 |
+| passes per step | 2 |
+| measured cost of a step | 2.07 times that of one pass |
 | base optimizer | adamw_torch, learning rate 5e-05, weight decay 0.01 |
 | `perturb` | `norm` |
 
@@ -141,8 +141,8 @@ def test_written_card_is_what_the_hub_reads(tmp_path):
     written, wanted = metadata_load(path)["model-index"][0], expected["model-index"][0]
     assert written["results"][0]["dataset"] == wanted["results"][0]["dataset"]
     assert written["results"][0]["metrics"][0].items() <= wanted["results"][0]["metrics"][0].items()
-    assert "2.25 x one pass" in card.text
-    assert "| examples a perturbation (m) | 8 |" in card.text
+    assert "2.25 times that of one pass" in card.text
+    assert "| examples per perturbation (m) | 8 |" in card.text
 
 
 def test_what_others_wrote_stays_and_writing_twice_changes_nothing(tmp_path):

@@ -85,8 +85,8 @@ def test_recipe_runs_as_a_program(name, tmp_path, request):
             "argument --learning_rate: invalid float value: 'fast'",
         ),
         (["causal_lm.py", "--packin=true"], "'packin' is not an argument of this recipe. Did you mean 'packing'?"),
-        (["causal_lm.py", "no/where.yaml"], "Configuration file no/where.yaml cannot be read."),
-        (["compare.py", "no/where.yaml", "--plan"], "Configuration file no/where.yaml cannot be read."),
+        (["causal_lm.py", "no/where.yaml"], "Configuration file no/where.yaml does not exist."),
+        (["compare.py", "no/where.yaml", "--plan"], "Configuration file no/where.yaml does not exist."),
         (
             ["seq2seq.py", "--label_wrods=a"],
             "'label_wrods' is not an argument of this recipe. Did you mean 'label_words'?",
@@ -198,5 +198,5 @@ def test_a_second_run_in_the_folder_is_refused_and_ctrl_c_ends_the_first_in_a_li
         process.wait()
     printed = (tmp_path / "errors.txt").read_text()
     assert "Traceback" not in printed
-    assert "--resume_from_checkpoint auto goes on from" in printed.splitlines()[-1]
+    assert "--resume_from_checkpoint auto continues from" in printed.splitlines()[-1]
     assert json.loads((tmp_path / "out/run_record.json").read_text())["status"] == "interrupted"

@@ -210,7 +210,7 @@ def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(s
     capsys.readouterr()
     assert compare.main([*words, "--status"]) is None
     printed = capsys.readouterr().out
-    assert re.search(r"1 of 2 runs finished, 1 failed; about 0.0 minutes to go, judging by 1 finished", printed)
+    assert re.search(r"(?m)1 of 2 runs finished, 1 failed\.$", printed)
     assert re.search(r"failed: runs/digits/noise-0.4/steps/sam/seed-0: UserError: label_column=lable is no", printed)
     assert compare.main([*words, "--cancel"]) is None
     assert "Cancelled 0 jobs" in capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(s
     [
         ({"executor": "slrum"}, [], "executor='slrum' is unknown. Allowed: local, ray, slurm"),
         ({"executor": {"slrum": {}}}, [], "executor.slrum is unknown. Did you mean 'slurm'"),
-        ({"executor": {"local": {"worker": 2}}}, [], "executor.local.worker is no option.* Did you mean 'workers'"),
+        ({"executor": {"local": {"worker": 2}}}, [], "executor.local.worker is not one .* Did you mean 'workers'"),
         ({}, ["--workers", "0"], "workers=0 must be at least 1"),
         ({}, ["--executor_options", "workers"], "executor options are key=value pairs, not 'workers'"),
     ],

@@ -210,7 +210,7 @@ def test_the_summary_counts_classes_and_warns_of_rare_and_look_alike_ones():
     counted, rare, alike = classes({"train": train}, "label", names)
     assert counted.startswith("7 classes in train: good 20, bad 10, positive 6,")
     assert counted.endswith("always predicting good gives 35.7 % accuracy")
-    assert rare.startswith("!1 classes have fewer than 5 training examples: Bad  (2).")
+    assert rare.startswith("!One class has fewer than 5 training examples: Bad  (2).")
     assert alike.startswith("!Class names that may mean the same: 'bad' and 'Bad ', 'positive' and 'postive'.")
     assert look_alikes(["cat", "dog", "1", "2", "sports", "world"]) == []
 

@@ -159,12 +159,16 @@ REFUSED = [
         r"'lerning_rates' is not an argument .* 'learning_rates'\?",
     ),
     (["benchmark", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
-    (["benchmark", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
+    (["benchmark", "nowhere.yaml"], "Configuration file nowhere.yaml does not exist."),
     (["demo", "--seeds", "0"], "seeds=0 must be at least 1."),
     (["demo", "--output", "x"], "'output' is not an argument .* Did you mean 'output_dir'"),
     (["configs", "dinov2_smal"], "dinov2_smal is neither a file .*Did you mean 'dinov2_small'"),
     (["compare"], "Give the YAML file of a comparison, such as .*"),
-    (["compare", "nowhere.yaml"], "Configuration file nowhere.yaml cannot be read."),
+    (["compare", "nowhere.yaml"], "Configuration file nowhere.yaml does not exist."),
+    (["compare", "{}/goood.yaml"], "Configuration file .*goood.yaml does not exist. Did you mean 'good.yaml'"),
+    (["image-classification", "digits", "--lr", "0.1"], "'lr' is not an argument .* Did you mean 'learning_rate'"),
+    (["text-classification", "minilm", "--data=a.csv"], "'data' is not an argument .* Did you mean 'dataset'"),
+    (["sharpness", "--samples", "64"], "'samples' is not an argument .* Did you mean 'num_examples'"),
     (["compare", "{}/good.yaml", "--wokers", "2"], r"'wokers' is not an argument .* Did you mean 'workers'\?"),
     (["compare", "{}/good.yaml", "--workers", "0"], "workers=0 must be at least 1."),
     (["compare", "{}/good.yaml", "--seeds", "one"], "argument --seeds: invalid int value: 'one'"),
@@ -340,6 +344,7 @@ def test_env_has_what_a_bug_report_needs(capsys):
 def test_every_shipped_configuration_is_listed_and_a_copy_of_one_finds_what_it_starts_from(capsys, tmp_path):
     listed = [line.split()[0] for line in printed(capsys, "configs").splitlines() if line]
     assert listed == list(shipped_configs())
+    assert re.search(r"/digits_asam +as digits, with sam_method asam", printed(capsys, "configs"))
     assert set(listed) == {
         path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.yaml")
     }

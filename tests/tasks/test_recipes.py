@@ -238,7 +238,7 @@ def test_going_on_with_other_arguments_is_refused(finished, data, tmp_path, word
 
 def test_a_finished_run_without_checkpoints_is_not_written_over_either(data, tmp_path):
     images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")
-    with pytest.raises(UserError, match=r"holds a finished run: start anew by --overwrite_output_dir true"):
+    with pytest.raises(UserError, match=r"holds a finished run: start over with --overwrite_output_dir true"):
         images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")
     images(data, tmp_path / "out", "--max_steps=2", "--save_strategy=no", "--overwrite_output_dir=true")
     assert read_record(tmp_path / "out/run_record.json").steps == 2
@@ -282,7 +282,7 @@ def test_ctrl_c_leaves_an_interrupted_record_and_says_how_to_go_on(data, tmp_pat
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(image_classification.SAMTrainer, "training_step", interrupted)
-    for words, hint in ((["--save_steps=2"], "goes on from .*checkpoint-2"), (["--save_strategy=no"], "begins anew")):
+    for words, hint in ((["--save_steps=2"], "continues from .*checkpoint-2"), (["--save_strategy=no"], "starts over")):
         out = tmp_path / words[0].strip("-")
         with pytest.raises(SystemExit) as ended:
             run(lambda out=out, words=words: images(data, out, "--max_steps=4", *words))

@@ -10,11 +10,42 @@ from typing import Any
 import yaml
 
 from ...suggestions import did_you_mean
-from .errors import UserError, one_line
+from .errors import UserError, instead_of, one_line
 
 PACKAGE = Path(__file__).parents[2]
 # Inside the package if installed from a wheel, next to it in a clone.
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+# What other programs call these arguments.
+USUAL_NAMES = {
+    "batch_size": "per_device_train_batch_size",
+    "bs": "per_device_train_batch_size",
+    "data": "dataset",
+    "data_dir": "dataset",
+    "dataset_name": "dataset",
+    "epochs": "num_train_epochs",
+    "grad_accum": "gradient_accumulation_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "image_col": "image_column",
+    "label_column_name": "label_column",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "max_train_samples": "train_samples",
+    "method": "sam_method",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "num_epochs": "num_train_epochs",
+    "num_steps": "max_steps",
+    "out_dir": "output_dir",
+    "output": "output_dir",
+    "resume": "resume_from_checkpoint",
+    "rho": "sam_rho",
+    "samples": "num_examples",
+    "steps": "max_steps",
+    "text_column_name": "text_column",
+    "train_batch_size": "per_device_train_batch_size",
+    "wd": "weight_decay",
+}
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -108,13 +139,16 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
 
 def _unreadable(path: Path) -> str:
     others = sorted(p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES)
-    there = f" {path.parent} contains: {', '.join(others)}." if others else ""
-    return f"Configuration file {path} cannot be read.{there}"
+    problem = "cannot be read" if path.exists() else "does not exist"
+    return f"Configuration file {path} {problem}.{instead_of(path, others)}"
 
 
 def unknown_key(word: str, known: Iterable[str]) -> str:
     """Return the error message for an unknown word on the command line or an unknown key in a file."""
     name = word.split("=")[0].lstrip("-").replace("-", "_")
+    known = list(known)
     if not re.fullmatch(r"\w+", name):
         return f"{word!r} is not an argument; give `--key value` pairs after the configuration file."
-    return f"{name!r} is not an argument of this recipe.{did_you_mean(name, known, ' --help lists all arguments.')}"
+    usual = USUAL_NAMES.get(name)
+    hint = f" Did you mean {usual!r}?" if usual in known else did_you_mean(name, known, " --help lists all arguments.")
+    return f"{name!r} is not an argument of this recipe.{hint}"

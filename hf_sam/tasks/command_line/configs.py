@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config_files import find_config, shipped_configs
+from .config_files import find_config, read_layers, shipped_configs
 from .help import terminal_width
 from .parsers import Parser
 
@@ -38,6 +38,14 @@ def content(path: Path) -> str:
     return RELATIVE.sub(absolute, path.read_text(encoding="utf-8"))
 
 
+def _changes(path: Path) -> str:
+    """Say what a file without a comment changes in its base."""
+    values = dict(read_layers(path)[-1][1])
+    base = re.search(r"^base: *(\S+?)(?:\.yaml)?$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    changes = ", ".join(f"{key} {value}" for key, value in values.items() if key != "output_dir")
+    return f"as {base[1]}, with {changes}" if base else changes
+
+
 def listing() -> str:
     """List the name and first line of every file, by folder."""
     width = terminal_width()
@@ -49,6 +57,6 @@ def listing() -> str:
             folder = path.parent.name
             lines += [""] if lines else []
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        summary = first.removeprefix("# ") if first.startswith("#") else f"({first})"
+        summary = first.removeprefix("# ") if first.startswith("#") else _changes(path)
         lines.append(f"{name:<{lead}}{textwrap.shorten(summary, max(width - lead, 40), placeholder=' ...')}")
     return "\n".join(lines)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,18 @@ class FolderInUseError(UserError):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says how far the run got and how to resume it."""
+
+
+def instead_of(path: Path, names: Sequence[str]) -> str:
+    """
+    Return a sentence that suggests one of `names`, the files beside `path`: the nearest name, where a suffix in common
+    does not count, otherwise the first ones. Empty if there are none.
+    """
+    by_stem = {Path(name).stem: name for name in names}
+    if near := difflib.get_close_matches(path.stem, by_stem, n=1):
+        return f" Did you mean {by_stem[near[0]]!r}?"
+    where = "The current folder" if path.parent.resolve() == Path.cwd() else str(path.parent)
+    return f" {where} contains: {', '.join(names[:10])}." if names else ""
 
 
 @contextmanager

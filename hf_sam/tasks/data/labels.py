@@ -9,7 +9,7 @@ from ..command_line.errors import UserError
 from ..command_line.options import DataArguments
 from .loading import Splits, column, replace_column
 from .sampling import symmetric_noise
-from .summary import rows_in_words
+from .summary import how_many, rows_in_words
 
 MAX_CLASSES_FOUND = 1000
 
@@ -51,10 +51,9 @@ def class_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Splits
     return splits, names
 
 
-def check_classes(splits: Splits, name: str, names: list[str], args: DataArguments | None = None) -> None:
+def check_classes(splits: Splits, name: str, names: list[str]) -> None:
     """
-    Check that every class has training examples and every example has a class. `args` are the arguments the splits
-    were made with.
+    Check that every class has training examples and every example has a class.
 
     Raises:
         UserError: If not; the message names the classes or the split.
@@ -70,14 +69,9 @@ def check_classes(splits: Splits, name: str, names: list[str], args: DataArgumen
             )
         missing = [names[index] for index in range(len(names)) if index not in set(values.tolist())]
         if missing and split == "train":
-            keep = "remove the class from the data"
-            if args is not None and args.train_samples:
-                each = max(1, args.train_samples // len(names))
-                keep = (
-                    f"train_samples={args.train_samples} examples, drawn in the proportions of {len(names)} classes, include none "
-                    f"of it; give a larger train_samples, or --train_samples_per_class {each} for equally many per class"
-                )
-            raise UserError(f"The train split has no example of class {', '.join(missing[:10])} of {name}: {keep}.")
+            raise UserError(
+                f"The train split has no example of class {', '.join(missing[:10])} in {name}; remove the class from the data."
+            )
     if len(names) < 2:
         raise UserError(f"{name} has only the class {names[0]}; a classifier needs at least two.")
 
@@ -99,7 +93,7 @@ def _names_found(train: Dataset, name: str) -> list[str]:
     if any(value is None for value in values):
         empty = [row for row, value in enumerate(values) if value is None]
         raise UserError(
-            f"The train split has {len(empty)} empty values in {name}: {rows_in_words(empty)}. Remove these rows, or fill "
+            f"The train split has {how_many(empty, 'empty value')} in {name}: {rows_in_words(empty)}. Remove these rows, or fill "
             f"in their labels."
         )
     if values.ndim != 1 or values.dtype.kind not in "iubUO":
@@ -173,7 +167,7 @@ def numeric_labels(splits: Splits, name: str) -> Splits:
         if not np.isfinite(values).all():
             bad = np.flatnonzero(~np.isfinite(values)).tolist()
             raise UserError(
-                f"The {split} split has {len(bad)} empty or infinite values in {name}: {rows_in_words(bad)}. Remove these "
+                f"The {split} split has {how_many(bad, 'empty or infinite value')} in {name}: {rows_in_words(bad)}. Remove these "
                 f"rows, or fill in their labels."
             )
         encoded[split] = replace_column(dataset, name, values.tolist(), Value("float32"))

@@ -14,9 +14,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from ...suggestions import did_you_mean
-from ..command_line.errors import UserError, one_line
+from ..command_line.errors import UserError, instead_of, one_line
 from ..command_line.options import DataArguments
-from .sampling import stratified_sample, stratified_split
+from .sampling import stratified_sample, stratified_split, total_for_every_class
 from .tabular import find_dialect, header
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -73,12 +73,33 @@ def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Spli
     if args.train_samples or args.train_samples_per_class:
         classes = column(train, strata) if strata else np.zeros(len(train), dtype=int)
         kept = stratified_sample(classes, args.train_samples, args.train_samples_per_class, args.subset_seed)
+        if strata:
+            _check_every_class(train, strata, classes, classes[kept], args)
         splits["train"] = train.select(kept)
     for name, count in (("validation", args.validation_samples), ("test", args.test_samples)):
         if count:
             classes = column(splits[name], strata) if strata else np.zeros(len(splits[name]), dtype=int)
             splits[name] = splits[name].select(stratified_sample(classes, count, None, args.split_seed))
     return splits
+
+
+def _check_every_class(train: Dataset, strata: str, classes: np.ndarray, kept: np.ndarray, args: DataArguments) -> None:
+    """
+    Raises:
+        UserError: If a sample drawn in the proportions of the classes has no example of one; names a sample that has.
+    """
+    lost = np.setdiff1d(classes, kept)
+    if not len(lost):
+        return
+    names = getattr(train.features[strata], "names", None)
+    listed = ", ".join(str(names[index] if names else index) for index in lost[:10].tolist())
+    smallest = int(np.unique(classes, return_counts=True)[1].min())
+    each = max(1, min(smallest, args.train_samples // len(np.unique(classes))))
+    raise UserError(
+        f"train_samples={args.train_samples}, drawn in the proportions of the classes, has no example of {listed} in "
+        f"{strata}; give at least --train_samples {total_for_every_class(classes)}, or --train_samples_per_class {each} "
+        f"for equally many of each class."
+    )
 
 
 def column(dataset: Dataset, name: str) -> np.ndarray:
@@ -160,7 +181,8 @@ def _load_local(path: Path, args: DataArguments) -> DatasetDict | IterableDatase
         return datasets.load_dataset(**source, streaming=args.streaming)
     except Exception as error:  # the readers used by `datasets` raise all kinds of errors, all about this file
         cause = error.__cause__ or error
-        raise UserError(f"dataset={path} cannot be read: {one_line(cause)}") from error
+        hint = f" Leave out --csv_delimiter {args.csv_delimiter!r} to have it detected." if args.csv_delimiter else ""
+        raise UserError(f"dataset={path} cannot be read: {one_line(cause).removesuffix('.')}.{hint}") from error
 
 
 def _file_source(path: Path, split: str) -> dict[str, Any]:
@@ -233,7 +255,7 @@ def _is_json(line: str) -> bool:
 def _neighbours(path: Path) -> str:
     """Suggest what a folder contains instead of `path`: the nearest name, otherwise the first ones."""
     names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    return did_you_mean(path.name, names, f" {path.parent} contains: {', '.join(names[:10])}." if names else "")
+    return instead_of(path, names)
 
 
 def _named(found: dict[str, Split], name: str, argument: str) -> Split:

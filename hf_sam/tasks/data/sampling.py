@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..command_line.errors import UserError
@@ -37,6 +39,7 @@ def stratified_split(classes: np.ndarray, share: float, seed: int) -> tuple[np.n
 def stratified_sample(classes: np.ndarray, total: int | None, per_class: int | None, seed: int) -> np.ndarray:
     """
     Draw `total` examples in the proportions of the classes (largest remainders), or `per_class` of each class.
+    A class with few examples may then have none; see `total_for_every_class`.
 
     Returns:
         Sorted indices, `(total,)` or `(per_class * number of classes,)`.
@@ -51,7 +54,9 @@ def stratified_sample(classes: np.ndarray, total: int | None, per_class: int | N
         smallest = min(len(members) for members in groups)
         if smallest < per_class:
             raise UserError(
-                f"train_samples_per_class={per_class}, but the smallest class has only {smallest} examples."
+                f"train_samples_per_class={per_class}, but the smallest class has only {smallest} examples; give at most "
+                f"{smallest}, or --train_samples {min(len(classes), max(per_class * len(groups), total_for_every_class(classes)))} "
+                f"for that many in the proportions of the classes."
             )
     else:
         if total > len(classes):
@@ -60,6 +65,11 @@ def stratified_sample(classes: np.ndarray, total: int | None, per_class: int | N
         counts = np.floor(shares).astype(int)
         counts[np.argsort(counts - shares, kind="stable")[: total - counts.sum()]] += 1
     return np.sort(np.concatenate([rng.permutation(m)[:count] for m, count in zip(groups, counts, strict=True)]))
+
+
+def total_for_every_class(classes: np.ndarray) -> int:
+    """Return a number of examples from which on `stratified_sample` draws some of every class."""
+    return math.ceil(len(classes) / min(len(members) for members in _by_class(classes)))
 
 
 def symmetric_noise(labels: np.ndarray, num_classes: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -48,8 +48,9 @@ def classes(splits: Splits, label_column: str, names: Sequence[str]) -> list[str
     rare = [f"{names[i]} ({counts[i]})" for i in order[::-1] if counts[i] < RARE]
     if rare:
         lines.append(
-            f"!{len(rare)} classes have fewer than {RARE} training examples: {_some(rare)}. The model can learn little about "
-            f"them: add examples, or remove the classes."
+            f"!{'One class has' if len(rare) == 1 else f'{len(rare)} classes have'} fewer than {RARE} training examples: "
+            f"{_some(rare)}. The model can learn little about {'it' if len(rare) == 1 else 'them'}; add examples, or remove "
+            f"{'the class' if len(rare) == 1 else 'the classes'}."
         )
     alike = look_alikes(names)
     if alike:
@@ -132,6 +133,11 @@ def check_images(splits: Splits, image_column: str, how: str) -> list[str]:
 def rows_in_words(rows: Sequence[Any]) -> str:
     """List the first few row numbers."""
     return f"row{'s' if len(rows) > 1 else ''} {_some([str(row) for row in rows])} (counting from 0)"
+
+
+def how_many(items: Sequence[Any], noun: str) -> str:
+    """Return `1 example`, `2 examples`."""
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _some(items: Sequence[str]) -> str:

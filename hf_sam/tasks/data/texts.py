@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..command_line.errors import UserError
 from .loading import Split, Splits, column, column_names
-from .summary import rows_in_words, tell
+from .summary import how_many, rows_in_words, tell
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def check_texts(splits: Splits, names: Sequence[str], drop_empty: bool) -> Split
     for split, dataset in splits.items():
         for name in names:
             feature = (dataset.features or {}).get(name)
+            if type(feature).__name__ == "Json":  # what `datasets` makes of values of several types
+                raise UserError(
+                    f"text_column={name} of the {split} split contains values of several types, such as texts and numbers; "
+                    f'write all of them as texts in the file, 1984 as "1984", or name another column.'
+                )
             if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
                 raise UserError(
                     f"text_column={name} of the {split} split contains {feature}, not text; name another column."
@@ -61,11 +66,11 @@ def check_texts(splits: Splits, names: Sequence[str], drop_empty: bool) -> Split
             empty = [index for index, texts in enumerate(rows) if not any((text or "").strip() for text in texts)]
             if empty and not drop_empty:
                 raise UserError(
-                    f"The {split} split has {len(empty)} examples without text in {', '.join(names)}: "
+                    f"The {split} split has {how_many(empty, 'example')} without text in {', '.join(names)}: "
                     f"{rows_in_words(empty)}. Remove them, or give --drop_empty true."
                 )
             if empty:
-                tell([f"{len(empty)} examples of {split} without text are dropped: {rows_in_words(empty)}"])
+                tell([f"{how_many(empty, 'example')} without text dropped from {split}: {rows_in_words(empty)}"])
                 kept = sorted(set(range(len(dataset))) - set(empty))
                 dataset = dataset.select(kept)
         checked[split] = dataset
