@@ -28,6 +28,7 @@ from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME
 from ..experiments.executors import Choice, choose
 from ..experiments.plan import command_line
 from ..experiments.records import RECORD_NAME, RecordError, plain, read_record, write_json
+from ..experiments.workshop import retry_failed
 from ..reporting import rho_search as rho_report
 from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
 from ..rho_search.phases import SETTINGS, UNTRAINED, Phase, RhoWorkshop, Search, pass_counter
@@ -75,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if options.plan:
         return None
     keep_plan(workshop.search)
+    if options.retry_failed:
+        print(f"Retrying {retry_failed(workshop)} failed runs.")
     make_all(workshop, choice)
-    again = command_again("find_rho", sys.argv[1:] if argv is None else argv)
+    typed = sys.argv[1:] if argv is None else argv
+    again = command_again("find_rho", [word for word in typed if word != "--retry_failed"])
     return report(workshop, options.budget, again)
 
 
@@ -222,18 +226,26 @@ def next_command(recipe: str, words: Sequence[str], rho: float) -> str:
     return command_again(recipe, [*words, f"--sam_rho={rho:g}"])
 
 
+def controls_without_score(workshop: RhoWorkshop) -> list[Phase]:
+    """Return runs with `rho = 0` whose failure leaves no answer: the first one, and those whose pair has none either."""
+    stages, plan = workshop.stages(), workshop.search.plan
+    confirmation = stages[-1] if len(stages) > len(plan.rungs) else []
+    broken = [p.control for p in confirmation if p.rho and workshop.score(p) is None]
+    return [p for p in (stages[0][0], *broken) if workshop.score(p) is None]
+
+
 def report(workshop: RhoWorkshop, budget: float, again: str) -> dict[str, Any]:
     """
     Write and print the result.
 
     Raises:
-        UserError: The run with `rho = 0` failed, so there is nothing to compare with.
+        UserError: Runs with `rho = 0` failed, so there is nothing to compare with.
     """
     search = workshop.search
-    control = workshop.stages()[0][0]
-    if workshop.score(control) is None:
+    for phase in controls_without_score(workshop):
         raise UserError(
-            f"The run with rho=0 failed or diverged, so there is nothing to compare with: {_error_in(workshop.folder(control))}"
+            f"The run with rho=0 and seed {phase.seed} failed or diverged, so there is no answer: "
+            f"{_error_in(workshop.folder(phase))} Fix the cause and repeat the command with --retry_failed."
         )
     points = rho_report.curve(workshop)
     rho, _, sentence = rho_report.conclusion(workshop)

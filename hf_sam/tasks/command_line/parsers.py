@@ -122,6 +122,7 @@ def search_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--metric", help=f"Metric to compare: {', '.join(METRICS_KEPT)}; default: detected.")
     parser.add_argument("--plan", action="store_true", help="Print what would run and its cost, and exit.")
+    parser.add_argument("--retry_failed", action="store_true", help="Run failed runs again.")
     parser.add_argument("--launcher", default="", help="Command that starts each run, such as 'accelerate launch'.")
     add_executor_arguments(parser)
     return parser
