@@ -124,14 +124,16 @@ def end_with(parent: int) -> None:
 
 def execute(folder: Path) -> None:
     """
-    Run the task as `run.json` says, and leave a record even where the task did not get so far. Nothing is done where
-    the record says that the run has ended.
+    Run the task as `run.json` says, and leave a record even where the task did not get so far. Where the record says
+    that the run has ended, at most what comes `afterwards` is done.
 
     A job with `pause_at` stops at that step of its schedule and keeps the checkpoint. At 0 it evaluates the untrained
     model, and writes down the length of the run.
     """
     job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
     if has_ended(folder):
+        if int(os.environ.get("RANK", "0")) == 0:
+            _do_afterwards(folder, job)
         return
     if job.get("pause_at") is not None and int(os.environ.get("RANK", "0")) == 0:
         remove_checkpoints(folder)  # this phase restarts from its beginning
@@ -149,6 +151,7 @@ def execute(folder: Path) -> None:
             _clear(folder, job)
             if job.get("pause_at") == 0:
                 write_json(folder / LENGTH_NAME, {"max_steps": trainer.state.max_steps})
+            _do_afterwards(folder, job)
     except Exception as error:
         traceback.print_exc()
         if type(error).__name__ == "FolderInUseError":  # the run continues in another process, so it has not failed
@@ -166,6 +169,13 @@ def _measure(folder: Path, task: str, settings: dict[str, Any]) -> None:
         load_task(task).main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
     except Exception:  # the run stays finished; the report shows the measure as missing
         traceback.print_exc()
+
+
+def _do_afterwards(folder: Path, job: dict[str, Any]) -> None:
+    """Has a finished run evaluated further by the task that its job names: that leaves a result, or fails the run."""
+    stated = job.get("afterwards")
+    if stated is not None and read_record(folder / RECORD_NAME).status == "finished":
+        load_task(stated["task"]).afterwards(folder, stated)
 
 
 def _clear(folder: Path, job: dict[str, Any]) -> None:
