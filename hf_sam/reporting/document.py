@@ -199,7 +199,8 @@ def to_svg(canvas: Canvas) -> bytes:
 
 def shorten_paths(text: str) -> str:
     """`text` with paths relative to the working directory; of paths elsewhere, only the last two parts are kept."""
-    return _PATH.sub(r"…\1", str(text).replace(f"{os.getcwd()}/", ""))
+    text = str(text)
+    return _PATH.sub(r"…\1", text.replace(f"{os.getcwd()}/", "")) if "/" in text else text
 
 
 def escape_markdown(text: str) -> str:

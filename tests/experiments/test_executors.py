@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,9 +18,9 @@ from hf_sam.experiments import executors
 from hf_sam.experiments.driver import MAX_DEATHS, Driver, StudyInUseError, cancel_all, jobs_of, study_lock
 from hf_sam.experiments.execution import PLACE_NAME, SUBMISSION_NAME, execute, has_ended, take_up, write_place
 from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor
-from hf_sam.experiments.records import RECORD_NAME, RunRecord, write_json
+from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record, write_json
 from hf_sam.experiments.standing import describe_standing, standing_of
-from hf_sam.experiments.workshop import counts
+from hf_sam.experiments.workshop import counts, records_of
 from hf_sam.tasks.command_line.parsers import EXECUTORS
 
 
@@ -226,6 +227,33 @@ def test_ten_thousand_planned_runs_are_planned_submitted_in_part_and_told_about_
     standing = standing_of(workshop_of(seeds=list(range(5000))), Choice("engine"))
     assert (standing.finished, standing.queued, standing.total) == (50, 100, 10_000)
     assert time.process_time() - started < 15
+
+
+def test_a_study_that_is_done_is_looked_at_and_reported_with_two_readings_of_each_record(workshop_of, monkeypatch):
+    """Planning, status and report of thousands of runs take seconds only if no record is read again and again."""
+    workshop, engine = workshop_of(seeds=list(range(20))), Engine([], queue=100)
+    driver = Driver(workshop, engine)
+    driver.advance()
+    monkeypatch.setattr(Choice, "make", lambda self, launcher: engine)
+    for name, folder in engine.jobs.items():
+        engine.finish(name)
+        record = read_record(folder / RECORD_NAME)
+        record.curves = [{"step": step, "loss": 1.0} for step in range(1, 201)] + [{"step": 200, "eval_loss": 1.0}]
+        record.write()
+    assert not driver.advance()
+
+    readings, again = [], workshop_of(seeds=list(range(20)))
+    monkeypatch.setattr(
+        "hf_sam.experiments.workshop.read_record", lambda path: readings.append(path) or read_record(path)
+    )
+    monkeypatch.setattr("hf_sam.experiments.workshop.MANY_RUNS", 39)
+    again.check_unchanged()
+    assert counts(again)["finished"] == standing_of(again, Choice("engine")).finished == 40
+    records = records_of(again)
+    assert set(Counter(readings).values()) == {2}
+    assert [entry["step"] for entry in records[0].curves][:2] == [1, 5]
+    assert {len(record.curves) for record in records} == {51}  # 50 losses and the evaluation
+    assert records[0].curves[-1] == {"step": 200, "eval_loss": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hf_sam.experiments.records import RECORD_NAME, RunRecord, find_records
 from hf_sam.reporting.comparison import write_report
 from hf_sam.reporting.document import DARK, escape_markdown, shorten_paths
 from hf_sam.reporting.formatting import answer
+from hf_sam.reporting.plots import draw_scatter
 from hf_sam.reporting.results import make_cells, natural, noise_level, pairing_problems
 from hf_sam.reporting.statistics import detectable_effect
 from hf_sam.reporting.study import make_study
@@ -134,6 +135,25 @@ def test_absolute_paths_are_shortened_wherever_they_are_shown_but_in_commands(tm
 )
 def test_only_absolute_paths_are_shortened(text, short):
     assert shorten_paths(text) == short
+
+
+def test_many_runs_are_drawn_and_listed_in_part_and_counted_in_full(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sam.reporting.comparison.MAX_RUNS", 20)
+    monkeypatch.setattr("hf_sam.reporting.plots.MAX_DRAWN_POINTS", 5)
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=range(30))
+    write_report(records, tmp_path / "report")
+    markdown = (tmp_path / "report/report.md").read_text()
+    assert "The first 20 of 60 runs; data/runs.csv has all" in markdown
+    assert markdown.count("| finished |") == 20
+    assert "At most 5 runs of an arm are drawn in a panel; the numbers include all." in markdown
+    assert (
+        len(pd.read_csv(tmp_path / "report/data/runs.csv")) == len(pd.read_csv(tmp_path / "report/data/cost.csv")) == 60
+    )
+    canvas, numbers = draw_scatter(make_cells(records), ["adamw", "sam"], "seconds", "accuracy", "seconds")
+    assert [len(line.get_xdata()) for line in canvas.axes[0].lines] == [5, 5]
+    assert len(numbers) == 60
+    curve = pd.read_csv(tmp_path / "report/data/curve-eval_accuracy-steps.csv")
+    assert (len(curve), set(curve.runs)) == (20, {30})  # one row per arm and step, whatever the number of seeds
 
 
 def test_drawings_turn_light_on_a_dark_page(small):
