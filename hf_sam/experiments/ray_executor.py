@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import uuid
@@ -15,6 +16,10 @@ from .execution import __name__ as RUN_MODULE
 from .executors import Ending, Executor
 
 NAMESPACE = "hf_sam"  # namespace of the actors, where a later driver finds them by name
+
+
+class ClusterLostError(ValueError):
+    """The Ray cluster that the runs were given to is no longer there."""
 
 
 @dataclass
@@ -52,6 +57,8 @@ class RayExecutor(Executor):
         self._ray = ray
         self._ends: dict[str, Any] = {}  # job: reference to the reason of its end
         self._over: dict[str, Ending] = {}
+        self._head: str | None = None  # where the cluster answers
+        self._is_lost = False
 
     @property
     def room(self) -> int:
@@ -63,6 +70,17 @@ class RayExecutor(Executor):
                 self._ray.init(self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
                 raise ValueError(f"No Ray cluster answers at {self.address or 'its address'}: {error}") from None
+            self._head = self._ray.get_runtime_context().gcs_address
+        if not answers(self._head):
+            raise self._lost()
+
+    def _lost(self) -> ClusterLostError:
+        """The runs are lost with the head; Ray itself would end this process after a minute, without a word on that."""
+        self._is_lost = True
+        return ClusterLostError(
+            f"The Ray cluster at {self._head} has ended or was restarted. No finished run is lost. Repeat the same "
+            f"command when the cluster is up: it makes what is missing, from the last checkpoints on."
+        )
 
     def submit(self, folders: Sequence[Path]) -> list[str]:
         self._connect()
@@ -103,6 +121,8 @@ class RayExecutor(Executor):
         done = self._ray.wait(list(names), num_returns=len(names), timeout=0)[0] if names else []
         for reference in done:
             self._over[names[reference]] = self._why(self._ends.pop(names[reference]))
+        if done and not answers(self._head):  # they were lost with it: no death of theirs
+            raise self._lost()
         return {name: self._over[name] for name in jobs if name in self._over}
 
     def _why(self, reference: Any) -> Ending:
@@ -128,7 +148,21 @@ class RayExecutor(Executor):
                 continue
 
     def close(self) -> None:
-        self._ray.shutdown()
+        if not self._is_lost:  # it would wait for an answer
+            self._ray.shutdown()
+
+
+def answers(head: str, tries: int = 5) -> bool:
+    """Whether the head of a cluster, `host:port`, takes connections; asked again for some seconds before it is lost."""
+    host, port = head.rsplit(":", 1)
+    for _ in range(tries):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return True
+    return False
 
 
 def _actor_class() -> type:

@@ -12,12 +12,24 @@ from dataclasses import dataclass, field
 
 import pytest
 import yaml
+from filelock import FileLock, Timeout
 from toy_driver import open_workshop
 
 from hf_sam.experiments import executors
 from hf_sam.experiments.driver import MAX_DEATHS, Driver, StudyInUseError, cancel_all, jobs_of, study_lock
-from hf_sam.experiments.execution import PLACE_NAME, SUBMISSION_NAME, execute, has_ended, take_up, write_place
+from hf_sam.experiments.execution import (
+    HELD_NAME,
+    PLACE_NAME,
+    SUBMISSION_NAME,
+    execute,
+    follow,
+    has_ended,
+    hold,
+    take_up,
+    write_place,
+)
 from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor
+from hf_sam.experiments.ray_executor import answers
 from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record, write_json
 from hf_sam.experiments.standing import describe_standing, standing_of
 from hf_sam.experiments.workshop import counts, records_of
@@ -176,6 +188,31 @@ def test_a_job_whose_run_was_given_to_another_one_leaves_it_alone(tmp_path):
     assert not (tmp_path / PLACE_NAME).exists()
     assert take_up(tmp_path, "slurm 2")
     assert json.loads((tmp_path / PLACE_NAME).read_text())["id"] == "slurm 2"
+
+
+def test_a_job_waits_for_one_that_its_cluster_has_lost_but_that_still_runs(tmp_path):
+    earlier = FileLock(tmp_path / HELD_NAME)
+    with earlier:
+        assert not hold(tmp_path, 0.1)
+    assert hold(tmp_path, 0.1)
+    with pytest.raises(Timeout):
+        earlier.acquire(timeout=0.1)
+
+
+def test_further_processes_of_a_run_begin_after_the_first_one(tmp_path):
+    write_place(tmp_path, "ray 1", 17, None)
+    assert not follow(tmp_path, "ray 2", 0.1)
+    write_place(tmp_path, "ray 2", 17, None)
+    assert follow(tmp_path, "ray 2", 0.1)
+
+
+def test_a_head_that_takes_no_connections_is_lost():
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        assert answers(address, tries=1)
+    assert not answers(address, tries=1)
 
 
 def test_runs_that_are_with_another_executor_are_not_made_here(workshop_of):
