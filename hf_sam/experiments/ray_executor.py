@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,21 @@ NAMESPACE = "hf_sam"  # namespace of the actors, where a later driver finds them
 
 class ClusterLostError(ValueError):
     """The Ray cluster that the runs were given to is no longer there."""
+
+
+LOST = (
+    "The Ray cluster at {head} has ended or was restarted. No finished run is lost. Repeat the same command when the "
+    "cluster is up: it makes what is missing, from the last checkpoints on."
+)
+WATCH = """
+import socket, sys
+host, port, message = sys.argv[1:]
+if not sys.stdin.read():
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        sys.exit(message)
+"""
 
 
 @dataclass
@@ -59,6 +76,7 @@ class RayExecutor(Executor):
         self._over: dict[str, Ending] = {}
         self._head: str | None = None  # where the cluster answers
         self._is_lost = False
+        self._watcher: subprocess.Popen | None = None
 
     @property
     def room(self) -> int:
@@ -71,16 +89,14 @@ class RayExecutor(Executor):
             except ConnectionError as error:
                 raise ValueError(f"No Ray cluster answers at {self.address or 'its address'}: {error}") from None
             self._head = self._ray.get_runtime_context().gcs_address
+            self._watcher = start_watcher(self._head)
         if not answers(self._head):
             raise self._lost()
 
     def _lost(self) -> ClusterLostError:
         """The runs are lost with the head; Ray itself would end this process after a minute, without a word on that."""
         self._is_lost = True
-        return ClusterLostError(
-            f"The Ray cluster at {self._head} has ended or was restarted. No finished run is lost. Repeat the same "
-            f"command when the cluster is up: it makes what is missing, from the last checkpoints on."
-        )
+        return ClusterLostError(LOST.format(head=self._head))
 
     def submit(self, folders: Sequence[Path]) -> list[str]:
         self._connect()
@@ -148,8 +164,21 @@ class RayExecutor(Executor):
                 continue
 
     def close(self) -> None:
+        if self._watcher is not None:
+            with suppress(OSError):
+                self._watcher.communicate(b"closed", timeout=10)
+            self._watcher = None
         if not self._is_lost:  # it would wait for an answer
             self._ray.shutdown()
+
+
+def start_watcher(head: str) -> subprocess.Popen:
+    """
+    Start a process that reports a lost cluster after this process has ended without closing its input: where the node of
+    the driver is lost too, Ray ends the driver at once.
+    """
+    words = [sys.executable, "-c", WATCH, *head.rsplit(":", 1), LOST.format(head=head)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def answers(head: str, tries: int = 5) -> bool:

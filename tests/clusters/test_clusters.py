@@ -223,7 +223,8 @@ def test_a_ray_head_that_is_lost_is_reported_and_the_same_command_goes_on_with_t
         _, pid = one_under_way(out)
     try:
         assert driver.wait(timeout=300) != 0
-        assert re.search(r"ClusterLostError: The Ray cluster at .* was restarted.*Repeat the same command", said(out))
+        wait_for(lambda: "Repeat the same command" in said(out), "the message", seconds=60)
+        assert re.search(r"The Ray cluster at .* was restarted.*Repeat the same command", said(out))
         wait_for(lambda: not psutil.pid_exists(pid), "the run to end with its worker", seconds=120)
         with head_at(port, home):
             driver = start_driver(path, out, *options)
