@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from .pausing import PauseAt
 from .plan import averaging_of, command_line
@@ -29,6 +30,9 @@ JOB_NAME, LOG_NAME, LENGTH_NAME = "run.json", "log.txt", "length.json"
 SUBMISSION_NAME = "submission.json"  # which job of which executor executes the run; removed when the job has ended
 PLACE_NAME = "place.json"  # where the run last started, written by the run itself
 PRELOADED = ["datasets", "pandas", __name__]  # imported once for all runs on a machine
+HELD_NAME = "_job.lock"  # held by the job that executes the run; names with an underscore are not pushed to the hub
+HOLD_SECONDS = 180.0  # a Ray worker that has lost its head ends after about a minute
+_HELD: dict[Path, FileLock] = {}  # a lock that is garbage-collected is released
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -124,14 +128,16 @@ def end_with(parent: int) -> None:
 
 def execute(folder: Path) -> None:
     """
-    Run the task as `run.json` says, and leave a record even where the task did not get so far. Nothing is done where
-    the record says that the run has ended.
+    Run the task as `run.json` says, and leave a record even where the task did not get so far. Where the record says
+    that the run has ended, at most what comes `afterwards` is done.
 
     A job with `pause_at` stops at that step of its schedule and keeps the checkpoint. At 0 it evaluates the untrained
     model, and writes down the length of the run.
     """
     job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
     if has_ended(folder):
+        if int(os.environ.get("RANK", "0")) == 0:
+            _do_afterwards(folder, job)
         return
     if job.get("pause_at") is not None and int(os.environ.get("RANK", "0")) == 0:
         remove_checkpoints(folder)  # this phase restarts from its beginning
@@ -149,6 +155,7 @@ def execute(folder: Path) -> None:
             _clear(folder, job)
             if job.get("pause_at") == 0:
                 write_json(folder / LENGTH_NAME, {"max_steps": trainer.state.max_steps})
+            _do_afterwards(folder, job)
     except Exception as error:
         traceback.print_exc()
         if type(error).__name__ == "FolderInUseError":  # the run continues in another process, so it has not failed
@@ -166,6 +173,13 @@ def _measure(folder: Path, task: str, settings: dict[str, Any]) -> None:
         load_task(task).main(["--checkpoints", str(folder), "--disable_tqdm=true", *words])
     except Exception:  # the run stays finished; the report shows the measure as missing
         traceback.print_exc()
+
+
+def _do_afterwards(folder: Path, job: dict[str, Any]) -> None:
+    """Has a finished run evaluated further by the task that its job names: that leaves a result, or fails the run."""
+    stated = job.get("afterwards")
+    if stated is not None and read_record(folder / RECORD_NAME).status == "finished":
+        load_task(stated["task"]).afterwards(folder, stated)
 
 
 def _clear(folder: Path, job: dict[str, Any]) -> None:
@@ -191,6 +205,37 @@ def has_ended(folder: Path) -> bool:
         return False
 
 
+def hold(folder: Path, seconds: float) -> bool:
+    """
+    Wait until no earlier job executes the run, and keep later jobs out until this process ends. A job that its cluster
+    has lost may continue for a while. Return whether the earlier one ended within `seconds`.
+    """
+    lock = _HELD.setdefault(folder.resolve(), FileLock(folder / HELD_NAME, thread_local=False))
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    except (NotImplementedError, OSError):  # a file system without locks
+        pass
+    return True
+
+
+def follow(folder: Path, submission: str, seconds: float) -> bool:
+    """Wait, as a further process of a run, until the first one has taken it up; returns whether it did in time."""
+    deadline = time.monotonic() + seconds
+    while (read_json(folder / PLACE_NAME) or {}).get("id") != submission:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def is_ours(folder: Path, submission: str) -> bool:
+    """Whether no other job is noted for the run."""
+    stated = read_json(folder / SUBMISSION_NAME)
+    return stated is None or stated["id"] == submission
+
+
 def take_up(folder: Path, submission: str) -> bool:
     """
     Record that the run starts in this process, unless it belongs to another job.
@@ -205,8 +250,7 @@ def take_up(folder: Path, submission: str) -> bool:
     Returns:
         `bool`: Whether this job may execute the run.
     """
-    stated = read_json(folder / SUBMISSION_NAME)
-    if stated is not None and stated["id"] != submission:
+    if not is_ours(folder, submission):
         return False
     write_place(folder, submission, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return True
@@ -246,8 +290,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.parent:
         end_with(args.parent)
-    if args.submission and int(os.environ.get("RANK", "0")) == 0 and not take_up(args.folder, args.submission):
-        sys.exit(f"{args.folder} is made by another job than {args.submission}.")
+    if args.submission:
+        if int(os.environ.get("RANK", "0")) == 0:
+            if not is_ours(args.folder, args.submission) or not hold(args.folder, HOLD_SECONDS):
+                sys.exit(f"{args.folder} is made by another job than {args.submission}.")
+            if not take_up(args.folder, args.submission):
+                sys.exit(f"{args.folder} was given to another job than {args.submission}.")
+        elif not follow(args.folder, args.submission, 2 * HOLD_SECONDS):
+            sys.exit(f"The first process of {args.submission} has not begun.")
     execute(args.folder)
 
 

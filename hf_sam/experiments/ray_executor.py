@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,25 @@ from .execution import __name__ as RUN_MODULE
 from .executors import Ending, Executor
 
 NAMESPACE = "hf_sam"  # namespace of the actors, where a later driver finds them by name
+
+
+class ClusterLostError(ValueError):
+    """The Ray cluster that the runs were given to is no longer there."""
+
+
+LOST = (
+    "The Ray cluster at {head} has ended or was restarted. No finished run is lost. Repeat the same command when the "
+    "cluster is up: it makes what is missing, from the last checkpoints on."
+)
+WATCH = """
+import socket, sys
+host, port, message = sys.argv[1:]
+if not sys.stdin.read():
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        sys.exit(message)
+"""
 
 
 @dataclass
@@ -52,6 +74,9 @@ class RayExecutor(Executor):
         self._ray = ray
         self._ends: dict[str, Any] = {}  # job: reference to the reason of its end
         self._over: dict[str, Ending] = {}
+        self._head: str | None = None  # where the cluster answers
+        self._is_lost = False
+        self._watcher: subprocess.Popen | None = None
 
     @property
     def room(self) -> int:
@@ -63,6 +88,15 @@ class RayExecutor(Executor):
                 self._ray.init(self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
                 raise ValueError(f"No Ray cluster answers at {self.address or 'its address'}: {error}") from None
+            self._head = self._ray.get_runtime_context().gcs_address
+            self._watcher = start_watcher(self._head)
+        if not answers(self._head):
+            raise self._lost()
+
+    def _lost(self) -> ClusterLostError:
+        """The runs are lost with the head; Ray itself would end this process after a minute, without a word on that."""
+        self._is_lost = True
+        return ClusterLostError(LOST.format(head=self._head))
 
     def submit(self, folders: Sequence[Path]) -> list[str]:
         self._connect()
@@ -103,6 +137,8 @@ class RayExecutor(Executor):
         done = self._ray.wait(list(names), num_returns=len(names), timeout=0)[0] if names else []
         for reference in done:
             self._over[names[reference]] = self._why(self._ends.pop(names[reference]))
+        if done and not answers(self._head):  # they were lost with it: no death of theirs
+            raise self._lost()
         return {name: self._over[name] for name in jobs if name in self._over}
 
     def _why(self, reference: Any) -> Ending:
@@ -128,7 +164,34 @@ class RayExecutor(Executor):
                 continue
 
     def close(self) -> None:
-        self._ray.shutdown()
+        if self._watcher is not None:
+            with suppress(OSError):
+                self._watcher.communicate(b"closed", timeout=10)
+            self._watcher = None
+        if not self._is_lost:  # it would wait for an answer
+            self._ray.shutdown()
+
+
+def start_watcher(head: str) -> subprocess.Popen:
+    """
+    Start a process that reports a lost cluster after this process has ended without closing its input: where the node of
+    the driver is lost too, Ray ends the driver at once.
+    """
+    words = [sys.executable, "-c", WATCH, *head.rsplit(":", 1), LOST.format(head=head)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def answers(head: str, tries: int = 5) -> bool:
+    """Whether the head of a cluster, `host:port`, takes connections; asked again for some seconds before it is lost."""
+    host, port = head.rsplit(":", 1)
+    for _ in range(tries):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return True
+    return False
 
 
 def _actor_class() -> type:

@@ -332,6 +332,23 @@ def read_record(path: str | os.PathLike) -> RunRecord:
     return RunRecord(**record, path=path)
 
 
+def thinned(entries: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most `most` log entries of each kind (evaluations, losses, others), at even distances, each kind's last included."""
+    kinds: dict[str, list[int]] = {}
+    for index, entry in enumerate(entries):
+        kind = "loss" if "loss" in entry else "evaluation" if any(key.startswith("eval_") for key in entry) else "other"
+        kinds.setdefault(kind, []).append(index)
+    if all(len(places) <= most for places in kinds.values()):
+        return entries
+    kept = {places[place] for places in kinds.values() for place in spread_out(len(places), most)}
+    return [entry for index, entry in enumerate(entries) if index in kept]
+
+
+def spread_out(count: int, most: int) -> list[int]:
+    """At most `most` of the indices below `count`, at even distances, the first and the last included."""
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
 def find_records(folder: str | os.PathLike) -> tuple[list[RunRecord], list[str]]:
     """
     All records under `folder`, ordered by path, and one message for each file that cannot be read.

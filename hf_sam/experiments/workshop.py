@@ -12,10 +12,11 @@ from typing import Any
 
 from .execution import JOB_NAME, SUBMISSION_NAME
 from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
-from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record
+from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, thinned
 from .tuning import best_trial, in_space, next_settings, open_storage
 
 DEATHS_NAME = "deaths.txt"  # in a run's folder: how often it ended without a result
+MANY_RUNS, MAX_ENTRIES = 1000, 50
 
 
 class StudyChangedError(ValueError):
@@ -205,10 +206,17 @@ def counts(workshop: Workshop) -> dict[str, int]:
 
 
 def records_of(workshop: Workshop, runs: Sequence[Run] | None = None) -> list[RunRecord]:
-    """The complete records of trials and final runs, as far as they exist."""
+    """
+    The complete records of trials and final runs, as far as they exist. In a study of more than `MANY_RUNS`, the curve of each
+    keeps `MAX_ENTRIES` entries of a kind: more would fill the memory, and no drawing has room for them.
+    """
+    runs = workshop.all_runs() if runs is None else runs
     found = []
-    for run in workshop.all_runs() if runs is None else runs:
+    for run in runs:
         if workshop.record(run) is not None:
             with suppress(RecordError):
-                found.append(read_record(workshop.folder(run) / RECORD_NAME))
+                record = read_record(workshop.folder(run) / RECORD_NAME)
+                if len(runs) > MANY_RUNS:
+                    record.curves = thinned(record.curves, MAX_ENTRIES)
+                found.append(record)
     return found

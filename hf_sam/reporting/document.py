@@ -1,7 +1,7 @@
 """A report as data - sections of text, tables and figures - and its two forms: one HTML file, and Markdown with files.
 
 Both forms come from the same sections, so they always agree. All text is escaped, and absolute paths are shortened, in
-this one place.
+this one place; only commands, which readers copy, stay complete.
 """
 
 from __future__ import annotations
@@ -199,13 +199,19 @@ def to_svg(canvas: Canvas) -> bytes:
 
 def shorten_paths(text: str) -> str:
     """`text` with paths relative to the working directory; of paths elsewhere, only the last two parts are kept."""
-    return _PATH.sub(r"…\1", str(text).replace(f"{os.getcwd()}/", ""))
+    text = str(text)
+    return _PATH.sub(r"…\1", text.replace(f"{os.getcwd()}/", "")) if "/" in text else text
 
 
 def escape_markdown(text: str) -> str:
     """`text` on one line, with Markdown and HTML markup escaped."""
     line = html.escape(" ".join(shorten_paths(text).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
+
+
+def copyable(command: str) -> Markup:
+    """`command` complete, for HTML; only access tokens are masked."""
+    return Markup(html.escape(plain(command), quote=False))
 
 
 def _leaves(blocks: Sequence[Block]) -> Iterator[Block]:
@@ -233,7 +239,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(markdown=escape_markdown, base64=lambda data: Markup(base64.b64encode(data).decode()))
+    environment.filters.update(
+        markdown=escape_markdown,
+        copyable=copyable,
+        as_is=lambda command: Markup(plain(command)),
+        base64=lambda data: Markup(base64.b64encode(data).decode()),
+    )
     environment.globals["max_embedded_bytes"] = MAX_EMBEDDED_BYTES
     environment.tests["block"] = lambda block, name: type(block).__name__ == name
     return environment

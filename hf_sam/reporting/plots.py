@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
+from itertools import zip_longest
 
 import matplotlib
 import numpy as np
@@ -17,6 +19,7 @@ from matplotlib.patheffects import withStroke
 
 from ..evaluation.metrics import metric_of
 from ..experiments.plan import BUDGETS
+from ..experiments.records import spread_out
 from .document import Figure
 from .results import Cell, Comparison, noise_level, value_of
 
@@ -39,6 +42,7 @@ STYLE = {
     "legend.frameon": False,
 }
 MAX_PANELS = 12
+MAX_DRAWN_POINTS = 200  # of one arm in one panel: more cannot be told apart, and would make the page slow
 MAX_LABEL = 40  # characters of a name that fit into a drawing
 PHONE_WIDTH = 3.8  # inches, about 365 CSS pixels
 
@@ -148,50 +152,55 @@ def _no_left_side(axes: Axes, rows: int) -> None:
 
 
 def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.DataFrame:
-    """One row per run and log entry with `key`: steps and passes so far, and the value."""
+    """
+    The log entries with `key` of all runs, one row per cell, arm and step: passes so far (their mean over runs, which
+    may differ slightly between seeds), and mean, range and number of the values.
+    """
     rows = []
     for cell in cells:
         for arm in arms:
+            values: dict[float, list[float]] = defaultdict(list)
+            passes: dict[float, list[float]] = defaultdict(list)
             for run in cell.runs.get(arm, []):
-                passes_per_step = run.passes / run.steps if run.passes and run.steps else math.nan
+                passes_per_step = run.passes / run.steps if run.passes and run.steps else None
                 for entry in run.curves:
                     value, step = entry.get(key), entry.get("step")
                     if isinstance(value, (int, float)) and isinstance(step, (int, float)):
-                        passes = entry.get("sam_passes", step * passes_per_step)
-                        rows.append((cell.task, cell.condition, cell.budget, arm, run.seed, step, passes, value))
-    return pd.DataFrame(rows, columns=["task", "condition", "budget", "arm", "seed", "step", "passes", "value"])
+                        values[step].append(value)
+                        if "sam_passes" in entry:
+                            passes[step].append(entry["sam_passes"])
+                        elif passes_per_step is not None:
+                            passes[step].append(step * passes_per_step)
+            for step in sorted(values):
+                own, spent = values[step], passes[step]
+                mean_passes = sum(spent) / len(spent) if spent else math.nan
+                mean = min(max(sum(own) / len(own), min(own)), max(own))  # the mean of equal values may be rounded
+                names = cell.task, cell.condition, cell.budget, arm
+                rows.append((*names, step, mean_passes, mean, min(own), max(own), len(own)))
+    names = ["task", "condition", "budget", "arm", "step", "passes", "mean", "low", "high", "runs"]
+    return pd.DataFrame(rows, columns=names)
 
 
 @styled
 def draw_curves(cells: Sequence[Cell], arms: Sequence[str], points: pd.DataFrame, x: str, label: str) -> Drawing:
     """Mean over seeds, with the range over seeds shaded, against `x` (`"step"` or `"passes"`), one panel per cell."""
     canvas, panels = _panels(cells)
-    tables = []
+    groups = dict(iter(points.groupby(["task", "condition", "budget", "arm"], sort=False)))
     for axes, cell in zip(panels, cells, strict=False):
-        inside = (points.task == cell.task) & (points.condition == cell.condition) & (points.budget == cell.budget)
         for index, arm in enumerate(arms):
-            chosen = points[inside & (points.arm == arm)]
-            if chosen.empty:
+            own = groups.get((cell.task, cell.condition, cell.budget, arm))
+            if own is None:
                 continue
-            # passes per step may differ slightly between seeds; a curve needs one x per step
-            grouped = chosen.groupby("step").agg(
-                x=(x if x == "passes" else "value", "mean"),
-                mean=("value", "mean"),
-                low=("value", "min"),
-                high=("value", "max"),
-                runs=("value", "size"),
-            )
-            if x == "step":
-                grouped["x"] = grouped.index
-            colour = _look(index)["color"]
-            axes.plot(grouped.x, grouped["mean"], color=colour, linewidth=1.3)
-            axes.fill_between(grouped.x, grouped.low, grouped.high, color=colour, alpha=0.12, linewidth=0)
-            grouped = grouped.rename(columns={"x": x}).reset_index(drop=x == "step")
-            tables.append(grouped.assign(task=cell.task, condition=cell.condition, budget=cell.budget, arm=arm))
+            own, colour = own.iloc[spread_out(len(own), MAX_DRAWN_POINTS)], _look(index)["color"]
+            axes.plot(own[x], own["mean"], color=colour, linewidth=1.3)
+            axes.fill_between(own[x], own["low"], own["high"], color=colour, alpha=0.12, linewidth=0)
         axes.set_xlabel("optimizer steps" if x == "step" else "gradient evaluations")
         axes.set_ylabel(label)
-    _legend(canvas, arms, {table.arm.iloc[0] for table in tables}, markers=False)
-    return canvas, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    chosen = [(cell.task, cell.condition, cell.budget) for cell in cells]
+    keys = pd.MultiIndex.from_frame(points[["task", "condition", "budget"]])
+    numbers = points[keys.isin(chosen)].reset_index(drop=True)
+    _legend(canvas, arms, set(numbers.arm), markers=False)
+    return canvas, numbers.drop(columns="passes") if x == "step" else numbers
 
 
 @styled
@@ -201,12 +210,12 @@ def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> 
     groups = list(dict.fromkeys((cell.task, cell.budget) for cell in cells))
     canvas, panels = _panels(groups, lambda group: f"{group[0]}, {BUDGETS.get(group[1], group[1])}")
     rows = []
-    for axes, (task, budget) in zip(panels, groups, strict=False):
+    for axes, (task, budget) in zip_longest(panels, groups):
         for index, arm in enumerate(arms):
             points = []
             for cell in cells:
-                values = cell.values(arm, metric_name)
-                if (cell.task, cell.budget) == (task, budget) and values:
+                values = cell.values(arm, metric_name) if (cell.task, cell.budget) == (task, budget) else []
+                if values:
                     low, high = min(values), max(values)
                     mean = np.clip(np.mean(values), low, high)  # the mean of equal values may have a rounding error
                     points.append((noise_level(cell.condition), mean, low, high, len(values)))
@@ -214,9 +223,12 @@ def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> 
                 continue
             points.sort()
             rows += [(task, budget, arm, *point) for point in points]
+            if axes is None:
+                continue
             level, mean, low, high, _ = np.array(points).T
             mean, low, high = mean * metric.scale, low * metric.scale, high * metric.scale
             axes.errorbar(level * 100, mean, [mean - low, high - mean], **_look(index), linewidth=1.2, elinewidth=0.8)
+    for axes in panels:
         axes.set_xlabel("wrong training labels (%)")
         axes.set_ylabel(_with_unit(metric_name))
     _legend(canvas, arms, {row[2] for row in rows})
@@ -246,16 +258,17 @@ def draw_reliability(tables: dict[str, dict[str, pd.DataFrame]], arms: Sequence[
 
 @styled
 def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_label: str) -> Drawing:
-    """One point per run: the metric `y` against `x`, any number of a run."""
+    """One point per run, or an even selection of many: the metric `y` against `x`, any number of a run."""
     metric = metric_of(y)
     canvas, panels = _panels(cells)
     rows = []
-    for axes, cell in zip(panels, cells, strict=False):
+    for axes, cell in zip_longest(panels, cells):
         for index, arm in enumerate(arms):
             pairs = [(value_of(run, x), value_of(run, y), run.seed) for run in cell.runs.get(arm, [])]
             pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
             rows += [(cell.task, cell.condition, cell.budget, arm, seed, a, b) for a, b, seed in pairs]
-            if pairs:
+            pairs = [pairs[place] for place in spread_out(len(pairs), MAX_DRAWN_POINTS)]
+            if pairs and axes is not None:
                 axes.plot(
                     [pair[0] for pair in pairs],
                     [pair[1] * metric.scale for pair in pairs],
@@ -263,6 +276,7 @@ def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_l
                     linestyle="none",
                     alpha=0.75,
                 )
+    for axes in panels:
         axes.set_xlabel(x_label)
         axes.set_ylabel(_with_unit(y))
     _legend(canvas, arms, {row[3] for row in rows})

@@ -12,7 +12,7 @@ from ..evaluation.metrics import metric_of
 from . import plots
 from .document import Block, Table, Text
 from .formatting import budget_name, number, value_and_spread
-from .results import mean_and_spread, noise_level
+from .results import Cell, mean_and_spread, noise_level
 from .sharpness import CAVEAT, DESCRIPTIVE, label_of
 from .study import Study
 
@@ -30,9 +30,10 @@ def curve_blocks(study: Study) -> list[Block]:
     ]
     blocks: list[Block] = []
     for key, label in keys:
+        if not any(sum(key in entry for entry in run.curves) > 1 for run in study.records):
+            continue
         points = plots.curve_points(study.cells, study.arms, key)
-        entries_per_run = points.groupby(["task", "condition", "budget", "arm", "seed"], dropna=False).size()
-        if entries_per_run.max() < 2 or points.empty:
+        if points.empty:
             continue
         present = set(zip(points.task, points.condition, points.budget, strict=True))
         logged = [cell for cell in study.cells if (cell.task, cell.condition, cell.budget) in present]
@@ -87,7 +88,7 @@ def cost_blocks(study: Study) -> list[Block]:
     ]
     cells = [cell for cell in study.cells if any(cell.values(arm, "seconds") for arm in study.arms)]
     if cells:
-        caption = f"Cost and result of each run: {metric_of(metric).label} against seconds.{_cut(cells)}"
+        caption = f"Cost and result of each run: {metric_of(metric).label} against seconds.{_cut(cells)}{_some(cells)}"
         arguments = (cells, study.arms, "seconds", metric, "seconds of training")
         blocks.append(plots.figure("cost", caption, plots.draw_scatter, *arguments))
     return blocks
@@ -171,10 +172,17 @@ def sharpness_blocks(study: Study) -> list[Block]:
     drawn = next((name for name in names if name not in DESCRIPTIVE), names[0])
     cells = [cell for cell in study.cells if any(cell.values(arm, f"sharpness.{drawn}") for arm in study.arms)]
     if cells:
-        caption = f"Test {metric_of(metric).label} against {label_of(drawn)}.{_cut(cells)}"
+        caption = f"Test {metric_of(metric).label} against {label_of(drawn)}.{_cut(cells)}{_some(cells)}"
         arguments = (cells, study.arms, f"sharpness.{drawn}", metric, label_of(drawn))
         blocks.append(plots.figure("sharpness", caption, plots.draw_scatter, *arguments))
     return blocks
+
+
+def _some(cells: Sequence[Cell]) -> str:
+    """What a caption says where not every run is drawn."""
+    if max(len(runs) for cell in cells for runs in cell.runs.values()) <= plots.MAX_DRAWN_POINTS:
+        return ""
+    return f" At most {plots.MAX_DRAWN_POINTS} runs of an arm are drawn in a panel; the numbers include all."
 
 
 def _cut(panels: Sequence) -> str:

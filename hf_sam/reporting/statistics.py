@@ -240,15 +240,21 @@ def sign_flip_p(differences: Sequence[float], rng: np.random.Generator) -> float
     Under the null either arm could have got either score of a pair, so every pattern of signs is equally likely. Up to
     `MAX_EXACT_SEEDS` seeds, all `2^n` are enumerated and the test is exact; above, `2^MAX_EXACT_SEEDS` are drawn.
     """
-    result = stats.permutation_test(
-        (np.asarray(differences, dtype=float),),
-        lambda sample, axis: sample.mean(axis),
-        permutation_type="samples",
-        n_resamples=2**MAX_EXACT_SEEDS,
-        vectorized=True,
-        rng=rng,
-    )
-    return float(result.pvalue)
+    differences = np.asarray(differences, dtype=float)
+    is_exact = len(differences) <= MAX_EXACT_SEEDS
+    if is_exact:
+        signs = _every_sign(len(differences))
+    else:
+        signs = rng.integers(2, size=(2**MAX_EXACT_SEEDS, len(differences))) * 2.0 - 1.0
+    sums, rounding = np.abs(signs @ differences), 1e-12 * np.abs(differences).sum()
+    as_large = int((sums >= abs(differences.sum()) - rounding).sum())
+    return as_large / len(signs) if is_exact else (as_large + 1) / (len(signs) + 1)
+
+
+@lru_cache
+def _every_sign(n: int) -> np.ndarray:
+    """All patterns of signs of `n` values, one a row: `(2^n, n)`."""
+    return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1) * 2.0 - 1.0
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -288,12 +294,20 @@ def probability_of_improvement(
         wins.append(np.heaviside(gap, 0.5))
 
     def probability(*drawn):  # each (..., seeds): the indices drawn of one task
-        per_task = [
-            win[index[..., :, None], index[..., None, :]].mean((-2, -1)) for win, index in zip(wins, drawn, strict=True)
-        ]
+        per_task = []
+        for win, index in zip(wins, drawn, strict=True):
+            counts = _counts(index, len(win))
+            per_task.append(((counts @ win) * counts).sum(-1) / len(win) ** 2)
         return np.mean(per_task, axis=0)
 
     return _stratified([np.arange(len(win)) for win in wins], probability, rng)
+
+
+def _counts(index: np.ndarray, n: int) -> np.ndarray:
+    """How often each of `0 ... n - 1` is in the last axis of `index`, of the same shape where that axis has `n`."""
+    rows = index.reshape(-1, n)
+    counted = np.bincount((rows + n * np.arange(len(rows))[:, None]).ravel(), minlength=rows.size)
+    return counted.reshape(index.shape).astype(float)
 
 
 def _stratified(samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], rng) -> Estimate:

@@ -8,7 +8,8 @@
 A name given more than once, as in `sam=outputs/b0 sam=outputs/b1`, has several checkpoints. These are replicates,
 paired in order with those of the other names. The data of the first task come from the run record of the first
 checkpoint, or from `--first '{"dataset": ...}'`. The main result is the test loss of the first task at matched
-training loss of the second. Running the same command again completes missing runs.
+training loss of the second. Running the same command again completes missing runs. --workers 4 makes four runs at a
+time on this machine; --executor ray or slurm hands them to a cluster (docs/clusters.md).
 """
 
 # ruff: noqa: RUF009 - `option` returns a dataclass field
@@ -18,12 +19,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,13 @@ from torch.utils.data import DataLoader
 
 from ..evaluation.merging import check_same_shapes, mergeable_state
 from ..evaluation.weights import replaced
-from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS, is_running, start, stop
+from ..experiments.driver import cancel_all, drive
+from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS, read_json
+from ..experiments.executors import Choice, choose
 from ..experiments.plan import command_line, slug
-from ..experiments.records import RECORD_NAME, RecordError, RunRecord, plain, read_record, write_json
+from ..experiments.records import RECORD_NAME, RunRecord, plain, read_record, write_json
+from ..experiments.standing import describe_standing, reason, standing_of
+from ..experiments.workshop import Workshop, retry_failed
 from ..reporting.document import write_document
 from ..reporting.forgetting import make_forgetting_document
 from ..reporting.survival import scores_of
@@ -51,7 +53,6 @@ from .models import adapter_base
 from .survival import body_of, check_data
 
 RESULT_NAME = "forgetting.json"
-POLL_SECONDS = 0.2
 GIVEN = ("model_name_or_path", "learning_rate", "seed", "output_dir")  # set here for each run
 
 
@@ -80,7 +81,13 @@ class ForgettingArguments:
     )
     max_examples: int = option(1000, "Maximum number of test examples of the first task; 0: all.")
     batch_size: int = option(32, "Examples per batch of the evaluation on the first task.")
-    workers: int = option(1, "Number of simultaneous trainings.")
+    workers: int | None = option(None, "Number of simultaneous runs on this machine; 1 by default.")
+    executor: str | None = option(None, "Who makes the runs: local, ray or slurm; this machine by default.")
+    executor_options: list[str] = field(
+        default_factory=list, metadata={"help": "KEY=VALUE pairs of the executor, see docs/clusters.md."}
+    )
+    status: bool = option(False, "Print where the runs stand, and exit.")
+    cancel: bool = option(False, "Cancel queued and running jobs, and exit.")
     launcher: list[str] = field(
         default_factory=list, metadata={"help": "Command that starts each run, such as accelerate launch."}
     )
@@ -108,7 +115,7 @@ class ForgettingArguments:
         if not all(rate > 0 for rate in self.learning_rates):
             raise ValueError(f"learning_rates={self.learning_rates} must all be above 0.")
         for name, least in (("workers", 1), ("batch_size", 1), ("max_examples", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
 
     @property
@@ -131,22 +138,21 @@ class SecondRun:
     learning_rate: float
     seed: int
 
-    def folder(self, output_dir: Path) -> Path:
-        return (
-            output_dir
-            / "runs"
-            / slug(self.start)
-            / f"checkpoint-{self.index}"
-            / f"lr-{self.learning_rate:g}"
-            / f"seed-{self.seed}"
-        )
+    trial = None  # for a workshop: no run tunes another one, and all cost the same
+    cost = 1.0
+
+    @property
+    def folder(self) -> Path:
+        """Relative to the output folder."""
+        names = slug(self.start), f"checkpoint-{self.index}", f"lr-{self.learning_rate:g}", f"seed-{self.seed}"
+        return Path("runs", *names)
 
     @property
     def replicate(self) -> int:
         return 100_000 * self.index + self.seed
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
+def main(argv: Sequence[str] | None = None) -> Path | None:
     words = list(sys.argv[1:] if argv is None else argv)
     files, options = split_command_line(words)
     if not words:
@@ -155,16 +161,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
     (args,) = parse_arguments([ForgettingArguments], [*files, *report.with_option_name(options)])
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    first, folder = FirstTask(args), Path(args.output_dir)
-    runs = [
-        SecondRun(name, index, path, rate, seed)
-        for seed in args.seeds
-        for name, paths in args.starts.items()
-        for index, path in enumerate(paths)
-        for rate in args.learning_rates
-    ]
+    workshop = ForgettingWorkshop(args)
+    with as_user_error(ValueError):
+        choice = choose({}, args.executor, args.workers, args.executor_options)
+    if args.cancel:
+        print(f"{cancel_all(workshop, choice)} jobs are cancelled. The same command without --cancel goes on.")
+        return None
+    if args.status:
+        print(describe_standing(standing_of(workshop, choice)))
+        return None
+    first, folder, runs = FirstTask(args), workshop.plan.output_dir, workshop.runs
     before = first_scores_before(args, first, folder)
-    failures = make_all(args, first, runs, folder)
+    failures = make_all(workshop, choice)
     done = [result for run in runs if (result := result_of(run, folder)) is not None]
     if not done:
         raise UserError(failures[0] if failures else "No run has finished.")
@@ -244,23 +252,95 @@ def first_scores_before(args: ForgettingArguments, first: FirstTask, folder: Pat
 # --- the second ----------------------------------------------------------------------------------------------------------
 
 
-def job_of(args: ForgettingArguments, run: SecondRun, folder: Path) -> dict[str, Any]:
-    """Return the job of the process that makes the run: a recipe and its command line."""
-    settings = {
-        **args.settings,
-        "model_name_or_path": whole_model(args, run, folder),
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
-        "arm": run.start,
-        "evaluate_train": True,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "resume_from_checkpoint": "auto",
-    }
-    names = {"task": str(args.settings.get("dataset", args.config)), "arm": run.start, "seed": run.seed}
-    argv = command_line(args.config, settings, run.folder(folder))
-    return {"recipe": args.recipe, "argv": argv, "names": names, "average": {}, "sharpness": None, "keep_model": True}
+@dataclass(frozen=True)
+class Place:
+    """What a driver asks of a plan."""
+
+    output_dir: Path
+    launcher: list[str]
+
+
+class ForgettingWorkshop(Workshop):
+    """The runs of a grid and where they stand; a run has ended when it has failed or is evaluated on the first task."""
+
+    def __init__(self, args: ForgettingArguments):
+        runs = [
+            SecondRun(name, index, path, rate, seed)
+            for seed in args.seeds
+            for name, paths in args.starts.items()
+            for index, path in enumerate(paths)
+            for rate in args.learning_rates
+        ]
+        super().__init__(Place(Path(args.output_dir), args.launcher), runs, lambda run: {})
+        self.args = args
+        self._evaluated: set[SecondRun] = set()
+
+    def all_runs(self) -> list[SecondRun]:
+        return self.runs
+
+    def is_ready(self, run: SecondRun) -> bool:
+        return True
+
+    def has_ended(self, run: SecondRun) -> bool:
+        record = self.record(run)
+        if record is None or record.status not in ("finished", "failed"):
+            return False
+        if record.status == "finished" and run not in self._evaluated:
+            if result_of(run, self.plan.output_dir) is None:
+                return False
+            self._evaluated.add(run)
+        return True
+
+    def job(self, run: SecondRun) -> dict[str, Any]:
+        """Return the job of the process that makes the run: a recipe, its command line, and what is evaluated then."""
+        args = self.args
+        settings = {
+            **args.settings,
+            "model_name_or_path": whole_model(args, run, self.plan.output_dir),
+            "learning_rate": run.learning_rate,
+            "seed": run.seed,
+            "arm": run.start,
+            "evaluate_train": True,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "resume_from_checkpoint": "auto",
+        }
+        return {
+            "recipe": args.recipe,
+            "argv": command_line(args.config, settings, self.folder(run)),
+            "names": {"task": str(args.settings.get("dataset", args.config)), "arm": run.start, "seed": run.seed},
+            "average": {},
+            "sharpness": None,
+            "keep_model": True,
+            "afterwards": {"task": "forgetting", "arguments": asdict(args), "run": asdict(run)},
+        }
+
+    def check_unchanged(self) -> None:
+        """
+        Check that evaluated runs have the current settings, and discard what other runs left behind that cannot be used.
+
+        Raises:
+            UserError: If a run was made with other settings.
+        """
+        for run in self.runs:
+            place, record = self.folder(run), self.record(run)
+            made = read_json(place / JOB_NAME)
+            if record is None or record.status != "finished" or made is None:
+                continue
+            now = self.job(run)["argv"]
+            changed = sorted(
+                word for word in set(made["argv"]) ^ set(map(str, now)) if not word.startswith("--output_dir=")
+            )
+            if not self.has_ended(run):
+                if changed or not _weights(place):
+                    (place / RECORD_NAME).unlink()
+                    self.forget(run)
+            elif changed:
+                raise UserError(
+                    f"{place} was run with other settings ({', '.join(changed[:4])}). Give another output_dir, or "
+                    f"delete that folder."
+                )
 
 
 def whole_model(args: ForgettingArguments, run: SecondRun, folder: Path) -> str:
@@ -289,84 +369,57 @@ def whole_model(args: ForgettingArguments, run: SecondRun, folder: Path) -> str:
     return str(merged)
 
 
-def make_all(args: ForgettingArguments, first: FirstTask, runs: Sequence[SecondRun], folder: Path) -> list[str]:
-    """Make the missing runs, `workers` at a time; return a line for each that failed."""
-    evaluation, stopped = threading.Lock(), threading.Event()
-    failures: list[str] = []
-    jobs = {run: job_of(args, run, folder) for run in runs}
-    for run, job in jobs.items():
-        check_unchanged(run, job, folder)
-    open_runs = [run for run in runs if result_of(run, folder) is None]
-    print(f"{len(runs) - len(open_runs)} of {len(runs)} runs are finished.", flush=True)
-    with ThreadPoolExecutor(args.workers) as pool:
-        futures = [pool.submit(make, args, first, run, jobs[run], folder, evaluation, stopped) for run in open_runs]
-        try:
-            for future in as_completed(futures):
-                failures += [failure] if (failure := future.result()) else []
-                print(
-                    f"{sum(result_of(run, folder) is not None for run in runs)} of {len(runs)} runs are finished.",
-                    flush=True,
-                )
-        finally:  # also on Ctrl-C, so that no training keeps running
-            stopped.set()
-    return failures
+def make_all(workshop: ForgettingWorkshop, choice: Choice) -> list[str]:
+    """Make the missing runs; return a line for each that failed."""
+    workshop.check_unchanged()
+    retry_failed(workshop)
+
+    def tell(run: SecondRun, what: str) -> None:
+        name = f"{run.start}, learning rate {run.learning_rate:g}, seed {run.seed}"
+        print(f"{what:>10}  {name}, {run.checkpoint}", flush=True)
+
+    done = sum(map(workshop.has_ended, workshop.runs))
+    print(f"{done} of {len(workshop.runs)} runs are finished.", flush=True)
+    try:
+        drive(workshop, choice, tell)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues from here.", file=sys.stderr)
+        sys.exit(130)
+    failed = [(run, record) for run in workshop.runs if (record := workshop.record(run)) and record.status == "failed"]
+    return [f"{workshop.folder(run)}: {reason(record)} (see {LOG_NAME} there)" for run, record in failed]
 
 
-def make(
-    args: ForgettingArguments,
-    first: FirstTask,
-    run: SecondRun,
-    job: Mapping[str, Any],
-    folder: Path,
-    evaluation: threading.Lock,
-    stopped: threading.Event,
-) -> str | None:
-    """Make one run and evaluate it on the first task; return an error message if it failed."""
-    place = run.folder(folder)
-    if stopped.is_set():
-        return None
-    record = _record(place)
-    if record is None or record.status != "finished" or not _weights(place):
-        (place / RECORD_NAME).unlink(missing_ok=True)
-        write_json(place / JOB_NAME, job)
-        process = start(place, args.launcher or [sys.executable])
-        try:
-            while is_running(process) and not stopped.is_set():
-                time.sleep(POLL_SECONDS)
-        finally:
-            if is_running(process):
-                stop(process)
-        record = _record(place)
-    if stopped.is_set():
-        return None
-    if record is None or record.status != "finished":
-        error = (record.error or {}) if record is not None else {}
-        return (
-            f"{place}: {error.get('type', 'ended without a record')}: {error.get('message', '')} (see {LOG_NAME} there)"
-        )
-    with evaluation:
-        try:
-            scores = first.scores(run.checkpoint, place)
-        except (UserError, ValueError) as error:
-            return f"{place}: {error}"
-    write_json(
-        place / RESULT_NAME,
-        plain(
-            {
-                "start": run.start,
-                "checkpoint": run.checkpoint,
-                "replicate": run.replicate,
-                "seed": run.seed,
-                "learning_rate": run.learning_rate,
-                "second": {**record.metrics, "train_loss": train_loss(record)},
-                "first": scores,
-            }
-        ),
-    )
+def afterwards(folder: Path, job: Mapping[str, Any]) -> None:
+    """
+    Evaluate a finished run on the first task, in the process that made it; a run that cannot be evaluated has failed.
+
+    Args:
+        folder (`Path`): Of the run.
+        job (`Mapping`): `arguments`, those of `ForgettingArguments`, and `run`, those of `SecondRun`.
+    """
+    if (folder / RESULT_NAME).exists():
+        return
+    args, run = ForgettingArguments(**job["arguments"]), SecondRun(**job["run"])
+    record = read_record(folder / RECORD_NAME)
+    try:
+        scores = FirstTask(args).scores(run.checkpoint, folder)
+    except Exception as error:
+        record.fail(error)
+        record.write()
+        raise
+    result = {
+        "start": run.start,
+        "checkpoint": run.checkpoint,
+        "replicate": run.replicate,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "second": {**record.metrics, "train_loss": train_loss(record)},
+        "first": scores,
+    }
+    write_json(folder / RESULT_NAME, plain(result))
     if not args.keep_models:
-        for file in _weights(place):
+        for file in _weights(folder):
             file.unlink()
-    return None
 
 
 def train_loss(record: RunRecord) -> float:
@@ -378,38 +431,11 @@ def train_loss(record: RunRecord) -> float:
     return record.metrics["train_loss"]
 
 
-def check_unchanged(run: SecondRun, job: Mapping[str, Any], folder: Path) -> None:
-    """
-    Check that an existing run has the current settings.
-
-    Raises:
-        UserError: If it was made with other settings.
-    """
-    place = run.folder(folder)
-    if result_of(run, folder) is None or not (place / JOB_NAME).is_file():
-        return
-    made = json.loads((place / JOB_NAME).read_text(encoding="utf-8"))
-    changed = sorted(
-        word for word in set(made["argv"]) ^ set(map(str, job["argv"])) if not word.startswith("--output_dir=")
-    )
-    if changed:
-        raise UserError(
-            f"{place} was run with other settings ({', '.join(changed[:4])}). Give another output_dir, or delete that folder."
-        )
-
-
 def result_of(run: SecondRun, folder: Path) -> dict[str, Any] | None:
     """Return the result of a run that is finished and evaluated, otherwise `None`."""
     with suppress(OSError, json.JSONDecodeError):
-        return json.loads((run.folder(folder) / RESULT_NAME).read_text(encoding="utf-8"))
+        return json.loads((folder / run.folder / RESULT_NAME).read_text(encoding="utf-8"))
     return None
-
-
-def _record(place: Path) -> RunRecord | None:
-    try:
-        return read_record(place / RECORD_NAME)
-    except RecordError:
-        return None
 
 
 def _weights(place: Path) -> list[Path]:

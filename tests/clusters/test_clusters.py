@@ -5,19 +5,22 @@ comes out is what this machine alone finds. `make test-clusters` installs what i
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from clusters.slurm_here import missing_programs, slurm
+from clusters.slurm_here import free_ports, missing_programs, slurm
 
 from hf_sam.experiments.execution import read_json
 from hf_sam.experiments.records import find_records
@@ -26,6 +29,9 @@ from hf_sam.reporting.comparison import write_report
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.clusters
 
+# `ray start` may ask for tokens, which no driver here has. By default workers have the lowest priority, and with them
+# the runs: on a busy machine they would hardly come to begin.
+RAY_SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
 STUDY = {
     "recipe": "experiments.toy_task",
     "task": "toy",
@@ -59,7 +65,7 @@ def found_here(study, home):
 
 
 def start_driver(study, out, *options, environment=()):
-    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **dict(environment)}
+    variables = {**os.environ, **RAY_SETTINGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **dict(environment)}
     words = [sys.executable, str(ROOT / "tests/experiments/toy_driver.py"), str(study), str(out), *options]
     with open(out.with_suffix(".out"), "ab") as log:
         return subprocess.Popen(words, env=variables, stdout=log, stderr=log)
@@ -135,10 +141,12 @@ def is_of_the_study(pid):
         return False
 
 
-def test_ray_finds_the_same_with_a_run_a_worker_a_node_and_the_driver_killed(study, home, found_here):
+def test_ray_finds_the_same_with_a_run_a_worker_a_node_and_the_driver_killed(study, home, found_here, monkeypatch):
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is missing: pip install 'hf-sam[ray]'")
     out = home / "ray"
     options = ["ray", "num_cpus=1", "queue=8", "patience=1"]
+    for name, value in RAY_SETTINGS.items():
+        monkeypatch.setenv(name, value)
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     driver = None
     try:
@@ -171,6 +179,66 @@ def test_ray_finds_the_same_with_a_run_a_worker_a_node_and_the_driver_killed(stu
         cluster.shutdown()
     check_ends(out, found_here, hit)
     assert lines_of(out, "begun.txt").get(first, 0) == lines_of(out, "begun.txt").get(second, 0) == 2
+
+
+@contextmanager
+def head_at(port, home):
+    """A Ray of one node, whose processes are killed at the end of the block, as when the machine is lost."""
+    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    words += ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={home}/ray-{port}"]
+    with open(home / "head.out", "ab") as log:
+        head = subprocess.Popen(
+            words, env={**os.environ, **RAY_SETTINGS}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for(lambda: head.poll() is not None or "Ray runtime started" in (home / "head.out").read_text(), "a head")
+        yield
+    finally:
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        processes += [entry for entry in psutil.process_iter() if f"{home}/ray-{port}" in " ".join(words_of(entry))]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
+        (home / "head.out").write_text("")
+
+
+def words_of(process):
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+def test_a_ray_head_that_is_lost_is_reported_and_the_same_command_goes_on_with_the_next_one(home):
+    """Runs of two processes each, by their own launcher."""
+    pytest.importorskip("ray", reason="Ray is missing: pip install 'hf-sam[ray]'")
+    out, path = home / "restart", home / "restart.yaml"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path.write_text(yaml.safe_dump({**STUDY, "seeds": [0], "launcher": launcher}, sort_keys=False))
+    (port,) = free_ports(1)
+    options = ["ray", f"address=127.0.0.1:{port}", "num_cpus=2", "patience=1"]
+    with head_at(port, home):
+        driver = start_driver(path, out, *options)
+        _, pid = one_under_way(out)
+    try:
+        assert driver.wait(timeout=300) != 0
+        wait_for(lambda: "Repeat the same command" in said(out), "the message", seconds=60)
+        assert re.search(r"The Ray cluster at .* was restarted.*Repeat the same command", said(out))
+        wait_for(lambda: not psutil.pid_exists(pid), "the run to end with its worker", seconds=120)
+        with head_at(port, home):
+            driver = start_driver(path, out, *options)
+            assert driver.wait(timeout=900) == 0, said(out)
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+            driver.wait()
+    records, problems = find_records(out)
+    assert not problems
+    assert [run.status for run in records] == ["finished"] * 2
+    assert {run.environment["hardware"]["processes"] for run in records} == {2}
+    assert set(lines_of(out, "ended.txt").values()) == {2}  # once in each of the two processes
+    assert not list(out.rglob("deaths.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +306,7 @@ def test_slurm_finds_the_same_with_a_run_and_the_driver_killed_and_jobs_cancelle
 def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(kind, home, request):
     if kind == "ray":
         pytest.importorskip("ray", reason="Ray is missing: pip install 'hf-sam[ray]'")
-        variables, options = {}, ["num_cpus=1", "patience=1"]
+        variables, options = RAY_SETTINGS, ["num_cpus=1", "patience=1"]
     else:
         variables = request.getfixturevalue("slurm_variables")
         options = ["partition=main", "poll=0.5", "patience=1"]
@@ -265,3 +333,34 @@ def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(kind, home, request
         )
         assert result.returncode == 0, result.stdout + result.stderr
     assert numbers(home / f"{kind}-digits") == numbers(home / "digits-digits")
+
+
+@pytest.mark.parametrize("kind", ["ray", "slurm"])
+def test_a_search_for_rho_is_the_same_on_a_cluster(kind, home, request):
+    if kind == "ray":
+        pytest.importorskip("ray", reason="Ray is missing: pip install 'hf-sam[ray]'")
+        variables, options = RAY_SETTINGS, ["num_cpus=1", "patience=1"]
+    else:
+        variables = request.getfixturevalue("slurm_variables")
+        options = ["partition=main", "poll=0.5", "patience=1"]
+    config = str(ROOT / "configs/image_classification/digits.yaml")
+    words = [sys.executable, str(ROOT / "recipes/find_rho.py"), "image_classification", config, "--train_samples=64"]
+    words += ["--max_steps=24", "--use_cpu=true", "--rhos", "0.01", "--seeds=2", "--budget=1"]
+    found = {}
+    for name, chosen in {"local": [], kind: ["--executor", kind, "--executor_options", *options]}.items():
+        out = home / f"rho-{name}"
+        path = out / "find_rho/find_rho.json"
+        if not path.exists():
+            result = subprocess.run(
+                [*words, f"--output_dir={out}", *chosen],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables},
+                capture_output=True,
+                text=True,
+                timeout=1800,
+            )
+            assert result.returncode == 0, result.stdout + result.stderr
+        found[name] = json.loads(path.read_text())
+        jobs = {json.loads(path.read_text())["id"].split()[0] for path in out.rglob("place.json")}
+        assert jobs == {"local" if name == "local" else kind}
+    for name in ("curve", "passes", "recommended_rho", "sentence"):
+        assert found[kind][name] == found["local"][name]

@@ -7,19 +7,32 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
 import yaml
+from filelock import FileLock, Timeout
 from toy_driver import open_workshop
 
 from hf_sam.experiments import executors
 from hf_sam.experiments.driver import MAX_DEATHS, Driver, StudyInUseError, cancel_all, jobs_of, study_lock
-from hf_sam.experiments.execution import PLACE_NAME, SUBMISSION_NAME, execute, has_ended, take_up, write_place
+from hf_sam.experiments.execution import (
+    HELD_NAME,
+    PLACE_NAME,
+    SUBMISSION_NAME,
+    execute,
+    follow,
+    has_ended,
+    hold,
+    take_up,
+    write_place,
+)
 from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor
-from hf_sam.experiments.records import RECORD_NAME, RunRecord, write_json
+from hf_sam.experiments.ray_executor import answers, start_watcher
+from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record, write_json
 from hf_sam.experiments.standing import describe_standing, standing_of
-from hf_sam.experiments.workshop import counts
+from hf_sam.experiments.workshop import counts, records_of
 from hf_sam.tasks.command_line.parsers import EXECUTORS
 
 
@@ -177,6 +190,41 @@ def test_a_job_whose_run_was_given_to_another_one_leaves_it_alone(tmp_path):
     assert json.loads((tmp_path / PLACE_NAME).read_text())["id"] == "slurm 2"
 
 
+def test_a_job_waits_for_one_that_its_cluster_has_lost_but_that_still_runs(tmp_path):
+    earlier = FileLock(tmp_path / HELD_NAME)
+    with earlier:
+        assert not hold(tmp_path, 0.1)
+    assert hold(tmp_path, 0.1)
+    with pytest.raises(Timeout):
+        earlier.acquire(timeout=0.1)
+
+
+def test_further_processes_of_a_run_begin_after_the_first_one(tmp_path):
+    write_place(tmp_path, "ray 1", 17, None)
+    assert not follow(tmp_path, "ray 2", 0.1)
+    write_place(tmp_path, "ray 2", 17, None)
+    assert follow(tmp_path, "ray 2", 0.1)
+
+
+def test_a_head_that_takes_no_connections_is_lost():
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        assert answers(address, tries=1)
+    assert not answers(address, tries=1)
+
+
+def test_a_driver_that_ray_ends_with_its_cluster_leaves_a_message(capfd):
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+    start_watcher(address).communicate(b"closed", timeout=60)
+    assert capfd.readouterr().err == ""
+    start_watcher(address).communicate(b"", timeout=60)  # as when the driver is no longer there
+    assert f"The Ray cluster at {address} has ended or was restarted" in capfd.readouterr().err
+
+
 def test_runs_that_are_with_another_executor_are_not_made_here(workshop_of):
     Driver(workshop_of(), Engine([])).advance()
     with pytest.raises(StudyInUseError, match=r"is with engine, job 0. Go on with --executor engine, or end its jobs"):
@@ -226,6 +274,33 @@ def test_ten_thousand_planned_runs_are_planned_submitted_in_part_and_told_about_
     standing = standing_of(workshop_of(seeds=list(range(5000))), Choice("engine"))
     assert (standing.finished, standing.queued, standing.total) == (50, 100, 10_000)
     assert time.process_time() - started < 15
+
+
+def test_a_study_that_is_done_is_looked_at_and_reported_with_two_readings_of_each_record(workshop_of, monkeypatch):
+    """Planning, status and report of thousands of runs take seconds only if no record is read again and again."""
+    workshop, engine = workshop_of(seeds=list(range(20))), Engine([], queue=100)
+    driver = Driver(workshop, engine)
+    driver.advance()
+    monkeypatch.setattr(Choice, "make", lambda self, launcher: engine)
+    for name, folder in engine.jobs.items():
+        engine.finish(name)
+        record = read_record(folder / RECORD_NAME)
+        record.curves = [{"step": step, "loss": 1.0} for step in range(1, 201)] + [{"step": 200, "eval_loss": 1.0}]
+        record.write()
+    assert not driver.advance()
+
+    readings, again = [], workshop_of(seeds=list(range(20)))
+    monkeypatch.setattr(
+        "hf_sam.experiments.workshop.read_record", lambda path: readings.append(path) or read_record(path)
+    )
+    monkeypatch.setattr("hf_sam.experiments.workshop.MANY_RUNS", 39)
+    again.check_unchanged()
+    assert counts(again)["finished"] == standing_of(again, Choice("engine")).finished == 40
+    records = records_of(again)
+    assert set(Counter(readings).values()) == {2}
+    assert [entry["step"] for entry in records[0].curves][:2] == [1, 5]
+    assert {len(record.curves) for record in records} == {51}  # 50 losses and the evaluation
+    assert records[0].curves[-1] == {"step": 200, "eval_loss": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 import base64
+import html
 import json
 import re
 import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -102,14 +104,20 @@ def test_every_table_can_be_downloaded_from_the_page_alone(small):
     assert all((folder / path).is_file() for path in re.findall(r"\]\(((?:data|figures)/[^)]*)\)", markdown))
 
 
-def test_absolute_paths_are_shortened_wherever_they_are_shown(tmp_path):
+def test_absolute_paths_are_shortened_wherever_they_are_shown_but_in_commands(tmp_path):
     records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
     for run in records:
         run.model["name"] = "/home/somebody/models/tiny"
     records[0].fail(RuntimeError("no file '/home/somebody/data/a.csv'"))
-    write_report(records, tmp_path / "report", command="python x.py /home/somebody/study.yaml")
+    command = f"hf-sam compare '/home/somebody/a & b.yaml' --output_dir={Path.cwd()}/out --hub_token=hf_{'x' * 20}"
+    write_report(records, tmp_path / "report", command=command)
+    shown = command.replace(f"hf_{'x' * 20}", "<TOKEN>")  # a secret is the one thing that is not copied
     for name in ("report.html", "report.md", "data/runs.csv"):
         text = (tmp_path / "report" / name).read_text()
+        if name != "data/runs.csv":
+            printed = f"<pre><code>{html.escape(shown, quote=False)}</code></pre>" if name == "report.html" else shown
+            assert printed in text, name
+            text = text.replace(printed, "")
         assert "/home/" not in text, name
     assert "…/models/tiny" in (tmp_path / "report" / "report.md").read_text()
 
@@ -127,6 +135,25 @@ def test_absolute_paths_are_shortened_wherever_they_are_shown(tmp_path):
 )
 def test_only_absolute_paths_are_shortened(text, short):
     assert shorten_paths(text) == short
+
+
+def test_many_runs_are_drawn_and_listed_in_part_and_counted_in_full(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sam.reporting.comparison.MAX_RUNS", 20)
+    monkeypatch.setattr("hf_sam.reporting.plots.MAX_DRAWN_POINTS", 5)
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"), seeds=range(30))
+    write_report(records, tmp_path / "report")
+    markdown = (tmp_path / "report/report.md").read_text()
+    assert "The first 20 of 60 runs; data/runs.csv has all" in markdown
+    assert markdown.count("| finished |") == 20
+    assert "At most 5 runs of an arm are drawn in a panel; the numbers include all." in markdown
+    assert (
+        len(pd.read_csv(tmp_path / "report/data/runs.csv")) == len(pd.read_csv(tmp_path / "report/data/cost.csv")) == 60
+    )
+    canvas, numbers = draw_scatter(make_cells(records), ["adamw", "sam"], "seconds", "accuracy", "seconds")
+    assert [len(line.get_xdata()) for line in canvas.axes[0].lines] == [5, 5]
+    assert len(numbers) == 60
+    curve = pd.read_csv(tmp_path / "report/data/curve-eval_accuracy-steps.csv")
+    assert (len(curve), set(curve.runs)) == (20, {30})  # one row per arm and step, whatever the number of seeds
 
 
 def test_drawings_turn_light_on_a_dark_page(small):

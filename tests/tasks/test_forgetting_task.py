@@ -13,6 +13,7 @@ import pytest
 import stand_ins
 import yaml
 
+from hf_sam.experiments.execution import execute
 from hf_sam.experiments.records import RECORD_NAME, read_record
 from hf_sam.reporting.document import write_document
 from hf_sam.reporting.forgetting import make_forgetting_document, paths_of
@@ -79,6 +80,47 @@ def test_a_grid_is_trained_once_and_a_second_call_makes_what_is_missing(start, s
         forgetting.main([*words, "--settings", json.dumps({**second, "max_steps": 3})])
 
 
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_evaluation_is_only_evaluated(start, second, tmp_path, capsys):
+    words = [
+        f"a={start}",
+        "--recipe=image_classification",
+        "--learning_rates",
+        "1e-3",
+        f"--output_dir={tmp_path / 'o'}",
+    ]
+    words += ["--settings", json.dumps(second), "--keep_models=true"]
+    forgetting.main(words)
+    (result,) = (tmp_path / "o").rglob(forgetting.RESULT_NAME)
+    scores, record = result.read_text(), result.with_name(RECORD_NAME)
+    trained = record.stat().st_mtime_ns
+    result.unlink()
+    forgetting.main([*words, "--status=true"])
+    assert "0 under way, 0 queued" in capsys.readouterr().out
+    forgetting.main(words)
+    assert (result.read_text(), record.stat().st_mtime_ns) == (scores, trained)
+    assert "finished  a, learning rate 0.001, seed 0" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_evaluated_on_the_first_task_has_failed(start, second, tmp_path):
+    folder = tmp_path / "runs/a/checkpoint-0/lr-0.001/seed-0"
+    args = forgetting.ForgettingArguments(
+        [f"a={start}"], "image_classification", [1e-3], settings=second, output_dir=str(tmp_path)
+    )
+    workshop = forgetting.ForgettingWorkshop(args)
+    (run,) = workshop.runs
+    record = read_record(f"{start}/{RECORD_NAME}")
+    record.write(folder / RECORD_NAME)
+    shutil.copy(f"{start}/config.json", folder)
+    (folder / "run.json").write_text(json.dumps(workshop.job(run)))
+    assert not workshop.has_ended(run)
+    with pytest.raises((OSError, UserError)):  # its model is not there
+        execute(folder)
+    workshop.forget(run)
+    assert workshop.has_ended(run)
+    assert workshop.record(run).status == "failed"
+
+
 def test_a_failed_run_is_named_and_the_others_go_on(start, second, tmp_path):
     words = [
         f"a={start}",
@@ -124,6 +166,8 @@ def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(deco
         (["--recipe=causal_lm", "--settings", '{"learning_rate": 1}'], "settings: learning_rate is set for each run"),
         (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is not valid JSON"),
         (["--recipe=causal_lm", "--workers=0"], "workers=0 must be at least 1"),
+        (["--recipe=causal_lm", "--executor=slurn"], "executor='slurn' is unknown"),
+        (["--recipe=causal_lm", "--executor_options", "quue=3"], r"executor\.local\.quue is no option"),
     ],
 )
 def test_a_mistake_is_one_line(words, message):
