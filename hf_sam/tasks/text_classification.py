@@ -23,7 +23,7 @@ from .command_line.options import DataArguments, ModelArguments, RunArguments, o
 from .data.labels import add_label_noise, check_classes, class_labels, multi_hot_labels, numeric_labels
 from .data.loading import Splits, load_splits, make_splits, pick_column, public_name
 from .data.summary import classes, sizes, tell, truncation
-from .data.texts import GLUE, GLUE_HUB_ID, check_texts, tokenize
+from .data.texts import GLUE, GLUE_HUB_ID, check_labelled, check_texts, tokenize
 from .metrics import classification_metrics, hub_metrics, multi_label_metrics, regression_metrics
 from .models import check_max_length, load_config, load_model, load_tokenizer
 from .running import (
@@ -59,7 +59,7 @@ class TextArguments:
     text_pair_column: str | None = option(None, "Column of the second texts, for pairs.")
     problem_type: str | None = option(None, f"{', '.join(EVALUATION)}; found from the labels when left out.")
     max_length: int = option(128, "Tokens at which a text, or a pair, is cut.")
-    drop_empty: bool = option(False, "Leave out examples without text instead of refusing them.")
+    drop_empty: bool = option(False, "Leave out examples without text or label instead of refusing them.")
 
     def __post_init__(self):
         if self.glue_task is not None and self.glue_task not in GLUE:
@@ -140,6 +140,7 @@ def read_data(
         splits, data_args.label_column, ("label", "labels", "class", "score"), "label_column", taken=texts
     )
     splits = check_texts(splits, texts, text_args.drop_empty)
+    splits = check_labelled(splits, label_column, text_args.drop_empty)
     problem_type = text_args.problem_type or find_problem_type(splits["train"].features, label_column)
     if problem_type == SINGLE:
         splits, names = class_labels(splits, label_column, data_args)

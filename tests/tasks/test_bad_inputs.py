@@ -227,7 +227,7 @@ CASES = {
     "empty label": (
         TEXTS,
         ["--dataset={}/no_label.csv"],
-        r"1 empty or infinite value in label: row 8 .*Remove these rows",
+        r"1 example without a label in label: row 8 .*Remove them, or give --drop_empty true",
     ),
     "texts and numbers": (TEXTS, ["--dataset={}/titles.json"], 'text_column=text .* several types, .* as "1984"'),
     "numbers as texts": (

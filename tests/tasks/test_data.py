@@ -14,6 +14,7 @@ from hf_sam.tasks.command_line.options import DataArguments
 from hf_sam.tasks.data.labels import add_label_noise, check_classes, class_labels, multi_hot_labels, numeric_labels
 from hf_sam.tasks.data.loading import column, digits, load_splits, make_splits, pick_column
 from hf_sam.tasks.data.summary import classes, look_alikes, truncation
+from hf_sam.tasks.data.texts import check_labelled
 
 ROWS = [{"text": f"text {i}", "label": ["no", "yes"][i % 2]} for i in range(20)]
 
@@ -224,3 +225,21 @@ def test_what_max_length_cuts_is_measured(tokenizer):
     assert truncation({"train": train}, ["text"], tokenizer, 9) == [
         "no text is longer than max_length=9; the longest has 9 tokens"
     ]
+
+
+@pytest.mark.parametrize(
+    "labels", [["no", None, "yes"], [0.5, float("nan"), 1.5], [0, None, 1], [["a"], None, []]], ids=str
+)
+def test_examples_without_a_label_are_refused_or_dropped_whatever_the_type_of_the_labels(labels, capsys):
+    splits = {"train": Dataset.from_dict({"text": ["a", "b", "c"], "label": labels})}
+    with pytest.raises(
+        UserError, match=r"train split has 1 example without a label in label: row 1 .*--drop_empty true"
+    ):
+        check_labelled(splits, "label", drop_empty=False)
+    assert check_labelled(splits, "label", drop_empty=True)["train"]["text"][:] == ["a", "c"]
+    assert "1 example without a label in label dropped from train: row 1" in capsys.readouterr().out
+
+
+def test_infinite_labels_are_refused():
+    with pytest.raises(UserError, match=r"1 empty or infinite value in label: row 1"):
+        numeric_labels({"train": Dataset.from_dict({"label": [0.5, float("inf")]})}, "label")

@@ -64,17 +64,44 @@ def check_texts(splits: Splits, names: Sequence[str], drop_empty: bool) -> Split
         if isinstance(dataset, Dataset):
             rows = zip(*(column(dataset, name).tolist() for name in names), strict=True)
             empty = [index for index, texts in enumerate(rows) if not any((text or "").strip() for text in texts)]
-            if empty and not drop_empty:
-                raise UserError(
-                    f"The {split} split has {how_many(empty, 'example')} without text in {', '.join(names)}: "
-                    f"{rows_in_words(empty)}. Remove them, or give --drop_empty true."
-                )
-            if empty:
-                tell([f"{how_many(empty, 'example')} without text dropped from {split}: {rows_in_words(empty)}"])
-                kept = sorted(set(range(len(dataset))) - set(empty))
-                dataset = dataset.select(kept)
+            dataset = _without(empty, dataset, f"text in {', '.join(names)}", split, drop_empty)
         checked[split] = dataset
     return checked
+
+
+def check_labelled(splits: Splits, name: str, drop_empty: bool) -> Splits:
+    """
+    Check that every example has a label in the column `name`.
+
+    Args:
+        splits (`dict`): The splits; a streamed one is not checked.
+        name (`str`): The label column.
+        drop_empty (`bool`): Drop examples without a label instead of raising.
+
+    Raises:
+        UserError: If an example has no label.
+    """
+    checked = dict(splits)
+    for split, dataset in splits.items():
+        if isinstance(dataset, Dataset):
+            values = dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist()
+            empty = [
+                index for index, value in enumerate(values) if value is None or value != value
+            ]  # NaN is not itself
+            checked[split] = _without(empty, dataset, f"a label in {name}", split, drop_empty)
+    return checked
+
+
+def _without(rows: list[int], dataset: Dataset, missing: str, split: str, drop_empty: bool) -> Dataset:
+    if not rows:
+        return dataset
+    if not drop_empty:
+        raise UserError(
+            f"The {split} split has {how_many(rows, 'example')} without {missing}: {rows_in_words(rows)}. Remove them, or "
+            "give --drop_empty true."
+        )
+    tell([f"{how_many(rows, 'example')} without {missing} dropped from {split}: {rows_in_words(rows)}"])
+    return dataset.select(sorted(set(range(len(dataset))).difference(rows)))
 
 
 def tokenize(
