@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer.
     """
     model_args, data_args, lm_args, run_args, sam_args, args = parse_arguments(ARGUMENTS, argv)
-    sam_config = prepare(args, run_args, sam_args)
+    sam_config = prepare(args, run_args, sam_args, model_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, columns = read_data(data_args, lm_args)

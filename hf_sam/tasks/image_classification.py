@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer, besides those of the task.
     """
     model_args, data_args, image_args, run_args, sam_args, args = parse_arguments(ARGUMENTS, argv)
-    sam_config = prepare(args, run_args, sam_args)
+    sam_config = prepare(args, run_args, sam_args, model_args)
 
     with args.main_process_first(desc="reading the data"):
         splits, image_column, label_column, names = read_data(data_args, image_args)

@@ -33,7 +33,7 @@ from ..experiments.records import RECORD_NAME, RecordError, RunRecord, read_reco
 from ..suggestions import did_you_mean
 from .command_line.arguments import SAMArguments
 from .command_line.errors import FolderInUseError, Interrupted, UserError, as_user_error, one_line
-from .command_line.options import DataArguments, RunArguments
+from .command_line.options import DataArguments, ModelArguments, RunArguments
 from .data.loading import Splits
 from .metrics import class_probabilities, logits_of
 
@@ -44,7 +44,9 @@ _LOCKS: dict[Path, FileLock] = {}
 Table = Callable[[Any, np.ndarray], dict[str, Any]]
 
 
-def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArguments) -> SAMConfig:
+def prepare(
+    args: TrainingArguments, run_args: RunArguments, sam_args: SAMArguments, model_args: ModelArguments
+) -> SAMConfig:
     """
     Seed, quieten what should be quiet, and settle which checkpoint training goes on from. Prints the SAM configuration
     in force, which it returns.
@@ -57,6 +59,12 @@ def prepare(args: TrainingArguments, run_args: RunArguments, sam_args: SAMArgume
     sam_config = sam_args.to_config()
     if args.process_index == 0:
         print(f"SAM: {sam_args.explain()}", flush=True)
+        if model_args.model_type is None and sam_args.has_rho_for_training_from_scratch:
+            print(
+                f"note: rho {sam_config.rho:g} is from the paper of {sam_config.method}, which trained from scratch, and "
+                "is untested in fine-tuning; `hf-sam find-rho` searches for one, 0 included.",
+                flush=True,
+            )
     if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -154,6 +154,16 @@ def test_a_method_named_later_drops_what_was_meant_for_another(files, words, exp
     assert parse(*words)[4].learning_rate == (1e-4 if "sam.yaml" in words[0] else 5e-5)
 
 
+def test_only_the_default_of_a_method_tested_from_scratch_is_pointed_out(files):
+    def is_pointed_out(*words):
+        return parse(*words)[3].has_rho_for_training_from_scratch
+
+    assert is_pointed_out("--sam_method=msam")
+    assert is_pointed_out(str(files / "sam.yaml"), "--sam_method=asam")  # whose rho is that of sam, and is dropped
+    assert not is_pointed_out("--sam_method=msam", "--sam_rho=0.1")
+    assert not is_pointed_out()
+
+
 def test_the_configuration_in_force_says_where_each_value_comes_from(files):
     told = parse(str(files / "sam.yaml"), "--sam_method", "asam", "--sam_eta=0.1")[3].explain()
     assert told == (

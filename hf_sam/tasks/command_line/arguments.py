@@ -126,6 +126,9 @@ class _Parser(HfArgumentParser):
 # --- SAM fields, generated from SAMConfig --------------------------------------------------------------------------
 
 
+FROM_SCRATCH = ("asam", "gsam", "msam", "norm-only")  # papers that chose their rho for training from scratch
+
+
 class _SAMArguments:
     """The fields of `SAMConfig` with the prefix `sam_`."""
 
@@ -135,6 +138,11 @@ class _SAMArguments:
         """Describe the effective configuration in one line, and where each part of it came from."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return explain(self.to_config(), self.merged or merge([(COMMAND_LINE, given)]))
+
+    @property
+    def has_rho_for_training_from_scratch(self) -> bool:
+        """Whether rho is the default of a method whose paper trained from scratch, and not chosen by the user."""
+        return self.sam_rho is None and self.sam_method in FROM_SCRATCH
 
     def to_config(self) -> SAMConfig:
         """
