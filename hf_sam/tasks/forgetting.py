@@ -6,9 +6,9 @@
     hf-sam forgetting forgetting.yaml          # the same options, in a file
 
 A name given more than once, as in `sam=outputs/b0 sam=outputs/b1`, has several checkpoints. These are replicates,
-paired in order with those of the other names. The data of the first task come from the run record of the first
-checkpoint, or from `--first '{"dataset": ...}'`. The main result is the test loss of the first task at matched
-training loss of the second. Running the same command again completes missing runs. --workers 4 makes four runs at a
+paired in order with those of the other names; so are the folders of a pattern, `'sam=outputs/b*'`. The data of the
+first task come from the run record of the first checkpoint, or from `--first '{"dataset": ...}'`. The main result is
+the test loss of the first task at matched training loss of the second. Running the same command again completes missing runs. --workers 4 makes four runs at a
 time on this machine; --executor ray or slurm hands them to a cluster (docs/clusters.md).
 """
 
@@ -16,6 +16,7 @@ time on this machine; --executor ray or slurm hands them to a cluster (docs/clus
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import sys
@@ -42,6 +43,7 @@ from ..experiments.standing import describe_standing, reason, standing_of
 from ..experiments.workshop import Workshop, retry_failed
 from ..reporting.document import write_document
 from ..reporting.forgetting import make_forgetting_document
+from ..reporting.results import natural
 from ..reporting.survival import scores_of
 from ..suggestions import did_you_mean
 from . import TRAINING, report, sharpness
@@ -61,7 +63,7 @@ class ForgettingArguments:
     """The checkpoints, and the training on the second task."""
 
     checkpoints: list[str] = field(
-        metadata={"help": "Folders or hub ids as name=checkpoint; repeated names are replicates."}
+        metadata={"help": "Folders, patterns or hub ids as name=checkpoint; repeated names are replicates."}
     )
     recipe: str = field(metadata={"help": f"Recipe of the second task: {', '.join(TRAINING)}."})
     learning_rates: list[float] = field(
@@ -95,6 +97,7 @@ class ForgettingArguments:
     trust_remote_code: bool = option(False, "Run Python code shipped with the model. Only for sources you trust.")
 
     def __post_init__(self):
+        self.checkpoints = [named for text in self.checkpoints for named in _expanded(text)]
         if self.recipe not in TRAINING:
             raise ValueError(
                 f"recipe={self.recipe} is not a training recipe.{did_you_mean(self.recipe, TRAINING, f' Allowed: {TRAINING}.')}"
@@ -126,6 +129,17 @@ class ForgettingArguments:
             name, path = text.split("=", 1) if "=" in text else (sharpness._short_name(text), text)
             found.setdefault(name, []).append(path)
         return found
+
+
+def _expanded(text: str) -> list[str]:
+    """Return the folders that `name=pattern` matches, each with the name; `text` itself if it is not a pattern."""
+    name, equals, pattern = text.partition("=") if "=" in text else ("", "", text)
+    if glob.escape(pattern) == pattern:
+        return [text]
+    found = sorted((path for path in glob.glob(pattern) if Path(path).is_dir()), key=natural)
+    if not found:
+        raise ValueError(f"checkpoints: {pattern} matches no folder.")
+    return [f"{name}{equals}{path}" for path in found]
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,17 @@ def run_task(*words):
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
+def test_a_pattern_names_replicates_in_the_order_of_their_numbers(tmp_path):
+    for name in ("seed-10", "seed-9"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "seed-1.json").touch()  # not a checkpoint
+    common = {"recipe": "causal_lm", "learning_rates": [1e-3]}
+    args = forgetting.ForgettingArguments(checkpoints=[f"sam={tmp_path}/seed-*", "adamw=some/hub-id"], **common)
+    assert args.starts == {"sam": [f"{tmp_path}/seed-9", f"{tmp_path}/seed-10"], "adamw": ["some/hub-id"]}
+    with pytest.raises(ValueError, match=r"checkpoints: .*/sede-\* matches no folder"):
+        forgetting.ForgettingArguments(checkpoints=[f"sam={tmp_path}/sede-*"], **common)
+
+
 @pytest.mark.slow
 def test_a_grid_is_trained_once_and_a_second_call_makes_what_is_missing(start, second, tmp_path, capsys):
     plan = {
