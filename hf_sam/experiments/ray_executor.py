@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +26,6 @@ LOST = (
     "The Ray cluster at {head} has ended or was restarted. No finished run is lost. Repeat the same command when the "
     "cluster is up: it makes what is missing, from the last checkpoints on."
 )
-WATCH = """
-import socket, sys
-host, port, message = sys.argv[1:]
-if not sys.stdin.read():
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError:
-        sys.exit(message)
-"""
 
 
 @dataclass
@@ -76,7 +65,6 @@ class RayExecutor(Executor):
         self._over: dict[str, Ending] = {}
         self._head: str | None = None  # where the cluster answers
         self._is_lost = False
-        self._watcher: subprocess.Popen | None = None
 
     @property
     def room(self) -> int:
@@ -89,7 +77,6 @@ class RayExecutor(Executor):
             except ConnectionError as error:
                 raise ValueError(f"No Ray cluster answers at {self.address or 'its address'}: {error}") from None
             self._head = self._ray.get_runtime_context().gcs_address
-            self._watcher = start_watcher(self._head)
         if not answers(self._head):
             raise self._lost()
 
@@ -164,21 +151,8 @@ class RayExecutor(Executor):
                 continue
 
     def close(self) -> None:
-        if self._watcher is not None:
-            with suppress(OSError):
-                self._watcher.communicate(b"closed", timeout=10)
-            self._watcher = None
         if not self._is_lost:  # it would wait for an answer
             self._ray.shutdown()
-
-
-def start_watcher(head: str) -> subprocess.Popen:
-    """
-    Start a process that reports a lost cluster after this process has ended without closing its input: where the node of
-    the driver is lost too, Ray ends the driver at once.
-    """
-    words = [sys.executable, "-c", WATCH, *head.rsplit(":", 1), LOST.format(head=head)]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def answers(head: str, tries: int = 5) -> bool:

@@ -29,7 +29,7 @@ from hf_sam.experiments.execution import (
     write_place,
 )
 from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor
-from hf_sam.experiments.ray_executor import answers, start_watcher
+from hf_sam.experiments.ray_executor import answers
 from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record, write_json
 from hf_sam.experiments.standing import describe_standing, standing_of
 from hf_sam.experiments.workshop import counts, records_of
@@ -213,16 +213,6 @@ def test_a_head_that_takes_no_connections_is_lost():
         address = f"127.0.0.1:{head.getsockname()[1]}"
         assert answers(address, tries=1)
     assert not answers(address, tries=1)
-
-
-def test_a_driver_that_ray_ends_with_its_cluster_leaves_a_message(capfd):
-    with socket.socket() as head:
-        head.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{head.getsockname()[1]}"
-    start_watcher(address).communicate(b"closed", timeout=60)
-    assert capfd.readouterr().err == ""
-    start_watcher(address).communicate(b"", timeout=60)  # as when the driver is no longer there
-    assert f"The Ray cluster at {address} has ended or was restarted" in capfd.readouterr().err
 
 
 def test_runs_that_are_with_another_executor_are_not_made_here(workshop_of):
