@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -20,14 +21,24 @@ MAX_HASHED_VALUES = 2**16  # per tensor: all values of a classifier head, a stri
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
-    """Name, class, size and fingerprint of a model with its present weights."""
+    """Name, class, size, norm and fingerprint of a model with its present weights."""
     return {
         "name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_norm": _trainable_norm(model),
         "fingerprint": fingerprint_model(model),
     }
+
+
+@torch.no_grad()
+def _trainable_norm(model: torch.nn.Module) -> float | None:
+    """Euclidean norm of all trained weights, the scale of rho; None where this process does not hold them in full."""
+    weights = [p.detach() for p in model.parameters() if p.requires_grad]
+    if any(type(p) is not torch.Tensor or p.device.type == "meta" or not p.is_floating_point() for p in weights):
+        return None
+    return math.sqrt(sum(float(torch.linalg.vector_norm(p, dtype=torch.float32)) ** 2 for p in weights))
 
 
 @torch.no_grad()

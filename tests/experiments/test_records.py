@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_sam.experiments.costs import COSTS_NAME
-from hf_sam.experiments.provenance import describe_environment, fingerprint_data, fingerprint_model
+from hf_sam.experiments.provenance import describe_environment, describe_model, fingerprint_data, fingerprint_model
 from hf_sam.experiments.records import (
     OPEN,
     RECORD_NAME,
@@ -265,3 +265,12 @@ def test_data_fingerprint_is_of_the_content_in_its_order():
 def test_the_commit_is_known_in_a_checkout():
     git = describe_environment()["git"]
     assert git is None or (len(git["commit"]) == 40 and isinstance(git["dirty"], bool))
+
+
+def test_the_norm_of_trained_weights_is_recorded_where_a_process_holds_them():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, dtype=torch.bfloat16))
+    model[0].bias.requires_grad_(False)
+    trained = [model[0].weight, model[1].weight, model[1].bias]
+    expected = torch.cat([p.detach().double().flatten() for p in trained]).norm().item()
+    assert describe_model(model)["trainable_norm"] == pytest.approx(expected, rel=1e-6)
+    assert describe_model(model.to("meta"))["trainable_norm"] is None
