@@ -80,7 +80,7 @@ class Executor(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release whatever would keep this process alive; jobs that survive the driver continue."""
+        """Release resources that would keep this process alive; jobs that survive the driver continue."""
 
 
 @dataclass
@@ -216,20 +216,20 @@ def choose(
     options = dict(stated.get(kind) or {})
     for word in given:
         if "=" not in word:
-            raise ValueError(f"executor options are key=value pairs, not {word!r}.")
+            raise ValueError(f"executor_options={word!r} is not a key=value pair.")
         key, value = word.split("=", 1)
         options[key] = yaml.safe_load(value)
     if workers is not None:
         if kind != "local":
             raise ValueError(
-                f"workers={workers} is an option of this machine alone; {kind} has queue and what runs ask for."
+                f"workers={workers} applies only to executor=local; with {kind}, give --executor_options queue={workers}."
             )
         options["workers"] = workers
     known = [entry.name for entry in dataclasses.fields(_class_of(kind)) if entry.name != "launcher"]
     for key in options:
         if key not in known:
             hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
-            raise ValueError(f"executor.{kind}.{key} is not one of its options.{hint}")
+            raise ValueError(f"executor.{kind}.{key} is unknown.{hint}")
     return Choice(kind, options)
 
 

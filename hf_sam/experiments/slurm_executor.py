@@ -86,9 +86,9 @@ class SlurmExecutor(Executor):
         except (self._submitit.core.utils.FailedJobError, RuntimeError) as error:
             message = " ".join(str(error).split())
             if any(word in message.lower() for word in TO_BE_REPEATED):
-                logger.warning("Slurm takes no more jobs now (%s); tried again later.", message)
+                logger.warning("Slurm accepts no more jobs now (%s); retrying later.", message)
                 return []
-            raise ValueError(f"Slurm refuses the jobs: {message}") from error
+            raise ValueError(f"Slurm rejected the jobs: {message}") from error
         return [f"slurm {job.job_id}" for job in jobs]
 
     def _words(self, folder: Path) -> list[str]:
@@ -129,9 +129,11 @@ class SlurmExecutor(Executor):
         try:
             lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
         except FileNotFoundError:
-            raise ValueError("executor=slurm needs the commands of Slurm (sbatch, squeue, scancel) here.") from None
+            raise ValueError(
+                "executor=slurm needs sbatch, squeue and scancel on this machine; run the command on a login node."
+            ) from None
         except subprocess.SubprocessError as error:
-            logger.warning("squeue does not answer (%s); asked again later.", getattr(error, "stderr", "") or error)
+            logger.warning("squeue does not answer (%s); retrying later.", getattr(error, "stderr", "") or error)
             return None
         return {f"slurm {job}": (state, reason) for job, state, reason in (line.split("|", 2) for line in lines)}
 
@@ -174,7 +176,7 @@ def _job_class() -> type:
                 process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=variables)
                 code = process.wait()
             if code:
-                raise RuntimeError(f"The run ended with code {code}; see log.txt in {self.folder}.")
+                raise RuntimeError(f"The run ended with exit code {code}; see log.txt in {self.folder}.")
 
         def checkpoint(self):
             import submitit

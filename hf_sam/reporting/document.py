@@ -182,7 +182,7 @@ def write_document(document: Document, folder: Path) -> Path:
 
 
 def to_svg(canvas: Canvas) -> bytes:
-    """The drawing as SVG with a transparent background; reproducible byte for byte, and light on a dark page."""
+    """Render a drawing as SVG with a transparent background, reproducible byte for byte and legible on a dark page."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "hf_sam"}):
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
@@ -198,19 +198,19 @@ def to_svg(canvas: Canvas) -> bytes:
 
 
 def shorten_paths(text: str) -> str:
-    """`text` with paths relative to the working directory; of paths elsewhere, only the last two parts are kept."""
+    """Make paths in `text` relative to the working directory; of paths elsewhere, keep only the last two parts."""
     text = str(text)
     return _PATH.sub(r"…\1", text.replace(f"{os.getcwd()}/", "")) if "/" in text else text
 
 
 def escape_markdown(text: str) -> str:
-    """`text` on one line, with Markdown and HTML markup escaped."""
+    """Put `text` on one line and escape Markdown and HTML markup."""
     line = html.escape(" ".join(shorten_paths(text).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
 
 
 def copyable(command: str) -> Markup:
-    """`command` complete, for HTML; only access tokens are masked."""
+    """Escape `command` for HTML without shortening its paths; access tokens are masked."""
     return Markup(html.escape(plain(command), quote=False))
 
 

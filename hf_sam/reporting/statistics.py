@@ -174,13 +174,13 @@ def equivalence_p(mean: float, spread: float, n: int, margin: float) -> float:
 
 
 def established_effect(n: int, level: float = 1 - CONFIDENCE) -> float:
-    """The mean difference, in standard deviations of the differences, that is just significant at `level` with `n` pairs."""
+    """Return the mean difference, in standard deviations, that is just significant at `level` with `n` pairs."""
     return float(stats.t.ppf(1 - level / 2, n - 1) / math.sqrt(n))
 
 
 @lru_cache
 def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8) -> float:
-    """The true difference, in standard deviations, that the paired t-test of `n` pairs detects with this `power`."""
+    """Return the true difference, in standard deviations, that the paired t-test of `n` pairs detects with `power`."""
     critical = stats.t.ppf(1 - level / 2, n - 1)
     # scipy's noncentral t gives NaN in the far tails, so average the power over quantiles of the sample spread
     found = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
@@ -194,7 +194,7 @@ def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8)
 
 
 def seeds_needed(effect: float, spread: float, most: int = 1000) -> int | None:
-    """The smallest number of pairs whose t-test detects a true `effect` four times in five; `None` if above `most`."""
+    """Return the smallest number of pairs that detects a true `effect` four times in five; `None` if above `most`."""
     if spread * detectable_effect(most) > effect:
         return None
     return 2 + bisect.bisect_left(range(2, most + 1), True, key=lambda n: spread * detectable_effect(n) <= effect)
@@ -253,7 +253,7 @@ def sign_flip_p(differences: Sequence[float], rng: np.random.Generator) -> float
 
 @lru_cache
 def _every_sign(n: int) -> np.ndarray:
-    """All patterns of signs of `n` values, one a row: `(2^n, n)`."""
+    """Return all patterns of signs of `n` values, one per row: `(2^n, n)`."""
     return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1) * 2.0 - 1.0
 
 
@@ -304,7 +304,7 @@ def probability_of_improvement(
 
 
 def _counts(index: np.ndarray, n: int) -> np.ndarray:
-    """How often each of `0 ... n - 1` is in the last axis of `index`, of the same shape where that axis has `n`."""
+    """Count each of `0 ... n - 1` along the last axis of `index`, which has length `n`; same shape as `index`."""
     rows = index.reshape(-1, n)
     counted = np.bincount((rows + n * np.arange(len(rows))[:, None]).ravel(), minlength=rows.size)
     return counted.reshape(index.shape).astype(float)
@@ -360,7 +360,7 @@ def bootstrap_examples(
 
 
 def mcnemar_p(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
-    """Exact McNemar p-value of two classifiers on the same examples: a binomial test on those that only one got right."""
+    """Compute the exact McNemar p-value of two classifiers: a binomial test on examples that only one got right."""
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return 1.0 if only_a + only_b == 0 else float(stats.binomtest(only_a, only_a + only_b).pvalue)

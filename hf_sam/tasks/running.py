@@ -266,7 +266,9 @@ def check_training_arguments(
             f"{did_you_mean(best, metrics)} Allowed: {', '.join(metrics)}."
         )
     if data_args.streaming and args.max_steps <= 0:
-        raise UserError("streaming=True needs --max_steps, because the length of a stream is unknown.")
+        raise UserError(
+            "streaming needs a number of steps, because the length of a stream is unknown; give --max_steps."
+        )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"num_train_epochs={args.num_train_epochs} must be above 0, or give --max_steps.")
     if args.learning_rate <= 0:

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder-decoder model with sharpness-aware minimization: summarization, translation, any text-to-text task.
+"""Fine-tune an encoder-decoder model with sharpness-aware minimization: summarization, translation, tasks as text.
 
     hf-sam seq2seq glue_mrpc --sam_rho 0.15
 

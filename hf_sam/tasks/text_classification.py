@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with sharpness-aware minimization: one label, several labels or a number per text or pair.
+"""Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number per text.
 
     hf-sam text-classification glue_mrpc --sam_method asam
 

@@ -480,7 +480,7 @@ def test_no_records_is_a_message():
     [
         ({"control": "adam"}, "control='adam' is not an arm of these records, which have: adamw, sam"),
         ({"treatment": "samm"}, "treatment='samm'"),
-        ({"metric": "acc"}, "metric='acc' is in no record. Allowed: accuracy, nll"),
+        ({"metric": "acc"}, "metric='acc' is not in any record. Allowed: accuracy, nll"),
     ],
 )
 def test_a_question_about_what_is_not_there_is_a_message(tmp_path, question, message):
