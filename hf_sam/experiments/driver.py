@@ -1,4 +1,5 @@
-"""The driver of a study: it decides which runs come next, submits them to an executor, and reads their records.
+"""
+The driver of a study, which decides which runs come next, submits them to an executor, and reads their records.
 
 Its whole state is on disk, so it can be killed and restarted at any moment. A run whose record says that it ended is
 never repeated; for all others, `submission.json` in the run's folder names the job that executes it.
@@ -42,7 +43,7 @@ def study_lock(folder: Path) -> Iterator[None]:
     Keep a second driver out of a study. The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        StudyInUseError: Another driver has the lock; the message says which process.
+        StudyInUseError: If another driver holds the lock; the message names its process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / LOCK_NAME), folder / ".driver.owner"
@@ -177,7 +178,7 @@ def drive(
         report (`Callable[[Run, str], None]`, *optional*): Called with each run whose state changes, and the new state.
 
     Raises:
-        StudyInUseError: Another driver is working on the study.
+        StudyInUseError: If another driver is working on the study.
     """
     choice = choice or Choice()
     with study_lock(workshop.plan.output_dir):
@@ -202,7 +203,7 @@ def cancel_all(workshop: Workshop, choice: Choice) -> int:
     Cancel every job of a study, and return their number.
 
     Raises:
-        StudyInUseError: A driver is running, which would submit them again.
+        StudyInUseError: If a driver is running, which would submit them again.
     """
     with study_lock(workshop.plan.output_dir):
         jobs = named_jobs(workshop, choice.kind)
@@ -247,7 +248,7 @@ def job_at(folder: Path, kind: str) -> str | None:
         kind (`str`): Kind of the executor that is to continue the run.
 
     Raises:
-        StudyInUseError: The run belongs to another executor.
+        StudyInUseError: If the run belongs to another executor.
     """
     stated = read_json(folder / SUBMISSION_NAME)
     if stated is None:  # the driver may have died before it recorded a job that has started since

@@ -77,7 +77,7 @@ def is_running(process: multiprocessing.Process | subprocess.Popen) -> bool:
 
 
 def exit_code(process: multiprocessing.Process | subprocess.Popen) -> int:
-    """The exit code of a process; negative if it was killed by that signal."""
+    """Return the exit code of a process; `-n` if signal `n` killed it."""
     return process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
 
 
@@ -264,7 +264,7 @@ def write_place(folder: Path, submission: str, pid: int, gpus: str | None) -> No
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; `None` if it cannot be read."""
+    """Return the content of a JSON file; `None` if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

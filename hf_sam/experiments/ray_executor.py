@@ -75,7 +75,10 @@ class RayExecutor(Executor):
             try:
                 self._ray.init(self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
-                raise ValueError(f"No Ray cluster answers at {self.address or 'its address'}: {error}") from None
+                where = self.address or "the default address"
+                raise ValueError(
+                    f"executor=ray: no cluster answers at {where} ({error}); start Ray there, or set executor.ray.address."
+                ) from None
             self._head = self._ray.get_runtime_context().gcs_address
         if not answers(self._head):
             raise self._lost()
@@ -169,7 +172,7 @@ def answers(head: str, tries: int = 5) -> bool:
 
 
 def _actor_class() -> type:
-    """The actor's class, defined in a function so that it is pickled by value: the actor needs no hf_sam."""
+    """Define the actor's class in a function, so that it is pickled by value: the actor does not need hf_sam."""
 
     class Run:
         """A run in its own process."""

@@ -124,7 +124,7 @@ class SlurmExecutor(Executor):
         return found
 
     def _states(self) -> dict[str, tuple[str, str]] | None:
-        """State and reason of this user's jobs known to the controller; `None` if it does not answer."""
+        """Return state and reason of this user's jobs known to the controller; `None` if it does not answer."""
         command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r"]
         try:
             lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
@@ -150,13 +150,13 @@ class SlurmExecutor(Executor):
 
 
 def _scripts(run: Path) -> Path:
-    """The folder for submitit's scripts and logs, next to the folders of the study's runs."""
+    """Return the folder for submitit's scripts and logs, next to the folders of the study's runs."""
     kinds = [parent for parent in run.parents if parent.name in ("runs", "trials")]
     return (kinds[0] if kinds else run).parent / "slurm"
 
 
 def _job_class() -> type:
-    """The job's class, defined in a function so that it is pickled by value: unpickling it does not import hf_sam."""
+    """Define the job's class in a function, so that it is pickled by value: unpickling it does not import hf_sam."""
 
     class Job:
         """A run in its own process. `checkpoint` requeues the same job, which resumes by itself."""

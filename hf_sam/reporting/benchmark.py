@@ -230,7 +230,7 @@ def gains(
         the metric's own unit (points for an accuracy); higher is better.
 
     Raises:
-        ValueError: `control` is not an arm of the records.
+        ValueError: If `control` is not an arm of the records.
     """
     question = guess_question(records, control, None, None)
     ratios = dict(zip(rows.variant, rows.ratio, strict=True))

@@ -72,7 +72,7 @@ def write_report(
         `Path`: Path of `report.html`.
 
     Raises:
-        ValueError: There are no records, or no record has a name that the question uses.
+        ValueError: If there are no records, or none has the control, treatment or metric of the question.
     """
     study = make_study(records, seed=seed, **question)
     return write_document(make_document(study, title, Path(folder), seed, command), Path(folder))

@@ -1,7 +1,8 @@
-"""A report as data - sections of text, tables and figures - and its two forms: one HTML file, and Markdown with files.
+"""
+The content of a report as sections of text, tables and figures, and its output: one HTML file, and Markdown with files.
 
-Both forms come from the same sections, so they always agree. All text is escaped, and absolute paths are shortened, in
-this one place; only commands, which readers copy, stay complete.
+Both outputs come from the same sections, so they always agree. Text is escaped and absolute paths are shortened only
+here; commands are left complete, because readers copy them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PATH = re.compile(r"(?<![\w/.:~…\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2}
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (to be typed)."""
+    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (a shell command)."""
 
     text: str
     kind: str = "plain"
@@ -137,10 +138,10 @@ class Document:
     Args:
         title (`str`): The heading.
         lead (`str`): One paragraph under the heading.
-        sections (`Sequence[Section]`): The rest; sections without blocks are left out.
+        sections (`Sequence[Section]`): The content; sections without blocks are left out.
         tables (`dict[str, pd.DataFrame]`, *optional*): More tables, each written as `data/<name>.csv`.
         numbers (`Any`, *optional*): The content of `numbers.json`.
-        warnings (`Sequence[str]`, *optional*): What a reader must know first, shown above all sections.
+        warnings (`Sequence[str]`, *optional*): Warnings to show above all sections.
     """
 
     title: str

@@ -205,7 +205,7 @@ def guess_question(
     first of `METRICS` that most runs have, and a margin of `POINTS_THAT_MATTER` if the metric is in percent.
 
     Raises:
-        ValueError: No record has the named arm or metric.
+        ValueError: If no record has the named arm or metric.
     """
     done = [run for run in records if run.status in ("finished", "foreign") and not is_trial(run)]
     arms = arm_order(done)

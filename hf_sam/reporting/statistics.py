@@ -114,13 +114,13 @@ def compare_paired(
 
 
 def bootstrap_mean(values: Sequence[float], rng: np.random.Generator) -> Estimate:
-    """Mean of `values` with its percentile bootstrap interval; no interval from one value."""
+    """Compute the mean of `values` with its percentile bootstrap interval; one value gives no interval."""
     return _stratified([np.asarray(values, dtype=float)], lambda sample: sample.mean(-1), rng)
 
 
 def resolution(scores: Sequence[float]) -> float:
     """
-    The step size of scores: the smallest gap between two different scores, 0 if all are equal.
+    Compute the step size of scores: the smallest gap between two different scores, 0 if all are equal.
 
     Accuracies on a small test split are multiples of one example. Differences over few seeds are then often equal, and
     a spread of zero would make any of them significant, so the spread is taken to be at least one step.
@@ -131,7 +131,7 @@ def resolution(scores: Sequence[float]) -> float:
 
 
 def student_interval(values: Sequence[float], least_spread: float = 0.0) -> tuple[float, float]:
-    """Student's confidence interval of the mean of two or more values, with a spread of at least `least_spread`."""
+    """Compute Student's interval of the mean of two or more values, with a spread of at least `least_spread`."""
     values = np.asarray(values, dtype=float)
     error = _spread(values, least_spread) / math.sqrt(len(values))
     half = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
@@ -140,10 +140,10 @@ def student_interval(values: Sequence[float], least_spread: float = 0.0) -> tupl
 
 def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float:
     """
-    Two-sided p-value of the paired t-test.
+    Compute the two-sided p-value of the paired t-test.
 
-    Under the null either arm could have got either score of a pair, so differences are symmetric around zero whatever
-    the distribution of the scores. The t-test keeps its level there: in simulation it errs in at most 5.2 % of cases for
+    Under the null hypothesis, the two scores of a pair are exchangeable, so differences are symmetric around zero for
+    any distribution of scores. The t-test then keeps its level: in simulation it errs in at most 5.2 % of cases for
     2 to 10 seeds of normal, skewed, heavy-tailed, bimodal and coarse scores (`tests/reporting/test_statistics.py`). An
     exact sign-flip test cannot go below 2 / 2^n: with five seeds it never reaches 5 %.
     """
@@ -156,7 +156,7 @@ def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float
 
 def equivalence_p(mean: float, spread: float, n: int, margin: float) -> float:
     """
-    p-value of two one-sided t-tests (Schuirmann 1987) against a true mean difference of `margin` or more in either
+    Compute the p-value of two one-sided t-tests (Schuirmann 1987) against a true mean difference of `margin` or more in either
     direction.
 
     A small value is evidence that there is no difference of that size. A large p-value of the test for a difference is
@@ -206,7 +206,7 @@ def _spread(values: np.ndarray, least: float) -> float:
 
 def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """
-    `mean(numerators) / mean(denominators)` of pairs, with Fieller's interval (Fieller 1954, JRSS B 16).
+    Compute `mean(numerators) / mean(denominators)` of pairs, with Fieller's interval (Fieller 1954, JRSS B 16).
 
     The interval contains every `k` for which the paired t-test does not reject `numerators = k * denominators`.
 
@@ -235,10 +235,10 @@ def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -
 
 def sign_flip_p(differences: Sequence[float], rng: np.random.Generator) -> float:
     """
-    Two-sided sign-flip (paired permutation) p-value of a mean difference.
+    Compute the two-sided sign-flip (paired permutation) p-value of a mean difference.
 
-    Under the null either arm could have got either score of a pair, so every pattern of signs is equally likely. Up to
-    `MAX_EXACT_SEEDS` seeds, all `2^n` are enumerated and the test is exact; above, `2^MAX_EXACT_SEEDS` are drawn.
+    Under the null hypothesis, the two scores of a pair are exchangeable, so every pattern of signs is equally likely. Up
+    to `MAX_EXACT_SEEDS` seeds, all `2^n` are enumerated and the test is exact; above, `2^MAX_EXACT_SEEDS` are drawn.
     """
     differences = np.asarray(differences, dtype=float)
     is_exact = len(differences) <= MAX_EXACT_SEEDS
@@ -258,7 +258,7 @@ def _every_sign(n: int) -> np.ndarray:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment over the p-values that exist, in their order; `None` stays `None`."""
+    """Apply Holm's step-down adjustment, keeping the order; `None` stays `None` and does not count."""
     known = [index for index, p in enumerate(p_values) if p is not None]
     adjusted: list[float | None] = [None] * len(p_values)
     running = 0.0
@@ -272,7 +272,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def interquartile_mean(differences_by_task: Sequence[Sequence[float]], rng: np.random.Generator) -> Estimate:
-    """Mean of the middle half of all paired differences, tasks pooled (Agarwal et al. 2021, arXiv 2108.13264)."""
+    """Compute the mean of the middle half of all paired differences, tasks pooled (Agarwal et al. 2021, 2108.13264)."""
     samples = [np.asarray(differences, dtype=float) for differences in differences_by_task]
     return _stratified(samples, lambda *drawn: stats.trim_mean(np.concatenate(drawn, -1), 0.25, axis=-1), rng)
 
@@ -281,7 +281,8 @@ def probability_of_improvement(
     pairs_by_task: Sequence[tuple[Sequence[float], Sequence[float]]], rng: np.random.Generator
 ) -> Estimate:
     """
-    The probability that a treatment run beats a control run on a random task, ties counting half (Agarwal et al. 2021).
+    Compute the probability that a treatment run beats a control run on a random task, ties counting half (Agarwal et
+    al. 2021).
 
     Args:
         pairs_by_task (`Sequence[tuple[Sequence[float], Sequence[float]]]`):
@@ -311,7 +312,7 @@ def _counts(index: np.ndarray, n: int) -> np.ndarray:
 
 
 def _stratified(samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], rng) -> Estimate:
-    """`statistic(*samples)` with a bootstrap that resamples each of `samples` separately, along the last axis."""
+    """Compute `statistic(*samples)` with a bootstrap that resamples each sample separately, along the last axis."""
     value = float(statistic(*samples))
     n = sum(len(sample) for sample in samples)
     if min(len(sample) for sample in samples) < 2:
@@ -336,7 +337,7 @@ def bootstrap_examples(
     metric: Callable[[np.ndarray], float], n: int, rng: np.random.Generator, resamples: int = 1000
 ) -> Estimate:
     """
-    A metric with its percentile bootstrap interval over test examples.
+    Compute a metric with its percentile bootstrap interval over test examples.
 
     Args:
         metric (`Callable[[np.ndarray], float]`): Computes the metric from indices of examples, with repetition.

@@ -104,7 +104,7 @@ def make_study(
     Compute a study; the arguments are those of `write_report`.
 
     Raises:
-        ValueError: There are no records, or no record has a name that the question uses.
+        ValueError: If there are no records, or none has the control, treatment or metric of the question.
     """
     if not records:
         raise ValueError(" ".join(["There is no run record to report on.", *problems]))

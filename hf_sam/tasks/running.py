@@ -54,8 +54,7 @@ def prepare(
     from the beginning if there is none.
 
     Raises:
-        UserError: If `output_dir` cannot be used, or holds an earlier run and the arguments neither resume nor
-            overwrite it.
+        UserError: If `output_dir` cannot be used, or contains an earlier run that is neither resumed nor overwritten.
     """
     sam_config = sam_args.to_config()
     if args.process_index == 0:
@@ -240,8 +239,8 @@ def check_training_arguments(
 
     Args:
         args (`TrainingArguments`): The arguments to check.
-        data_args (`DataArguments`): Tell whether the data are streamed.
-        run_args (`RunArguments`): Name the split that is scored and metrics from the hub.
+        data_args (`DataArguments`): `streaming` is used.
+        run_args (`RunArguments`): `score_split` and `hub_metrics` are used.
         has_validation (`bool`): Whether there is a validation split.
         metrics (`Sequence[str]`, *optional*): Names of the task's metrics.
 
@@ -258,9 +257,8 @@ def check_training_arguments(
             "score_split=validation needs a validation split: give --validation_size 0.1, or --validation_split."
         )
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if (
-        metrics and best not in metrics and not run_args.hub_metrics
-    ):  # metrics from the hub have no known names until computed
+    # The names of metrics from the hub are known only once they have been computed.
+    if metrics and best not in metrics and not run_args.hub_metrics:
         raise UserError(
             f"metric_for_best_model={args.metric_for_best_model} is not a metric of this task."
             f"{did_you_mean(best, metrics)} Allowed: {', '.join(metrics)}."
@@ -280,7 +278,7 @@ def check_training_arguments(
 
 def train(trainer: Trainer) -> None:
     """
-    Train, from the checkpoint that `prepare` found if any; print and save the training metrics.
+    Train, from the checkpoint found by `prepare` if there is one; print and save the training metrics.
 
     After a resume, time and `train_loss` cover the whole run if the checkpoint recorded those of the steps before it.
     """

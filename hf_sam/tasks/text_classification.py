@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number per text.
+"""Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number per text or pair.
 
     hf-sam text-classification glue_mrpc --sam_method asam
 
