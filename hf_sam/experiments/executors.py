@@ -167,7 +167,7 @@ def visible_gpus() -> list[str]:
 
 
 def _born(pid: int) -> str | None:
-    """Return the start time of a process, which distinguishes it from later ones with its id; `None` if it has ended."""
+    """Return the start time of a process, to distinguish it from later ones with its id; `None` if it has ended."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())

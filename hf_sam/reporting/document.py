@@ -42,7 +42,7 @@ _PATH = re.compile(r"(?<![\w/.:~…\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2}
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (a shell command)."""
+    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (for a shell)."""
 
     text: str
     kind: str = "plain"

@@ -293,7 +293,7 @@ CASES = {
     "words that the tokenizer does not know": (
         PAIRS,
         ["--dataset={}/texts", "--label_words", "splendid", "awful"],
-        "The tokenizer makes '' of 'splendid'.*--label_words",
+        "The word 'splendid' decodes to ''.*--label_words",
     ),
     "words that are the same": (
         PAIRS,
