@@ -298,7 +298,7 @@ CASES = {
     "words that are the same": (
         PAIRS,
         ["--dataset={}/texts", "--label_words", "good", "good"],
-        "makes 'good' of 'good' as of 'good'",
+        "'good' decodes to 'good', as 'good' does",
     ),
     "too few words": (PAIRS, ["--dataset={}/texts", "--label_words", "good"], r"has 1 words .* 2 classes: no, yes"),
     "noise on summaries": (
