@@ -127,7 +127,7 @@ def _next(pairs: Sequence[dict], has_sharpness: bool, has_survival: bool, comman
     if not has_sharpness:
         steps.append("Sharpness was not measured: --sharpness true measures it.")
     if not has_survival:
-        steps.append("Robustness to quantization, pruning and noise was not measured: --survival true measures it.")
+        steps.append("Scores after quantization, pruning and noise were not measured: --survival true measures them.")
     return ([Listing(steps)] if steps else []) + (
         [Text("This command writes this report again:"), Text(command, "command")] if command else []
     )
