@@ -1,4 +1,4 @@
-"""Fine-tune an encoder-decoder model with sharpness-aware minimization: summaries, translations, or tasks as text.
+"""Fine-tune an encoder-decoder model with sharpness-aware minimization: summarization, translation, tasks as text.
 
     accelerate launch recipes/seq2seq.py configs/seq2seq/glue_mrpc.yaml --sam_rho 0.15
 

@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number; texts or pairs.
+"""Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number per text or pair.
 
     accelerate launch recipes/text_classification.py configs/text_classification/glue_mrpc.yaml --sam_method asam
 

@@ -1,4 +1,4 @@
-"""Fine-tune a token classifier with sharpness-aware minimization: named entities, parts of speech.
+"""Fine-tune a token classifier with sharpness-aware minimization: named entities or parts of speech.
 
     accelerate launch recipes/token_classification.py configs/token_classification/conll2003.yaml --sam_rho 0.01
 

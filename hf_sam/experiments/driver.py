@@ -1,4 +1,5 @@
-"""The driver of a study: it decides which runs come next, submits them to an executor, and reads their records.
+"""
+The driver of a study, which decides which runs come next, submits them to an executor, and reads their records.
 
 Its whole state is on disk, so it can be killed and restarted at any moment. A run whose record says that it ended is
 never repeated; for all others, `submission.json` in the run's folder names the job that executes it.
@@ -29,7 +30,7 @@ from .workshop import DEATHS_NAME, Workshop
 logger = logging.get_logger(__name__)
 
 LOCK_NAME = ".driver.lock"
-MAX_DEATHS = 3  # a run that ends this often without a result, by its own fault, has failed
+MAX_DEATHS = 3  # a run that ends without a result this often, through its own fault, has failed
 
 
 class StudyInUseError(ValueError):
@@ -42,7 +43,7 @@ def study_lock(folder: Path) -> Iterator[None]:
     Keep a second driver out of a study. The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        StudyInUseError: Another driver has the lock; the message says which process.
+        StudyInUseError: If another driver holds the lock; the message names its process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / LOCK_NAME), folder / ".driver.owner"
@@ -51,10 +52,10 @@ def study_lock(folder: Path) -> Iterator[None]:
     except Timeout:
         at = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
         raise StudyInUseError(
-            f"{folder} is driven by {at}. --status shows where it stands; end that process to drive it from here."
+            f"{folder} is driven by {at}. --status shows the state of its runs; end that process to continue from here."
         ) from None
     except (NotImplementedError, OSError) as error:  # a file system without locks
-        logger.warning("%s cannot be locked (%s): start no second driver on it.", folder, error)
+        logger.warning("%s cannot be locked (%s); do not start a second driver on it.", folder, error)
         yield
         return
     try:
@@ -118,7 +119,7 @@ class Driver:
         for name, ending in self.executor.ended(list(self.jobs)).items():
             self.release(name, Ending(ending.cause, is_own_fault=False))
         for run in self.jobs.values():
-            self.report(run, "goes on")
+            self.report(run, "attached")
 
     def collect(self) -> None:
         """Release jobs that have ended, once their record is visible or the wait for it is over."""
@@ -142,7 +143,7 @@ class Driver:
             self.workshop.forget(run)
         (folder / SUBMISSION_NAME).unlink(missing_ok=True)
         if not self.workshop.has_ended(run):
-            self.report(run, f"to be run again: {ending.cause}")
+            self.report(run, f"will be rerun: {ending.cause}")
             return
         self.workshop.discard()
         self.report(run, self.workshop.record(run).status)
@@ -161,7 +162,7 @@ class Driver:
         for run, folder, name in zip(runs, folders, names, strict=False):
             write_json(folder / SUBMISSION_NAME, {"id": name})
             self.jobs[name] = run
-            self.report(run, "queued" if self.executor.survives_driver else "begins")
+            self.report(run, "queued" if self.executor.survives_driver else "started")
         return len(names) < len(runs)
 
 
@@ -177,7 +178,7 @@ def drive(
         report (`Callable[[Run, str], None]`, *optional*): Called with each run whose state changes, and the new state.
 
     Raises:
-        StudyInUseError: Another driver is working on the study.
+        StudyInUseError: If another driver is working on the study.
     """
     choice = choice or Choice()
     with study_lock(workshop.plan.output_dir):
@@ -185,7 +186,7 @@ def drive(
 
 
 def jobs_of(workshop: Workshop, choice: Choice) -> dict[str, Run]:
-    """The jobs that are queued or running. Nothing is changed; if a driver is running, its own list of jobs is used."""
+    """Return the jobs that are queued or running, as listed by the driver if one is running; changes nothing."""
     jobs = named_jobs(workshop, choice.kind)
     if not jobs or is_driven(workshop.plan.output_dir):
         return jobs
@@ -202,7 +203,7 @@ def cancel_all(workshop: Workshop, choice: Choice) -> int:
     Cancel every job of a study, and return their number.
 
     Raises:
-        StudyInUseError: A driver is running, which would submit them again.
+        StudyInUseError: If a driver is running, which would submit them again.
     """
     with study_lock(workshop.plan.output_dir):
         jobs = named_jobs(workshop, choice.kind)
@@ -220,7 +221,7 @@ def cancel_all(workshop: Workshop, choice: Choice) -> int:
 
 
 def named_jobs(workshop: Workshop, kind: str) -> dict[str, Run]:
-    """The last job of each run that can start now or has started, according to the runs' folders."""
+    """Return the last job of each run that can start now or has started, according to the runs' folders."""
     named = ((job_at(workshop.folder(run), kind), run) for run in workshop.open_runs())
     return {name: run for name, run in named if name is not None}
 
@@ -240,24 +241,24 @@ def make_one(folder: Path, executor: Executor, result: str) -> None:
 
 def job_at(folder: Path, kind: str) -> str | None:
     """
-    The last job of a run, according to its folder.
+    Return the last job of a run, according to its folder.
 
     Args:
         folder (`Path`): The run's folder.
         kind (`str`): Kind of the executor that is to continue the run.
 
     Raises:
-        StudyInUseError: The run belongs to another executor.
+        StudyInUseError: If the run belongs to another executor.
     """
     stated = read_json(folder / SUBMISSION_NAME)
-    if stated is None:  # the driver that submitted it may have died before it noted the job, which has begun since
+    if stated is None:  # the driver may have died before it recorded a job that has started since
         stated = read_json(folder / PLACE_NAME)
         return stated["id"] if stated is not None and stated["id"].startswith(kind + " ") else None
     owner, name = stated["id"].split(" ", 1)
     if owner not in (kind, "local"):
         raise StudyInUseError(
-            f"{folder} is with {owner}, job {name}. Go on with --executor {owner}, or end its jobs first by the same "
-            f"command with --executor {owner} --cancel."
+            f"{folder} belongs to job {name} of executor {owner}. Continue with --executor {owner}, or cancel its jobs first "
+            f"with --executor {owner} --cancel."
         )
     return stated["id"] if owner == kind else None
 

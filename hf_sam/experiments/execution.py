@@ -77,7 +77,7 @@ def is_running(process: multiprocessing.Process | subprocess.Popen) -> bool:
 
 
 def exit_code(process: multiprocessing.Process | subprocess.Popen) -> int:
-    """The exit code of a process; negative if it was killed by that signal."""
+    """Return the exit code of a process; `-n` if signal `n` killed it."""
     return process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
 
 
@@ -128,11 +128,11 @@ def end_with(parent: int) -> None:
 
 def execute(folder: Path) -> None:
     """
-    Run the task as `run.json` says, and leave a record even where the task did not get so far. Where the record says
-    that the run has ended, at most what comes `afterwards` is done.
+    Execute the task described in `run.json`, and leave a record even if the task fails before it writes one.
 
-    A job with `pause_at` stops at that step of its schedule and keeps the checkpoint. At 0 it evaluates the untrained
-    model, and writes down the length of the run.
+    If the record says that the run has ended, at most the evaluation in `afterwards` is made. A job with `pause_at`
+    stops at that step of its schedule and keeps the checkpoint; at 0 it evaluates the untrained model and writes the
+    length of the run to a file.
     """
     job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
     if has_ended(folder):
@@ -176,7 +176,7 @@ def _measure(folder: Path, task: str, settings: dict[str, Any]) -> None:
 
 
 def _do_afterwards(folder: Path, job: dict[str, Any]) -> None:
-    """Has a finished run evaluated further by the task that its job names: that leaves a result, or fails the run."""
+    """Let the task named in `afterwards` evaluate a finished run; it writes a result or marks the run as failed."""
     stated = job.get("afterwards")
     if stated is not None and read_record(folder / RECORD_NAME).status == "finished":
         load_task(stated["task"]).afterwards(folder, stated)
@@ -207,8 +207,9 @@ def has_ended(folder: Path) -> bool:
 
 def hold(folder: Path, seconds: float) -> bool:
     """
-    Wait until no earlier job executes the run, and keep later jobs out until this process ends. A job that its cluster
-    has lost may continue for a while. Return whether the earlier one ended within `seconds`.
+    Wait until no earlier job executes the run, and keep later jobs out until this process ends.
+
+    An earlier job may still be running although its cluster has lost it. Return whether it ended within `seconds`.
     """
     lock = _HELD.setdefault(folder.resolve(), FileLock(folder / HELD_NAME, thread_local=False))
     try:
@@ -221,7 +222,7 @@ def hold(folder: Path, seconds: float) -> bool:
 
 
 def follow(folder: Path, submission: str, seconds: float) -> bool:
-    """Wait, as a further process of a run, until the first one has taken it up; returns whether it did in time."""
+    """Wait until the first process of a run has recorded its start; return whether it did within `seconds`."""
     deadline = time.monotonic() + seconds
     while (read_json(folder / PLACE_NAME) or {}).get("id") != submission:
         if time.monotonic() > deadline:
@@ -231,7 +232,7 @@ def follow(folder: Path, submission: str, seconds: float) -> bool:
 
 
 def is_ours(folder: Path, submission: str) -> bool:
-    """Whether no other job is noted for the run."""
+    """Whether the run belongs to this job, that is, no other job is recorded for it."""
     stated = read_json(folder / SUBMISSION_NAME)
     return stated is None or stated["id"] == submission
 
@@ -263,7 +264,7 @@ def write_place(folder: Path, submission: str, pid: int, gpus: str | None) -> No
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; `None` if it cannot be read."""
+    """Return the content of a JSON file; `None` if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -293,11 +294,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.submission:
         if int(os.environ.get("RANK", "0")) == 0:
             if not is_ours(args.folder, args.submission) or not hold(args.folder, HOLD_SECONDS):
-                sys.exit(f"{args.folder} is made by another job than {args.submission}.")
+                sys.exit(f"{args.folder} is being executed by another job than {args.submission}.")
             if not take_up(args.folder, args.submission):
-                sys.exit(f"{args.folder} was given to another job than {args.submission}.")
+                sys.exit(f"{args.folder} belongs to another job than {args.submission}.")
         elif not follow(args.folder, args.submission, 2 * HOLD_SECONDS):
-            sys.exit(f"The first process of {args.submission} has not begun.")
+            sys.exit(f"The first process of {args.submission} has not started.")
     execute(args.folder)
 
 

@@ -1,4 +1,5 @@
-"""Executors of runs: processes on this machine, a Ray cluster, or Slurm.
+"""
+Executors of runs: processes on this machine, a Ray cluster, or Slurm.
 
 An executor queues, places and ends jobs, and reports which jobs have ended, and why. The driver decides which runs to
 execute, and a run's outcome is read from its record on disk.
@@ -68,7 +69,7 @@ class Executor(ABC):
 
     @abstractmethod
     def ended(self, jobs: Sequence[str]) -> dict[str, Ending]:
-        """The jobs that are neither queued nor running; empty if the cluster does not answer."""
+        """Return the jobs that are neither queued nor running; empty if the cluster does not answer."""
 
     @abstractmethod
     def wait(self) -> None:
@@ -80,7 +81,7 @@ class Executor(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release whatever would keep this process alive; jobs that survive the driver continue."""
+        """Release resources that would keep this process alive; jobs that survive the driver continue."""
 
 
 @dataclass
@@ -124,7 +125,7 @@ class LocalExecutor(Executor):
         return names
 
     def _gpus_of(self, slot: int) -> str | None:
-        """The `CUDA_VISIBLE_DEVICES` of a slot; `None` to keep that of this process."""
+        """Return the `CUDA_VISIBLE_DEVICES` of a slot; `None` to keep that of this process."""
         devices = visible_gpus()
         if not devices or (self.gpus is None and (self.launcher or self.workers == 1)):
             return None
@@ -156,7 +157,7 @@ class LocalExecutor(Executor):
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as in `CUDA_VISIBLE_DEVICES`, found without initializing them."""
+    """Return the GPUs that this process may use, as in `CUDA_VISIBLE_DEVICES`, without initializing CUDA."""
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [word.strip() for word in stated.split(",") if word.strip()]
@@ -166,7 +167,7 @@ def visible_gpus() -> list[str]:
 
 
 def _born(pid: int) -> str | None:
-    """Start time of a process, to distinguish it from later ones with the same id; `None` if it has ended."""
+    """Return the start time of a process, to distinguish it from later ones with its id; `None` if it has ended."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
@@ -195,7 +196,7 @@ def choose(
     stated: Mapping[str, Any], kind: str | None = None, workers: int | None = None, given: Sequence[str] = ()
 ) -> Choice:
     """
-    The executor of a plan, with overrides from the command line.
+    Choose the executor of a plan, with overrides from the command line.
 
     Args:
         stated (`Mapping`): `kind`, and the options of each kind under its name.
@@ -204,7 +205,7 @@ def choose(
         given (`Sequence[str]`, *optional*): `key=value` pairs that override options of the chosen kind.
 
     Raises:
-        ValueError: A kind or option is unknown; the message names it and what is allowed.
+        ValueError: If a kind or option is unknown; the message names it and what is allowed.
     """
     for name in stated:
         if name not in ("kind", *KINDS):
@@ -216,20 +217,20 @@ def choose(
     options = dict(stated.get(kind) or {})
     for word in given:
         if "=" not in word:
-            raise ValueError(f"executor options are key=value pairs, not {word!r}.")
+            raise ValueError(f"executor_options={word!r} is not a key=value pair.")
         key, value = word.split("=", 1)
         options[key] = yaml.safe_load(value)
     if workers is not None:
         if kind != "local":
             raise ValueError(
-                f"workers={workers} is an option of this machine alone; {kind} has queue and what runs ask for."
+                f"workers={workers} applies only to executor=local; with {kind}, give --executor_options queue={workers}."
             )
         options["workers"] = workers
     known = [entry.name for entry in dataclasses.fields(_class_of(kind)) if entry.name != "launcher"]
     for key in options:
         if key not in known:
             hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
-            raise ValueError(f"executor.{kind}.{key} is not one of its options.{hint}")
+            raise ValueError(f"executor.{kind}.{key} is unknown.{hint}")
     return Choice(kind, options)
 
 

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster: each is an actor that holds the run's CPUs and GPUs, outlives the driver, and ends itself."""
+"""Runs on a Ray cluster, each in an actor that holds its CPUs and GPUs, outlives the driver and ends with the run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NAMESPACE = "hf_sam"  # namespace of the actors, where a later driver finds them
 
 
 class ClusterLostError(ValueError):
-    """The Ray cluster that the runs were given to is no longer there."""
+    """The Ray cluster to which the runs were submitted no longer exists."""
 
 
 LOST = (
-    "The Ray cluster at {head} has ended or was restarted. No finished run is lost. Repeat the same command when the "
-    "cluster is up: it makes what is missing, from the last checkpoints on."
+    "The Ray cluster at {head} has ended or was restarted. No finished run is lost. When the cluster is up again, repeat "
+    "the same command: it runs only what is missing and resumes from the last checkpoints."
 )
 
 
@@ -63,7 +63,7 @@ class RayExecutor(Executor):
         self._ray = ray
         self._ends: dict[str, Any] = {}  # job: reference to the reason of its end
         self._over: dict[str, Ending] = {}
-        self._head: str | None = None  # where the cluster answers
+        self._head: str | None = None  # address of the cluster's head node
         self._is_lost = False
 
     @property
@@ -75,13 +75,16 @@ class RayExecutor(Executor):
             try:
                 self._ray.init(self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
-                raise ValueError(f"No Ray cluster answers at {self.address or 'its address'}: {error}") from None
+                where = self.address or "the default address"
+                raise ValueError(
+                    f"executor=ray: no cluster answers at {where} ({error}); start Ray there, or set executor.ray.address."
+                ) from None
             self._head = self._ray.get_runtime_context().gcs_address
         if not answers(self._head):
             raise self._lost()
 
     def _lost(self) -> ClusterLostError:
-        """The runs are lost with the head; Ray itself would end this process after a minute, without a word on that."""
+        """Return the error for a lost head; without it, Ray would end this process after a minute and name no cause."""
         self._is_lost = True
         return ClusterLostError(LOST.format(head=self._head))
 
@@ -118,13 +121,13 @@ class RayExecutor(Executor):
         for name in set(jobs) - self._ends.keys() - self._over.keys():  # submitted by an earlier driver
             try:
                 self._ends[name] = self._ray.get_actor(name, namespace=NAMESPACE).end.remote()
-            except ValueError:  # no actor has this name any more
-                self._over[name] = Ending("it ended while no driver was there", is_own_fault=False)
+            except ValueError:  # no such actor exists any more
+                self._over[name] = Ending("it ended while no driver was running", is_own_fault=False)
         names = {reference: name for name, reference in self._ends.items()}
         done = self._ray.wait(list(names), num_returns=len(names), timeout=0)[0] if names else []
         for reference in done:
             self._over[names[reference]] = self._why(self._ends.pop(names[reference]))
-        if done and not answers(self._head):  # they were lost with it: no death of theirs
+        if done and not answers(self._head):  # the jobs were lost with the head, not through their own fault
             raise self._lost()
         return {name: self._over[name] for name in jobs if name in self._over}
 
@@ -151,12 +154,12 @@ class RayExecutor(Executor):
                 continue
 
     def close(self) -> None:
-        if not self._is_lost:  # it would wait for an answer
+        if not self._is_lost:  # shutdown would wait for an answer
             self._ray.shutdown()
 
 
 def answers(head: str, tries: int = 5) -> bool:
-    """Whether the head of a cluster, `host:port`, takes connections; asked again for some seconds before it is lost."""
+    """Whether the head of a cluster, `host:port`, accepts connections; retries for some seconds before giving up."""
     host, port = head.rsplit(":", 1)
     for _ in range(tries):
         try:
@@ -169,7 +172,7 @@ def answers(head: str, tries: int = 5) -> bool:
 
 
 def _actor_class() -> type:
-    """The actor's class, defined in a function so that it is pickled by value: the actor needs no hf_sam."""
+    """Define the actor's class in a function, so that it is pickled by value: the actor does not need hf_sam."""
 
     class Run:
         """A run in its own process."""
@@ -199,7 +202,7 @@ def _actor_class() -> type:
                 code = self.process.wait()
                 self.cause = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
                 self.over.set()
-                threading.Event().wait(1.0)  # until those who wait for the end have their answer
+                threading.Event().wait(1.0)  # until callers of `end` have received their answer
                 ray.kill(me)
 
             threading.Thread(target=watch, daemon=True).start()

@@ -86,9 +86,9 @@ class SlurmExecutor(Executor):
         except (self._submitit.core.utils.FailedJobError, RuntimeError) as error:
             message = " ".join(str(error).split())
             if any(word in message.lower() for word in TO_BE_REPEATED):
-                logger.warning("Slurm takes no more jobs now (%s); tried again later.", message)
+                logger.warning("Slurm accepts no more jobs now (%s); retrying later.", message)
                 return []
-            raise ValueError(f"Slurm refuses the jobs: {message}") from error
+            raise ValueError(f"Slurm rejected the jobs: {message}") from error
         return [f"slurm {job.job_id}" for job in jobs]
 
     def _words(self, folder: Path) -> list[str]:
@@ -124,14 +124,16 @@ class SlurmExecutor(Executor):
         return found
 
     def _states(self) -> dict[str, tuple[str, str]] | None:
-        """State and reason of this user's jobs known to the controller; `None` if it does not answer."""
+        """Return state and reason of this user's jobs known to the controller; `None` if it does not answer."""
         command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r"]
         try:
             lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
         except FileNotFoundError:
-            raise ValueError("executor=slurm needs the commands of Slurm (sbatch, squeue, scancel) here.") from None
+            raise ValueError(
+                "executor=slurm needs sbatch, squeue and scancel on this machine; run the command on a login node."
+            ) from None
         except subprocess.SubprocessError as error:
-            logger.warning("squeue does not answer (%s); asked again later.", getattr(error, "stderr", "") or error)
+            logger.warning("squeue does not answer (%s); retrying later.", getattr(error, "stderr", "") or error)
             return None
         return {f"slurm {job}": (state, reason) for job, state, reason in (line.split("|", 2) for line in lines)}
 
@@ -148,13 +150,13 @@ class SlurmExecutor(Executor):
 
 
 def _scripts(run: Path) -> Path:
-    """The folder for submitit's scripts and logs, next to the folders of the study's runs."""
+    """Return the folder for submitit's scripts and logs, next to the folders of the study's runs."""
     kinds = [parent for parent in run.parents if parent.name in ("runs", "trials")]
     return (kinds[0] if kinds else run).parent / "slurm"
 
 
 def _job_class() -> type:
-    """The job's class, defined in a function so that it is pickled by value: unpickling it does not import hf_sam."""
+    """Define the job's class in a function, so that it is pickled by value: unpickling it does not import hf_sam."""
 
     class Job:
         """A run in its own process. `checkpoint` requeues the same job, which resumes by itself."""
@@ -174,7 +176,7 @@ def _job_class() -> type:
                 process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=variables)
                 code = process.wait()
             if code:
-                raise RuntimeError(f"The run ended with code {code}; see log.txt in {self.folder}.")
+                raise RuntimeError(f"The run ended with exit code {code}; see log.txt in {self.folder}.")
 
         def checkpoint(self):
             import submitit

@@ -61,9 +61,9 @@ def standing_of(workshop: Workshop, choice: Choice) -> Standing:
 
 
 def describe_standing(standing: Standing) -> str:
-    """The state of a study as a few lines of text."""
-    lines = [standing.progress, f"{len(standing.under_way)} under way, {standing.queued} queued"]
-    for title, entries in (("under way", standing.under_way), ("failed", standing.failed)):
+    """Describe the state of a study in a few lines of text."""
+    lines = [standing.progress, f"{len(standing.under_way)} running, {standing.queued} queued"]
+    for title, entries in (("running", standing.under_way), ("failed", standing.failed)):
         lines += [f"  {title}: {folder}: {words}" for folder, words in list(entries.items())[:MAX_LISTED]]
         if len(entries) > MAX_LISTED:
             lines.append(f"  ... and {len(entries) - MAX_LISTED} more {title}")
@@ -71,14 +71,14 @@ def describe_standing(standing: Standing) -> str:
 
 
 def reason(record: RunRecord) -> str:
-    """The error that ended a failed run, in one line."""
+    """Return the error that ended a failed run, in one line."""
     error = record.error or {}
     lines = error.get("message", "").splitlines()
     return f"{error.get('type', 'unknown')}: {lines[0]}" if lines else error.get("type", "unknown")
 
 
 def progress(workshop: Workshop, workers: int = 1) -> str:
-    """The progress and the estimated remaining time, in one line."""
+    """Describe the progress and the estimated remaining time in one line."""
     count = counts(workshop)
     total = sum(count[name] for name in ("finished", "failed", "begun", "waiting"))
     line = f"{count['finished']} of {total} runs finished, {count['failed']} failed"
@@ -86,10 +86,10 @@ def progress(workshop: Workshop, workers: int = 1) -> str:
         return f"{line}."
     found = estimate(workshop)
     if found is None:
-        return f"{line}; time is estimated after the first."
+        return f"{line}; remaining time unknown until one has finished."
     seconds, known = found
     of = f", {workers} at a time," if workers > 1 else ""
-    return f"{line}; about {_spell(seconds / workers / 60)}{of} to go, judging by {known} finished."
+    return f"{line}; about {_spell(seconds / workers / 60)}{of} left, estimated from {known} finished."
 
 
 def _spell(minutes: float) -> str:
@@ -97,7 +97,7 @@ def _spell(minutes: float) -> str:
 
 
 def estimate(workshop: Workshop) -> tuple[float, int] | None:
-    """Seconds that one worker would need for the remaining runs, and the number of runs that the estimate rests on."""
+    """Estimate the seconds that one worker needs for the remaining runs; also return the number of runs used."""
     spent, cost = 0.0, 0.0
     known = 0
     rest = 0.0

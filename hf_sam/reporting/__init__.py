@@ -1,1 +1,5 @@
-"""Reports: documents, statistics, formatting, plots and their sections. Imports the rest of the package; nothing but report writers imports it."""
+"""
+Reports: documents, statistics, formatting, plots and their sections.
+
+Imports the rest of the package; only the modules that write reports import it.
+"""

@@ -1,4 +1,4 @@
-"""Measurements of the benchmark as rows, as a table and as drawings."""
+"""Report the benchmark's measurements: rows, a table and figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SWEEP = "Time relative to the stock Trainer against each setting that varies, th
 
 def row_of(measurement: Measurement, examples: int, seed: int = 0) -> dict[str, Any]:
     """
-    One measurement as a flat row; for a variant that cannot run, missing values are None.
+    Convert a measurement to a flat row; a variant that cannot run has no values, only the reason in `impossible`.
 
     Args:
         measurement (`Measurement`): One variant.
@@ -65,7 +65,7 @@ def row_of(measurement: Measurement, examples: int, seed: int = 0) -> dict[str, 
 
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one setting, as text."""
+    """Format the rows of one setting as text."""
     lines = []
     for row in rows.to_dict("records"):
         line = {"variant": row["variant"]}
@@ -95,7 +95,7 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def draw_ratios(rows: pd.DataFrame) -> Canvas:
-    """Step time relative to the stock Trainer with its interval, and the passes of the method, for one setting."""
+    """Draw step times relative to the stock Trainer with intervals, and the methods' passes, for one setting."""
     rows = rows[rows.ratio.notna()]
     canvas = Canvas(figsize=size(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
     axes = canvas.subplots()
@@ -113,7 +113,7 @@ def draw_ratios(rows: pd.DataFrame) -> Canvas:
 
 @styled
 def draw_sweep(rows: pd.DataFrame) -> Canvas | None:
-    """The ratio against each setting that varies, the others held fixed; None if nothing varies."""
+    """Draw the ratio against each setting that varies, the others held fixed; return `None` if nothing varies."""
     rows = rows[rows.ratio.notna() & (rows.variant != STOCK.name)]
     varied = [name for name in SETTING if rows[name].nunique() > 1]
     if not varied:
@@ -188,7 +188,7 @@ def write_benchmark_report(
 
 
 def cost_sentence(rows: pd.DataFrame, title: str) -> str:
-    """A sentence with the cost of SAM, or of the first method, and the range over all methods."""
+    """Return a sentence with the cost of SAM, or of the first method, and the range over all methods."""
     timed = rows[rows.ratio.notna() & (rows.variant != STOCK.name)]
     if timed.empty:
         return f"No method could be timed against the stock Trainer ({title})."
@@ -217,7 +217,7 @@ def gains(
     records: Sequence[RunRecord], rows: pd.DataFrame, variants: Sequence[Variant], control: str | None = None
 ) -> pd.DataFrame:
     """
-    The gain of every arm of a comparison over its control, with the step time measured here.
+    Combine the gain of every arm of a comparison over its control with the step time measured here.
 
     Args:
         records (`Sequence[RunRecord]`): The records of a comparison.
@@ -230,7 +230,7 @@ def gains(
         the metric's own unit (points for an accuracy); higher is better.
 
     Raises:
-        ValueError: `control` is not an arm of the records.
+        ValueError: If `control` is not an arm of the records.
     """
     question = guess_question(records, control, None, None)
     ratios = dict(zip(rows.variant, rows.ratio, strict=True))
@@ -262,7 +262,7 @@ def gains(
 
 @styled
 def draw_frontier(frame: pd.DataFrame) -> Canvas:
-    """Gain against cost, one panel per task, condition and budget; the line joins the arms that no other arm dominates."""
+    """Draw gain against cost, one panel per task, condition and budget; the line joins the arms that none dominates."""
     cells = list(frame.groupby(["task", "condition", "budget"], sort=False))
     arms = list(dict.fromkeys(frame.arm))
     columns = 1 if is_narrow() else min(len(cells), 3)
@@ -301,7 +301,7 @@ def draw_frontier(frame: pd.DataFrame) -> Canvas:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, gain) that no other point dominates, ordered by cost."""
+    """Return the (cost, gain) points that no other point dominates, ordered by cost."""
     best: list[tuple[float, float]] = []
     for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or gain > best[-1][1]:

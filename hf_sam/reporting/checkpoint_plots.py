@@ -1,4 +1,4 @@
-"""The drawings of a report on checkpoints: confusion, robustness, images. No display is needed."""
+"""Figures of a report on checkpoints: confusion, robustness and images. No display is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .plots import is_narrow, styled
 
 @styled
 def draw_confusion(matrices: dict[str, np.ndarray], class_names: Sequence[str]) -> Canvas:
-    """Counts of true class (row) by predicted class (column), one panel per checkpoint, shaded by share of the row."""
+    """Draw counts of true (row) by predicted class (column), one panel per checkpoint, shaded by share of the row."""
     side = 1.2 + 0.28 * len(class_names)
     columns = 1 if is_narrow() else min(len(matrices), 3)
     rows = -(-len(matrices) // columns)
@@ -42,7 +42,7 @@ def draw_confusion(matrices: dict[str, np.ndarray], class_names: Sequence[str]) 
 
 @styled
 def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
-    """Accuracy over the level of each corruption, one panel per corruption; level 0 is uncorrupted."""
+    """Draw accuracy over the level of each corruption, one panel per corruption; level 0 is uncorrupted."""
     kinds = list(dict.fromkeys(frame.corruption))
     canvas, panels = panels_of(kinds, str)
     for axes, kind in zip(panels, kinds, strict=False):
@@ -56,7 +56,7 @@ def draw_robustness(frame: pd.DataFrame, clean: dict[str, float]) -> Canvas:
 
 @styled
 def draw_images(images: Sequence, titles: Sequence[str]) -> Canvas:
-    """Small images in a grid, each under its title."""
+    """Draw small images in a grid, each with its title above it."""
     columns = 2 if is_narrow() else min(len(images), 6)
     rows = -(-len(images) // columns)
     canvas = Canvas(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""The report of existing checkpoints: how good they are, how certain that is, where they differ, and their cost."""
+"""Report on existing checkpoints: their metrics with intervals, where they differ, and what they cost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_checkpoint_document(
     command: str | None = None,
 ) -> Document:
     """
-    The report of one or more checkpoints on one test split.
+    Build the report of one or more checkpoints on one test split.
 
     Args:
         checkpoints (`Sequence[Evaluated]`): The others are compared with the first.
@@ -127,7 +127,7 @@ def _next(pairs: Sequence[dict], has_sharpness: bool, has_survival: bool, comman
     if not has_sharpness:
         steps.append("Sharpness was not measured: --sharpness true measures it.")
     if not has_survival:
-        steps.append("What survives quantization, pruning and noise was not measured: --survival true measures it.")
+        steps.append("Scores after quantization, pruning and noise were not measured: --survival true measures them.")
     return ([Listing(steps)] if steps else []) + (
         [Text("This command writes this report again:"), Text(command, "command")] if command else []
     )
@@ -140,7 +140,7 @@ def _favours(row: dict) -> str:
 
 
 def _sentence(pair: dict, pairs: int) -> str:
-    """One checkpoint against the first."""
+    """Describe the difference of one checkpoint from the first in one sentence."""
     found = {
         "better": f"{pair['second']} is better than {pair['first']} on this test split",
         "worse": f"{pair['second']} is worse than {pair['first']} on this test split",
@@ -173,12 +173,12 @@ def _different_data(checkpoints: Sequence[Evaluated]) -> list[str]:
     listed = ", ".join(f"{entry.name} on {number(_trained_on(entry, 'examples'), 0)}" for entry in checkpoints)
     return [
         f"The checkpoints were trained on different data ({listed} examples): a difference between them may come from the "
-        f"data, not from the method."
+        f"data rather than the method."
     ]
 
 
 def _few_examples(checkpoints: Sequence[Evaluated], pairs: Sequence[dict]) -> list[str]:
-    """How many test examples are needed to detect one point, if there are too few."""
+    """Warn if there are too few test examples to detect one point, and say how many are needed."""
     found = []
     for pair in pairs:
         if pair["metric"] != "accuracy" or verdict(pair) != "undecided":

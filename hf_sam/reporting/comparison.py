@@ -1,4 +1,4 @@
-"""The report of a comparison: first the answer with its uncertainty, then everything needed to check it."""
+"""Report on a comparison: first the answer with its uncertainty, then everything needed to check it."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def write_report(
         `Path`: Path of `report.html`.
 
     Raises:
-        ValueError: There are no records, or no record has a name that the question uses.
+        ValueError: If there are no records, or none has the control, treatment or metric of the question.
     """
     study = make_study(records, seed=seed, **question)
     return write_document(make_document(study, title, Path(folder), seed, command), Path(folder))
 
 
 def make_document(study: Study, title: str, folder: Path, seed: int = 0, command: str | None = None) -> Document:
-    """The sections of the report and its tables, in which paths of records are relative to `folder`."""
+    """Build the report; paths of records in its tables are relative to `folder`."""
     question, rng = study.question, np.random.default_rng(seed)
     several = question.treatment != question.control
     sections = [
@@ -145,7 +145,7 @@ def _answer_table(study: Study, shown: Sequence[Comparison]) -> Table:
     beside = [name for name in BESIDE if name != question.metric and _has(study, name)]
 
     def both(entry: Comparison, name: str) -> str:
-        """The means of the two arms, over the seeds that both have."""
+        """Format the means of the two arms over their common seeds."""
         cell, row = entry.cell, metric_of(name)
         pair = (cell.scores(arm, name) for arm in (entry.control, entry.arm))
         means = [mean_and_spread([kept[seed] for seed in entry.paired.seeds if seed in kept])[0] for kept in pair]
@@ -214,13 +214,13 @@ def _result_blocks(study: Study, budget: str) -> list[Block]:
 
 
 def _forest(name: str, caption: str, entries: Sequence[Comparison]) -> list[Block]:
-    """A forest plot of the differences that fits a phone or a column next to a table."""
+    """Draw a forest plot of the differences, narrow enough for a phone or a column next to a table."""
     canvas = plots.draw_differences(entries)
     return [Figure(name, canvas, caption, comparisons_table(entries))]
 
 
 def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
-    """Every test of every comparison, other metrics, and differences over test examples."""
+    """Show every test of every comparison, other metrics, and differences over test examples."""
     if not study.comparisons:
         return []
     metric, question = study.question.metric, study.question
@@ -274,7 +274,7 @@ def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
 
 
 def _rows(study: Study, names: Sequence[str], shown: Callable) -> list[list[str]]:
-    """One row for each cell and arm with any of the metrics."""
+    """Return one row for each cell and arm with any of the metrics."""
     return [
         [cell.title, budget_name(cell.budget), arm, *(shown(cell.values(arm, name), name) for name in names)]
         for cell in study.cells

@@ -1,7 +1,8 @@
-"""A report as data - sections of text, tables and figures - and its two forms: one HTML file, and Markdown with files.
+"""
+The content of a report as sections of text, tables and figures, and its output: one HTML file, and Markdown with files.
 
-Both forms come from the same sections, so they always agree. All text is escaped, and absolute paths are shortened, in
-this one place; only commands, which readers copy, stay complete.
+Both outputs come from the same sections, so they always agree. Text is escaped and absolute paths are shortened only
+here; commands are left complete, because readers copy them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PATH = re.compile(r"(?<![\w/.:~…\\-])(?:/[\w.+@=,-]+)+?((?:/[\w.+@=,-]+){1,2}
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (to be typed)."""
+    """A paragraph; `kind` is `"plain"`, `"verdict"` (large), `"answer"`, `"warning"` or `"command"` (for a shell)."""
 
     text: str
     kind: str = "plain"
@@ -137,10 +138,10 @@ class Document:
     Args:
         title (`str`): The heading.
         lead (`str`): One paragraph under the heading.
-        sections (`Sequence[Section]`): The rest; sections without blocks are left out.
+        sections (`Sequence[Section]`): The content; sections without blocks are left out.
         tables (`dict[str, pd.DataFrame]`, *optional*): More tables, each written as `data/<name>.csv`.
         numbers (`Any`, *optional*): The content of `numbers.json`.
-        warnings (`Sequence[str]`, *optional*): What a reader must know first, shown above all sections.
+        warnings (`Sequence[str]`, *optional*): Warnings to show above all sections.
     """
 
     title: str
@@ -182,7 +183,7 @@ def write_document(document: Document, folder: Path) -> Path:
 
 
 def to_svg(canvas: Canvas) -> bytes:
-    """The drawing as SVG with a transparent background; reproducible byte for byte, and light on a dark page."""
+    """Render a drawing as SVG with a transparent background, reproducible byte for byte and legible on a dark page."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "hf_sam"}):
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
@@ -198,19 +199,19 @@ def to_svg(canvas: Canvas) -> bytes:
 
 
 def shorten_paths(text: str) -> str:
-    """`text` with paths relative to the working directory; of paths elsewhere, only the last two parts are kept."""
+    """Make paths in `text` relative to the working directory; of paths elsewhere, keep only the last two parts."""
     text = str(text)
     return _PATH.sub(r"…\1", text.replace(f"{os.getcwd()}/", "")) if "/" in text else text
 
 
 def escape_markdown(text: str) -> str:
-    """`text` on one line, with Markdown and HTML markup escaped."""
+    """Put `text` on one line and escape Markdown and HTML markup."""
     line = html.escape(" ".join(shorten_paths(text).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
 
 
 def copyable(command: str) -> Markup:
-    """`command` complete, for HTML; only access tokens are masked."""
+    """Escape `command` for HTML without shortening its paths; access tokens are masked."""
     return Markup(html.escape(plain(command), quote=False))
 
 

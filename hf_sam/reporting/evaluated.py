@@ -1,4 +1,4 @@
-"""Checkpoints on one test split: what each scored, and how they differ over the same examples."""
+"""Scores of checkpoints on one test split, and their paired differences over its examples."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Evaluated:
 
     @property
     def uncorrupted_accuracy(self) -> float:
-        """The accuracy without corruption on the examples that are also evaluated with corruption."""
+        """Accuracy without corruption on the examples that are also evaluated with corruption."""
         right = self.predictions.correct
         return float((right if self.corrupted_rows is None else right[self.corrupted_rows]).mean())
 
 
 def _on_part(metric: Metric, kept: Predictions, index: np.ndarray) -> float:
-    """The metric over some examples."""
+    """Compute the metric over the examples `index`."""
     return metric(Predictions(kept.labels[index], kept.probabilities[index]))
 
 
 def metric_estimates(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> dict[str, dict[str, Estimate]]:
-    """Each metric of each checkpoint with its bootstrap interval over test examples."""
+    """Compute each metric of each checkpoint with its bootstrap interval over test examples."""
     found: dict[str, dict[str, Estimate]] = {}
     for entry in checkpoints:
         kept = entry.predictions
@@ -98,9 +98,9 @@ def compare_checkpoints(checkpoints: Sequence[Evaluated], rng: np.random.Generat
 def differences_from_first(
     checkpoints: Sequence[Evaluated], pairs: Sequence[dict], rng: np.random.Generator
 ) -> list[dict]:
-    """Each classifier minus the first, in accuracy (from `pairs`) and in calibration, over the same examples."""
+    """Compute each classifier's difference from the first in accuracy (from `pairs`) and calibration, by example."""
     first, rows = checkpoints[0], []
-    for entry, pair in zip(checkpoints[1:], pairs, strict=False):  # those with the first come first
+    for entry, pair in zip(checkpoints[1:], pairs, strict=False):  # the pairs with the first checkpoint come first
         rows.append({"checkpoint": entry.name, "minus": first.name, "metric": "accuracy"})
         rows[-1] |= {key: pair[key] for key in ("value", "low", "high", "n")}
         for name in ("nll", "ece", "brier"):
@@ -114,7 +114,7 @@ def differences_from_first(
 
 
 def verdict(pair: dict) -> str:
-    """`"better"`, `"worse"`, `"equivalent"` or `"undecided"`: the second against the first, on these examples."""
+    """Return `"better"`, `"worse"`, `"equivalent"` or `"undecided"` for the second checkpoint against the first."""
     if pair["p_holm"] <= LEVEL:
         return "better" if (pair["value"] > 0) == metric_of(pair["metric"]).higher_is_better else "worse"
     is_equivalent = pair["p_equivalent"] is not None and pair["p_equivalent"] <= LEVEL

@@ -1,4 +1,4 @@
-"""The report on forgetting: first-task loss against second-task training loss over learning rates, and one summary number."""
+"""Report on forgetting: first-task loss against second-task training loss over learning rates, and its summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = ("accuracy", "perplexity")  # in addition to the losses
 
 
 def paths_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Point]]]:
-    """By start and replicate, one point per learning rate, in increasing order."""
+    """Group runs by start and replicate: one (training loss, first-task loss) point per learning rate, ascending."""
     paths: dict[str, dict[int, list[Point]]] = {}
     for run in sorted(runs, key=lambda run: run["learning_rate"]):
         point = (run["second"]["train_loss"], run["first"]["loss"])
@@ -28,7 +28,7 @@ def paths_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Poin
 
 
 def matched_differences(found: Matched, control: str, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Every start minus the control at matched training loss, paired over replicates."""
+    """Compare every start with the control at matched training loss, paired over replicates."""
     pairs = {name: compare_paired(losses, found.losses[control], rng) for name, losses in found.losses.items()}
     return [{"start": name, "paired": paired} for name, paired in pairs.items() if paired and name != control]
 
@@ -42,7 +42,7 @@ def make_forgetting_document(
     seed: int = 0,
 ) -> Document:
     """
-    The report of fine-tunings on a second task.
+    Build the report of fine-tuning runs on a second task.
 
     Args:
         runs (`Sequence[Mapping]`): Each with `start`, `replicate`, `learning_rate`, `first` (scores) and `second` (metrics).
@@ -91,7 +91,7 @@ def _answer(found: Matched, differences: Sequence[Mapping[str, Any]], names: Seq
             )
         ]
     where = f"at a second-task training loss of {number(found.target)}"
-    blocks: list[Block] = [Text(f"How high is the test loss on the first task {where}?")]
+    blocks: list[Block] = [Text(f"Test loss on the first task {where}:")]
     for name in names:
         values = list(found.losses[name].values())
         if values:
@@ -100,7 +100,7 @@ def _answer(found: Matched, differences: Sequence[Mapping[str, Any]], names: Seq
         if name in found.unreached:
             blocks.append(
                 Text(
-                    f"{name}: {len(found.unreached[name])} replicates never reach that training loss on this grid and are left out.",
+                    f"{name}: {len(found.unreached[name])} replicates never reach that training loss with these learning rates and are left out.",
                     "warning",
                 )
             )

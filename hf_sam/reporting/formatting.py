@@ -14,14 +14,14 @@ NOTHING = "-"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with `digits` decimals; a dash if it is missing."""
+    """Format `value` with `digits` decimals; a dash if it is missing."""
     if value is None or not math.isfinite(value):
         return NOTHING
     return f"{value:,.{digits}f}" if digits == 0 or abs(value) >= 10**-digits or value == 0 else f"{value:.2g}"
 
 
 def value_and_spread(values: Sequence[float], metric_name: str) -> str:
-    """Mean and standard deviation over runs, in the metric's unit: `92.4 ± 0.6`."""
+    """Format mean and standard deviation over runs in the metric's unit: `92.4 ± 0.6`."""
     if not values:
         return NOTHING
     metric = metric_of(metric_name)
@@ -31,13 +31,13 @@ def value_and_spread(values: Sequence[float], metric_name: str) -> str:
 
 
 def signed(value: float, metric_name: str) -> str:
-    """A difference with its sign, in the metric's unit."""
+    """Format a difference with its sign in the metric's unit."""
     metric = metric_of(metric_name)
     return f"{value * metric.scale:+.{metric.digits}f}"
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, metric_name: str) -> str:
-    """`+1.2 [+0.3, +2.1]`, without the parts that are missing."""
+    """Format a difference and its interval, `+1.2 [+0.3, +2.1]`; missing parts are left out."""
     parts = [] if value is None else [signed(value, metric_name)]
     if low is not None:
         parts.append(f"[{signed(low, metric_name)}, {signed(high, metric_name)}]")
@@ -45,20 +45,20 @@ def with_interval(value: float | None, low: float | None, high: float | None, me
 
 
 def p_value(p: float | None) -> str:
-    """A p-value with as many digits as are meaningful."""
+    """Format a p-value with as many digits as are meaningful."""
     if p is None:
         return NOTHING
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}".rstrip("0").ljust(4, "0")
 
 
 def p_equals(p: float) -> str:
-    """`p = 0.0625`, or `p < 0.0001`."""
+    """Format a p-value as `p = 0.0625`, or `p < 0.0001`."""
     text = p_value(p)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def size(value: float, metric_name: str) -> str:
-    """A difference without its sign and with its unit: `0.9 points`."""
+    """Format a difference without its sign and with its unit: `0.9 points`."""
     metric = metric_of(metric_name)
     amount = f"{abs(value) * metric.scale:.{metric.digits}f}"
     return f"{amount} point{'' if amount == '1.0' else 's'}" if metric.scale == 100 else amount
@@ -69,12 +69,12 @@ def budget_name(budget: str) -> str:
 
 
 def where(entry: Comparison) -> str:
-    """Task, condition and budget as text."""
+    """Format task, condition and budget."""
     return f"{entry.cell.title}, {budget_name(entry.cell.budget)}"
 
 
 def answer(entry: Comparison) -> str:
-    """One sentence: which arms, on what, by how much, and how certain."""
+    """Describe a comparison in a sentence: arms, task, difference and uncertainty."""
     paired, label = entry.paired, metric_of(entry.metric).label
     mean, seeds = paired.difference.value, len(paired.seeds)
     direction = "above" if mean > 0 else "below"
@@ -111,7 +111,7 @@ def answer(entry: Comparison) -> str:
 
 
 def headline(entries: Sequence[Comparison]) -> str:
-    """All of one arm's comparisons in one or two sentences."""
+    """Summarize all comparisons of one arm in one or two sentences."""
     if len(entries) == 1:
         return answer(entries[0])
     first, count = entries[0], len(entries)
@@ -154,7 +154,7 @@ def headline(entries: Sequence[Comparison]) -> str:
 
 
 def overall_sentence(entry: Overall, metric_name: str) -> str:
-    """One sentence about an arm across tasks."""
+    """Describe an arm across tasks in one sentence."""
     gain, probability = entry.gain, entry.probability
     chance = f"{100 * probability.value:.0f} %"
     if probability.low is not None:

@@ -1,4 +1,4 @@
-"""The drawings of a report, each with the table of the numbers it shows. No display is needed."""
+"""Figures of a report, each with a table of the numbers it shows. No display is needed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STYLE = {
     "legend.frameon": False,
 }
 MAX_PANELS = 12
-MAX_DRAWN_POINTS = 200  # of one arm in one panel: more cannot be told apart, and would make the page slow
+MAX_DRAWN_POINTS = 200  # of one arm in one panel: more are indistinguishable and make the page slow
 MAX_LABEL = 40  # characters of a name that fit into a drawing
 PHONE_WIDTH = 3.8  # inches, about 365 CSS pixels
 
@@ -94,7 +94,7 @@ def size(width: float, height: float) -> tuple[float, float]:
 
 @styled
 def draw_differences(comparisons: Sequence[Comparison]) -> Canvas:
-    """Each arm minus the control with Student's intervals at 95 % (thin) and 90 % (thick); the band is the margin."""
+    """Draw each arm minus the control with Student's 95 % (thin) and 90 % (thick) intervals; the band is the margin."""
     first, metric = comparisons[0], metric_of(comparisons[0].metric)
     canvas = Canvas(figsize=(PHONE_WIDTH, 0.9 + 0.4 * len(comparisons)), layout="constrained")
     axes = canvas.subplots()
@@ -125,7 +125,7 @@ def draw_differences(comparisons: Sequence[Comparison]) -> Canvas:
 
 @styled
 def draw_gains(rows: pd.DataFrame, label: str, name: str = "checkpoint", scale: float = 100) -> Canvas:
-    """`value` with its interval from `low` to `high`, one line for each row, under its name."""
+    """Draw `value` with its interval from `low` to `high`, one line per row, below its name."""
     canvas = Canvas(figsize=(PHONE_WIDTH, 0.9 + 0.4 * len(rows)), layout="constrained")
     axes = canvas.subplots()
     for place, row in enumerate(rows.to_dict("records")):
@@ -140,7 +140,7 @@ def draw_gains(rows: pd.DataFrame, label: str, name: str = "checkpoint", scale: 
 
 
 def _name_above(axes: Axes, row: int, name: str) -> None:
-    """Write the name of a row of a forest plot above it; next to it, the name would take half of a phone's width."""
+    """Write the name of a forest plot's row above it; beside it, it would take half the width of a phone."""
     text = axes.text(0.0, row - 0.33, _short(name, 52), transform=axes.get_yaxis_transform(), va="center")
     text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
 
@@ -153,8 +153,10 @@ def _no_left_side(axes: Axes, rows: int) -> None:
 
 def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.DataFrame:
     """
-    The log entries with `key` of all runs, one row per cell, arm and step: passes so far (their mean over runs, which
-    may differ slightly between seeds), and mean, range and number of the values.
+    Collect the log entries with `key` of all runs, one row per cell, arm and step.
+
+    Each row has the passes so far (a mean, as they may differ slightly between seeds), and mean, range and number of
+    the values.
     """
     rows = []
     for cell in cells:
@@ -183,7 +185,7 @@ def curve_points(cells: Sequence[Cell], arms: Sequence[str], key: str) -> pd.Dat
 
 @styled
 def draw_curves(cells: Sequence[Cell], arms: Sequence[str], points: pd.DataFrame, x: str, label: str) -> Drawing:
-    """Mean over seeds, with the range over seeds shaded, against `x` (`"step"` or `"passes"`), one panel per cell."""
+    """Draw the mean over seeds against `x` (`"step"` or `"passes"`), their range shaded, one panel per cell."""
     canvas, panels = _panels(cells)
     groups = dict(iter(points.groupby(["task", "condition", "budget", "arm"], sort=False)))
     for axes, cell in zip(panels, cells, strict=False):
@@ -205,7 +207,7 @@ def draw_curves(cells: Sequence[Cell], arms: Sequence[str], points: pd.DataFrame
 
 @styled
 def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> Drawing:
-    """A metric against the share of wrong training labels; bars span the seeds. One panel per task and budget."""
+    """Draw a metric against the share of wrong training labels, one panel per task and budget; bars span the seeds."""
     metric = metric_of(metric_name)
     groups = list(dict.fromkeys((cell.task, cell.budget) for cell in cells))
     canvas, panels = _panels(groups, lambda group: f"{group[0]}, {BUDGETS.get(group[1], group[1])}")
@@ -238,7 +240,7 @@ def draw_noise(cells: Sequence[Cell], arms: Sequence[str], metric_name: str) -> 
 @styled
 def draw_reliability(tables: dict[str, dict[str, pd.DataFrame]], arms: Sequence[str]) -> Drawing:
     """
-    Accuracy against confidence; on the diagonal, confidence is perfectly calibrated.
+    Draw accuracy against confidence; on the diagonal, confidence is perfectly calibrated.
 
     Args:
         tables (`dict[str, dict[str, pd.DataFrame]]`): By panel title and arm, a table of `reliability`.
@@ -258,7 +260,7 @@ def draw_reliability(tables: dict[str, dict[str, pd.DataFrame]], arms: Sequence[
 
 @styled
 def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_label: str) -> Drawing:
-    """One point per run, or an even selection of many: the metric `y` against `x`, any number of a run."""
+    """Draw metric `y` against `x`, any value of a run; one point per run, or an even selection of many."""
     metric = metric_of(y)
     canvas, panels = _panels(cells)
     rows = []
@@ -286,7 +288,7 @@ def draw_scatter(cells: Sequence[Cell], arms: Sequence[str], x: str, y: str, x_l
 @styled
 def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -> Drawing:
     """
-    A metric over the levels of each treatment, one panel per kind; the leftmost point is the model as trained.
+    Draw a metric over the levels of each treatment, one panel per kind; the leftmost point is the model as trained.
 
     Args:
         frame (`pd.DataFrame`): `name`, `kind`, `level`, `value` and the ends of its band, `low` and `high`.
@@ -315,8 +317,7 @@ def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -
 @styled
 def draw_frontier(frame: pd.DataFrame, names: Sequence[str], target: float | None) -> Drawing:
     """
-    First-task test loss against second-task training loss, one line per start, from the smallest learning rate to the
-    largest.
+    Draw first-task test loss against second-task training loss, one line per start, by increasing learning rate.
 
     Args:
         frame (`pd.DataFrame`): `start`, `learning_rate`, `second_train_loss`, `first_loss` and its range, `low` and `high`.
@@ -346,7 +347,7 @@ def draw_frontier(frame: pd.DataFrame, names: Sequence[str], target: float | Non
 
 
 def _panels(items: Sequence, title: Callable | None = None, height: float = 2.3) -> tuple[Canvas, list[Axes]]:
-    """A canvas with one titled panel per item, four in a row (on a phone one) and at most `MAX_PANELS`."""
+    """Create a canvas with one titled panel per item, four in a row (one on a phone), at most `MAX_PANELS`."""
     count = min(len(items), MAX_PANELS)
     columns = 1 if _narrow.get() else min(count, 4)
     rows = -(-count // columns)
@@ -367,7 +368,7 @@ def _look(index: int) -> dict:
 
 
 def _legend(canvas: Canvas, arms: Sequence[str], drawn: Collection[str] | None = None, markers: bool = True) -> None:
-    """Names for the looks of `arms`; without those that are not in `drawn`, such as arms whose runs all failed."""
+    """Add a legend of `arms`; those not in `drawn`, such as arms whose runs all failed, are left out."""
     looks = [_look(index) for index, arm in enumerate(arms) if drawn is None or arm in drawn]
     arms = [arm for arm in arms if drawn is None or arm in drawn]
     if not arms:

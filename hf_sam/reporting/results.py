@@ -1,4 +1,4 @@
-"""From records to the tables of a report: which runs belong together, their scores, and how the arms compare."""
+"""Turn records into the tables of a report: group runs, collect their scores, and compare the arms."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Cell:
         return self.task if self.condition == "clean" else f"{self.task}, {self.condition}"
 
     def scores(self, arm: str, metric: str) -> dict[int, float]:
-        """From seed to score, over the runs of hf_sam with a finite score."""
+        """Map seeds to scores, over the runs of hf_sam with a finite score."""
         return {
             run.seed: run.metrics[metric]
             for run in self.runs.get(arm, [])
@@ -52,7 +52,7 @@ class Cell:
         }
 
     def values(self, arm: str, name: str) -> list[float]:
-        """A metric, a measure of sharpness or a cost over all runs of an arm that have it."""
+        """Return a metric, a sharpness measure or a cost of all runs of an arm that have it."""
         found = (value_of(run, name) for run in self.runs.get(arm, []))
         return [value for value in found if value is not None]
 
@@ -117,7 +117,7 @@ class Overall:
 
 
 def value_of(run: RunRecord, name: str) -> float | None:
-    """A metric, its gap between train and test (`gap.<name>`), a sharpness measure (`sharpness.<name>`) or a cost."""
+    """Return a metric, its train-test gap (`gap.<name>`), a sharpness measure (`sharpness.<name>`) or a cost."""
     if name.startswith("sharpness."):
         return run.sharpness.get(name.removeprefix("sharpness."))
     if name.startswith("gap."):
@@ -132,7 +132,7 @@ def value_of(run: RunRecord, name: str) -> float | None:
 
 
 def noise_level(condition: str) -> float | None:
-    """The share of wrong training labels that a condition's name states: `"noise 0.4"` is 0.4, `"clean"` is 0."""
+    """Parse the share of wrong training labels from a condition's name: `"noise 0.4"` is 0.4, `"clean"` is 0."""
     if condition == "clean":
         return 0.0
     match = re.fullmatch(r"noise (\d*\.?\d+)", condition)
@@ -140,7 +140,7 @@ def noise_level(condition: str) -> float | None:
 
 
 def natural(text: str) -> list:
-    """Sort key that puts `noise 0.4` before `noise 0.10` only where the number says so, and `clean` first."""
+    """Return a sort key that compares numbers in names by value (`noise 0.10` before `noise 0.4`); `clean` is first."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [
         text != "clean",
@@ -154,7 +154,7 @@ def is_trial(run: RunRecord) -> bool:
 
 
 def count_trials(records: Iterable[RunRecord]) -> dict[str, set[int]]:
-    """For each arm, its numbers of finished trials per task, condition and budget."""
+    """Return, for each arm, the distinct numbers of finished trials per task, condition and budget."""
     found: dict[str, dict[tuple, int]] = defaultdict(lambda: defaultdict(int))
     for run in records:
         if is_trial(run) and run.status == "finished":
@@ -169,7 +169,7 @@ def in_budget(run: RunRecord, budget: str) -> bool:
 
 
 def arm_order(records: Iterable[RunRecord], first: Sequence[str] = ()) -> list[str]:
-    """All arms: those of `first` in that order, then the others in order of appearance."""
+    """Return all arms: those in `first` in that order, then the others in order of appearance."""
     found = dict.fromkeys(run.arm for run in records)
     return [arm for arm in dict.fromkeys([*first, *found]) if arm in found]
 
@@ -205,7 +205,7 @@ def guess_question(
     first of `METRICS` that most runs have, and a margin of `POINTS_THAT_MATTER` if the metric is in percent.
 
     Raises:
-        ValueError: No record has the named arm or metric.
+        ValueError: If no record has the named arm or metric.
     """
     done = [run for run in records if run.status in ("finished", "foreign") and not is_trial(run)]
     arms = arm_order(done)
@@ -223,7 +223,7 @@ def guess_question(
         for name, value in run.metrics.items():
             counts[name] += value is not None
     if metric is not None and counts and metric not in counts:
-        raise ValueError(f"metric={metric!r} is in no record. Allowed: {', '.join(counts)}.")
+        raise ValueError(f"metric={metric!r} is not in any record. Allowed: {', '.join(counts)}.")
     most = max(counts.values(), default=0)
     known = [name for name in [*METRICS, *counts] if counts.get(name) == most > 0]
     metric = metric or next(iter(known), "accuracy")
@@ -240,7 +240,7 @@ def compare_arms(
     rng: np.random.Generator,
     margin: float | None = None,
 ) -> list[Comparison]:
-    """Every arm against the control in every cell, Holm-adjusted over the cells of the same arm and budget."""
+    """Compare every arm with the control in every cell, Holm-adjusted over the cells of the same arm and budget."""
     found = []
     margin = None if margin is None else margin / metric_of(metric).scale
     for cell in cells:
@@ -267,7 +267,7 @@ def compare_arms(
 
 
 def compare_overall(comparisons: Sequence[Comparison], rng: np.random.Generator) -> list[Overall]:
-    """Interquartile mean of the gains and probability of improvement, per arm and budget, over two or more cells."""
+    """Compute interquartile mean gain and probability of improvement per arm and budget, over two or more cells."""
     groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
         groups[comparison.arm, comparison.cell.budget].append(comparison)
@@ -287,7 +287,7 @@ def compare_overall(comparisons: Sequence[Comparison], rng: np.random.Generator)
 
 
 def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
-    """One message for each task, condition and seed whose runs did not start from the same model or the same data."""
+    """Return a message for each task, condition and seed whose runs did not start from the same model and data."""
     groups: dict[tuple, list[RunRecord]] = defaultdict(list)
     for run in records:
         if run.status == "finished" and not is_trial(run):
@@ -305,7 +305,7 @@ def pairing_problems(records: Iterable[RunRecord]) -> list[str]:
 
 
 def runs_table(records: Iterable[RunRecord], folder: Path) -> pd.DataFrame:
-    """One row per record, with every metric, cost and sharpness measure as a column; paths are relative to `folder`."""
+    """Tabulate the records, with a column per metric, cost and sharpness measure; paths are relative to `folder`."""
     return pd.DataFrame(
         {
             "task": run.task,
@@ -329,7 +329,7 @@ def runs_table(records: Iterable[RunRecord], folder: Path) -> pd.DataFrame:
 
 
 def comparisons_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
-    """One row per comparison, in the metric's own unit (accuracy between 0 and 1)."""
+    """Tabulate the comparisons in the metric's own unit (accuracy between 0 and 1)."""
     return pd.DataFrame(
         {
             "task": entry.cell.task,
@@ -361,7 +361,7 @@ def comparisons_table(comparisons: Iterable[Comparison]) -> pd.DataFrame:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (NaN for fewer than two values)."""
+    """Return mean and sample standard deviation (NaN for fewer than two values)."""
     if not values:
         return math.nan, math.nan
     if len(values) < 2:

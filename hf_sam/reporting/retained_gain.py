@@ -1,4 +1,4 @@
-"""How much of the treatment's gain cheaper arms keep."""
+"""Share of the treatment's gain that cheaper arms keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .study import Study
 
 
 def share_blocks(study: Study, comparisons: Sequence[Comparison]) -> list[Block]:
-    """Which cheaper arm keeps the treatment's gain; empty if there is no gain or no other arm."""
+    """Tabulate the share of the treatment's gain that other arms keep; empty if there is no gain or no other arm."""
     treatment, control = study.question.treatment, study.question.control
     cells = {(cell.task, cell.condition, cell.budget): cell for cell in study.cells}
     rows = []
@@ -31,7 +31,8 @@ def share_blocks(study: Study, comparisons: Sequence[Comparison]) -> list[Block]
 
 def shares_of_gain(comparisons: Sequence[Comparison], treatment: str) -> pd.DataFrame:
     """
-    How much of the treatment's gain over the control every arm keeps, in cells where Student's interval shows a gain.
+    Compute the share of the treatment's gain that each other arm keeps, in cells where Student's interval shows a
+    gain.
 
     Returns:
         `pd.DataFrame`: One row for each other arm: `share` is the ratio of the two mean gains over the seeds that both

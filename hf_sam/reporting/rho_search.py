@@ -1,4 +1,4 @@
-"""The result of a search for rho: the points of the curve, their drawing, and the recommendation."""
+"""Report on a search for rho: the points of the curve, their figure, and the recommendation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .plots import COLOURS, INK, MARKERS, figure, is_narrow, size, styled
 
 
 def curve(workshop: RhoWorkshop) -> pd.DataFrame:
-    """One row for each stage and rho: metric and loss, and the gain over rho 0 on the same examples and seeds."""
+    """Tabulate metric, loss and gain over rho 0 (on the same examples and seeds) for each stage and rho."""
     rows = []
     for stage in workshop.stages():
         for rho in sorted({phase.rho for phase in stage}):
@@ -57,7 +57,7 @@ def _mean(scored: Sequence[dict], metric: str | None) -> float | None:
 
 
 def table(points: pd.DataFrame) -> str:
-    """The curve as text."""
+    """Format the curve as text."""
     columns, rows = cells(points)
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
@@ -65,7 +65,7 @@ def table(points: pd.DataFrame) -> str:
 
 
 def cells(points: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of the curve."""
+    """Return header and rows of the table of the curve."""
     name = points["metric"].iloc[0]
     metric = metric_of(name)
     rows = []
@@ -145,7 +145,7 @@ def write_rho_report(
 
 
 def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
-    """The rho to use, the gain in the confirmation if there was one, and a sentence that says why."""
+    """Return the rho to use, the gain in the confirmation if there was one, and a sentence with the reason."""
     stages, plan = workshop.stages(), workshop.search.plan
     far = f"after {plan.horizon} of {plan.schedule} steps"
     if len(stages) <= len(plan.rungs):
@@ -187,7 +187,7 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
 
 
 def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command: str) -> dict[str, Any]:
-    """The whole result, ready for JSON."""
+    """Return the whole result in a form that JSON can store."""
     rho, gain, sentence = conclusion(workshop)
     plan = workshop.search.plan
     records = [(phase, workshop.record(phase)) for phase in workshop.all_runs()]
@@ -222,7 +222,7 @@ def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command:
 
 @styled
 def draw(points: pd.DataFrame, confidence: float) -> Canvas:
-    """Metric, gain and loss over rho, one line for each stage; bars are intervals of the gain over rho 0."""
+    """Draw metric, gain and loss over rho, one line per stage; bars are intervals of the gain over rho 0."""
     name = points["metric"].iloc[0]
     metric = metric_of(name)
     rhos = sorted(points["rho"].unique())

@@ -50,7 +50,7 @@ def curve_blocks(study: Study) -> list[Block]:
 
 
 def _cosine_blocks(study: Study) -> list[Block]:
-    """For runs with second_order=True: how much the second-order term turns the step, over training."""
+    """Draw, for runs with second_order=True, how far the second-order term turns the gradient during training."""
     points = plots.curve_points(study.cells, study.arms, "sam_second_order_cosine")
     if points.empty:
         return []
@@ -179,7 +179,7 @@ def sharpness_blocks(study: Study) -> list[Block]:
 
 
 def _some(cells: Sequence[Cell]) -> str:
-    """What a caption says where not every run is drawn."""
+    """Return a sentence for the caption if not every run is drawn."""
     if max(len(runs) for cell in cells for runs in cell.runs.values()) <= plots.MAX_DRAWN_POINTS:
         return ""
     return f" At most {plots.MAX_DRAWN_POINTS} runs of an arm are drawn in a panel; the numbers include all."

@@ -1,4 +1,4 @@
-"""What was compared and how: the set-up section of a report."""
+"""Set-up and provenance sections of a report: what was compared, and how."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = {
 
 
 def setup_blocks(study: Study) -> list[Block]:
-    """Arms, data, seeds, budgets and tuning, as far as the records say."""
+    """Describe arms, data, seeds, budgets and tuning, as far as the records contain them."""
     done = _done(study)
     facts = {
         "tasks": _span(cell.task for cell in study.cells),
@@ -44,14 +44,14 @@ def setup_blocks(study: Study) -> list[Block]:
         _facts(facts, "Common to all"),
         Text(
             "Runs with the same seed are pairs: every arm has the same initial weights, examples, order, wrong labels and test "
-            "split. If the fingerprints in the records differ, the limits say so. The test split is read once, at the last "
+            "split. Differing fingerprints are listed under the limits. The test split is used once, at the last "
             "checkpoint. At equal passes, an arm with cheaper steps takes more of them."
         ),
     ]
 
 
 def provenance_blocks(study: Study) -> list[Block]:
-    """Software, hardware and dates."""
+    """Describe software, hardware and dates."""
     done = _done(study)
     packages = ("python", "torch", "transformers", "hf-sam")
     versions = {name: _told(done, "environment", "packages", name) for name in packages}
@@ -104,7 +104,7 @@ def _matters(name: str, sams: list[dict[str, Any]]) -> bool:
 
 
 def _told(runs: list[RunRecord], *path: str) -> str:
-    """What the records say under `path`."""
+    """Format the distinct values of the records under `path`."""
     return _span(_dig(run, path) for run in runs)
 
 
@@ -116,7 +116,7 @@ def _dig(run: RunRecord, path: tuple[str, ...]) -> Any:
 
 
 def _span(values: Iterable[Any], most: int = 6) -> str:
-    """The distinct values, in order, as text."""
+    """Format the distinct values in order."""
     texts = dict.fromkeys(_text(value) for value in values if value not in (None, "", []))
     shown = sorted(texts, key=natural)
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "") or NOTHING

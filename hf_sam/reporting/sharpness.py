@@ -1,4 +1,4 @@
-"""Measured sharpness as a section for reports: tables, drawings and caveats."""
+"""Report sections on measured sharpness: tables, figures and caveats."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_sharpness_report(record: Record, folder: Path, command: str | None = N
 
 
 def sharpness_sections(record: Record) -> list[Section]:
-    """The results, and in a folded section how they were measured, from the content of `sharpness.json`."""
+    """Build two sections from the content of `sharpness.json`: the results, and (folded) how they were measured."""
     found = [Text(_headline(record), "verdict"), Text(CAVEAT), *_warnings(record), *_figures(record), _numbers(record)]
     return [
         Section("Sharpness", found),
@@ -67,7 +67,7 @@ def sharpness_sections(record: Record) -> list[Section]:
 
 
 def _headline(record: Record) -> str:
-    """The most common measure for every checkpoint, without a verdict."""
+    """State the first measure of sharpness of every checkpoint, without a verdict."""
     checkpoints = record["checkpoints"]
     keys = list(dict.fromkeys(key for entry in checkpoints.values() for key in entry["scalars"]))
     key = next((key for key in keys if key not in DESCRIPTIVE), next(iter(keys), None))
@@ -126,7 +126,7 @@ def _numbers(record: Record) -> Table:
 
 
 def label_of(key: str) -> str:
-    """The label of a key of `scalars`; an unknown key is returned unchanged."""
+    """Return the label of a key of `scalars`; an unknown key is returned unchanged."""
     if key in LABELS:
         return LABELS[key]
     name, _, number = key.rpartition("_")

@@ -1,4 +1,4 @@
-"""The drawings of sharpness, each with the table of the numbers it shows. No display is needed."""
+"""Figures of sharpness, each with a table of the numbers it shows. No display is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Measures = Mapping[str, Mapping[str, Any]]  # from checkpoint to the result of o
 
 @styled
 def draw_rho(found: Measures) -> Drawing:
-    """SAM's own sharpness against the size of the perturbation."""
+    """Draw SAM's own sharpness against the size of the perturbation."""
     rows = [
         (name, rho, value)
         for name, result in found.items()
@@ -46,7 +46,8 @@ def draw_rho(found: Measures) -> Drawing:
 
 @styled
 def draw_spectra(found: Measures, eigenvalues: Mapping[str, Sequence[float]]) -> Drawing:
-    """The spectral density of the Hessian, one panel per checkpoint, all on the same axes; ticks are top eigenvalues.
+    """
+    Draw the spectral density of the Hessian, one panel per checkpoint, all on the same axes; ticks are top eigenvalues.
 
     Args:
         found (`Mapping`): Per checkpoint, the result of the measure `"density"`.
@@ -80,7 +81,7 @@ def draw_spectra(found: Measures, eigenvalues: Mapping[str, Sequence[float]]) ->
 
 @styled
 def draw_slices(found: Measures) -> Drawing:
-    """The loss along random filter-normalised directions as thin lines, with their mean."""
+    """Draw the loss along random filter-normalised directions as thin lines, with their mean."""
     rows = [
         (name, direction, alpha, loss)
         for name, result in found.items()
@@ -104,7 +105,7 @@ def draw_slices(found: Measures) -> Drawing:
 
 @styled
 def draw_planes(found: Measures) -> Drawing:
-    """The loss over the plane of two random filter-normalised directions, all panels with the same contours."""
+    """Draw the loss in the plane of two random filter-normalised directions, all panels with the same contours."""
     rows = [
         (name, alpha, beta, loss)
         for name, result in found.items()
@@ -139,7 +140,7 @@ def draw_planes(found: Measures) -> Drawing:
 
 @styled
 def draw_lines(lines: Sequence[Mapping[str, Any]]) -> Drawing:
-    """The loss on the straight line between checkpoints."""
+    """Draw the loss on the straight line between checkpoints."""
     canvas = Canvas(figsize=size(5, 3.2), layout="constrained")
     axes: Axes = canvas.subplots()
     rows = []

@@ -114,13 +114,13 @@ def compare_paired(
 
 
 def bootstrap_mean(values: Sequence[float], rng: np.random.Generator) -> Estimate:
-    """Mean of `values` with its percentile bootstrap interval; no interval from one value."""
+    """Compute the mean of `values` with its percentile bootstrap interval; one value gives no interval."""
     return _stratified([np.asarray(values, dtype=float)], lambda sample: sample.mean(-1), rng)
 
 
 def resolution(scores: Sequence[float]) -> float:
     """
-    The step size of scores: the smallest gap between two different scores, 0 if all are equal.
+    Compute the step size of scores: the smallest gap between two different scores, 0 if all are equal.
 
     Accuracies on a small test split are multiples of one example. Differences over few seeds are then often equal, and
     a spread of zero would make any of them significant, so the spread is taken to be at least one step.
@@ -131,7 +131,7 @@ def resolution(scores: Sequence[float]) -> float:
 
 
 def student_interval(values: Sequence[float], least_spread: float = 0.0) -> tuple[float, float]:
-    """Student's confidence interval of the mean of two or more values, with a spread of at least `least_spread`."""
+    """Compute Student's interval of the mean of two or more values, with a spread of at least `least_spread`."""
     values = np.asarray(values, dtype=float)
     error = _spread(values, least_spread) / math.sqrt(len(values))
     half = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
@@ -140,10 +140,10 @@ def student_interval(values: Sequence[float], least_spread: float = 0.0) -> tupl
 
 def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float:
     """
-    Two-sided p-value of the paired t-test.
+    Compute the two-sided p-value of the paired t-test.
 
-    Under the null either arm could have got either score of a pair, so differences are symmetric around zero whatever
-    the distribution of the scores. The t-test keeps its level there: in simulation it errs in at most 5.2 % of cases for
+    Under the null hypothesis, the two scores of a pair are exchangeable, so differences are symmetric around zero for
+    any distribution of scores. The t-test then keeps its level: in simulation it errs in at most 5.2 % of cases for
     2 to 10 seeds of normal, skewed, heavy-tailed, bimodal and coarse scores (`tests/reporting/test_statistics.py`). An
     exact sign-flip test cannot go below 2 / 2^n: with five seeds it never reaches 5 %.
     """
@@ -156,7 +156,7 @@ def paired_t_p(differences: Sequence[float], least_spread: float = 0.0) -> float
 
 def equivalence_p(mean: float, spread: float, n: int, margin: float) -> float:
     """
-    p-value of two one-sided t-tests (Schuirmann 1987) against a true mean difference of `margin` or more in either
+    Compute the p-value of two one-sided t-tests (Schuirmann 1987) against a true mean difference of `margin` or more in either
     direction.
 
     A small value is evidence that there is no difference of that size. A large p-value of the test for a difference is
@@ -174,13 +174,13 @@ def equivalence_p(mean: float, spread: float, n: int, margin: float) -> float:
 
 
 def established_effect(n: int, level: float = 1 - CONFIDENCE) -> float:
-    """The mean difference, in standard deviations of the differences, that is just significant at `level` with `n` pairs."""
+    """Return the mean difference, in standard deviations, that is just significant at `level` with `n` pairs."""
     return float(stats.t.ppf(1 - level / 2, n - 1) / math.sqrt(n))
 
 
 @lru_cache
 def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8) -> float:
-    """The true difference, in standard deviations, that the paired t-test of `n` pairs detects with this `power`."""
+    """Return the true difference, in standard deviations, that the paired t-test of `n` pairs detects with `power`."""
     critical = stats.t.ppf(1 - level / 2, n - 1)
     # scipy's noncentral t gives NaN in the far tails, so average the power over quantiles of the sample spread
     found = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
@@ -194,7 +194,7 @@ def detectable_effect(n: int, level: float = 1 - CONFIDENCE, power: float = 0.8)
 
 
 def seeds_needed(effect: float, spread: float, most: int = 1000) -> int | None:
-    """The smallest number of pairs whose t-test detects a true `effect` four times in five; `None` if above `most`."""
+    """Return the smallest number of pairs that detects a true `effect` four times in five; `None` if above `most`."""
     if spread * detectable_effect(most) > effect:
         return None
     return 2 + bisect.bisect_left(range(2, most + 1), True, key=lambda n: spread * detectable_effect(n) <= effect)
@@ -206,7 +206,7 @@ def _spread(values: np.ndarray, least: float) -> float:
 
 def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """
-    `mean(numerators) / mean(denominators)` of pairs, with Fieller's interval (Fieller 1954, JRSS B 16).
+    Compute `mean(numerators) / mean(denominators)` of pairs, with Fieller's interval (Fieller 1954, JRSS B 16).
 
     The interval contains every `k` for which the paired t-test does not reject `numerators = k * denominators`.
 
@@ -235,10 +235,10 @@ def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -
 
 def sign_flip_p(differences: Sequence[float], rng: np.random.Generator) -> float:
     """
-    Two-sided sign-flip (paired permutation) p-value of a mean difference.
+    Compute the two-sided sign-flip (paired permutation) p-value of a mean difference.
 
-    Under the null either arm could have got either score of a pair, so every pattern of signs is equally likely. Up to
-    `MAX_EXACT_SEEDS` seeds, all `2^n` are enumerated and the test is exact; above, `2^MAX_EXACT_SEEDS` are drawn.
+    Under the null hypothesis, the two scores of a pair are exchangeable, so every pattern of signs is equally likely. Up
+    to `MAX_EXACT_SEEDS` seeds, all `2^n` are enumerated and the test is exact; above, `2^MAX_EXACT_SEEDS` are drawn.
     """
     differences = np.asarray(differences, dtype=float)
     is_exact = len(differences) <= MAX_EXACT_SEEDS
@@ -253,12 +253,12 @@ def sign_flip_p(differences: Sequence[float], rng: np.random.Generator) -> float
 
 @lru_cache
 def _every_sign(n: int) -> np.ndarray:
-    """All patterns of signs of `n` values, one a row: `(2^n, n)`."""
+    """Return all patterns of signs of `n` values, one per row: `(2^n, n)`."""
     return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1) * 2.0 - 1.0
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment over the p-values that exist, in their order; `None` stays `None`."""
+    """Apply Holm's step-down adjustment, keeping the order; `None` stays `None` and does not count."""
     known = [index for index, p in enumerate(p_values) if p is not None]
     adjusted: list[float | None] = [None] * len(p_values)
     running = 0.0
@@ -272,7 +272,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def interquartile_mean(differences_by_task: Sequence[Sequence[float]], rng: np.random.Generator) -> Estimate:
-    """Mean of the middle half of all paired differences, tasks pooled (Agarwal et al. 2021, arXiv 2108.13264)."""
+    """Compute the mean of the middle half of all paired differences, tasks pooled (Agarwal et al. 2021, 2108.13264)."""
     samples = [np.asarray(differences, dtype=float) for differences in differences_by_task]
     return _stratified(samples, lambda *drawn: stats.trim_mean(np.concatenate(drawn, -1), 0.25, axis=-1), rng)
 
@@ -281,7 +281,8 @@ def probability_of_improvement(
     pairs_by_task: Sequence[tuple[Sequence[float], Sequence[float]]], rng: np.random.Generator
 ) -> Estimate:
     """
-    The probability that a treatment run beats a control run on a random task, ties counting half (Agarwal et al. 2021).
+    Compute the probability that a treatment run beats a control run on a random task, ties counting half (Agarwal et
+    al. 2021).
 
     Args:
         pairs_by_task (`Sequence[tuple[Sequence[float], Sequence[float]]]`):
@@ -304,14 +305,14 @@ def probability_of_improvement(
 
 
 def _counts(index: np.ndarray, n: int) -> np.ndarray:
-    """How often each of `0 ... n - 1` is in the last axis of `index`, of the same shape where that axis has `n`."""
+    """Count each of `0 ... n - 1` along the last axis of `index`, which has length `n`; same shape as `index`."""
     rows = index.reshape(-1, n)
     counted = np.bincount((rows + n * np.arange(len(rows))[:, None]).ravel(), minlength=rows.size)
     return counted.reshape(index.shape).astype(float)
 
 
 def _stratified(samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], rng) -> Estimate:
-    """`statistic(*samples)` with a bootstrap that resamples each of `samples` separately, along the last axis."""
+    """Compute `statistic(*samples)` with a bootstrap that resamples each sample separately, along the last axis."""
     value = float(statistic(*samples))
     n = sum(len(sample) for sample in samples)
     if min(len(sample) for sample in samples) < 2:
@@ -336,7 +337,7 @@ def bootstrap_examples(
     metric: Callable[[np.ndarray], float], n: int, rng: np.random.Generator, resamples: int = 1000
 ) -> Estimate:
     """
-    A metric with its percentile bootstrap interval over test examples.
+    Compute a metric with its percentile bootstrap interval over test examples.
 
     Args:
         metric (`Callable[[np.ndarray], float]`): Computes the metric from indices of examples, with repetition.
@@ -360,7 +361,7 @@ def bootstrap_examples(
 
 
 def mcnemar_p(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
-    """Exact McNemar p-value of two classifiers on the same examples: a binomial test on those that only one got right."""
+    """Compute the exact McNemar p-value of two classifiers: a binomial test on examples that only one got right."""
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return 1.0 if only_a + only_b == 0 else float(stats.binomtest(only_a, only_a + only_b).pvalue)

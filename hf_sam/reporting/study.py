@@ -28,7 +28,7 @@ from .statistics import Estimate, bootstrap_examples
 @dataclass
 class Study:
     """
-    The records of a comparison and what follows from them.
+    The records of a comparison and everything computed from them.
 
     Args:
         records (`list[RunRecord]`): Every run, whatever its status.
@@ -58,7 +58,7 @@ class Study:
         return [entry for entry in self.comparisons if entry.arm == self.question.treatment]
 
     def pooled_predictions(self, cell: Cell, arm: str) -> Predictions | None:
-        """The kept predictions of all seeds of an arm in a cell, one after the other."""
+        """Concatenate the kept predictions of all seeds of an arm; `None` without any, or if their classes differ."""
         kept = [self.predictions[run.path] for run in cell.runs.get(arm, []) if run.path in self.predictions]
         if not kept or len({entry.probabilities.shape[1] for entry in kept}) != 1:
             return None
@@ -67,9 +67,9 @@ class Study:
 
     def difference_over_examples(self, comparison: Comparison, rng: np.random.Generator) -> Estimate | None:
         """
-        Mean difference in accuracy with its bootstrap interval over the test examples, the seeds held fixed.
+        Compute the mean difference in accuracy with its bootstrap interval over test examples, the seeds held fixed.
 
-        `None` if the predictions of a seed were not kept, or if the examples differ between the arms or between seeds.
+        Returns `None` if the predictions of a seed were not kept, or if the examples differ between the arms or between seeds.
         """
         rows, labels = [], None
         for seed in comparison.paired.seeds:
@@ -104,7 +104,7 @@ def make_study(
     Compute a study; the arguments are those of `write_report`.
 
     Raises:
-        ValueError: There are no records, or no record has a name that the question uses.
+        ValueError: If there are no records, or none has the control, treatment or metric of the question.
     """
     if not records:
         raise ValueError(" ".join(["There is no run record to report on.", *problems]))
@@ -132,6 +132,6 @@ def make_study(
 
 
 def _reading_order(run: RunRecord) -> tuple:
-    """A sort key, so that a report does not depend on the order in which records were read."""
+    """Return a sort key, so that a report does not depend on the order in which records were read."""
     seed = -1 if run.seed is None else run.seed
     return natural(run.task), natural(run.condition), run.budget, run.arm, seed, str(run.path)

@@ -21,13 +21,13 @@ MAX_NAMED = 4
 
 
 def warnings(study: Study) -> list[str]:
-    """What keeps these runs from answering the question, the most serious first."""
+    """List the reasons why these runs may not answer the question, the most serious first."""
     found = [_unfinished(study), _near_chance(study), _still_improving(study), _few_seeds(study)]
     return [message for message in found if message]
 
 
 def next_steps(study: Study) -> list[str]:
-    """What would make the answer more certain, or what to do with it."""
+    """List what would make the answer more certain, or what to do with it."""
     asked, steps = study.asked, []
     treatment, control = study.question.treatment, study.question.control
     if any(run.status == "failed" for run in study.records):
@@ -69,7 +69,7 @@ def next_steps(study: Study) -> list[str]:
 
 
 def chance_cells(study: Study) -> dict[str, list[str]]:
-    """Where arms of the question are no better than chance: from cell to arms."""
+    """Map each cell to the compared arms that are no better than chance in it."""
     found: dict[str, list[str]] = {}
     for cell in study.cells:
         for arm in (study.question.control, study.question.treatment):
@@ -80,7 +80,7 @@ def chance_cells(study: Study) -> dict[str, list[str]]:
 
 
 def improving_cells(study: Study) -> dict[str, list[str]]:
-    """Where the curves of arms of the question still improve at the end: from cell to arms."""
+    """Map each cell to the compared arms whose curves still improve at the end."""
     found: dict[str, list[str]] = {}
     for cell in study.cells:
         for arm in dict.fromkeys((study.question.control, study.question.treatment)):
@@ -94,8 +94,10 @@ def improving_cells(study: Study) -> dict[str, list[str]]:
 
 def late_share(run: RunRecord, metric: str) -> float | None:
     """
-    The share of a run's total improvement that came in the last fifth of its steps, by the first of the evaluated
-    metric, the evaluation loss and the training loss that was logged at least five times; `None` if none was.
+    Return the share of a run's total improvement that came in the last fifth of its steps.
+
+    It uses the evaluated metric, the evaluation loss or the training loss: the first that was logged at least five
+    times. `None` if none was.
     """
     for key, sign in (
         (f"eval_{metric}", 1 if metric_of(metric).higher_is_better else -1),
@@ -116,7 +118,10 @@ def late_share(run: RunRecord, metric: str) -> float | None:
 
 
 def seeds_for_one_point(study: Study) -> int | None:
-    """Seeds needed to detect one point in every undecided comparison; `None` if there is none or the metric is not in percent."""
+    """
+    Return the number of seeds that detects one point in all undecided comparisons; `None` if there are none, or if the
+    metric is not in percent.
+    """
     if metric_of(study.question.metric).scale != 100:
         return None
     short = [entry for entry in study.asked if entry.verdict == "undecided" and entry.paired.detectable > ONE_POINT]

@@ -1,4 +1,4 @@
-"""The section "What survives": scores after quantization, pruning, noise and merging, of checkpoints or of a comparison's arms."""
+"""Report section on survival: scores of checkpoints or arms after quantization, pruning, noise and merging."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Kept = Predictions | LanguagePredictions
 
 
 def scores_of(kept: Kept) -> dict[str, float]:
-    """Every metric of one evaluation; for a language model, loss and perplexity."""
+    """Compute every metric of one evaluation; for a language model, loss and perplexity."""
     if isinstance(kept, LanguagePredictions):
         loss = kept.per_token()
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
@@ -46,7 +46,7 @@ def scores_of(kept: Kept) -> dict[str, float]:
 
 
 def survival_rows(found: Sequence[Outcome[Kept]]) -> list[dict[str, Any]]:
-    """What a run record keeps: one entry per treatment and draw, with its scores, or with the reason why there are none."""
+    """Return the entries of a run record, one per treatment and draw: its scores, or why there are none."""
     rows = []
     for entry in found:
         row = {"kind": entry.treatment.kind, "level": entry.treatment.level, "draw": entry.treatment.draw}
@@ -58,8 +58,8 @@ def compare_survival(
     found: Mapping[str, Sequence[Outcome[Kept]]], rng: np.random.Generator, resamples: int = 1000
 ) -> list[dict[str, Any]]:
     """
-    For each treatment and checkpoint, the main score with its interval over test examples, and its difference from the
-    first checkpoint.
+    Compute the main score of each checkpoint under each treatment, and its difference from the first checkpoint, with
+    intervals over test examples.
 
     Draws of one treatment are averaged, example by example.
 
@@ -82,7 +82,7 @@ def compare_survival(
 
 
 def _sums(entries: Sequence[Outcome[Kept]]) -> dict[Treatment, tuple[np.ndarray, np.ndarray]]:
-    """For each treatment, every example's contribution to the score and its weight, both `(n,)`; draws are averaged."""
+    """Map each treatment to every example's contribution to the score and its weight, `(n,)`, averaged over draws."""
     groups: dict[Treatment, list[Kept]] = {}
     for entry in entries:
         if entry.result is not None:
@@ -104,7 +104,7 @@ def _mean(sums: np.ndarray, weights: np.ndarray, rng: np.random.Generator, resam
 
 
 def survival_section(record: Mapping[str, Any]) -> Section:
-    """The section of a report on checkpoints, from the content of `survival.json`."""
+    """Build the section of a report on checkpoints from the content of `survival.json`."""
     frame = pd.DataFrame(record["scores"])
     metric, names = record["metric"], list(record["checkpoints"])
     blocks: list[Block] = [Text(_what_was_done(record)), Text(CAVEAT)]
@@ -188,7 +188,7 @@ def _side_tables(checkpoints: Mapping[str, Any], names: Sequence[str]) -> list[B
 
 
 def survival_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
-    """The section of a comparison: per task and budget, the scores of every arm and paired differences from the control."""
+    """Build a comparison's section: per task and budget, scores of all arms and paired differences from the control."""
     blocks: list[Block] = []
     for index, cell in enumerate(study.cells):
         frame = cell_frame(cell, study.arms)
@@ -208,7 +208,7 @@ def survival_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
 
 
 def cell_frame(cell: Cell, arms: Sequence[str]) -> pd.DataFrame:
-    """One row per arm, seed and treatment of a cell, draws averaged, with every metric as a column."""
+    """Tabulate a cell: one row per arm, seed and treatment, draws averaged, one column per metric."""
     frames = [
         _mean_over_draws(run.survival).assign(name=arm, seed=run.seed)
         for arm in arms
@@ -325,7 +325,7 @@ def _difference(paired: PairedComparison, metric: str) -> str:
 
 
 def _values(frame: pd.DataFrame, name: str, treatment: Treatment, metric: str) -> dict[int, float]:
-    """Seed to score."""
+    """Map seeds to scores."""
     at = frame[(frame.name == name) & (frame.kind == treatment.kind) & _at_level(frame, treatment)]
     return {int(row.seed): float(row[metric]) for _, row in at.iterrows() if _finite(row[metric]) is not None}
 
@@ -364,7 +364,7 @@ def _mean_and_spread(values: Sequence[float], metric: str) -> str:
 
 
 def _mean_over_draws(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per treatment with a result, in their order, metrics averaged over draws."""
+    """Average the metrics over draws: one row per treatment with a result, in order."""
     frame = pd.DataFrame([row for row in rows if "problem" not in row])
     frame = frame.astype({"level": float})
     return frame.groupby(["kind", "level"], sort=False, dropna=False).mean().reset_index().drop(columns="draw")

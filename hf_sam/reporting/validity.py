@@ -1,4 +1,4 @@
-"""What could make the answer wrong, as far as the records show."""
+"""Threats to the validity of a comparison, as far as the records show them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_LISTED = 10
 
 
 def threats(study: Study) -> list[Block]:
-    """The threats to validity of this set of runs, not of comparisons in general."""
+    """List the threats to validity of this set of runs, not of comparisons in general."""
     found = [
         *_about_seeds(study),
         *_about_tuning(study),
@@ -25,7 +25,7 @@ def threats(study: Study) -> list[Block]:
         *_about_pairs(study),
         *_about_machines(study),
         *_shortened([f"Left out because it could not be read: {problem}" for problem in study.problems]),
-        "The test split was read once per run. Picking the best of many arms still selects on it: the answer is about the arm "
+        "The test split was used once per run. Picking the best of many arms still selects on it: the answer is about the arm "
         "that the question named beforehand.",
     ]
     return [Listing(found)]
@@ -67,14 +67,14 @@ def _about_tuning(study: Study) -> list[str]:
     parallel, searches = _searches_in_parallel(study)
     if parallel:
         found.append(
-            f"In {parallel} of {searches} searches for settings, trials ran at the same time: what one of them tried "
-            f"depended on which results had come in before it, and could be something else if it were run again."
+            f"In {parallel} of {searches} searches for settings, trials ran in parallel: the settings of a trial depended on "
+            f"which results were already available, so a repeated search could try other settings."
         )
     return found
 
 
 def _searches_in_parallel(study: Study) -> tuple[int, int]:
-    """In how many searches a trial began before the one before it had ended, and how many there are."""
+    """Count the searches in which a trial started before the previous one had ended, and all searches."""
     groups: dict[tuple, list] = {}
     for run in study.records:
         if is_trial(run) and run.started and run.ended and run.path is not None:

@@ -212,7 +212,7 @@ def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) ->
         nonlocal due, told
         name = " | ".join([*run.group, f"seed {run.seed}" if run.trial is None else f"trial {run.trial}"])
         bar.write(f"{what:>10}  {name}")
-        if what in ("begins", "queued", "goes on"):
+        if what in ("started", "queued", "attached"):
             begun.add(run.folder)
             return
         begun.discard(run.folder)
@@ -311,7 +311,9 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
         question = {}
     elif not any(record.metrics.get(plan.question.metric) is not None for record in final):
         measured = sorted({name for record in final for name in record.metrics})
-        raise UserError(f"question.metric={plan.question.metric!r} is in no record. Allowed: {', '.join(measured)}.")
+        raise UserError(
+            f"question.metric={plan.question.metric!r} is not in any record. Allowed: {', '.join(measured)}."
+        )
     return write_report(
         records,
         plan.output_dir / "report",

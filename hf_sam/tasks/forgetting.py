@@ -83,13 +83,13 @@ class ForgettingArguments:
     )
     max_examples: int = option(1000, "Maximum number of test examples of the first task; 0: all.")
     batch_size: int = option(32, "Examples per batch of the evaluation on the first task.")
-    workers: int | None = option(None, "Number of simultaneous runs on this machine; 1 by default.")
-    executor: str | None = option(None, "Who makes the runs: local, ray or slurm; this machine by default.")
+    workers: int | None = option(None, "Number of simultaneous runs on this machine; default: 1.")
+    executor: str | None = option(None, "Where to execute the runs: local, ray or slurm; default: local, this machine.")
     executor_options: list[str] = field(
-        default_factory=list, metadata={"help": "KEY=VALUE pairs of the executor, see docs/clusters.md."}
+        default_factory=list, metadata={"help": "KEY=VALUE options of the executor; see docs/clusters.md."}
     )
-    status: bool = option(False, "Print where the runs stand, and exit.")
-    cancel: bool = option(False, "Cancel queued and running jobs, and exit.")
+    status: bool = option(False, "Print the state of the runs and exit.")
+    cancel: bool = option(False, "Cancel queued and running jobs and exit.")
     launcher: list[str] = field(
         default_factory=list, metadata={"help": "Command that starts each run, such as accelerate launch."}
     )
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     with as_user_error(ValueError):
         choice = choose({}, args.executor, args.workers, args.executor_options)
     if args.cancel:
-        print(f"{cancel_all(workshop, choice)} jobs are cancelled. The same command without --cancel goes on.")
+        print(f"Cancelled {cancel_all(workshop, choice)} jobs. Repeat the command without --cancel to resume.")
         return None
     if args.status:
         print(describe_standing(standing_of(workshop, choice)))

@@ -1,4 +1,4 @@
-"""What happens around training in every recipe: before (seed, folder, checkpoint) and after (evaluate, save, card)."""
+"""The steps that every recipe takes before training (seed, folder, checkpoint) and after it (evaluate, save, card)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from .data.loading import Splits
 from .metrics import class_probabilities, logits_of
 
 logger = logging.getLogger(__name__)
-LOCK_NAME = "_run.lock"  # what begins with an underscore does not go to the hub
-LOCK_SECONDS = 6.0  # workers of a DataLoader outlive a killed run by five seconds
+LOCK_NAME = "_run.lock"  # files whose names start with an underscore are not pushed to the hub
+LOCK_SECONDS = 6.0  # DataLoader workers outlive a killed run by up to five seconds
 _LOCKS: dict[Path, FileLock] = {}
 Table = Callable[[Any, np.ndarray], dict[str, Any]]
 
@@ -48,13 +48,13 @@ def prepare(
     args: TrainingArguments, run_args: RunArguments, sam_args: SAMArguments, model_args: ModelArguments
 ) -> SAMConfig:
     """
-    Seed, quieten what should be quiet, and settle which checkpoint training goes on from. Prints the SAM configuration
-    in force, which it returns.
+    Set the seed, lock `output_dir` and find the checkpoint to resume from; print and return the SAM configuration.
 
-    `resume_from_checkpoint` may be `"auto"`: the last complete checkpoint in `output_dir`, none if there is none.
+    With `resume_from_checkpoint="auto"`, training resumes from the last complete checkpoint in `output_dir`, or starts
+    from the beginning if there is none.
 
     Raises:
-        UserError: `output_dir` cannot be used, or holds checkpoints that nothing is said about.
+        UserError: If `output_dir` cannot be used, or contains an earlier run that is neither resumed nor overwritten.
     """
     sam_config = sam_args.to_config()
     if args.process_index == 0:
@@ -62,7 +62,7 @@ def prepare(
         if model_args.model_type is None and sam_args.has_rho_for_training_from_scratch:
             print(
                 f"note: rho {sam_config.rho:g} is from the paper of {sam_config.method}, which trained from scratch, and "
-                "is untested in fine-tuning; `hf-sam find-rho` searches for one, 0 included.",
+                "is untested for fine-tuning; `hf-sam find-rho` searches for a suitable value, 0 included.",
                 flush=True,
             )
     if args.disable_tqdm:
@@ -70,7 +70,7 @@ def prepare(
         transformers.utils.logging.disable_progress_bar()
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
     if args.logging_steps == 1:
-        args.logging_steps = 1  # the command line has read 1.0, and `TrainingArguments` rounds only what is above 1
+        args.logging_steps = 1  # argparse yields 1.0, and `TrainingArguments` converts only values above 1 to int
     set_seed(args.seed)
     check_reporters(args)
     folder = Path(args.output_dir)
@@ -96,18 +96,18 @@ def prepare(
             )
     elif checkpoints:
         raise UserError(
-            f"output_dir={folder} already holds {checkpoints[-1].name}. Continue from it with --resume_from_checkpoint auto, "
+            f"output_dir={folder} already contains {checkpoints[-1].name}. Continue from it with --resume_from_checkpoint auto, "
             f"start over with --overwrite_output_dir true, or choose another folder."
         )
     elif is_finished(folder):
         raise UserError(
-            f"output_dir={folder} holds a finished run: start over with --overwrite_output_dir true, or choose another folder."
+            f"output_dir={folder} contains a finished run; start over with --overwrite_output_dir true, or choose another folder."
         )
     return sam_config
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the folder has the record of a run that came to its end."""
+    """Whether the folder contains the record of a finished run."""
     try:
         return read_record(folder / RECORD_NAME).status == "finished"
     except RecordError:
@@ -116,12 +116,14 @@ def is_finished(folder: Path) -> bool:
 
 def lock_folder(folder: Path) -> None:
     """
-    Keep other runs out of `output_dir` until this process ends. The system gives the lock up with the process, however
-    that ends, so that none is ever stale; `_run.owner` says who has it.
+    Keep other runs out of `output_dir` until this process ends.
+
+    The operating system releases the lock when the process ends, however it ends, so a lock is never stale. The file
+    `_run.owner` names the process that holds it.
 
     Raises:
-        FolderInUseError: Another run has it; the message says which.
-        UserError: The folder cannot be created.
+        FolderInUseError: If another run holds the lock; the message names the process.
+        UserError: If the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ def lock_folder(folder: Path) -> None:
     try:
         lock = _LOCKS.setdefault(
             path.resolve(), FileLock(path, thread_local=False)
-        )  # one that is collected is released
+        )  # a lock that is garbage-collected is released
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         try:
@@ -142,14 +144,14 @@ def lock_folder(folder: Path) -> None:
             f"output_dir={folder} is in use by {owner}. Wait for that run or stop it, or choose another folder."
         ) from None
     except (NotImplementedError, OSError) as error:  # a file system without locks
-        logger.warning("%s cannot be locked (%s): start no second run in it.", folder, one_line(error))
+        logger.warning("%s cannot be locked (%s); do not start a second run in it.", folder, one_line(error))
         return
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     path.with_suffix(".owner").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
 
 
 def last_complete_checkpoint(folder: Path, args: TrainingArguments) -> str | None:
-    """The newest checkpoint that was written to its end: a run that was killed may leave half of one."""
+    """Return the newest complete checkpoint, if any; a killed run may leave an incomplete one."""
     numbered = [
         (int(path.name.split("-")[1]), path)
         for path in folder.glob("checkpoint-*")
@@ -159,12 +161,12 @@ def last_complete_checkpoint(folder: Path, args: TrainingArguments) -> str | Non
         missing = missing_from_checkpoint(path, args)
         if missing is None:
             return str(path)
-        logger.warning("%s is not complete (%s); continuing from the one before it.", path, missing)
+        logger.warning("%s is incomplete (%s); trying the checkpoint before it.", path, missing)
     return None
 
 
 def missing_from_checkpoint(path: Path, args: TrainingArguments) -> str | None:
-    """What keeps a checkpoint from being resumed, or None. The Trainer writes `trainer_state.json` last."""
+    """Describe what a checkpoint lacks, `None` if it is complete. The Trainer writes `trainer_state.json` last."""
     if not path.is_dir():
         return "there is no such folder"
     weights = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "global_step*")
@@ -186,7 +188,7 @@ def missing_from_checkpoint(path: Path, args: TrainingArguments) -> str | None:
 
 
 def is_cut_off(file: Path) -> bool:
-    """Whether a file of weights or states was not written to its end: a full disk or a kill leaves such ones."""
+    """Whether a file of weights or state is truncated, as a full disk or a killed run leaves it."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="np"):
@@ -198,8 +200,10 @@ def is_cut_off(file: Path) -> bool:
 
 def check_reporters(args: TrainingArguments) -> None:
     """
+    Check the trackers in `report_to`.
+
     Raises:
-        UserError: A tracker in `report_to` that there is none of, or whose package is not installed.
+        UserError: If a tracker is unknown or its package is not installed.
     """
     available = get_available_reporting_integrations()
     for name in args.report_to if isinstance(args.report_to, list) else [args.report_to]:
@@ -207,15 +211,17 @@ def check_reporters(args: TrainingArguments) -> None:
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, f" Allowed: none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
-            raise UserError(f"report_to={name} is not a tracker that the Trainer knows.{hint}")
-        raise UserError(f"report_to={name}: its package is not installed. Install it (pip install {name}), or give "
+            raise UserError(f"report_to={name} is not a tracker known to the Trainer.{hint}")
+        raise UserError(f"report_to={name}: its package is not installed. Run pip install {name}, or give "
                         f"--report_to none.")  # fmt: skip
 
 
 def check_optimizer(trainer: Trainer) -> None:
     """
+    Check that the optimizer can be created.
+
     Raises:
-        UserError: The optimizer's library is not installed, or it lacks an argument.
+        UserError: If the optimizer's library is not installed or a required argument is missing.
     """
     with as_user_error(ImportError, ValueError, RuntimeError, prefix=f"optim={trainer.args.optim.value}: "):
         trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
@@ -229,14 +235,21 @@ def check_training_arguments(
     metrics: Sequence[str] = (),
 ) -> None:
     """
-    `metrics` are the names of what the task measures.
+    Check for values and combinations that `TrainingArguments` accepts but that would fail late or have no effect.
+
+    Args:
+        args (`TrainingArguments`): The arguments to check.
+        data_args (`DataArguments`): `streaming` is used.
+        run_args (`RunArguments`): `score_split` and `hub_metrics` are used.
+        has_validation (`bool`): Whether there is a validation split.
+        metrics (`Sequence[str]`, *optional*): Names of the task's metrics.
 
     Raises:
-        UserError: Combinations that `TrainingArguments` accepts and that would fail late or mean nothing.
+        UserError: If a check fails; the message names the argument and the fix.
     """
     if args.eval_strategy != IntervalStrategy.NO and not has_validation:
         raise UserError(
-            f"eval_strategy={args.eval_strategy.value} needs a validation split (the test split is read once, at the "
+            f"eval_strategy={args.eval_strategy.value} needs a validation split (the test split is used once, at the "
             f"end): give --validation_size 0.1, or --validation_split."
         )
     if run_args.score_split == "validation" and not has_validation:
@@ -244,13 +257,16 @@ def check_training_arguments(
             "score_split=validation needs a validation split: give --validation_size 0.1, or --validation_split."
         )
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if metrics and best not in metrics and not run_args.hub_metrics:  # their names are only known once computed
+    # The names of metrics from the hub are known only once they have been computed.
+    if metrics and best not in metrics and not run_args.hub_metrics:
         raise UserError(
             f"metric_for_best_model={args.metric_for_best_model} is not a metric of this task."
             f"{did_you_mean(best, metrics)} Allowed: {', '.join(metrics)}."
         )
     if data_args.streaming and args.max_steps <= 0:
-        raise UserError("A stream has no known length: give --max_steps.")
+        raise UserError(
+            "streaming needs a number of steps, because the length of a stream is unknown; give --max_steps."
+        )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"num_train_epochs={args.num_train_epochs} must be above 0, or give --max_steps.")
     if args.learning_rate <= 0:
@@ -262,8 +278,9 @@ def check_training_arguments(
 
 def train(trainer: Trainer) -> None:
     """
-    Train, from the checkpoint that `prepare` settled on, and write the metrics where people look. After a resume, time
-    and `train_loss` are those of the whole run where the checkpoint says what the steps before it took.
+    Train, from the checkpoint found by `prepare` if there is one; print and save the training metrics.
+
+    After a resume, time and `train_loss` cover the whole run if the checkpoint recorded those of the steps before it.
     """
     try:
         metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
@@ -281,14 +298,14 @@ def recorded(
     trainer: Trainer, splits: Splits, data_args: DataArguments, run_args: RunArguments, **settings: Any
 ) -> Iterator[RunRecord]:
     """
-    Keep `run_record.json` in `output_dir` while the block trains and evaluates.
+    Maintain `run_record.json` in `output_dir` while the block trains and evaluates.
 
     Args:
         trainer (`Trainer`): Not yet trained.
-        splits (`dict`): The data as they were read, for their fingerprints.
-        data_args (`DataArguments`): Name the task and the condition, where `run_args` does not.
-        run_args (`RunArguments`): Reads `task`, `arm`, `condition`, `budget`.
-        **settings: The argument objects of the recipe, to be able to run it again.
+        splits (`dict`): The data before preprocessing; their fingerprints are recorded.
+        data_args (`DataArguments`): Give the default names of task and condition.
+        run_args (`RunArguments`): `task`, `arm`, `condition`, `budget` and `phase` are used.
+        **settings: The recipe's other argument objects, recorded so that the run can be repeated.
     """
     sam = trainer.sam_config
     trainer.run_phase = run_args.phase
@@ -313,26 +330,27 @@ def recorded(
 
 
 def _where_it_stands(trainer: Trainer) -> str:
-    """What is left of a run that was stopped, and how to go on."""
+    """Describe how far an interrupted run got and how to resume it."""
     line = f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}."
     checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir), trainer.args)
     if checkpoint is None:
-        return f"{line} No checkpoint had been written (save_strategy, save_steps): the same command starts over."
+        return f"{line} No checkpoint was saved (see save_strategy, save_steps); the same command starts over."
     return f"{line} The same command with --resume_from_checkpoint auto continues from {checkpoint}."
 
 
 def evaluate(trainer: Trainer, split: Any, name: str, table: Table | None = None) -> dict[str, float]:
     """
-    Evaluate on a split, log the metrics like any others, and keep the predictions.
+    Evaluate on a split, log and save the metrics, and save the predictions.
 
     Args:
-        trainer (`Trainer`): After training.
-        split (`Dataset`): What to predict.
-        name (`str`): Of the split: `<name>_results.json`, `all_results.json`, `<name>_predictions.parquet`.
-        table (`Callable`, *optional*): `(predictions, labels) -> columns` of the predictions that are kept.
+        trainer (`Trainer`): A trained trainer.
+        split (`Dataset`): The examples to predict.
+        name (`str`): Name of the split, used in `<name>_results.json` and `<name>_predictions.parquet`.
+        table (`Callable`, *optional*):
+            Maps predictions and labels to the columns of the saved predictions; without it, none are saved.
 
     Returns:
-        `dict[str, float]`: The metrics without the split's name.
+        `dict[str, float]`: The metrics, without the prefix for the split.
     """
     output = trainer.predict(split, metric_key_prefix=name)
     trainer.log(dict(output.metrics))
@@ -347,14 +365,15 @@ def evaluate(trainer: Trainer, split: Any, name: str, table: Table | None = None
 
 
 def predictions_file(trainer: Trainer, name: str) -> Path:
-    """Where `evaluate` keeps the predictions of a split."""
+    """Return the path where `evaluate` saves the predictions of a split."""
     return Path(trainer.args.output_dir) / f"{name}_predictions.parquet"
 
 
 def finish(trainer: Trainer, record: RunRecord, splits: dict[str, Any], run_args: RunArguments, table: Table) -> None:
     """
-    Read the test split, once, and the training split where asked for; put the metrics into the record. With
-    `score_split` the validation split stands for the test split, which is not read.
+    Evaluate on the test split and, with `evaluate_train`, on the training split; add the metrics to the record.
+
+    With `score_split="validation"`, the validation split replaces the test split, which is then not used.
     """
     record.metrics = evaluate(trainer, splits[run_args.score_split], "test", table)
     record.predictions = predictions_file(trainer, "test").name
@@ -364,43 +383,43 @@ def finish(trainer: Trainer, record: RunRecord, splits: dict[str, Any], run_args
 
 
 def classification_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
-    """Columns of kept predictions: true class, predicted class, probability of every class."""
+    """Return the columns of saved predictions: true class, predicted class, probability of every class."""
     probabilities = class_probabilities(predictions)
     return {"label": labels, "prediction": probabilities.argmax(axis=1), "probabilities": list(probabilities)}
 
 
 def regression_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
-    """Columns of kept predictions: true and predicted number."""
+    """Return the columns of saved predictions: true and predicted number."""
     return {"label": np.reshape(labels, -1), "prediction": np.reshape(logits_of(predictions), -1)}
 
 
 def multi_label_table(predictions: Any, labels: np.ndarray) -> dict[str, Any]:
-    """Columns of kept predictions: 0 / 1 truth and probability of every label."""
+    """Return the columns of saved predictions: true 0 or 1, and probability, of every label."""
     return {"label": list(labels), "probabilities": list(1 / (1 + np.exp(-logits_of(predictions).astype(float))))}
 
 
 def perplexity_table(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Columns of kept predictions: summed negative log-likelihood and number of tokens."""
+    """Return the columns of saved predictions: summed negative log-likelihood and number of tokens."""
     return {"nll": predictions, "tokens": labels}
 
 
 def save(trainer: Trainer) -> None:
-    """The model, what loads with it, and the Trainer's state, in `output_dir`."""
+    """Save the model, its tokenizer or processor, and the Trainer's state in `output_dir`."""
     trainer.save_model()
     trainer.save_state()
 
 
 def write_card(trainer: Trainer, **details: Any) -> None:
     """
-    The model card, into `output_dir`; with `push_to_hub` the model goes to the hub with it.
+    Write the model card to `output_dir`; with `push_to_hub`, push the model and its card to the hub.
 
     Args:
-        trainer (`Trainer`): After evaluation.
-        **details: What the trainer's own `create_model_card` takes.
+        trainer (`Trainer`): A trained and evaluated trainer.
+        **details: Arguments of the trainer's `create_model_card`.
     """
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**details)
     else:
         trainer.create_model_card(**details)
     if trainer.is_world_process_zero():
-        print(f"saved: the model, its card (README.md) and the test results, in {trainer.args.output_dir}", flush=True)
+        print(f"saved: model, model card (README.md) and test results in {trainer.args.output_dir}", flush=True)

@@ -1,9 +1,9 @@
-"""Fine-tune an encoder-decoder model with sharpness-aware minimization: summaries, translations, or everything as text.
+"""Fine-tune an encoder-decoder model with sharpness-aware minimization: summarization, translation, tasks as text.
 
     hf-sam seq2seq glue_mrpc --sam_rho 0.15
 
-Sources and targets are texts; classes are words that the model writes, GLUE and SuperGLUE in the form of T5
-(`--glue_task`). Evaluation generates. `--sam_rho 0` is the baseline with the same configuration.
+Sources and targets are texts. Classes are words that the model generates; `--glue_task` formats GLUE and SuperGLUE
+tasks as T5 does. Evaluation generates text. `--sam_rho 0` is the baseline with the same configuration.
 """
 # ruff: noqa: RUF009 - `option` returns a dataclass field
 
@@ -56,7 +56,7 @@ from .models import check_max_length, load_config, load_model, load_tokenizer
 from .per_token import GenerationWithLikelihood, LossPerToken
 from .running import check_training_arguments, finish, prepare, recorded, save, train, write_card
 
-# The kinds of targets, and what is measured of each on the test split.
+# The kinds of targets, and the metrics of each on the test split.
 EVALUATION: dict[str, tuple[str, ...]] = {
     CLASSIFICATION: text_metrics.ANSWERS,
     REGRESSION: text_metrics.NUMBERS,
@@ -72,22 +72,20 @@ LABELS = ("label", "labels", "class")
 
 @dataclass
 class Seq2SeqArguments:
-    """Which texts, and what the model is to write."""
+    """The sources and targets, and how classes become text."""
 
     glue_task: str | None = option(None, f"A GLUE or SuperGLUE task in the form of T5: {', '.join(NAMED_TASKS)}.")
-    problem_type: str | None = option(None, f"{', '.join(EVALUATION)}; found from the columns when left out.")
-    text_column: str | None = option(None, "Column of the sources. Found when left out.")
-    text_pair_column: str | None = option(None, "Column of a second text of the source.")
-    target_column: str | None = option(None, "Column of the targets, where they are texts. Found when left out.")
-    source_prefix: str = option("", "What a source begins with, such as 'summarize: '.")
-    label_words: list[str] | None = option(None, "Words for the classes in order; their names when left out.")
+    problem_type: str | None = option(None, f"{', '.join(EVALUATION)}; default: detected from the columns.")
+    text_column: str | None = option(None, "Column of the sources; default: detected.")
+    text_pair_column: str | None = option(None, "Column of a second text in the source.")
+    target_column: str | None = option(None, "Column of the targets, if they are texts; default: detected.")
+    source_prefix: str = option("", "Prefix of every source, such as 'summarize: '.")
+    label_words: list[str] | None = option(None, "Words for the classes, in order; default: their names.")
     source_lang: str | None = option(None, "Language of the sources in a column of translations, such as en.")
     target_lang: str | None = option(None, "Language of the targets in a column of translations, such as fr.")
-    max_length: int = option(512, "Tokens at which a source is cut.")
-    max_target_length: int = option(
-        128, "Tokens at which a target is cut; generation ends there, unless told otherwise."
-    )
-    drop_empty: bool = option(False, "Leave out examples without text instead of refusing them.")
+    max_length: int = option(512, "Maximum number of tokens of a source; the rest is cut off.")
+    max_target_length: int = option(128, "Maximum number of tokens of a target; also the default limit of generation.")
+    drop_empty: bool = option(False, "Drop examples without text; otherwise they are an error.")
 
     def __post_init__(self):
         if self.glue_task is not None and self.glue_task not in NAMED_TASKS:
@@ -95,22 +93,26 @@ class Seq2SeqArguments:
         if self.problem_type is not None and self.problem_type not in EVALUATION:
             raise ValueError(f"problem_type={self.problem_type} is unknown. Allowed: {', '.join(EVALUATION)}.")
         if self.max_target_length < 2:
-            raise ValueError(f"max_target_length={self.max_target_length} must be at least 2, a token and the end.")
+            raise ValueError(
+                f"max_target_length={self.max_target_length} must be at least 2, for one token and the end-of-sequence token."
+            )
         if self.glue_task is not None:
             for name in ("problem_type", "target_column", "source_lang", "target_lang"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is settled by glue_task={self.glue_task}; leave it out.")
+                    raise ValueError(f"{name} is set by glue_task={self.glue_task}; leave it out.")
 
 
 @dataclass
 class GenerationArguments(Seq2SeqTrainingArguments):
-    __doc__ = Seq2SeqTrainingArguments.__doc__  # where --help finds what each argument is
+    __doc__ = Seq2SeqTrainingArguments.__doc__  # --help reads the descriptions of the arguments from it
 
-    predict_with_generate: bool = option(True, "Generate in evaluation; otherwise the likelihood alone is measured.")
+    predict_with_generate: bool = option(
+        True, "Generate text in evaluation; otherwise only the likelihood is measured."
+    )
 
 
 class SAMSeq2SeqTrainer(LossPerToken, GenerationWithLikelihood, SAMTrainerMixin, Seq2SeqTrainer):
-    """transformers' `Seq2SeqTrainer` with the sharpness-aware update."""
+    """`Seq2SeqTrainer` of transformers with the sharpness-aware update."""
 
 
 ARGUMENTS = (ModelArguments, DataArguments, Seq2SeqArguments, RunArguments, SAMArguments, GenerationArguments)
@@ -118,11 +120,11 @@ ARGUMENTS = (ModelArguments, DataArguments, Seq2SeqArguments, RunArguments, SAMA
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> SAMSeq2SeqTrainer:
     """
-    Train, evaluate, save.
+    Train, evaluate and save.
 
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): For the trainer.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer.
     """
     model_args, data_args, text_args, run_args, sam_args, args = parse_arguments(ARGUMENTS, argv)
     sam_config = prepare(args, run_args, sam_args, model_args)
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         with as_user_error(ValueError, OSError, prefix=f"generation_config={args.generation_config}: "):
             Seq2SeqTrainer.load_generation_config(args.generation_config)
     elif args.generation_max_length is None:
-        args.generation_max_length = text_args.max_target_length + 1  # the token that decoding starts from counts
+        args.generation_max_length = text_args.max_target_length + 1  # the decoder start token counts
 
     with args.main_process_first(desc="tokenizing"):
         tokens = tokenize_pairs(splits, tokenizer, text_args.max_length, text_args.max_target_length)
@@ -179,7 +181,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
 
 def read_data(data_args: DataArguments, text_args: Seq2SeqArguments) -> tuple[Splits, str, list[str] | None]:
-    """The splits as sources and targets, the kind of targets, and the words of the classes."""
+    """Read the splits as sources and targets, the kind of targets, and the words for the classes."""
     named = NAMED_TASKS.get(text_args.glue_task)
     if named is not None:
         if data_args.dataset is None:
@@ -218,21 +220,21 @@ def read_classes(
     splits: Splits, label: str, data_args: DataArguments, text_args: Seq2SeqArguments
 ) -> tuple[Splits, list[str]]:
     """
-    All splits with class numbers in the column `label`, and the word that stands for each class.
+    Convert the labels to class indices in all splits, and return the word for each class.
 
     Raises:
-        UserError: Labels that are no classes, or another number of words.
+        UserError: If the labels are not classes, or the number of words differs from that of the classes.
     """
     splits, names = class_labels(splits, label, data_args)
     words = text_args.label_words or names
     if text_args.glue_task and not text_args.label_words:
         usual = list(NAMED_TASKS[text_args.glue_task].words)
-        words = names if set(names) == set(usual) else usual  # a copy may have numbered them otherwise
+        words = names if set(names) == set(usual) else usual  # a copy may number the classes differently
     if len(words) != len(names):
         argument = "label_words" if text_args.label_words else f"glue_task={text_args.glue_task}"
         raise UserError(
-            f"{argument} has {len(words)} words for classes ({', '.join(words)}), but {label} has {len(names)} classes: "
-            f"{', '.join(names)}."
+            f"{argument} has {len(words)} words ({', '.join(words)}), but {label} has {len(names)} classes: "
+            f"{', '.join(names)}; give one word per class."
         )
     splits = make_splits(splits, data_args, strata=label)
     check_classes(splits, label, names)
@@ -241,10 +243,10 @@ def read_classes(
 
 def find_problem_type(names: Sequence[str], data_args: DataArguments, text_args: Seq2SeqArguments) -> str:
     """
-    The kind of targets, by the arguments that were given, else by the usual names of columns.
+    Detect the kind of targets from the arguments given, otherwise from common column names.
 
     Raises:
-        UserError: Neither says.
+        UserError: If neither identifies it.
     """
     if text_args.glue_task is not None:
         return CLASSIFICATION if NAMED_TASKS[text_args.glue_task].words else REGRESSION
@@ -261,8 +263,10 @@ def find_problem_type(names: Sequence[str], data_args: DataArguments, text_args:
 
 def check_arguments(problem_type: str, data_args: DataArguments, text_args: Seq2SeqArguments) -> None:
     """
+    Check that the arguments fit the kind of targets.
+
     Raises:
-        UserError: What does not go with this kind of targets.
+        UserError: If an argument does not apply to this kind of targets.
     """
     wrong: list[tuple[Any, str]] = []
     if problem_type != CLASSIFICATION:
@@ -276,11 +280,11 @@ def check_arguments(problem_type: str, data_args: DataArguments, text_args: Seq2
         wrong += [(data_args, "label_column")]
     for arguments, name in wrong:
         if getattr(arguments, name):
-            raise UserError(f"{name} does not go with problem_type={problem_type}: leave it out.")
+            raise UserError(f"{name} does not apply to problem_type={problem_type}; leave it out.")
 
 
 def source_columns(splits: Splits, text_args: Seq2SeqArguments) -> list[str]:
-    """The columns of the source, one or two."""
+    """Return the one or two columns of the source."""
     first = pick_column(splits, text_args.text_column, SOURCES, "text_column")
     if text_args.text_pair_column is None:
         return [first]
@@ -289,11 +293,11 @@ def source_columns(splits: Splits, text_args: Seq2SeqArguments) -> list[str]:
 
 def sequence_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """
-    The model's configuration; of one from scratch, its special tokens are the tokenizer's, and decoding starts from the
-    padding token as in T5.
+    Load the model's configuration. A model from scratch gets the tokenizer's special tokens, and decoding starts from
+    the padding token as in T5.
 
     Raises:
-        UserError: The tokenizer has no end-of-sequence or no padding token.
+        UserError: If the tokenizer has no end-of-sequence or no padding token.
     """
     for name in ("eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
@@ -307,7 +311,7 @@ def sequence_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBa
         }
         layers = model_args.config_overrides.get("num_layers")
         if layers is not None and model_args.model_type in ("t5", "mt5", "umt5"):
-            own["num_decoder_layers"] = layers  # as many as the encoder's, as these configurations say of themselves
+            own["num_decoder_layers"] = layers  # the default of these configurations: as many as the encoder has
     config = load_config(model_args, **own)
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = tokenizer.pad_token_id
@@ -316,26 +320,28 @@ def sequence_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBa
 
 def check_words(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, text_args: Seq2SeqArguments) -> list[str]:
     """
-    What each word is when the model has written it.
+    Return each word as it is decoded from the model's output.
 
     Raises:
-        UserError: Words that cannot be told apart, or that `max_target_length` cuts.
+        UserError: If two words decode to the same text, or a word is longer than `max_target_length`.
     """
     answers = text_metrics.class_answers(words, tokenizer)
     for word, tokens in zip(words, tokenizer(text_target=list(words))["input_ids"], strict=True):
         needed = len(tokens) + (tokens[-1] != tokenizer.eos_token_id)
         if needed > text_args.max_target_length:
             raise UserError(
-                f"max_target_length={text_args.max_target_length} cuts the word {word!r}, which has {needed} tokens with "
-                "its end: give more."
+                f"max_target_length={text_args.max_target_length} cuts the word {word!r}, which has {needed} tokens "
+                f"including end of sequence; give at least {needed}."
             )
     return answers
 
 
 def check_numbers(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_target_length: int) -> None:
     """
+    Check that the tokenizer reproduces every number in the training split.
+
     Raises:
-        UserError: A number of the training split does not come back from the tokenizer.
+        UserError: If it does not.
     """
     texts = sorted(set(splits["train"][TARGET]))
     tokens = tokenizer(text_target=texts, truncation=True, max_length=max_target_length)["input_ids"]
@@ -345,6 +351,6 @@ def check_numbers(splits: Splits, tokenizer: PreTrainedTokenizerBase, max_target
     for text, number in zip(texts, text_metrics.numbers_in(written), strict=True):
         if number != float(text):
             raise UserError(
-                f"The tokenizer cannot write {text!r} within max_target_length={max_target_length}: choose another model, or "
-                "text_classification for a number."
+                f"The tokenizer does not reproduce {text!r} within max_target_length={max_target_length}; choose another model, or "
+                "use text_classification, which does regression."
             )

@@ -6,7 +6,7 @@ import pandas as pd
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The frame as a table that a terminal and Markdown both show well."""
+    """Format the frame as a Markdown table, aligned for terminals."""
     cells = [list(frame.columns), *frame.values.tolist()]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |" for row in cells]

@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number; texts or pairs.
+"""Fine-tune a text classifier with sharpness-aware minimization: one label, several, or a number per text or pair.
 
     hf-sam text-classification glue_mrpc --sam_method asam
 
@@ -42,7 +42,7 @@ from .running import (
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 MEASURED = {SINGLE: measured.CLASSIFICATION, MULTI: measured.MULTI_LABEL, REGRESSION: measured.REGRESSION}
 METRICS = tuple(dict.fromkeys(name for names in MEASURED.values() for name in names))  # on the test split
-# What is measured for each kind of label, and which predictions are kept.
+# Metrics and saved columns of predictions for each kind of label.
 EVALUATION: dict[str, tuple[Callable, Callable]] = {
     SINGLE: (classification_metrics, classification_table),
     MULTI: (multi_label_metrics, multi_label_table),
@@ -52,14 +52,14 @@ EVALUATION: dict[str, tuple[Callable, Callable]] = {
 
 @dataclass
 class TextArguments:
-    """Which texts, and what is predicted from them."""
+    """The texts and the kind of labels."""
 
     glue_task: str | None = option(None, f"A GLUE task with its columns and splits: {', '.join(GLUE)}.")
-    text_column: str | None = option(None, "Column of the texts. Found when left out.")
-    text_pair_column: str | None = option(None, "Column of the second texts, for pairs.")
-    problem_type: str | None = option(None, f"{', '.join(EVALUATION)}; found from the labels when left out.")
-    max_length: int = option(128, "Tokens at which a text, or a pair, is cut.")
-    drop_empty: bool = option(False, "Leave out examples without text or label instead of refusing them.")
+    text_column: str | None = option(None, "Column of the texts; default: detected.")
+    text_pair_column: str | None = option(None, "Column of the second text of each pair.")
+    problem_type: str | None = option(None, f"{', '.join(EVALUATION)}; default: detected from the labels.")
+    max_length: int = option(128, "Maximum number of tokens of a text or pair; the rest is cut off.")
+    drop_empty: bool = option(False, "Drop examples without text or label; otherwise they are an error.")
 
     def __post_init__(self):
         if self.glue_task is not None and self.glue_task not in GLUE:
@@ -73,11 +73,11 @@ ARGUMENTS = (ModelArguments, DataArguments, TextArguments, RunArguments, SAMArgu
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> SAMTrainer:
     """
-    Train, evaluate, save.
+    Train, evaluate and save.
 
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): For the trainer.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer.
     """
     model_args, data_args, text_args, run_args, sam_args, args = parse_arguments(ARGUMENTS, argv)
     sam_config = prepare(args, run_args, sam_args, model_args)
@@ -114,8 +114,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         compute_metrics=partial(metrics, hub=hub_metrics(run_args.hub_metrics)),
         sam_config=sam_config,
     )
-    # The model's loss is a mean over examples that ignores `num_items_in_batch`; told otherwise, the Trainer would
-    # leave it undivided under accumulation and multiply it by the number of processes.
+    # The model's loss is a mean over examples that ignores `num_items_in_batch`. Without this, the Trainer would not
+    # divide it under accumulation and would multiply it by the number of processes.
     trainer.model_accepts_loss_kwargs = False
     with recorded(trainer, splits, data_args, run_args, model=model_args, texts=text_args) as record:
         train(trainer)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 def read_data(
     data_args: DataArguments, text_args: TextArguments
 ) -> tuple[Splits, list[str], str, str, list[str] | None]:
-    """The splits, the columns of the texts and the labels, the kind of labels, and the names of the classes."""
+    """Read the splits, the columns of texts and labels, the kind of labels, and the names of the classes."""
     if text_args.glue_task is not None:
         use_glue(data_args, text_args)
     splits = load_splits(data_args)
@@ -149,7 +149,9 @@ def read_data(
         return add_label_noise(splits, label_column, len(names), data_args), texts, label_column, problem_type, names
     for name in ("label_noise", "streaming", "train_samples_per_class"):
         if getattr(data_args, name):
-            raise UserError(f"{name} goes with one class an example, not with problem_type={problem_type}.")
+            raise UserError(
+                f"{name} needs one class per example and does not work with problem_type={problem_type}; leave it out."
+            )
     if problem_type == MULTI:
         splits, names = multi_hot_labels(splits, label_column, data_args)
     else:
@@ -158,7 +160,7 @@ def read_data(
 
 
 def use_glue(data_args: DataArguments, text_args: TextArguments) -> None:
-    """Fill in what the task's name says; a data set or column that was named stays, for a copy on disk."""
+    """Fill in data set, split and columns of the GLUE task; values given by the user are kept, for a copy on disk."""
     task = GLUE[text_args.glue_task]
     if data_args.dataset is None:
         data_args.dataset, data_args.dataset_config = GLUE_HUB_ID, text_args.glue_task
@@ -169,7 +171,7 @@ def use_glue(data_args: DataArguments, text_args: TextArguments) -> None:
 
 
 def find_problem_type(features: Mapping[str, Any] | None, label_column: str) -> str:
-    """What the labels are by their type: lists are several labels, fractional numbers a regression, else classes."""
+    """Return the kind of labels by their type: lists are several labels, floats are numbers, all others are classes."""
     from datasets import LargeList, List
 
     feature = (features or {}).get(label_column)

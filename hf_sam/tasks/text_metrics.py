@@ -1,4 +1,4 @@
-"""Metrics of generated texts and of tagged words; need no network."""
+"""Metrics of generated texts and of tagged words; no network needed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ try:
 except ImportError as error:
     raise UserError(f"{error.name} is not installed, which this recipe needs: pip install 'hf-sam[recipes]'.") from None
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # rouge-score says which tokenizer it takes, once a scorer
+logging.getLogger("absl").setLevel(logging.WARNING)  # rouge-score logs its tokenizer for every scorer
 _LIKELIHOOD = ("perplexity", "nll_per_token", "loss")
-# What is measured of each kind of answer, beside the loss; a comparison asks about one of them.
+# Metrics of each kind of answer, besides the loss; a comparison uses one of them.
 ANSWERS = ("accuracy", "f1_macro", "mcc", "no_class", *_LIKELIHOOD)
 NUMBERS = ("pearson", "spearman", "mse", "no_number", *_LIKELIHOOD)
 SUMMARIES = ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", *_LIKELIHOOD)
@@ -34,12 +34,12 @@ ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
 
 
 def exact_match(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """Share of texts that are the target, spaces at the ends aside."""
+    """Compute the share of texts equal to their targets, ignoring leading and trailing spaces."""
     return {"exact_match": float(np.mean([a.strip() == b.strip() for a, b in zip(texts, targets, strict=True)]))}
 
 
 def rouge(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """F-measures of ROUGE-1, -2, -L and -Lsum (lines are sentences) with Porter's stemmer, averaged over texts."""
+    """Compute ROUGE-1, -2, -L and -Lsum F-measures (lines are sentences; Porter stemmer), averaged over texts."""
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = RougeScorer(kinds, use_stemmer=True)
     scores = [scorer.score(target, text) for text, target in zip(texts, targets, strict=True)]
@@ -47,19 +47,19 @@ def rouge(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
 
 
 def bleu(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU as sacrebleu has it by default (13a, exponential smoothing), 0 to 100."""
+    """Compute corpus BLEU with sacrebleu's defaults (13a, exponential smoothing), 0 to 100."""
     return {"bleu": float(sacrebleu.corpus_bleu(list(texts), [list(targets)]).score)}
 
 
 def chrf(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """chrF2 of the corpus as sacrebleu has it by default, 0 to 100."""
+    """Compute corpus chrF2 with sacrebleu's defaults, 0 to 100."""
     return {"chrf": float(sacrebleu.corpus_chrf(list(texts), [list(targets)]).score)}
 
 
 def entities(chosen: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of whole entities, tags B-, I-, O as conlleval reads them."""
+    """Compute precision, recall and F1 of whole entities from B-, I- and O tags, as conlleval does."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no entity is predicted at first: 0 / 0 counts as 0
+        warnings.simplefilter("ignore")  # early in training no entity may be predicted: 0 / 0 counts as 0
         return {
             "entity_precision": float(entity_metrics.precision_score(true, chosen)),
             "entity_recall": float(entity_metrics.recall_score(true, chosen)),
@@ -78,7 +78,7 @@ OF_TEXTS: dict[str, tuple[Callable[[Sequence[str], Sequence[str]], dict[str, flo
 
 
 def decoded(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts of padded tokens, `(n, length)`; -100 is padding as well."""
+    """Decode padded tokens, `(n, length)`; -100 also counts as padding."""
     return [
         text.strip()
         for text in tokenizer.batch_decode(
@@ -89,30 +89,30 @@ def decoded(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]
 
 def class_answers(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
-    What the tokenizer makes of the words that stand for the classes, as they come back from a model that is right.
+    Return each class word as it is decoded from a correct answer of the model.
 
     Raises:
-        UserError: Two of them come back the same, or one as nothing.
+        UserError: If two words decode to the same text, or one to an empty text.
     """
     texts = decoded(padded(tokenizer(text_target=list(words))["input_ids"]), tokenizer)
     for index, text in enumerate(texts):
         if not text or text in texts[:index]:
-            other = f" as of {words[texts.index(text)]!r}" if text else ""
+            other = f", as {words[texts.index(text)]!r} does" if text else ""
             raise UserError(
-                f"The tokenizer makes {text!r} of {words[index]!r}{other}, so that an answer does not tell the class: give "
-                "other words by --label_words."
+                f"The word {words[index]!r} decodes to {text!r}{other}, so an answer does not identify the class; give other "
+                "words with --label_words."
             )
     return texts
 
 
 def chosen_classes(texts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """The class that each text names, -1 where it names none, `(n,)`."""
+    """Return the class that each text names, or -1 if it names none, `(n,)`."""
     number = {text: index for index, text in enumerate(answers)}
     return np.array([number.get(text, -1) for text in texts], dtype=int)
 
 
 def numbers_in(texts: Sequence[str]) -> np.ndarray:
-    """The number that each text is, NaN where it is none, `(n,)`."""
+    """Parse each text as a number, NaN if it is not one, `(n,)`."""
     return np.array([_number(text) for text in texts], dtype=float)
 
 
@@ -124,14 +124,14 @@ def generation_metrics(
     hub: Sequence[Any] = (),
 ) -> dict[str, float]:
     """
-    All metrics of one kind of answer.
+    Compute all metrics of one kind of answer.
 
     Args:
-        prediction (`EvalPrediction`): As `GenerationWithLikelihood` predicts, labels `(n, tokens)`.
-        problem_type (`str`): classification, regression, or a key of `OF_TEXTS`.
-        tokenizer (`PreTrainedTokenizerBase`): Turns tokens into texts.
-        answers (`Sequence[str]`, *optional*): What names each class, see `class_answers`.
-        hub (`Sequence`, *optional*): More metrics, of classes, numbers or texts.
+        prediction (`EvalPrediction`): Predictions of `GenerationWithLikelihood`, and labels `(n, tokens)`.
+        problem_type (`str`): `"classification"`, `"regression"`, or a key of `OF_TEXTS`.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer that decodes tokens.
+        answers (`Sequence[str]`, *optional*): The text for each class, see `class_answers`.
+        hub (`Sequence`, *optional*): Metrics from the hub to add.
     """
     *generated, nll, tokens = prediction.predictions
     found = perplexity(nll, tokens)
@@ -148,7 +148,7 @@ def generation_metrics(
 
 
 def class_metrics(chosen: np.ndarray, true: np.ndarray, hub: Sequence[Any] = ()) -> dict:
-    """Accuracy, F1 of each class that occurs or is named, MCC; an answer that names no class, -1, is wrong."""
+    """Compute accuracy, MCC, and macro F1 over true or predicted classes; an answer without a class (-1) is wrong."""
     classes = np.unique(np.concatenate([true, chosen[chosen >= 0]]))
     return {
         "accuracy": float((chosen == true).mean()),
@@ -159,7 +159,7 @@ def class_metrics(chosen: np.ndarray, true: np.ndarray, hub: Sequence[Any] = ())
 
 
 def number_metrics(values: np.ndarray, true: np.ndarray, hub: Sequence[Any] = ()) -> dict:
-    """Correlations and squared error; an answer that is no number counts as -1, as in T5's own evaluation."""
+    """Compute correlations and squared error; an answer that is not a number counts as -1, as in T5's evaluation."""
     is_none = np.isnan(values)
     prediction = EvalPrediction(predictions=np.where(is_none, -1.0, values), label_ids=true)
     return regression_metrics(prediction, hub) | {"no_number": float(is_none.mean())}
@@ -173,8 +173,8 @@ def generation_table(
     answers: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """
-    Columns of kept predictions: target and generated text, summed negative log-likelihood and tokens of the target; for
-    classes also what a mean over examples is made of, see `rho_search.phases.example_scores`.
+    Return the columns of saved predictions: target and generated text, and the target's summed negative log-likelihood
+    and number of tokens. For classes, also the columns that `rho_search.phases.example_scores` reads.
     """
     *generated, nll, tokens = predictions
     targets = decoded(labels, tokenizer)
@@ -196,7 +196,7 @@ def _number(text: str) -> float:
 
 
 def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of tokens as an array `(n, longest)`, -100 behind their ends."""
+    """Pad rows of tokens with -100 to an array `(n, longest)`."""
     longest = max(map(len, rows))
     return np.array([[*row, *[-100] * (longest - len(row))] for row in rows])
 
@@ -209,18 +209,18 @@ def _is_most_frequent(classes: np.ndarray) -> np.ndarray:
 
 
 def are_entity_tags(names: Sequence[str]) -> bool:
-    """Whether tags mark entities: O and B-... or I-..., and nothing else."""
+    """Whether the tags mark entities: O and B-... or I-... only."""
     return "O" in names and all(name == "O" or name[:2] in ("B-", "I-") for name in names)
 
 
 def tag_metrics(prediction: EvalPrediction, names: Sequence[str], hub: Sequence[Any] = ()) -> dict[str, float]:
     """
-    Classification metrics over all words, and precision, recall and F1 of entities where the tags mark such.
+    Compute classification metrics over all words, and precision, recall and F1 of entities if the tags mark entities.
 
     Args:
-        prediction (`EvalPrediction`): Logits `(n, tokens, tags)`, labels `(n, tokens)` with one label a word, else -100.
-        names (`Sequence[str]`): Of the tags.
-        hub (`Sequence`, *optional*): More metrics, of lists of tags by sentence.
+        prediction (`EvalPrediction`): Logits `(n, tokens, tags)`, labels `(n, tokens)`: one label per word, -100 elsewhere.
+        names (`Sequence[str]`): Names of the tags.
+        hub (`Sequence`, *optional*): Metrics from the hub to add; they receive one list of tags per sentence.
     """
     logits, labels = prediction.predictions, prediction.label_ids
     is_word = labels != -100
@@ -235,8 +235,8 @@ def tag_metrics(prediction: EvalPrediction, names: Sequence[str], hub: Sequence[
 
 def tag_table(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """
-    Columns of kept predictions, a row a sentence: true and predicted tags of its words, their summed negative
-    log-likelihood, how many there are, and how many are right.
+    Return the columns of saved predictions, one row per sentence: true and predicted tags of its words, their summed
+    negative log-likelihood, their number, and the number of correct ones.
     """
     logits = predictions.astype(np.float64)
     is_word, chosen = labels != -100, logits.argmax(axis=-1)

@@ -1,8 +1,8 @@
-"""Fine-tune a token classifier with sharpness-aware minimization: named entities, parts of speech.
+"""Fine-tune a token classifier with sharpness-aware minimization: named entities or parts of speech.
 
     hf-sam token-classification conll2003 --sam_rho 0.01
 
-Sentences are split into words with a tag each. `--sam_rho 0` is the baseline with the same configuration.
+The data are sentences, split into words with one tag each. `--sam_rho 0` is the baseline with the same configuration.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ METRICS = (*text_metrics.ENTITIES, *text_metrics.TAGS)  # on the test split
 
 @dataclass
 class WordArguments:
-    """Which words, and which of their tokens are labelled."""
+    """The words, and which of their tokens are labelled."""
 
-    words_column: str | None = option(None, "Column of the words, a list a sentence. Found when left out.")
-    label_all_tokens: bool = option(False, "Learn from every token of a word; otherwise from its first one.")
-    max_length: int = option(256, "Tokens at which a sentence is cut.")
-    drop_empty: bool = option(False, "Leave out examples without words instead of refusing them.")
+    words_column: str | None = option(None, "Column of the words, one list per sentence; default: detected.")
+    label_all_tokens: bool = option(False, "Train on every token of a word; otherwise only on its first.")
+    max_length: int = option(256, "Maximum number of tokens of a sentence; the rest is cut off.")
+    drop_empty: bool = option(False, "Drop examples without words; otherwise they are an error.")
 
 
 ARGUMENTS = (ModelArguments, DataArguments, WordArguments, RunArguments, SAMArguments, TrainingArguments)
 
 
 class TokenTrainer(LossPerToken, SAMTrainer):
-    """`SAMTrainer` with a loss in which every labelled token of an optimizer step weighs the same."""
+    """`SAMTrainer` with a loss that weights all labelled tokens of an optimizer step equally."""
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> TokenTrainer:
     """
-    Train, evaluate, save.
+    Train, evaluate and save.
 
     Args:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): The command line.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): For the trainer.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer.
     """
     model_args, data_args, word_args, run_args, sam_args, args = parse_arguments(ARGUMENTS, argv)
     sam_config = prepare(args, run_args, sam_args, model_args)
@@ -104,12 +104,14 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
 
 
 def read_data(data_args: DataArguments, word_args: WordArguments) -> tuple[Splits, str, str, list[str]]:
-    """The splits, the columns of the words and of their tags, and the names of the tags."""
+    """Read the splits, the columns of words and tags, and the names of the tags."""
     for name in ("label_noise", "train_samples_per_class"):
         if getattr(data_args, name):
-            raise UserError(f"{name} goes with one class an example, and here every word has a tag: leave it out.")
+            raise UserError(f"{name} needs one class per example, but here every word has a tag; leave it out.")
     if data_args.streaming:
-        raise UserError("streaming is not for tagged words, whose tags are counted and checked first: leave it out.")
+        raise UserError(
+            "streaming does not work with tagged words, whose tags are counted and checked first; leave it out."
+        )
     splits = load_splits(data_args)
     words = pick_column(splits, word_args.words_column, ("tokens", "words"), "words_column")
     usual = ("ner_tags", "pos_tags", "tags", "labels", "ner", "upos")
@@ -123,18 +125,16 @@ def read_data(data_args: DataArguments, word_args: WordArguments) -> tuple[Split
 
 def load_word_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     """
-    The model's tokenizer, for words.
+    Load the model's tokenizer, and check that it accepts words.
 
     Raises:
-        UserError: It cannot say which token belongs to which word.
+        UserError: If it cannot align tokens with words.
     """
     tokenizer = load_tokenizer(model_args)
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise UserError(
-            f"{kind} does not tell which token belongs to which word; choose a model with a fast tokenizer."
-        )
-    with as_user_error(ValueError, AssertionError, prefix=f"{type(tokenizer).__name__} takes no words: "):
+        raise UserError(f"{kind} does not align tokens with words; choose a model with a fast tokenizer.")
+    with as_user_error(ValueError, AssertionError, prefix=f"{type(tokenizer).__name__} does not accept words: "):
         tokenizer(["a", "b"], is_split_into_words=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
@@ -143,6 +143,6 @@ def load_word_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
 def tokenize_splits(
     splits: Splits, words: str, label_column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Splits:
-    """All splits, and the training split once more to evaluate on, with the label of a word at its first token."""
+    """Tokenize all splits, each word's label at its first token; `train_split` is the training data for evaluation."""
     found = {name: tokenize_words(split, words, label_column, tokenizer, max_length) for name, split in splits.items()}
     return {**found, "train_split": found["train"]}

@@ -164,7 +164,7 @@ def test_ray_finds_the_same_with_a_run_a_worker_a_node_and_the_driver_killed(stu
         driver.wait()
         assert psutil.pid_exists(pid)  # it goes on without a driver
         driver = start_driver(study, out, *options)
-        wait_for(lambda: "goes on" in said(out), "the second driver to attach")
+        wait_for(lambda: "attached" in said(out), "the second driver to attach")
 
         hit = {first, second, *places(out)}
         cluster.remove_node(nodes[0], allow_graceful=False)
@@ -277,7 +277,7 @@ def test_slurm_finds_the_same_with_a_run_and_the_driver_killed_and_jobs_cancelle
         driver.wait()
         assert psutil.pid_exists(pid)
         driver = start_driver(study, out, *options, environment=slurm_variables)
-        wait_for(lambda: "goes on" in said(out), "the second driver to attach")
+        wait_for(lambda: "attached" in said(out), "the second driver to attach")
 
         one_under_way(out, but=[first, second, third])
         hit = {first, second, third, *places(out)}

@@ -118,7 +118,7 @@ def test_the_runs_of_a_killed_driver_end_with_it_and_the_next_one_makes_them_aga
             drive(workshop)
         standing = standing_of(workshop, Choice())
         assert (standing.total, len(standing.under_way), standing.queued) == (6, 2, 0)
-        assert re.search(r"under way: runs/toy/clean/steps/adamw/seed-1: .*, process \d+", describe_standing(standing))
+        assert re.search(r"running: runs/toy/clean/steps/adamw/seed-1: .*, process \d+", describe_standing(standing))
     finally:
         killed.kill()
         killed.wait()
@@ -131,7 +131,7 @@ def test_the_runs_of_a_killed_driver_end_with_it_and_the_next_one_makes_them_aga
     twice = {folder for folder, times in begun(out).items() if times == 2}
     assert twice <= interrupted
     assert set(begun(out).values()) <= {1, 2}
-    assert said.count("goes on") + said.count("to be run again: its driver was ended") >= len(twice)
+    assert said.count("attached") + said.count("will be rerun: its driver was ended") >= len(twice)
     assert not list(out.rglob("submission.json"))
     assert not list(out.rglob("deaths.txt"))  # nothing of it was the fault of a run
 
@@ -148,7 +148,7 @@ def wait_for(condition, what, seconds=240):
 
 def test_a_second_driver_is_refused_until_the_first_has_ended(study, tmp_path):
     workshop = open_workshop(study(seeds=[0]))
-    with study_lock(tmp_path / "out"), pytest.raises(StudyInUseError, match="--status shows where it stands"):
+    with study_lock(tmp_path / "out"), pytest.raises(StudyInUseError, match="--status shows the state of its runs"):
         drive(workshop)
     assert not begun(tmp_path)
 

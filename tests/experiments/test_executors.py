@@ -173,8 +173,8 @@ def test_a_driver_that_is_opened_again_attaches_to_what_runs_and_submits_nothing
     driver = Driver(workshop_of(), engine, lambda run, what: said.append((str(run.folder), what)))
     driver.attach()
     assert said == [
-        ("runs/toy/clean/steps/sam/seed-0", "to be run again: gone"),
-        ("runs/toy/clean/steps/adamw/seed-1", "goes on"),
+        ("runs/toy/clean/steps/sam/seed-0", "will be rerun: gone"),
+        ("runs/toy/clean/steps/adamw/seed-1", "attached"),
     ]
     driver.advance()
     assert list(engine.jobs.values()).count(engine.jobs["engine 0"]) == 1
@@ -217,7 +217,10 @@ def test_a_head_that_takes_no_connections_is_lost():
 
 def test_runs_that_are_with_another_executor_are_not_made_here(workshop_of):
     Driver(workshop_of(), Engine([])).advance()
-    with pytest.raises(StudyInUseError, match=r"is with engine, job 0. Go on with --executor engine, or end its jobs"):
+    with pytest.raises(
+        StudyInUseError,
+        match=r"belongs to job 0 of executor engine\. Continue with --executor engine, or cancel its jobs",
+    ):
         Driver(workshop_of(), LocalExecutor([])).attach()
 
 

@@ -480,7 +480,7 @@ def test_no_records_is_a_message():
     [
         ({"control": "adam"}, "control='adam' is not an arm of these records, which have: adamw, sam"),
         ({"treatment": "samm"}, "treatment='samm'"),
-        ({"metric": "acc"}, "metric='acc' is in no record. Allowed: accuracy, nll"),
+        ({"metric": "acc"}, "metric='acc' is not in any record. Allowed: accuracy, nll"),
     ],
 )
 def test_a_question_about_what_is_not_there_is_a_message(tmp_path, question, message):
@@ -522,7 +522,7 @@ def test_trials_that_ran_at_the_same_time_are_named(tmp_path, second, is_said):
             end = start.replace(":00+", ":59+").replace("10:00:59", "10:01:00")
             records.append(RunRecord(**names, metrics={"accuracy": 1.0}, started=start, ended=end, path=path))
     text = write_report(records, tmp_path / "report", control="adamw").with_name("report.md").read_text()
-    assert ("In 1 of 2 searches for settings, trials ran at the same time" in text) is is_said
+    assert ("In 1 of 2 searches for settings, trials ran in parallel" in text) is is_said
 
 
 def test_unequal_tuning_is_named(tmp_path):

@@ -281,30 +281,30 @@ CASES = {
     "hub metric offline": (TEXTS, ["--dataset={}/texts", "--hub_metrics", "bleurt"], "bleurt cannot be loaded"),
     # texts as targets
     "unknown named task": (PAIRS, ["--glue_task=sst"], "glue_task=sst is unknown. Allowed: cola"),
-    "kind of target twice": (PAIRS, ["--glue_task=cola", "--target_column=t"], "target_column is settled by glue_task"),
+    "kind of target twice": (PAIRS, ["--glue_task=cola", "--target_column=t"], "target_column is set by glue_task"),
     "unknown kind of target": (PAIRS, ["--problem_type=qa"], "problem_type=qa is unknown. Allowed: classification"),
     "no target": (PAIRS, ["--dataset={}/corpus"], "No column found for the targets. .*--target_column"),
     "no end of a target": (PAIRS, ["--max_target_length=1"], "max_target_length=1 must be at least 2"),
     "word that is cut": (
         PAIRS,
         ["--dataset={}/texts", "--max_target_length=2", "--label_words", "so bad", "good"],
-        "max_target_length=2 cuts the word 'so bad', which has 3 tokens with its end",
+        "max_target_length=2 cuts the word 'so bad', which has 3 tokens including end of sequence; give at least 3",
     ),
     "words that the tokenizer does not know": (
         PAIRS,
         ["--dataset={}/texts", "--label_words", "splendid", "awful"],
-        "The tokenizer makes '' of 'splendid'.*--label_words",
+        "The word 'splendid' decodes to ''.*--label_words",
     ),
     "words that are the same": (
         PAIRS,
         ["--dataset={}/texts", "--label_words", "good", "good"],
-        "makes 'good' of 'good' as of 'good'",
+        "'good' decodes to 'good', as 'good' does",
     ),
     "too few words": (PAIRS, ["--dataset={}/texts", "--label_words", "good"], r"has 1 words .* 2 classes: no, yes"),
     "noise on summaries": (
         PAIRS,
         ["--dataset={}/samsum", "--label_noise=0.2"],
-        "label_noise does not go with problem_type=summarization",
+        "label_noise does not apply to problem_type=summarization",
     ),
     "no languages": (PAIRS, ["--dataset={}/opus_books"], "Give --source_lang: en, fr"),
     "unknown language": (
@@ -312,10 +312,10 @@ CASES = {
         ["--dataset={}/opus_books", "--source_lang=en", "--target_lang=de"],
         "target_lang=de is not one of the languages in translation: en, fr",
     ),
-    "numbers that the tokenizer cannot write": (
+    "numbers that the tokenizer cannot reproduce": (
         PAIRS,
         ["--dataset={}/scores.parquet", "--problem_type=regression", "--tokenizer_name=ENCODER"],
-        "The tokenizer cannot write '0.0' within max_target_length=128",
+        "The tokenizer does not reproduce '0.0' within max_target_length=128",
     ),
     "no encoder": (
         PAIRS,
@@ -347,8 +347,8 @@ CASES = {
         ["--dataset={}/words", "--class_names", "O", "B-X"],
         "class_names has 2 names, but tags has 3 tags",
     ),
-    "noise on tags": (WORDS, ["--dataset={}/words", "--label_noise=0.2"], "label_noise goes with one class an example"),
-    "stream of tags": (WORDS, ["--dataset={}/words", "--streaming=true"], "streaming is not for tagged words"),
+    "noise on tags": (WORDS, ["--dataset={}/words", "--label_noise=0.2"], "label_noise needs one class per example"),
+    "stream of tags": (WORDS, ["--dataset={}/words", "--streaming=true"], "streaming does not work with tagged words"),
     # the run
     "evaluation without a split": (TEXTS, ["--dataset={}/texts", "--eval_strategy=epoch"], "--validation_size 0.1"),
     "stream without an end": (TEXTS, ["--dataset={}/texts", "--streaming=true", "--max_steps=-1"], "give --max_steps"),
@@ -372,9 +372,13 @@ CASES = {
     "tracker that is not installed": (
         TEXTS,
         ["--dataset={}/texts", "--report_to=comet_ml"],
-        r"report_to=comet_ml: its package is not installed\. Install it .*--report_to none",
+        r"report_to=comet_ml: its package is not installed\. Run pip install .*--report_to none",
     ),
-    "unknown tracker": (TEXTS, ["--report_to=wandbb"], "report_to=wandbb is not a tracker .* Did you mean 'wandb'"),
+    "unknown tracker": (
+        TEXTS,
+        ["--report_to=wandbb"],
+        "report_to=wandbb is not a tracker known .* Did you mean 'wandb'",
+    ),
     "optimizer that is not installed": (
         TEXTS,
         ["--dataset={}/texts", "--optim=adamw_bnb_8bit"],
@@ -382,7 +386,7 @@ CASES = {
     ),
     "output that is a file": (TEXTS, ["--dataset={}/texts", "--output_dir={}/file"], "is a file; choose a folder"),
     "output inside a file": (TEXTS, ["--output_dir={}/file/run"], "/file/run cannot be created .*; choose another"),
-    "output with a run in it": (TEXTS, ["--output_dir={}/kept"], "already holds checkpoint-5. .*--resume_from_"),
+    "output with a run in it": (TEXTS, ["--output_dir={}/kept"], "already contains checkpoint-5. .*--resume_from_"),
     "checkpoint that is not there": (
         TEXTS,
         ["--resume_from_checkpoint={}/no"],

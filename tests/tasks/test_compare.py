@@ -92,7 +92,7 @@ def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
     assert compare.main([path, "--output_dir", str(tmp_path / "out"), "--plan"]) is None
     printed = capsys.readouterr().out
     assert "15 runs in" in printed  # 3 seeds x (adamw 2, late 2, sam 1 that serves both budgets)
-    assert "time is estimated after the first" in printed
+    assert "remaining time unknown until one has finished" in printed
     rows = {tuple(line.split()[:3]): line.split() for line in printed.splitlines()}
     assert rows["late", "equal", "passes"][3:5] == ["1.33", "2"]
     assert (
@@ -203,7 +203,10 @@ def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(s
     monkeypatch.setattr(compare, "report_on", lambda workshop, *_, **__: written.append(counts(workshop)))
     words = [path, "--output_dir", str(tmp_path / "out")]
     assert compare.main([*words, "--status"]) is None
-    assert "0 of 2 runs finished, 0 failed; time is estimated after the first.\n0 under way" in capsys.readouterr().out
+    assert (
+        "0 of 2 runs finished, 0 failed; remaining time unknown until one has finished.\n0 running"
+        in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="1 of 2 runs failed"):
         compare.main(words)
     assert [(count["finished"], count["failed"]) for count in written] == [(1, 0), (1, 1), (1, 1)]
@@ -221,9 +224,9 @@ def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(s
     [
         ({"executor": "slrum"}, [], "executor='slrum' is unknown. Allowed: local, ray, slurm"),
         ({"executor": {"slrum": {}}}, [], "executor.slrum is unknown. Did you mean 'slurm'"),
-        ({"executor": {"local": {"worker": 2}}}, [], "executor.local.worker is not one .* Did you mean 'workers'"),
+        ({"executor": {"local": {"worker": 2}}}, [], "executor.local.worker is unknown.* Did you mean 'workers'"),
         ({}, ["--workers", "0"], "workers=0 must be at least 1"),
-        ({}, ["--executor_options", "workers"], "executor options are key=value pairs, not 'workers'"),
+        ({}, ["--executor_options", "workers"], "executor_options='workers' is not a key=value pair"),
     ],
 )
 def test_an_executor_that_cannot_be_is_refused_before_anything_runs(study, tmp_path, changes, words, message):

@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_before_its_evaluation_is_only_evaluated(start, se
     trained = record.stat().st_mtime_ns
     result.unlink()
     forgetting.main([*words, "--status=true"])
-    assert "0 under way, 0 queued" in capsys.readouterr().out
+    assert "0 running, 0 queued" in capsys.readouterr().out
     forgetting.main(words)
     assert (result.read_text(), record.stat().st_mtime_ns) == (scores, trained)
     assert "finished  a, learning rate 0.001, seed 0" in capsys.readouterr().out

@@ -180,9 +180,9 @@ def test_a_checkpoint_with_a_file_that_is_cut_off_is_passed_over(finished, data,
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
     trainer = images(data, out, *SAME, "--resume_from_checkpoint=auto")
     assert trainer.args.resume_from_checkpoint.endswith("checkpoint-2")
-    assert f"checkpoint-4 is not complete ({name} missing or incomplete); going on from the one before" in caplog.text
+    assert f"checkpoint-4 is incomplete ({name} missing or incomplete); trying the checkpoint before it" in caplog.text
     assert same(out, finished)
-    with pytest.raises(UserError, match=f"is no complete checkpoint: {name} missing or incomplete"):
+    with pytest.raises(UserError, match=f"is not a complete checkpoint: {name} missing or incomplete"):
         file = out / "checkpoint-2" / name
         file.write_bytes(file.read_bytes()[:100])
         images(data, tmp_path / "other", *SAME, f"--resume_from_checkpoint={out}/checkpoint-2")
@@ -195,7 +195,7 @@ def test_a_finished_run_is_not_made_again_by_the_same_command(finished, data):
     before = (finished / "run_record.json").read_bytes()
     with pytest.raises(RunFinishedError, match=r"finished after 6 steps. Nothing to do"):
         images(data, finished, *SAME, "--resume_from_checkpoint=auto")
-    with pytest.raises(UserError, match="already holds checkpoint-6"):
+    with pytest.raises(UserError, match="already contains checkpoint-6"):
         images(data, finished, *SAME)
     assert (finished / "run_record.json").read_bytes() == before
 
@@ -238,7 +238,7 @@ def test_going_on_with_other_arguments_is_refused(finished, data, tmp_path, word
 
 def test_a_finished_run_without_checkpoints_is_not_written_over_either(data, tmp_path):
     images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")
-    with pytest.raises(UserError, match=r"holds a finished run: start over with --overwrite_output_dir true"):
+    with pytest.raises(UserError, match=r"contains a finished run; start over with --overwrite_output_dir true"):
         images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")
     images(data, tmp_path / "out", "--max_steps=2", "--save_strategy=no", "--overwrite_output_dir=true")
     assert read_record(tmp_path / "out/run_record.json").steps == 2

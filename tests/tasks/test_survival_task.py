@@ -82,7 +82,7 @@ def test_the_report_on_checkpoints_has_it_as_a_section(checkpoints, tmp_path):
     assert "the same 20 examples" in text
     assert "| 50 % pruned |" in text
     report.main([*words, f"--output_dir={tmp_path / 'without'}"])
-    assert "--survival true measures it" in (tmp_path / "without/report.md").read_text()
+    assert "--survival true measures them" in (tmp_path / "without/report.md").read_text()
 
 
 @pytest.mark.parametrize("task", ["survival", "report"])

@@ -29,8 +29,8 @@ class Interrupted(KeyboardInterrupt):
 
 def instead_of(path: Path, names: Sequence[str]) -> str:
     """
-    Return a sentence that suggests one of `names`, the files beside `path`: the nearest name, where a suffix in common
-    does not count, otherwise the first ones. Empty if there are none.
+    Return a sentence that suggests one of `names`, the files next to `path`: the most similar one, ignoring suffixes,
+    otherwise the first ones. Empty if there are none.
     """
     by_stem = {Path(name).stem: name for name in names}
     if near := difflib.get_close_matches(path.stem, by_stem, n=1):

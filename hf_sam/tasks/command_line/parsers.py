@@ -41,18 +41,26 @@ EXECUTORS = ("local", "ray", "slurm")
 
 
 def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Who makes the runs of a study."""
-    parser.add_argument("--workers", type=int, help="Number of simultaneous runs on this machine; 1 by default.")
-    parser.add_argument("--executor", choices=EXECUTORS, help="Who makes the runs; this machine by default.")
+    """Add the options that choose where the runs of a study are executed."""
+    parser.add_argument("--workers", type=int, help="Number of simultaneous runs on this machine; default: 1.")
     parser.add_argument(
-        "--executor_options", nargs="+", default=[], metavar="KEY=VALUE", help="Of the executor, see docs/clusters.md."
+        "--executor", choices=EXECUTORS, help="Where to execute the runs; default: local, this machine."
+    )
+    parser.add_argument(
+        "--executor_options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Options of the executor; see docs/clusters.md.",
     )
 
 
 def check_workers(workers: int | None) -> None:
     """
+    Check the number of workers.
+
     Raises:
-        UserError: Less than one.
+        UserError: If it is less than one.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1.")
@@ -70,8 +78,8 @@ def study_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="Print the plan and exit.")
     parser.add_argument("--report", action="store_true", help="Report on the finished runs, without running anything.")
     parser.add_argument("--retry_failed", action="store_true", help="Run failed runs again.")
-    parser.add_argument("--status", action="store_true", help="Print where the runs stand, and exit.")
-    parser.add_argument("--cancel", action="store_true", help="Cancel queued and running jobs, and exit.")
+    parser.add_argument("--status", action="store_true", help="Print the state of the runs and exit.")
+    parser.add_argument("--cancel", action="store_true", help="Cancel queued and running jobs and exit.")
     parser.add_argument(
         "--foreign", type=Path, nargs="+", default=[], help="Output folders of plain Trainers to include."
     )
@@ -111,9 +119,9 @@ def search_parser() -> argparse.ArgumentParser:
     parser.add_argument("--low", type=float, help="Smallest value of the grid; default: a tenth of the paper's rho.")
     parser.add_argument("--high", type=float, help="Largest value of the grid; default: four times the paper's rho.")
     parser.add_argument("--points", type=int, default=4, help="Number of values in the grid, besides 0.")
-    parser.add_argument("--reduction", type=int, default=2, help="One in this many values goes on to the next rung.")
+    parser.add_argument("--reduction", type=int, default=2, help="Keep one in this many values at each rung.")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="Minimum seeds of the confirmation; more if the budget allows."
+        "--seeds", type=int, default=3, help="Minimum number of seeds in the confirmation; more if the budget allows."
     )
     parser.add_argument(
         "--annealed",
@@ -121,7 +129,7 @@ def search_parser() -> argparse.ArgumentParser:
         help="Give short runs a full learning rate schedule, instead of pausing long ones.",
     )
     parser.add_argument("--metric", help=f"Metric to compare: {', '.join(METRICS_KEPT)}; default: detected.")
-    parser.add_argument("--plan", action="store_true", help="Print what would run and its cost, and exit.")
+    parser.add_argument("--plan", action="store_true", help="Print what would run and its cost, then exit.")
     parser.add_argument("--retry_failed", action="store_true", help="Run failed runs again.")
     parser.add_argument("--launcher", default="", help="Command that starts each run, such as 'accelerate launch'.")
     add_executor_arguments(parser)

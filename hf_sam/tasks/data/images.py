@@ -78,7 +78,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 class NewDrawEachEpoch(TrainerCallback):
-    """Tells an `ImageDataset` which epoch begins, or continues after a resume."""
+    """Tell an `ImageDataset` which epoch starts, or continues after a resume."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
@@ -90,7 +90,7 @@ class NewDrawEachEpoch(TrainerCallback):
 def stream_images(
     dataset: IterableDataset, image_column: str, label_column: str, transform: ImageTransform, split: str, seed: int
 ) -> IterableDataset:
-    """The same for a streamed split; the augmentation depends on the seed and the position in the stream."""
+    """Do what `ImageDataset` does for a streamed split; augmentation depends on the seed and the position in the stream."""
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         image = open_image(row[image_column], f"{split} image {index}")
@@ -148,7 +148,7 @@ def open_image(value: Any, name: str) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns about the direct way
+        image = image.convert("RGBA")  # PIL warns about direct conversion
     return image.convert("RGB")
 
 

@@ -214,7 +214,7 @@ def _dialect(source: dict[str, Any], path: Path, args: DataArguments) -> dict[st
 
 
 def _folder_source(path: Path) -> dict[str, Any]:
-    """The same for a folder of images sorted by class, or of files sorted by split."""
+    """Return the arguments of `datasets.load_dataset` for a folder of images by class, or of files by split."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return {"path": "imagefolder", "data_dir": str(path)}
