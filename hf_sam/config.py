@@ -429,7 +429,7 @@ class SAMConfig:
 
 
 _FLAT = frozenset(SAMConfig.fields())
-_OF_THE_METHOD = {"rho", "rho_min", "rho_schedule", "second_order", "ascent", "descent", "options"}
+_METHOD_FIELDS = {"rho", "rho_min", "rho_schedule", "second_order", "ascent", "descent", "options"}
 
 
 # --- which fields a method uses, derived from its classes ----------------------------------------------------------
@@ -470,4 +470,4 @@ def fields_used(row: Method) -> frozenset[str]:
 def depends_on_method(name: str, old: Method, new: Method) -> bool:
     """Whether a value chosen for the method `old` means something else, or nothing, for `new`."""
     hyper = {field for row in METHODS.values() for kind in row.classes for field in hyperparameters(kind)}
-    return name in _OF_THE_METHOD | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)
+    return name in _METHOD_FIELDS | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)

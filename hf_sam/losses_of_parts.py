@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer
 
-from .update.batches import MicroBatch, how_losses_add_up
+from .update.batches import MicroBatch, infer_loss_combination
 
 if TYPE_CHECKING:
     from .trainer import SAMTrainerMixin
@@ -41,7 +41,7 @@ class LossesOfParts:
         """Whether what was found is to be checked against the loss of the next pass."""
         return self._unverified is not None
 
-    def how_parts_add_up(self, batch: MicroBatch, size: int, is_certain: bool = False) -> str:
+    def find_loss_combination(self, batch: MicroBatch, size: int, is_certain: bool = False) -> str:
         """How the losses of parts of `size` examples make up the batch's, found by computing them.
 
         Where every example has one label and nobody has changed the loss, no pass is spent on it (unless `is_certain`): the
@@ -63,7 +63,7 @@ class LossesOfParts:
         chunks = batch.chunks(size)
         if len(chunks) < 2:
             return default
-        if not is_certain and self._has_own_loss and _has_one_label_each(batch):
+        if not is_certain and self._has_stock_loss and _has_one_label_each(batch):
             self._unverified = (batch, size)  # most likely; the first pass shows whether it is
             return default
         parts = [batch.part(indices) for indices in chunks]
@@ -76,10 +76,10 @@ class LossesOfParts:
         default = "labelled" if default == "examples" and _has_several_labels_each(batch) else default
         shares = {default: shares[default], **shares}
         is_even = default == "labelled" and np.allclose(shares["labelled"], shares["examples"])
-        if is_even and self._update.runner.adding_up is not None:
+        if is_even and self._update.runner.loss_combination is not None:
             return default
-        self._update.runner.adding_up_is_settled = not is_even
-        with update.runner.leaving_no_trace() as state:
+        self._update.runner.is_loss_combination_known = not is_even
+        with update.runner.preserving_state() as state:
             trainer.model.eval()
             try:
                 whole, *losses = [self._loss_of(part, state) for part in [batch, *parts]]
@@ -90,7 +90,7 @@ class LossesOfParts:
             any(p.dtype.itemsize == 2 for p in update.parameters.trainable) or trainer.args.bf16 or trainer.args.fp16
         )
         tolerance = TOLERANCE_16_BITS if is_rounded else TOLERANCE
-        way = how_losses_add_up(whole, losses, shares, tolerance)
+        way = infer_loss_combination(whole, losses, shares, tolerance)
         if way is not None:
             return way
         if abs(whole - again) > tolerance * abs(whole):  # random even so: nothing can be told from it
@@ -113,7 +113,7 @@ class LossesOfParts:
         """Whether the loss at hand is of single examples; if not, how those of parts add up is computed."""
         (whole, size), self._unverified = self._unverified, None
         way = self.as_cross_entropy(loss, logits, labels, batch)
-        self._update.runner.adding_up = way or self.how_parts_add_up(whole, size, is_certain=True)
+        self._update.runner.loss_combination = way or self.find_loss_combination(whole, size, is_certain=True)
 
     @torch.no_grad()
     def as_cross_entropy(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> str | None:
@@ -136,7 +136,7 @@ class LossesOfParts:
         return next(found, None)
 
     @property
-    def _has_own_loss(self) -> bool:
+    def _has_stock_loss(self) -> bool:
         """Whether nobody has put a loss in the place of the Trainer's."""
         return type(self._trainer).compute_loss is Trainer.compute_loss and self._trainer.compute_loss_func is None
 

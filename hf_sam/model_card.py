@@ -271,14 +271,14 @@ class BaseModel:
         if not folder.is_dir():
             return cls(name, name) if _HUB_ID.fullmatch(name) else cls(folder.name)
         cached = re.search(r"models--(.+?)--(.+?)/snapshots/", f"{folder.resolve()}/")
-        said = f"{cached[1]}/{cached[2]}" if cached else _said_by_folder(folder)
+        said = f"{cached[1]}/{cached[2]}" if cached else _hub_id_of(folder)
         return cls(said or folder.resolve().name, said)
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
-def _said_by_folder(folder: Path) -> str | None:
+def _hub_id_of(folder: Path) -> str | None:
     """The hub id that a model's folder goes by: in the title or the code of its card, else in its configuration."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")

@@ -44,7 +44,7 @@ class TrainerPasses:
         self._changes_losses = self._needs_logits or bool(update.needs & Needs.SUBSET)
         self._parts = LossesOfParts(self._trainer, update, lambda: self._compute_loss or self._trainer.compute_loss)
         if update.runner.takes_parts or update.needs & Needs.LOGITS:
-            self._hook = self._trainer.model.register_forward_hook(self._see)
+            self._hook = self._trainer.model.register_forward_hook(self._store_outputs)
 
     def end(self) -> None:
         """Remove everything from the model."""
@@ -69,7 +69,7 @@ class TrainerPasses:
         # Through DDP's wrapper the loss does not depend on the logits: gradients with respect to them need the bare model.
         reaches_logits = is_clean and self._needs_logits
         module = trainer.model if reaches_logits else model
-        change = self._change_of(batch, is_clean)
+        change = self._loss_hook(batch, is_clean)
         trainer.current_gradient_accumulation_steps = batch.accumulation_steps
         context = update.engine.ascent_pass if is_ascent else update.engine.descent_pass
         inputs = update.runner.changed_inputs.protected(batch) if update.runner.is_repeating else batch.fresh_inputs()
@@ -84,7 +84,7 @@ class TrainerPasses:
             update.engine.average_gradients(update.parameters.in_model)
         return loss
 
-    def _change_of(self, batch: MicroBatch, is_clean: bool) -> Callable[[Tensor, Any], Tensor] | None:
+    def _loss_hook(self, batch: MicroBatch, is_clean: bool) -> Callable[[Tensor, Any], Tensor] | None:
         """What to do with a pass's loss: observe it in the clean pass, change it in the others."""
         if not self._changes_losses:
             return None
@@ -128,7 +128,7 @@ class TrainerPasses:
         def changed(model: nn.Module, inputs: Any, *args, **kwargs) -> Any:
             labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
             if before is not None:
-                update.runner.look_again(before)
+                update.runner.refresh_snapshot(before)
             result = compute_loss(model, inputs, *args, **kwargs)
             loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
             if self._parts.is_unverified:
@@ -138,7 +138,9 @@ class TrainerPasses:
             loss = loss if change is None else change(loss, labels)
             self._outputs = None
             weight = (
-                batch.weights[update.runner.adding_up] if is_weighted and update.runner.adding_up is not None else 1.0
+                batch.weights[update.runner.loss_combination]
+                if is_weighted and update.runner.loss_combination is not None
+                else 1.0
             )
             if isinstance(weight, Tensor):
                 loss = loss * weight.to(loss)
@@ -179,7 +181,7 @@ class TrainerPasses:
 
     # --- logits and the losses of examples -----------------------------------------------------------------------------
 
-    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _store_outputs(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._outputs = output
 
     def _logits(self, is_needed: bool = True) -> Tensor | None:
@@ -264,9 +266,9 @@ class TrainerPasses:
 
     # --- more than passes ------------------------------------------------------------------------------------------------
 
-    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
+    def find_loss_combination(self, batch: MicroBatch, size: int) -> str:
         """How the losses of parts of `size` examples make up the batch's, see `LossesOfParts`."""
-        return self._parts.how_parts_add_up(batch, size)
+        return self._parts.find_loss_combination(batch, size)
 
     def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
         """Add `H vector` of the batch's loss at the current weights to `product`."""

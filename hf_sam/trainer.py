@@ -27,7 +27,7 @@ from .update.telemetry import Telemetry
 logger = logging.get_logger(__name__)
 
 # Attributes that the Trainer and this module set: not state of a user's loss, so not restored after a pass.
-_OF_THE_TRAINER = {i.argval for i in dis.get_instructions(Trainer.__init__) if i.opname == "STORE_ATTR"} | {
+_TRAINER_ATTRIBUTES = {i.argval for i in dis.get_instructions(Trainer.__init__) if i.opname == "STORE_ATTR"} | {
     "_sam",
     "_sam_checkpoint",
     "_sam_config_given",
@@ -120,7 +120,9 @@ class SAMTrainerMixin:
         max_steps = max(self.state.max_steps, 1)
         self._sam_passes = TrainerPasses(self, super().training_step)
         loss_parts = parts_of(self.compute_loss_func)
-        values = {k: v for k, v in vars(self).items() if k not in _OF_THE_TRAINER} | {"compute_loss_func": loss_parts}
+        values = {k: v for k, v in vars(self).items() if k not in _TRAINER_ATTRIBUTES} | {
+            "compute_loss_func": loss_parts
+        }
         self._sam = SharpnessAwareUpdate(
             self.sam_config,
             self.model,
@@ -133,9 +135,9 @@ class SAMTrainerMixin:
             scheduler=self.lr_scheduler,
             others=named_modules_in(values),
             owner=self,
-            looked_into=loss_parts,
+            also_tracked=loss_parts,
             train_dataset=self.train_dataset,
-            ignored=_OF_THE_TRAINER.difference(self.sam_bookkeeping),
+            ignored=_TRAINER_ATTRIBUTES.difference(self.sam_bookkeeping),
         )
         self._sam_passes.start(self._sam)
         stored_in = {p.dtype for p in self._sam.parameters.selected}
@@ -176,7 +178,7 @@ class SAMTrainerMixin:
             means = self._read_telemetry()
             logs.update(log_entries(means, bool(self.sam_config.log_shares)))
             if self.is_world_process_zero():
-                self._sam_diagnosis.look(means, logs["loss"], self.state.global_step)
+                self._sam_diagnosis.check(means, logs["loss"], self.state.global_step)
         if self._sam is not None and "train_runtime" in logs:
             logs.update(self._sam.cost.summary())
             if self.is_world_process_zero():

@@ -18,11 +18,11 @@ from ..methods.base import overrides
 from ..update.buckets import buckets
 from ..update.parameters import (
     Gradients,
-    are_plain,
+    are_plain_tensors,
     existing_gradients,
     gradients_only_for,
-    laid_out_as,
     put_gradients,
+    sharded_like,
     take_gradients,
 )
 from ..update.reductions import Reductions
@@ -122,7 +122,11 @@ class Engine:
     def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
         """The existing gradients, left in place."""
         gradients = existing_gradients(parameters)
-        return gradients if are_plain(gradients.values()) else {p: laid_out_as(p, g) for p, g in gradients.items()}
+        return (
+            gradients
+            if are_plain_tensors(gradients.values())
+            else {p: sharded_like(p, g) for p, g in gradients.items()}
+        )
 
     def renew_copies(self) -> None:
         """Drop everything derived from the weights, after they have changed."""

@@ -123,13 +123,13 @@ def resumes(case: Case) -> None:
 def draws_from_the_step(case: Case) -> None:
     """Global random numbers have no influence."""
 
-    def stir(step: int) -> None:
+    def reseed_global_generators(step: int) -> None:
         torch.manual_seed(1000 + step)
         np.random.seed(1000 + step)
         random.seed(1000 + step)
 
     assert_equal(
-        case.run(at_step=stir),
+        case.run(at_step=reseed_global_generators),
         case.run(),
         "other global random numbers make another run: draw with torch.randn(..., generator=step.generator), or from "
         "step.shared_random where ranks have to agree",
@@ -287,9 +287,9 @@ class Wide(nn.Module):
 
 def peak_copies(case: Case, is_stock: bool) -> float:
     torch.manual_seed(0)
-    model, weighed = Wide(), []
+    model, measured = Wide(), []
     data = [{"x": torch.randn(256), "labels": i % 3} for i in range(8)]
-    model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: weighed.append(live_bytes(model)))
+    model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: measured.append(live_bytes(model)))
     before = live_bytes(model)
     steps = {"max_steps": case.interval + 1, "per_device_train_batch_size": 1}
     common = {"model": model, "args": arguments(case.folder / "wide", case.needs, **steps), "train_dataset": data}
@@ -297,7 +297,7 @@ def peak_copies(case: Case, is_stock: bool) -> float:
     trainer = Trainer(**common) if is_stock else SAMTrainer(sam_config=config, **common)
     trainer.log = lambda *args, **kwargs: None
     trainer.train()
-    return (max(weighed) - before) / sum(p.nbytes for p in model.parameters())
+    return (max(measured) - before) / sum(p.nbytes for p in model.parameters())
 
 
 def live_bytes(model: nn.Module) -> int:

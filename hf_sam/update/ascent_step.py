@@ -57,7 +57,7 @@ class AscentStep:
         self._model = model
         self.is_measured = False
         self.has_overflowed: Tensor | None = None
-        self._notes_overflows = engine.may_skip_steps and parts.carries_on
+        self._tracks_overflows = engine.may_skip_steps and parts.carries_on
         self._observed: Vector | None = None
         self._has_checked_shapes = False
 
@@ -80,7 +80,7 @@ class AscentStep:
             return None
         ascent = self._ascent
         norm = g.norm()
-        if self._notes_overflows:
+        if self._tracks_overflows:
             overflows = ~(norm < math.inf)
             self.has_overflowed = overflows if self.has_overflowed is None else self.has_overflowed | overflows
         if is_first and self.is_measured and self._wants_copy:

@@ -17,7 +17,7 @@ from .replay import Snapshot
 
 # How the losses of parts combine to the loss of the whole batch: as a sum, or as a mean weighted by examples or by labelled
 # items.
-ADDING_UP = ("sum", "examples", "labelled")
+LOSS_COMBINATIONS = ("sum", "examples", "labelled")
 
 
 @dataclass
@@ -42,7 +42,7 @@ class MicroBatch:
     accumulation_steps: float
     before: Snapshot | None = None
     fraction: float = 1.0
-    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(ADDING_UP, 1.0))
+    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(LOSS_COMBINATIONS, 1.0))
     kept: Any = field(default=None, repr=False)
 
     def fresh_inputs(self) -> Any:
@@ -66,13 +66,13 @@ class MicroBatch:
 
     def part(self, indices: Tensor) -> MicroBatch:
         """The examples at `indices`, shape `(k,)`, weighted so that the losses of parts add up to that of the whole."""
-        return self._taken(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
+        return self._select(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
 
     def sample(self, indices: Tensor) -> MicroBatch:
         """The examples at `indices`, with the loss scaled to represent the whole batch."""
-        return self._taken(indices, lambda share, labelled: {"sum": 1 / labelled, "examples": 1.0, "labelled": 1.0})
+        return self._select(indices, lambda share, labelled: {"sum": 1 / labelled, "examples": 1.0, "labelled": 1.0})
 
-    def _taken(self, indices: Tensor, weights: Callable[[float, Any], dict[str, Any]]) -> MicroBatch:
+    def _select(self, indices: Tensor, weights: Callable[[float, Any], dict[str, Any]]) -> MicroBatch:
         inputs = self.fresh_inputs()
         _take(inputs, indices, self.size)
         share = len(indices) / self.size
@@ -100,10 +100,10 @@ class ChangedInputs:
         """Call this before the clean pass and its result after the pass: that restores the inputs, or returns False."""
         layout, tensors = _layout(batch.inputs), list(_tensors(batch.inputs))
         kept = _deep_copy(batch.inputs) if self._changes.get(layout, True) else None
-        traces = [_trace(t) for t in tensors]
+        fingerprints = [_fingerprint(t) for t in tensors]
 
-        def mend() -> bool:
-            changed = [_trace(t) for t in tensors] != traces
+        def restore_inputs() -> bool:
+            changed = [_fingerprint(t) for t in tensors] != fingerprints
             if layout not in self._changes:
                 changed = changed or not _same(batch.inputs, kept)
             self._changes[layout] = self._changes.get(layout, False) or changed
@@ -112,7 +112,7 @@ class ChangedInputs:
                 return True
             return not changed
 
-        return mend
+        return restore_inputs
 
     def protected(self, batch: MicroBatch) -> Any:
         """Inputs for a pass that may change them, if another pass follows."""
@@ -124,7 +124,7 @@ def _layout(inputs: Any) -> tuple:
     return names, tuple((t.dtype, t.dim()) for t in _tensors(inputs))
 
 
-def _trace(tensor: Tensor) -> tuple:
+def _fingerprint(tensor: Tensor) -> tuple:
     """A value that changes with most in-place changes."""
     return tensor._version if not tensor.is_inference() else 0, tensor.requires_grad, tensor.grad is None
 
@@ -180,10 +180,10 @@ def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], share: flo
     return own.ne(-100).sum().double() / labels.ne(-100).sum()
 
 
-def how_losses_add_up(
+def infer_loss_combination(
     whole: float, parts: list[float], shares: Mapping[str, list[float]], tolerance: float
 ) -> str | None:
-    """The entry of `ADDING_UP` that best gives the loss of the whole from those of its parts; None if none does.
+    """The entry of `LOSS_COMBINATIONS` that best gives the loss of the whole from those of its parts; None if none does.
 
     Args:
         whole (`float`): The loss of the batch.

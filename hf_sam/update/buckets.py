@@ -25,7 +25,7 @@ _FUSED = {
 }
 
 # Sizes with which it is tried: below and above the width of vector instructions, and not multiples of it.
-_TRIED_SIZES = (1, 7, 1000, 4099)
+_PROBE_SIZES = (1, 7, 1000, 4099)
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
@@ -33,27 +33,27 @@ _dtype, _device = attrgetter("dtype"), attrgetter("device")
 # --- in groups -----------------------------------------------------------------------------------------------------
 
 
-def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequence[int] = ()) -> list[list[int]]:
-    """Indices of tensors of one device and type each, in groups of at most `most_bytes` of the first list.
+def grouped(*lists: Sequence[Tensor], max_bytes: int | None = None, apart: Sequence[int] = ()) -> list[list[int]]:
+    """Indices of tensors of one device and type each, in groups of at most `max_bytes` of the first list.
 
     Args:
-        most_bytes (`int`, *optional*): Counted in float32; None for groups of any size.
+        max_bytes (`int`, *optional*): Counted in float32; None for groups of any size.
         apart (`Sequence[int]`, *optional*): One number per tensor; tensors with different numbers are kept apart.
     """
     first = lists[0]
     if not first:
         return []
-    sizes = [] if most_bytes is None else [4 * t.numel() for t in first]
+    sizes = [] if max_bytes is None else [4 * t.numel() for t in first]
     is_alike = not any(apart) and all(len({*map(_dtype, ts)}) == 1 == len({*map(_device, ts)}) for ts in lists)
-    if is_alike and (most_bytes is None or sum(sizes) <= most_bytes):
+    if is_alike and (max_bytes is None or sum(sizes) <= max_bytes):
         return [list(range(len(first)))]
     groups: dict[tuple, list[int]] = {}
     filled: dict[tuple, int] = {}
     complete = []
     for i, tensor in enumerate(first):
         key = (tensor.device, *(tensors[i].dtype for tensors in lists), apart[i] if apart else 0)
-        if most_bytes is not None:
-            if key in groups and filled[key] + sizes[i] > most_bytes:
+        if max_bytes is not None:
+            if key in groups and filled[key] + sizes[i] > max_bytes:
                 complete.append(groups.pop(key))
                 filled[key] = 0
             filled[key] = filled.get(key, 0) + sizes[i]
@@ -63,8 +63,8 @@ def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequ
 
 def buckets(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """The same groups of every list, each of one device and type, with at most `bucket_bytes` of the first list."""
-    for group in grouped(*lists, most_bytes=bucket_bytes(lists[0])):
-        yield tuple(taken(tensors, group) for tensors in lists)
+    for group in grouped(*lists, max_bytes=bucket_bytes(lists[0])):
+        yield tuple(pick(tensors, group) for tensors in lists)
 
 
 def bucket_bytes(tensors: Iterable[Tensor]) -> int:
@@ -88,21 +88,21 @@ def pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(t.split(rows) for t in tensors), strict=True)
 
 
-def taken(entries: Sequence, group: list[int]) -> list:
+def pick(entries: Sequence, group: list[int]) -> list:
     """The entries at the indices of one group, which are sorted."""
     return list(entries) if len(group) == len(entries) else [entries[i] for i in group]
 
 
 def for_each(
-    function: Callable[..., Sequence[Tensor]], *lists: Sequence[Tensor], most_bytes: int | None = None
+    function: Callable[..., Sequence[Tensor]], *lists: Sequence[Tensor], max_bytes: int | None = None
 ) -> list[Tensor]:
     """The results of `function` for each group of the lists, in the order of the lists."""
-    groups = grouped(*lists, most_bytes=most_bytes)
+    groups = grouped(*lists, max_bytes=max_bytes)
     if len(groups) == 1:
         return list(function(*map(list, lists)))
     made: list[Tensor] = [None] * len(lists[0])
     for group in groups:
-        for i, tensor in zip(group, function(*(taken(tensors, group) for tensors in lists)), strict=True):
+        for i, tensor in zip(group, function(*(pick(tensors, group) for tensors in lists)), strict=True):
             made[i] = tensor
     return made
 
@@ -134,29 +134,29 @@ def multiplied(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor
     def one_group(group: list[Tensor]) -> Sequence[Tensor]:
         if isinstance(factor, Tensor) and group[0].dtype.itemsize == 2:
             return multiply_(torch._foreach_mul(group, 1), factor)
-        return torch._foreach_mul(group, _for(group[0], factor))
+        return torch._foreach_mul(group, _scalar_like(group[0], factor))
 
     return for_each(one_group, tensors)
 
 
 def multiply_(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
     """The same in place."""
-    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+    for group in (pick(tensors, indices) for indices in grouped(tensors)):
         if isinstance(factor, Tensor) and group[0].dtype.itemsize == 2:
             # The kernel of gradient scalers keeps the factor in float32; a product in 16 bits would round it.
             unused = torch.zeros((), device=group[0].device)
             scale = factor.to(group[0].device, torch.float32)
             torch._amp_foreach_non_finite_check_and_unscale_(group, unused, scale)
         else:
-            torch._foreach_mul_(group, _for(group[0], factor))
+            torch._foreach_mul_(group, _scalar_like(group[0], factor))
     return tensors
 
 
 def add_number_(tensors: list[Tensor], number: float | Tensor) -> None:
     """Add a number to every entry, in place."""
-    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+    for group in (pick(tensors, indices) for indices in grouped(tensors)):
         if isinstance(number, Tensor):  # `torch._foreach_add_` would read it on the host
-            torch.ops.aten._foreach_add_.Tensor(group, _for(group[0], number))
+            torch.ops.aten._foreach_add_.Tensor(group, _scalar_like(group[0], number))
         else:
             torch._foreach_add_(group, number)
 
@@ -172,11 +172,11 @@ def add_(mine: list[Tensor], theirs: list[Tensor], factor: float | Tensor | None
 
 def divide_(tensors: list[Tensor], divisor: float | Tensor) -> None:
     """Divide in place."""
-    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+    for group in (pick(tensors, indices) for indices in grouped(tensors)):
         if isinstance(divisor, Tensor) and group[0].dtype.itemsize == 2:
             multiply_(group, 1 / divisor.float())
         else:
-            torch._foreach_div_(group, _for(group[0], divisor))
+            torch._foreach_div_(group, _scalar_like(group[0], divisor))
 
 
 def add_multiple_(
@@ -198,7 +198,7 @@ def add_multiple_(
         factor = torch.full((), factor, dtype=exact, device=weight.device)
     factor = factor.to(weight.device, exact)
     rounds = rounded is not None and weight.dtype != exact
-    if not rounds and _lie_alike(mine, theirs):
+    if not rounds and _have_same_layout(mine, theirs):
         # The optimizers' own kernel with the opposite sign: one launch for the list, which reads factor and flag on the device.
         _add_fused_(mine, theirs, factor, None if unless is None else unless.to(weight.device, torch.float32))
         return
@@ -235,15 +235,15 @@ def _add_fused_(mine: list[Tensor], theirs: list[Tensor], factor: Tensor, unless
     )
 
 
-def _for(tensor: Tensor, factor: float | Tensor) -> float | Tensor:
+def _scalar_like(tensor: Tensor, factor: float | Tensor) -> float | Tensor:
     return factor.to(tensor.device, tensor.dtype) if isinstance(factor, Tensor) else factor
 
 
-def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+def _have_same_layout(mine: list[Tensor], theirs: list[Tensor]) -> bool:
     """Whether both lists of one bucket have the same dense memory layout, and a kernel exists for them."""
     if mine[0].dtype != theirs[0].dtype or mine[0].dtype not in _FUSED.get(mine[0].device.type, ()):
         return False
-    if not _moves_everything(mine[0].device, mine[0].dtype):
+    if not _fused_kernel_is_correct(mine[0].device, mine[0].dtype):
         return False
     if all(map(Tensor.is_contiguous, mine)) and all(map(Tensor.is_contiguous, theirs)):
         return True
@@ -251,9 +251,9 @@ def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 @cache
-def _moves_everything(device: torch.device, dtype: torch.dtype) -> bool:
+def _fused_kernel_is_correct(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether that kernel moves all numbers of tensors of any size; tried once, which waits for the device once."""
-    tensors = [torch.ones(size, device=device, dtype=dtype) for size in _TRIED_SIZES]
+    tensors = [torch.ones(size, device=device, dtype=dtype) for size in _PROBE_SIZES]
     _add_fused_(tensors, [tensor.clone() for tensor in tensors], torch.full((), 2.0, device=device), None)
     return all(bool((tensor == 3).all()) for tensor in tensors)
 
@@ -274,7 +274,7 @@ def in_pairs_(
 ) -> None:
     """Call a function of two lists that changes the first, for each type and device."""
     for group in grouped(mine, theirs):
-        function(taken(mine, group), taken(theirs, group))
+        function(pick(mine, group), pick(theirs, group))
 
 
 def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
@@ -284,7 +284,7 @@ def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Ten
 
 def map_lists(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
     """The results of a function of lists of at most one bucket each."""
-    return for_each(function, tensors, most_bytes=BUCKET_BYTES)
+    return for_each(function, tensors, max_bytes=BUCKET_BYTES)
 
 
 def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]) -> None:
@@ -301,7 +301,7 @@ def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[T
 
     def one_group(group: list[Tensor]) -> list[Tensor]:
         is_widened = order in (1, 2) and group[0].device.type == "cpu" and group[0].dtype != dtype
-        if is_widened and any(t.numel() > 4 * SMALLEST_PIECE for t in group):  # there it is taken of a wider copy
+        if is_widened and any(t.numel() > 4 * SMALLEST_PIECE for t in group):  # the CPU computes it from a wider copy
             return [_norm(t, order, dtype) for t in group]
         if order in (1, 2, float("inf")):
             return torch._foreach_norm(group, order, dtype=dtype)
@@ -310,8 +310,8 @@ def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[T
         return torch._foreach_pow(torch._foreach_norm(powers, 1, dtype=dtype), 1 / order)
 
     filled = [t for t in tensors if t.numel()]
-    most_bytes = None if order in (1, 2, float("inf")) else BUCKET_BYTES
-    found = for_each(one_group, filled, most_bytes=most_bytes) if filled else []
+    max_bytes = None if order in (1, 2, float("inf")) else BUCKET_BYTES
+    found = for_each(one_group, filled, max_bytes=max_bytes) if filled else []
     if len(filled) == len(tensors):
         return found
     of_filled = iter(found)
@@ -339,4 +339,4 @@ def dots(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) ->
         torch._foreach_sub_(positive, sizes)
         return positive
 
-    return for_each(one_group, left, right, most_bytes=BUCKET_BYTES)
+    return for_each(one_group, left, right, max_bytes=BUCKET_BYTES)

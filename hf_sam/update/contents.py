@@ -42,7 +42,7 @@ _LIBRARIES = frozenset(
         "threading",
     ]
 )
-_DEEPEST = 4
+_MAX_DEPTH = 4
 _version = attrgetter("_version")
 # These have no contents.
 _ATOMS = frozenset([str, int, float, bool, type(None), bytes])
@@ -52,7 +52,7 @@ class Contents:
     """A snapshot of the contents of a value and, recursively, of what it holds.
 
     Args:
-        value (`Any`): A value for which `is_looked_into` holds.
+        value (`Any`): A value for which `is_mutable` holds.
         is_deep (`bool`): Also copy tensors and arrays inside, whose numbers may change in place.
     """
 
@@ -73,10 +73,8 @@ class Contents:
             self._copy = value.copy() if is_deep else None
         else:
             self._keys, self._values = _keys_and_values(value)
-            if depth < _DEEPEST:
-                inner = (
-                    v for v in self._values if type(v) not in _ATOMS and (is_looked_into(v) or _is_plain_tensor(v))
-                )
+            if depth < _MAX_DEPTH:
+                inner = (v for v in self._values if type(v) not in _ATOMS and (is_mutable(v) or _is_plain_tensor(v)))
                 self._inner = [Contents(v, is_deep, depth + 1) for v in inner]
 
     def has_changed(self) -> bool:
@@ -159,7 +157,7 @@ def is_generator(value: Any) -> bool:
     return isinstance(value, _GENERATORS)
 
 
-def is_looked_into(value: Any) -> bool:
+def is_mutable(value: Any) -> bool:
     """Whether a pass may change the contents of this value in a way that must be undone."""
     if isinstance(value, (*_CONTAINERS, *_GENERATORS, np.ndarray)):
         return True
@@ -177,7 +175,7 @@ def entries(value: Any, depth: int = 0) -> int:
     if is_generator(value):
         return 1
     values = _keys_and_values(value)[1]
-    inner = [v for v in values if is_looked_into(v)] if depth < _DEEPEST and len(values) <= 10_000 else []
+    inner = [v for v in values if is_mutable(v)] if depth < _MAX_DEPTH and len(values) <= 10_000 else []
     return len(values) + sum(entries(v, depth + 1) for v in inner)
 
 
@@ -186,7 +184,7 @@ def modules_in(values: Iterable[Any], depth: int = 0) -> Iterator[nn.Module]:
     for value in values:
         if isinstance(value, nn.Module):
             yield value
-        elif isinstance(value, dict | list | tuple) and depth < _DEEPEST and len(value) <= 1000:
+        elif isinstance(value, dict | list | tuple) and depth < _MAX_DEPTH and len(value) <= 1000:
             yield from modules_in(value.values() if isinstance(value, dict) else value, depth + 1)
 
 

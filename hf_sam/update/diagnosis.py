@@ -23,7 +23,7 @@ _NEARLY_ALL, _MINORITY = 0.9, 0.75
 _STEPS = 10
 # Sharpness relative to the loss, and the perturbed loss relative to the first loss of the run. DINOv2-S, which loses
 # twenty points of accuracy at rho 0.05, has 0.6 and 1.5 there, and 0.1 and 1.0 at the harmless default.
-_MANY_TIMES, _LOST = 1 / 3, 1.25
+_LARGE_SHARPNESS, _LOST = 1 / 3, 1.25
 # Relative to the first loss of the run: below this, the model has fitted its training data.
 _LEARNED = 0.01
 
@@ -49,11 +49,11 @@ class Diagnosis:
     first_loss: float | None = None
 
     def __post_init__(self):
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._since: dict[str, int] = {}
         self._step = 0  # of the previous entry
 
-    def look(self, means: dict[str, float], loss: float, step: int) -> None:
+    def check(self, means: dict[str, float], loss: float, step: int) -> None:
         """Read one entry.
 
         Args:
@@ -63,12 +63,12 @@ class Diagnosis:
         """
         if self.first_loss is None:
             self.first_loss = loss
-        self._look_at_rounding(means)
-        self._look_at_groups(means, step)
+        self._check_rounding(means)
+        self._check_groups(means, step)
         sharpness = means.get("sam_sharpness")
         if sharpness is not None:
             # The clean loss over perturbed steps only, not rounded for the log.
-            self._look_at_sharpness(sharpness, means["sam_perturbed_loss"] - sharpness, means, step)
+            self._check_sharpness(sharpness, means["sam_perturbed_loss"] - sharpness, means, step)
         self._step = step
 
     def end(self, steps: int, has_perturbed: bool) -> None:
@@ -82,7 +82,7 @@ class Diagnosis:
                 "after the warm-up.",
             )
 
-    def _look_at_rounding(self, means: dict[str, float]) -> None:
+    def _check_rounding(self, means: dict[str, float]) -> None:
         intended, realised = means.get("_intended_norm", 0.0), means.get("sam_perturbation_norm", 0.0)
         if not (intended > 0 and abs(realised / intended - 1) > _ROUNDED_AWAY):
             return
@@ -96,13 +96,13 @@ class Diagnosis:
             f"{'set stochastic_rounding=True, ' if is_lost else ''}or choose a larger rho.",
         )
 
-    def _look_at_groups(self, means: dict[str, float], step: int) -> None:
+    def _check_groups(self, means: dict[str, float], step: int) -> None:
         for group, selector in (("embeddings", "no-embeddings"), ("head", "no-embeddings-no-head")):
             share = means.get(f"sam_share/{group}")
             if share is None:
                 continue
             takes_all = share > _NEARLY_ALL and self.group_sizes.get(group, 1.0) < _MINORITY
-            if self._lasts(group, takes_all, step):
+            if self._persists(group, takes_all, step):
                 self._warn(
                     group,
                     f"{share:.0%} of the perturbation's squared norm lies in the {group}, which "
@@ -112,11 +112,11 @@ class Diagnosis:
                     + "; log_shares=True logs sam_share/... for every group.",
                 )
 
-    def _look_at_sharpness(self, sharpness: float, loss: float, means: dict[str, float], step: int) -> None:
+    def _check_sharpness(self, sharpness: float, loss: float, means: dict[str, float], step: int) -> None:
         rho, perturbed = means.get("sam_rho", self.config.rho), means["sam_perturbed_loss"]
         # A well-trained model has a small loss, and any sharpness is many times that: require a large perturbed loss, too.
-        is_lost = sharpness > _MANY_TIMES * loss > 0 and perturbed > _LOST * self.first_loss
-        if self._lasts("too large", is_lost, step):
+        is_lost = sharpness > _LARGE_SHARPNESS * loss > 0 and perturbed > _LOST * self.first_loss
+        if self._persists("too large", is_lost, step):
             self._warn(
                 "too large",
                 f"sam_sharpness={sharpness:.3g} is {sharpness / loss:.2g} times the loss ({loss:.3g}), and the loss at the "
@@ -126,7 +126,7 @@ class Diagnosis:
             )
         rounding = _ROUNDING.get(self.computed_in, _ROUNDING[torch.float32])
         # A direction along which the loss is flat to first order says nothing about rho.
-        if self._lasts("too small", loss > 0 and abs(sharpness) < rounding * loss, step):
+        if self._persists("too small", loss > 0 and abs(sharpness) < rounding * loss, step):
             name = str(self.computed_in).removeprefix("torch.")
             self._warn(
                 "too small",
@@ -135,7 +135,7 @@ class Diagnosis:
                 "few hundredths of the loss.",
             )
         has_learned = min(loss, perturbed) >= 0 and max(loss, perturbed) < _LEARNED * self.first_loss
-        if self._lasts("learned", has_learned, step) and step < self.max_steps:
+        if self._persists("learned", has_learned, step) and step < self.max_steps:
             self._warn(
                 "learned",
                 f"The training loss ({loss:.3g}) and the loss at the perturbed weights ({perturbed:.3g}) are below a hundredth of "
@@ -148,7 +148,7 @@ class Diagnosis:
         """A rho that aims at a rise of a tenth of the loss, which rises at least in proportion to rho."""
         return f"{rho * max(0.1 * loss / sharpness, 0.01):.1g}"
 
-    def _lasts(self, kind: str, holds: bool, step: int) -> bool:
+    def _persists(self, kind: str, holds: bool, step: int) -> bool:
         """Whether the condition holds now and has held in every entry of the last `_STEPS` steps."""
         if not holds:
             self._since.pop(kind, None)
@@ -156,8 +156,8 @@ class Diagnosis:
         return step - self._since.setdefault(kind, self._step) >= _STEPS
 
     def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger.warning(message)
 
 

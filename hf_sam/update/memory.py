@@ -19,11 +19,16 @@ class Memory(MutableMapping[str, Vector]):
         names (`Sequence[str]`): The declared names.
         owner (`str`): The method's label, for messages.
         scalars (`Sequence[str]`, *optional*): Names that hold 0-dim tensors instead.
-        waits (`bool`, *optional*, defaults to `False`): Keep new values separate until `settle`.
+        defers_commit (`bool`, *optional*, defaults to `False`): Keep new values separate until `commit`.
     """
 
-    def __init__(self, names: Sequence[str], owner: str, waits: bool = False, scalars: Sequence[str] = ()):
-        self.names, self._owner, self._waits, self._scalars = (*names, *scalars), owner, waits, frozenset(scalars)
+    def __init__(self, names: Sequence[str], owner: str, defers_commit: bool = False, scalars: Sequence[str] = ()):
+        self.names, self._owner, self._defers_commit, self._scalars = (
+            (*names, *scalars),
+            owner,
+            defers_commit,
+            frozenset(scalars),
+        )
         self._kept: dict[str, Vector] = {}
         self._pending: dict[str, Vector] = {}
 
@@ -34,7 +39,7 @@ class Memory(MutableMapping[str, Vector]):
 
     def __setitem__(self, name: str, vector: Vector) -> None:
         self._check(name)
-        store = self._pending if self._waits else self._kept
+        store = self._pending if self._defers_commit else self._kept
         if name in self._scalars:
             store[name] = torch.as_tensor(vector).detach()
             return
@@ -68,7 +73,7 @@ class Memory(MutableMapping[str, Vector]):
         """Whether every declared name has a value."""
         return all(name in self for name in self.names)
 
-    def settle(self, was_skipped: bool) -> None:
+    def commit(self, was_skipped: bool) -> None:
         """Keep the Vectors written in the step that has ended, or drop them if it was skipped."""
         if not was_skipped:
             self._kept.update(self._pending)
@@ -111,4 +116,4 @@ class Memory(MutableMapping[str, Vector]):
                 tensors, key=lambda p: space.position[p]
             )  # so that norms are summed in the same order as before
             self[name] = Vector(ordered, [tensors[p] for p in ordered], space)
-        self.settle(was_skipped=False)
+        self.commit(was_skipped=False)

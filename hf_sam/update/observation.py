@@ -45,11 +45,11 @@ def record_displacement(
         norms += torch._foreach_norm(displacements)
         directions, seconds = [], []
         for p, displacement in zip(parameters, displacements, strict=True):
-            direction = _cut(kept[p], rows) if p in kept else gradient_in(displacement) if p in perturbed else None
+            direction = _rows_of(kept[p], rows) if p in kept else gradient_in(displacement) if p in perturbed else None
             if p in perturbed and direction is not None:
                 common.append(p)
                 directions.append(direction)
-                seconds.append(_cut(local(perturbed[p]), rows))
+                seconds.append(_rows_of(local(perturbed[p]), rows))
         if not directions:
             continue
         if space.in_buckets:
@@ -74,7 +74,7 @@ def record_displacement(
         telemetry.record(sam_cosine=_total(space, common, _stack(dots)) / (squares[0] * squares[1]).sqrt())
 
 
-def _cut(tensor: Tensor, rows: slice) -> Tensor:
+def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if rows == slice(None) else tensor[rows]
 
 

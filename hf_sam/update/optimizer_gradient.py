@@ -15,7 +15,7 @@ from .buckets import buckets
 from .parameters import (
     Gradients,
     TrainedParameters,
-    are_plain,
+    are_plain_tensors,
     local,
     parts_of_gradients,
     put_gradients,
@@ -70,16 +70,16 @@ class OptimizerGradient:
         g_s = self.vector(perturbed)
         if clean is not None:  # a parameter may take part in only one of the passes
             clean, g_s = clean.widened(g_s), g_s.widened(clean)
-        gradient = self._returned(self._descent.gradient(clean, g_s, step), "gradient")
-        self.hand_over(gradient, perturbed, accumulated, is_last)
+        gradient = self._checked(self._descent.gradient(clean, g_s, step), "gradient")
+        self.assign(gradient, perturbed, accumulated, is_last)
 
     def between(self, step: Step, is_last: bool) -> None:
         """The optimizer's gradient in a step between two due ones, from the gradient of its only pass."""
         gradients = self._engine.take_gradients(self._parameters.trainable)
         g = self._descent.between(self.vector(gradients), step)
-        self.hand_over(self._returned(g, "between"), gradients, {}, is_last)
+        self.assign(self._checked(g, "between"), gradients, {}, is_last)
 
-    def _returned(self, gradient: Any, method: str) -> Vector:
+    def _checked(self, gradient: Any, method: str) -> Vector:
         """The descent's result; an error that names the descent if it is not a Vector."""
         if not isinstance(gradient, Vector):
             raise ValueError(
@@ -88,14 +88,14 @@ class OptimizerGradient:
             )
         return gradient
 
-    def hand_over(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
+    def assign(self, gradient: Vector, like: Gradients, accumulated: Gradients, is_last: bool) -> None:
         """Put `gradient` into `p.grad`, with the scale and memory layout of the gradients `like`."""
         scale = self._engine.loss_scale(self._device)
         if isinstance(scale, Tensor):
             gradient *= scale
         given: Gradients = dict(zip(gradient.parameters, gradient.materialise(), strict=True))
-        if not are_plain(like.values()) or not all(map(like.__contains__, given)):
-            self._lay_out(given, like)
+        if not are_plain_tensors(like.values()) or not all(map(like.__contains__, given)):
+            self._match_layout(given, like)
         if both := [p for p in given if p in accumulated]:
             sums, terms = ([local(gradients[p]) for p in both] for gradients in (accumulated, given))
             for left, right in buckets(sums, terms) if self._space.in_buckets else [(sums, terms)]:
@@ -104,7 +104,7 @@ class OptimizerGradient:
         self.average(is_last)
 
     @staticmethod
-    def _lay_out(parts: Gradients, like: Gradients) -> None:
+    def _match_layout(parts: Gradients, like: Gradients) -> None:
         """Replace each process's part by a whole gradient of the kind of `like`, which holds the part."""
         for p, part in parts.items():
             whole = like[p] if p in like else torch.zeros_like(p)

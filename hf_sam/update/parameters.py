@@ -186,7 +186,7 @@ def is_whole(tensor: Tensor) -> bool:
     return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_tensor")
 
 
-def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
+def sharded_like(p: Parameter, gradient: Tensor) -> Tensor:
     """The gradient, sharded like its parameter."""
     if type(gradient) is not Tensor and isinstance(gradient, DTensor) and gradient.placements != p.placements:
         return gradient.redistribute(placements=p.placements)
@@ -203,14 +203,14 @@ def take_gradients(parameters: Sequence[Parameter], *, are_views: bool = False) 
     for p in taken:
         p.grad = None
     gradients = taken.values()
-    if are_plain(gradients) and not are_views:
+    if are_plain_tensors(gradients) and not are_views:
         storages = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, gradients))
         if not any(map(gt, storages, map(_nbytes, gradients))):
             return taken
     for p, gradient in taken.items():
         is_plain = type(gradient) is Tensor or not isinstance(gradient, DTensor)
         is_view = is_plain and (are_views or gradient.untyped_storage().nbytes() > gradient.nbytes)
-        taken[p] = gradient.clone() if is_view else laid_out_as(p, gradient)
+        taken[p] = gradient.clone() if is_view else sharded_like(p, gradient)
     return taken
 
 
@@ -219,7 +219,7 @@ def existing_gradients(parameters: Sequence[Parameter]) -> Gradients:
     return {p: g for p, g in zip(parameters, map(_grad, parameters), strict=True) if g is not None}
 
 
-def are_plain(tensors: Iterable[Tensor]) -> bool:
+def are_plain_tensors(tensors: Iterable[Tensor]) -> bool:
     """Whether all are tensors of torch's own class: neither sharded nor of any other kind."""
     return {*map(type, tensors)} <= {Tensor}
 

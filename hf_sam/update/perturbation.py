@@ -131,7 +131,7 @@ class Perturbation:
             groups = [[i for i in group if are_saved[i] is saved] for group in groups for saved in (False, True)]
         for group in filter(None, groups):
             owners, weights, along = (
-                buckets.taken(entries, group) for entries in (parameters, weights_of_all, directions)
+                buckets.pick(entries, group) for entries in (parameters, weights_of_all, directions)
             )
             if id(owners[0]) in self._moved:
                 buckets.add_multiple_(weights, along, factor, is_zero, rounded)
@@ -153,8 +153,8 @@ class Perturbation:
         for parameters, weights, originals in self._saved:
             if self._swaps_memory:
                 weights = [local(p) for p in parameters]
-            for group in buckets.grouped(weights, originals, most_bytes=4 * size):
-                owners, moved, saved = (buckets.taken(entries, group) for entries in (parameters, weights, originals))
+            for group in buckets.grouped(weights, originals, max_bytes=4 * size):
+                owners, moved, saved = (buckets.pick(entries, group) for entries in (parameters, weights, originals))
                 if len(owners) > 1:
                     yield owners, list(torch._foreach_sub(*map(buckets.in_float32, (moved, saved)))), slice(None)
                     continue

@@ -1,4 +1,4 @@
-"""Norms and inner products over all parameters together, in float32 or better, without waiting for the device."""
+"""Norms and inner products over all parameters combine_norms, in float32 or better, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Reductions:
         """`||v||_order` of the concatenation `v` of all tensors, for `order` in [1, inf]."""
         dtype = accumulation_dtype(tensors)
         if in_buckets:
-            return self.together(_stack(buckets.norms(tensors, order, dtype)), order)
+            return self.combine_norms(_stack(buckets.norms(tensors, order, dtype)), order)
         if order == float("inf"):  # an empty shard has no maximum
             parts = _stack(
                 [
@@ -50,7 +50,7 @@ class Reductions:
             parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
         return self.max(parts) if order == float("inf") else self.sum(parts**order) ** (1 / order)
 
-    def together(self, norms: Tensor, order: float) -> Tensor:
+    def combine_norms(self, norms: Tensor, order: float) -> Tensor:
         """The norm of the whole from the norms of the tensors, shape `(n,)`."""
         return torch.linalg.vector_norm(norms, order)
 
@@ -90,7 +90,7 @@ class ShardedReductions(Reductions):
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest
 
-    def together(self, norms: Tensor, order: float) -> Tensor:
+    def combine_norms(self, norms: Tensor, order: float) -> Tensor:
         return self.max(norms) if order == float("inf") else self.sum(norms**order) ** (1 / order)
 
     def count(self, tensors: list[Tensor]) -> int:

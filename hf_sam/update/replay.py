@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .contents import Contents, ShallowContents, entries, is_generator, is_looked_into, modules_in
+from .contents import Contents, ShallowContents, entries, is_generator, is_mutable, modules_in
 from .namespaces import Namespaces, Values, are_identical
 from .random_states import RandomStates
 
@@ -20,7 +20,7 @@ from .random_states import RandomStates
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _version, _mode = attrgetter("_version"), attrgetter("training")
 # A container with more entries than this counts as data, not state.
-_MOST_ENTRIES = 10_000
+_MAX_ENTRIES = 10_000
 # Tensors whose numbers can be copied and compared, unlike sharded and quantized ones.
 _PLAIN = (Tensor, nn.Parameter)
 # Number of optimizer steps in which passes are watched by value, at the start of a run and after modules have changed.
@@ -42,7 +42,7 @@ class Snapshot:
         contents (`list[Contents]`): Contents that are copied, and those of generators.
         shallow (`ShallowContents`): Contents of all other containers, arrays and objects.
         is_watched (`bool`): Whether everything that can be copied is, for comparison.
-        is_whole (`bool`): Whether everything that the following pass has changed can be restored.
+        is_restorable (`bool`): Whether everything that the following pass has changed can be restored.
     """
 
     random_states: RandomStates | None
@@ -55,7 +55,7 @@ class Snapshot:
     contents: list[Contents]
     shallow: ShallowContents
     is_watched: bool
-    is_whole: bool = True
+    is_restorable: bool = True
 
 
 class PassState:
@@ -78,7 +78,7 @@ class PassState:
         ignored (`Iterable[str]`, *optional*): Attributes of `owner` that are not.
         watches_parameters (`bool`, *optional*, defaults to `True`): Watch parameters without gradient. This is impossible
             if the engine moves their memory.
-        looked_into (`Sequence[Any]`, *optional*): More objects that a pass may change.
+        also_tracked (`Sequence[Any]`, *optional*): More objects that a pass may change.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class PassState:
         owner: object | None = None,
         ignored: Iterable[str] = (),
         watches_parameters: bool = True,
-        looked_into: Sequence[Any] = (),
+        also_tracked: Sequence[Any] = (),
     ):
-        self._more = looked_into
+        self._more = also_tracked
         self._roots = list(roots)
         self._owner, self._ignored = owner, frozenset(ignored)
         self._watches_parameters = watches_parameters
-        self._moving: set[int] = set()  # ids of what passes change in place
-        self._is_listed = False
+        self._mutated: set[int] = set()  # ids of what passes change in place
+        self._is_scanned = False
         self._step: int | None = None
         self._is_watching, self._steps_to_watch = False, 0
         # Of this step: copies of parameters that were left alone so far, so that several snapshots share one.
@@ -102,7 +102,7 @@ class PassState:
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
-    def _list(self) -> None:
+    def _scan(self) -> None:
         """List everything that may change; repeated when modules have been added, removed or changed their mode."""
         roots = [*self._roots, *modules_in(self._own_attributes().values())]
         self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
@@ -122,17 +122,17 @@ class PassState:
             id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
         }
         found: dict[int, Tensor] = {}
-        looked_into: dict[int, Any] = {}
+        also_tracked: dict[int, Any] = {}
         attributes = [{k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE} for m in self._modules]
         for values in (*attributes, *(m._buffers for m in self._modules), self._own_attributes()):
             found.update((id(v), v) for v in values.values() if _is_state(v))
-            looked_into.update((id(v), v) for v in values.values() if is_looked_into(v) and entries(v) <= _MOST_ENTRIES)
-        looked_into.update((id(v), v) for v in self._more if is_looked_into(v))
+            also_tracked.update((id(v), v) for v in values.values() if is_mutable(v) and entries(v) <= _MAX_ENTRIES)
+        also_tracked.update((id(v), v) for v in self._more if is_mutable(v))
         if self._watches_parameters:
             found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
-        self._tensors, self._looked_into = list(found.values()), list(looked_into.values())
-        self._list_moving()
-        self._is_listed, self._steps_to_watch = True, _WATCHED_STEPS
+        self._tensors, self._tracked = list(found.values()), list(also_tracked.values())
+        self._list_mutated()
+        self._is_scanned, self._steps_to_watch = True, _WATCHED_STEPS
 
     def _list_names(self) -> None:
         """List the names to read, which anyone may change between two passes."""
@@ -140,9 +140,9 @@ class PassState:
         self._namespaces = [Namespaces(self._attributes, _OF_EVERY_MODULE), Namespaces(self._members)]
         self._own = Namespaces(owner, self._ignored)
 
-    def _list_moving(self) -> None:
+    def _list_mutated(self) -> None:
         """List what must always be copied, and what need not be."""
-        copied = self._moving | self._always
+        copied = self._mutated | self._always
         self._copied = [i for i, t in enumerate(self._tensors) if id(t) in copied]
         self._shallow: ShallowContents | None = None
 
@@ -163,8 +163,8 @@ class PassState:
             budget (`int`, *optional*): Bytes of parameters without gradient that may be copied while passes are watched
                 by value, the smallest first.
         """
-        if not self._is_listed:
-            self._list()
+        if not self._is_scanned:
+            self._scan()
         if step != self._step:
             self._step, self._is_watching = step, self._steps_to_watch > 0
             self._unchanged.clear()
@@ -201,22 +201,22 @@ class PassState:
     def _contents(self) -> tuple[list[Contents], ShallowContents]:
         """Snapshots of contents; those that copy nothing are reused as long as nothing has changed."""
         if self._is_watching:
-            return [Contents(value, is_deep=True) for value in self._looked_into], ShallowContents([])
+            return [Contents(value, is_deep=True) for value in self._tracked], ShallowContents([])
         if self._shallow is None or not self._shallow.are_unchanged():
-            quiet = [Contents(v, is_deep=False) for v in self._looked_into if id(v) not in self._moving]
+            quiet = [Contents(v, is_deep=False) for v in self._tracked if id(v) not in self._mutated]
             self._shallow = ShallowContents([one for one in quiet if not any(map(_holds_generator, one.nested()))])
             known = {id(one.value) for one in self._shallow.contents}
-            self._copied_contents = [v for v in self._looked_into if id(v) not in known]
-        copied = [Contents(value, is_deep=id(value) in self._moving) for value in self._copied_contents]
+            self._copied_contents = [v for v in self._tracked if id(v) not in known]
+        copied = [Contents(value, is_deep=id(value) in self._mutated) for value in self._copied_contents]
         return copied, self._shallow
 
     def _copy(self, tensor: Tensor) -> Tensor:
         version, value = self._unchanged.get(id(tensor), (None, None))
-        return value if version == tensor._version and id(tensor) not in self._moving else tensor.detach().clone()
+        return value if version == tensor._version and id(tensor) not in self._mutated else tensor.detach().clone()
 
-    def look_again(self, snapshot: Snapshot, budget: int | None = None) -> None:
+    def refresh_snapshot(self, snapshot: Snapshot, budget: int | None = None) -> None:
         """Between the trainer's `model.train()` and the forward: include modules that are new or have changed their mode."""
-        if self._is_listed:
+        if self._is_scanned:
             modes, children = self._modes_and_children()
             if (
                 modes == self._modes
@@ -224,10 +224,10 @@ class PassState:
                 and are_identical(children, self._children)
             ):
                 return
-        self._is_listed, self._step = False, None
+        self._is_scanned, self._step = False, None
         now = self.capture(None, -1, budget)
         known = {id(d) for namespaces, _ in snapshot.namespaces for d in namespaces.dictionaries}
-        snapshot.namespaces += [(n.without(known), n.without(known).read()) for n, _ in now.namespaces]
+        snapshot.namespaces += [(n.excluding(known), n.excluding(known).read()) for n, _ in now.namespaces]
         snapshot.tensors, snapshot.versions, snapshot.copies = now.tensors, now.versions, now.copies
         snapshot.contents, snapshot.shallow = now.contents, now.shallow
         snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses
@@ -244,32 +244,32 @@ class PassState:
 
     def learn(self, before: Snapshot) -> None:
         """After the clean pass that `before` was captured for: note what it has changed in place."""
-        known = len(self._moving)
+        known = len(self._mutated)
         if before.is_watched or list(map(_version, before.tensors)) != before.versions:
             self._learn_tensors(before)
         shallow = [] if before.shallow.are_unchanged() else before.shallow.contents
         for contents in (*before.contents, *shallow):
-            if id(contents.value) not in self._moving and contents.has_changed():
-                self._moving.add(id(contents.value))
-                before.is_whole &= contents.is_deep
-        if len(self._moving) != known:
-            self._list_moving()
+            if id(contents.value) not in self._mutated and contents.has_changed():
+                self._mutated.add(id(contents.value))
+                before.is_restorable &= contents.is_deep
+        if len(self._mutated) != known:
+            self._list_mutated()
         for namespaces, values in before.namespaces:
-            if not namespaces.have(values) and any(
-                namespaces.own(now).keys() != then.keys() or _modules_differ(now, then)
+            if not namespaces.match(values) and any(
+                namespaces.included(now).keys() != then.keys() or _modules_differ(now, then)
                 for now, then in namespaces.changed(values)
             ):
-                self._is_listed = False  # a new attribute or module: list again
+                self._is_scanned = False  # a new attribute or module: list again
 
     def _learn_tensors(self, before: Snapshot) -> None:
         for i, (tensor, version) in enumerate(zip(before.tensors, before.versions, strict=True)):
-            if id(tensor) in self._moving:
+            if id(tensor) in self._mutated:
                 continue
             value = before.copies.get(i)
             has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
-                self._moving.add(id(tensor))
-                before.is_whole &= value is not None  # otherwise the previous value is lost
+                self._mutated.add(id(tensor))
+                before.is_restorable &= value is not None  # otherwise the previous value is lost
             elif before.is_watched and value is not None and isinstance(tensor, nn.Parameter):
                 self._unchanged[id(tensor)] = version, value
 
@@ -280,13 +280,13 @@ class PassState:
         if snapshot.random_states is not None:
             snapshot.random_states.restore()
         for namespaces, values in snapshot.namespaces:
-            if not namespaces.have(values):
+            if not namespaces.match(values):
                 for namespace, before in namespaces.changed(values):
-                    _put_back(namespaces, namespace, before)
+                    _restore_names(namespaces, namespace, before)
         attributes, values = snapshot.own
-        if not attributes.have(values):
+        if not attributes.match(values):
             for own, before in attributes.changed(values):
-                for name in attributes.own(own).keys() - before.keys():
+                for name in attributes.included(own).keys() - before.keys():
                     del own[name]
                 own.update(before)
         for i, value in snapshot.copies.items():
@@ -304,8 +304,8 @@ class PassState:
                 contents.restore()
 
 
-def _put_back(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in [name for name, value in namespaces.own(now).items() if name not in before and _is_data(value)]:
+def _restore_names(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name, value in namespaces.included(now).items() if name not in before and _is_data(value)]:
         del now[name]  # except what is set up once, such as the mark of installed hooks
     now.update(before)
 

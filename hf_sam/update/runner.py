@@ -35,8 +35,8 @@ class Passes(Protocol):
     def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
         """Add `H vector` of the batch's loss to `product`."""
 
-    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
-        """How the losses of parts of `size` examples make up the batch's: one of `batches.ADDING_UP`."""
+    def find_loss_combination(self, batch: MicroBatch, size: int) -> str:
+        """How the losses of parts of `size` examples make up the batch's: one of `batches.LOSS_COMBINATIONS`."""
 
     def was_skipped(self) -> bool:
         """Whether the optimizer's last step was skipped after an overflow in fp16."""
@@ -57,7 +57,7 @@ class PassRunner:
     Attributes:
         index (`int`): The current optimizer step.
         is_repeating (`bool`): Whether the current pass follows the clean one, so that its logs and counts are dropped.
-        adding_up (`str`, *optional*): How losses of parts combine to a batch's; known once parts are first used.
+        loss_combination (`str`, *optional*): How losses of parts combine to a batch's; known once parts are first used.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class PassRunner:
         self.parts, self.state, self.changed_inputs = parts, state, ChangedInputs()
         self._needs = parts.needs
         self.index, self.is_repeating = 0, False
-        self.adding_up: str | None = None
-        self.adding_up_is_settled = False
+        self.loss_combination: str | None = None
+        self.is_loss_combination_known = False
         self._passes, self._config, self._engine, self._parameters = passes, config, engine, parameters
         self._telemetry, self._cost = telemetry, cost
         self._devices = list(dict.fromkeys(p.device for p in parameters.names))
@@ -84,7 +84,7 @@ class PassRunner:
     def parameters_changed(self) -> None:
         """React to a change of the trained parameters."""
         # Limit on copies of frozen parameters while passes are watched: no more memory than gradients take anyway.
-        self._most_bytes = sum(p.nbytes for p in self._parameters.trainable)
+        self._snapshot_budget = sum(p.nbytes for p in self._parameters.trainable)
 
     @property
     def sees_all(self) -> bool:
@@ -107,19 +107,19 @@ class PassRunner:
         self, model: nn.Module, batch: MicroBatch, chosen: Sequence[Parameter], step: Step, *, synced: bool
     ) -> Tensor:
         """Run the clean pass, the only one with lasting side effects, adding the gradients of `chosen` up in `p.grad`."""
-        seen = self._seen(batch, step)
-        batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._most_bytes)
-        mend = self.changed_inputs.protect(batch)
+        seen = self._ascent_examples(batch, step)
+        batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._snapshot_budget)
+        restore_inputs = self.changed_inputs.protect(batch)
         with self._engine.gradients_only_for(chosen, self._parameters.trainable):
             loss = self._passes.run(model, seen, synced=synced, is_ascent=True)
-        batch.before.is_whole &= mend()
+        batch.before.is_restorable &= restore_inputs()
         self.state.learn(batch.before)
         batch.kept = seen.kept
         self._telemetry.add(clean_loss=loss)
         self._cost.ascent_passes += seen.fraction
         return loss
 
-    def _seen(self, batch: MicroBatch, step: Step) -> MicroBatch:
+    def _ascent_examples(self, batch: MicroBatch, step: Step) -> MicroBatch:
         """The part of the batch that the ascent pass sees."""
         size, fraction = batch.size, self._config.ascent_fraction or 1.0
         indices = self.parts.ascent.examples(batch.inputs, step)
@@ -127,14 +127,14 @@ class PassRunner:
             indices = torch.arange(math.ceil(fraction * (size or 0)))
         if indices is None or (size and len(indices) == size):
             return batch
-        self.find_how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
+        self.find_loss_combination(batch, max(1, int(fraction * (size or 0))))
         return batch.sample(indices)
 
-    def find_how_parts_add_up(self, batch: MicroBatch, size: int) -> None:
-        """Before parts of `size` examples are taken for the first time: set `adding_up`."""
-        if not self.adding_up_is_settled:
-            self.adding_up_is_settled = True
-            self.adding_up = self._passes.how_parts_add_up(batch, size)
+    def find_loss_combination(self, batch: MicroBatch, size: int) -> None:
+        """Before parts of `size` examples are taken for the first time: set `loss_combination`."""
+        if not self.is_loss_combination_known:
+            self.is_loss_combination_known = True
+            self.loss_combination = self._passes.find_loss_combination(batch, size)
 
     def descend(self, model: nn.Module, window: list[MicroBatch], *, synced: bool) -> Tensor:
         """Run the passes at `w + eps`, with the examples and the loss that the method descends on."""
@@ -143,7 +143,7 @@ class PassRunner:
         return self.run_all(model, window, synced=synced)
 
     def _chosen_examples(self, batch: MicroBatch) -> MicroBatch:
-        self.find_how_parts_add_up(batch, max(1, (batch.size or 0) // 2))
+        self.find_loss_combination(batch, max(1, (batch.size or 0) // 2))
         self.state.restore(batch.before)
         after = self._passes.losses_of_examples(batch)
         self._cost.ascent_passes += FORWARD_SHARE * batch.fraction
@@ -172,9 +172,9 @@ class PassRunner:
             self._cost.ascent_passes += HESSIAN_PASSES * batch.fraction
 
     @contextlib.contextmanager
-    def leaving_no_trace(self) -> Iterator[Snapshot]:
+    def preserving_state(self) -> Iterator[Snapshot]:
         """Passes inside are repetitions: afterwards everything is as the clean pass left it, which this yields."""
-        now = self.state.capture(self._random_states(), self.index, self._most_bytes)
+        now = self.state.capture(self._random_states(), self.index, self._snapshot_budget)
         was_repeating, self.is_repeating = self.is_repeating, True
         try:
             yield now
@@ -182,9 +182,9 @@ class PassRunner:
             self.is_repeating = was_repeating
             self.state.restore(now)
 
-    def look_again(self, before: Snapshot) -> None:
+    def refresh_snapshot(self, before: Snapshot) -> None:
         """Called between the trainer's `model.train()` and the forward of a clean pass."""
-        self.state.look_again(before, self._most_bytes)
+        self.state.refresh_snapshot(before, self._snapshot_budget)
 
     def was_skipped(self) -> bool:
         """Whether the optimizer's last step was left out, after an overflow in fp16."""

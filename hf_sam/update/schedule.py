@@ -12,7 +12,7 @@ import torch
 from ..config import SAMConfig
 
 # Number of samples of a learning rate given as a function of the step, to find its peak.
-_LOOKS = 1000
+_LR_SAMPLES = 1000
 
 
 class Kind(Enum):
@@ -117,7 +117,7 @@ def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) ->
     for group, factor in zip(optimizer.param_groups, factors, strict=False):
         base = group.get("initial_lr", default if default is not None else group["lr"])
         if factor is not None:
-            every = max(1, max_steps // _LOOKS)
+            every = max(1, max_steps // _LR_SAMPLES)
             base *= max(factor(step) for step in {*range(0, max_steps, every), max_steps - 1})
         peaks.append(float(group.get("max_lr", base)))
     return max(peaks)

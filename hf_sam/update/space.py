@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import buckets, singly
+from . import buckets, per_tensor
 from .parameters import is_whole, local
 from .reductions import Reductions
 
 _dtype = attrgetter("dtype")
 # The number of lists of parameters whose constant facts a Space keeps.
-_MOST_KNOWN = 16
+_MAX_LAYOUTS = 16
 
 
 class Space:
@@ -39,7 +39,7 @@ class Space:
         self.reductions = reductions
         self.position = {p: i for i, p in enumerate(order)}
         self.in_buckets = in_buckets
-        self.lists = buckets if in_buckets else singly
+        self.lists = buckets if in_buckets else per_tensor
         self._layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
 
     def layout(self, parameters: Sequence[Parameter]) -> Layout:
@@ -49,7 +49,7 @@ class Space:
             self._layouts.move_to_end(key)
         else:
             self._layouts[key] = Layout(tuple(parameters), self.reductions(parameters))
-            if len(self._layouts) > _MOST_KNOWN:
+            if len(self._layouts) > _MAX_LAYOUTS:
                 self._layouts.popitem(last=False)
         return self._layouts[key]
 
@@ -76,43 +76,43 @@ class Layout:
         self._are_whole = all(map(is_whole, parameters))
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
-        self._turns: list[int] = []
+        self._alias_groups: list[int] = []
         self._groups: dict[Any, list[list[int]]] = {}
 
     @property
     def weights(self) -> list[Tensor]:
         """This process's part of each parameter, sharing its memory."""
-        self._look()
+        self._refresh()
         return self._weights
 
     @property
-    def turns(self) -> list[int]:
+    def alias_groups(self) -> list[int]:
         """For each parameter, how many earlier ones it shares memory with; those with equal numbers do not overlap."""
-        self._look()
-        if not self._turns:
-            self._turns = turns(self._weights)
-        return self._turns
+        self._refresh()
+        if not self._alias_groups:
+            self._alias_groups = alias_groups(self._weights)
+        return self._alias_groups
 
     def groups(self, tensors: list[Tensor]) -> list[list[int]]:
         """Buckets of the weights and of one further tensor for each of them, without weights that share memory."""
         dtypes = {*map(_dtype, tensors)}
         key = dtypes.pop() if len(dtypes) == 1 else tuple(map(_dtype, tensors))
-        weights, apart = self.weights, self.turns
+        weights, apart = self.weights, self.alias_groups
         if key not in self._groups:
             most = buckets.bucket_bytes(weights)
-            self._groups[key] = buckets.grouped(weights, tensors, most_bytes=most, apart=apart)
+            self._groups[key] = buckets.grouped(weights, tensors, max_bytes=most, apart=apart)
         return self._groups[key]
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         """Update the layout if weights have moved in memory."""
         weights = self.parameters if self._are_whole else [local(p) for p in self.parameters]
         addresses = list(map(Tensor.data_ptr, weights))
         if not self._weights or addresses != self._addresses:
-            self._addresses, self._turns, self._groups = addresses, [], {}
+            self._addresses, self._alias_groups, self._groups = addresses, [], {}
             self._weights = [local(p) for p in self.parameters] if self._are_whole else weights
 
 
-def turns(tensors: Sequence[Tensor]) -> list[int]:
+def alias_groups(tensors: Sequence[Tensor]) -> list[int]:
     """A number for each tensor that differs from those of tensors sharing memory with it; 0 if none does."""
     found = [0] * len(tensors)
     spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t), i) for i, t in enumerate(tensors) if t.numel())

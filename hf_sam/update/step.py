@@ -51,7 +51,7 @@ class SharpnessAwareUpdate:
         others (`dict[str, nn.Module]`, *optional*): Modules outside the model that take part in its loss, by name.
         train_dataset (*optional*): The training data, for methods that need it.
         owner (`object`, *optional*): The object whose plain attributes, except `ignored`, are restored for the second pass.
-        looked_into (`Sequence[Any]`, *optional*): More objects whose contents are restored.
+        also_tracked (`Sequence[Any]`, *optional*): More objects whose contents are restored.
 
     Raises:
         ValueError: `config.perturb` selects nothing, or no step of the run would be perturbed.
@@ -72,7 +72,7 @@ class SharpnessAwareUpdate:
         others: dict[str, nn.Module] | None = None,
         owner: object | None = None,
         ignored: Iterable[str] = (),
-        looked_into: Sequence[Any] = (),
+        also_tracked: Sequence[Any] = (),
         train_dataset: Any = None,
     ):
         ascent, descent = config.parts
@@ -89,9 +89,9 @@ class SharpnessAwareUpdate:
         self.attached = self.parts.ascent.attach(model, seed)
         self.memory = Memory((*ascent.memory, *descent.memory), config.label, engine.may_skip_steps, ascent.scalars)
         roots = [model, *(others or {}).values()]
-        state = PassState(roots, owner, ignored, not engine.parameters_move, looked_into)
+        state = PassState(roots, owner, ignored, not engine.parameters_move, also_tracked)
         self.runner = PassRunner(passes, config, self.parts, engine, self.parameters, state, self.telemetry, self.cost)
-        self.outgoing = OptimizerGradient(
+        self.optimizer_gradient = OptimizerGradient(
             descent, engine, self.parameters, self.space, self.runner, self.scope, self.device
         )
         self.ascent_step = AscentStep(
@@ -102,7 +102,7 @@ class SharpnessAwareUpdate:
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
-        self._begins, self._micro, self._is_unsettled, self._looks_again = True, 0, False, False
+        self._is_new_step, self._micro, self._has_uncommitted_memory, self._retries_ascent = True, 0, False, False
 
     # --- Algorithm 1 -----------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class SharpnessAwareUpdate:
             is_last (`bool`): Whether gradients are synchronised and the optimizer steps after this micro-batch.
             measured (`Callable[[], bool]`): Whether this step's values are about to be logged.
         """
-        if self._begins:
+        if self._is_new_step:
             self._begin(model, index, measured())
         step = {
             Kind.PLAIN: self._plain_step,
@@ -135,8 +135,8 @@ class SharpnessAwareUpdate:
             loss = step(model, batch, is_last)
             if is_last and self.kind in (Kind.ONE_PASS, Kind.TWO_PASSES):
                 self._finish()
-        self._begins, self._micro = is_last, 0 if is_last else self._micro + 1
-        self._is_unsettled = True
+        self._is_new_step, self._micro = is_last, 0 if is_last else self._micro + 1
+        self._has_uncommitted_memory = True
         if is_last:
             self.engine.finish_step()
         return loss
@@ -147,7 +147,7 @@ class SharpnessAwareUpdate:
         m = self.config.m
         if m is None or (batch.size is not None and batch.size <= m):
             return self._two_pass_step(model, batch, is_last)
-        self.runner.find_how_parts_add_up(batch, m)
+        self.runner.find_loss_combination(batch, m)
         parts = [batch.part(indices) for indices in batch.chunks(m)]
         return torch.stack([self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]).sum()
 
@@ -165,24 +165,26 @@ class SharpnessAwareUpdate:
         accumulated, self._accumulated = self._accumulated, {}
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
-        g = self.outgoing.vector(gradients, self.parameters.selected)
+        g = self.optimizer_gradient.vector(gradients, self.parameters.selected)
         clean = self._copy(g, gradients) if self.needs & Needs.CLEAN_GRADIENT else None
         can_repeat = self._can_repeat(window)
         with (
-            self.runner.leaving_no_trace(),
+            self.runner.preserving_state(),
             self.ascent_step.weights(self._step()) as weights,
             self.parts.ascent.applied(self._step()),
         ):
             eps = self._eps(g) if can_repeat else None
             del g
             if eps is None and self._is_complete:  # this step follows g
-                self.outgoing.hand_over(self.outgoing.vector(gradients), gradients, accumulated, is_last)
+                self.optimizer_gradient.assign(
+                    self.optimizer_gradient.vector(gradients), gradients, accumulated, is_last
+                )
                 return clean_loss
             gradients.clear()  # eps does not use their memory, and g is no longer needed
             if eps is not None:
                 weights.add(eps)  # w + eps
                 eps = None  # its memory is released with the saved weights, before gradients are combined
-                self._climb_on(model, weights, window, is_last)
+                self._take_inner_ascent_steps(model, weights, window, is_last)
             if not self.parts.combines:
                 put_gradients(accumulated)
             # g_s = grad L(w + eps), in p.grad; not averaged over ranks if the result computed from it is averaged later
@@ -194,18 +196,18 @@ class SharpnessAwareUpdate:
                 perturbed = self.engine.gradients(self.parameters.selected) if is_alone else {}
                 self.ascent_step.observe(weights, clean, perturbed)
         if self.parts.combines:  # w again
-            with self.runner.leaving_no_trace():
+            with self.runner.preserving_state():
                 step = self._step(window=window if self.needs & Needs.HVP else None)
-                self.outgoing.combine(clean, accumulated, step, is_last)
+                self.optimizer_gradient.combine(clean, accumulated, step, is_last)
         elif self.parts.ascent.may_skip:
-            self.outgoing.average(is_last)
+            self.optimizer_gradient.average(is_last)
         self.telemetry.add(perturbed_loss=perturbed_loss)
         return clean_loss if self.runner.sees_all else perturbed_loss
 
     def _copy(self, g: Vector, gradients: Gradients) -> Vector:
         """A copy of the whole gradient; if it is `g`, its norm is computed once for both."""
         if self.parameters.selected is not self.parameters.trainable:
-            return self.outgoing.vector(gradients).clone()
+            return self.optimizer_gradient.vector(gradients).clone()
         g.norm()
         return g.clone()
 
@@ -219,7 +221,7 @@ class SharpnessAwareUpdate:
         batch = batch.without(ascent.part)
         others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
         if len(chosen) and len(others):
-            self.runner.find_how_parts_add_up(batch, max(1, batch.size // 2))
+            self.runner.find_loss_combination(batch, max(1, batch.size // 2))
         losses = []
         if len(others):
             rest = batch.part(others) if len(chosen) else batch
@@ -228,12 +230,12 @@ class SharpnessAwareUpdate:
             part = (batch.part(chosen) if len(others) else batch).times(ascent.tail_weight)
             losses.append(self._two_pass_step(model, part, is_last))
         else:
-            self.outgoing.average(is_last)
+            self.optimizer_gradient.average(is_last)
         return torch.stack(losses).sum()
 
     def _can_repeat(self, window: list[MicroBatch]) -> bool:
         """Whether the second pass can start as the first did, or must run in any case."""
-        if all(part.before.is_whole for part in window):
+        if all(part.before.is_restorable for part in window):
             return True
         without_eps = (
             self._is_complete and self.engine.optimizer_holds_parameters
@@ -245,11 +247,15 @@ class SharpnessAwareUpdate:
         )
         return not without_eps
 
-    def _climb_on(self, model: nn.Module, weights: Perturbation, window: list[MicroBatch], is_last: bool) -> None:
+    def _take_inner_ascent_steps(
+        self, model: nn.Module, weights: Perturbation, window: list[MicroBatch], is_last: bool
+    ) -> None:
         """The inner ascent steps after the first one."""
         for _ in range(1, self.parts.ascent.ascent_steps):
             self.runner.run_all(model, window, synced=is_last and self.scope == "global", is_ascent=True)
-            g = self.outgoing.vector(self.engine.take_gradients(self.parameters.trainable), self.parameters.selected)
+            g = self.optimizer_gradient.vector(
+                self.engine.take_gradients(self.parameters.trainable), self.parameters.selected
+            )
             eps = self._eps(g, is_first=False)
             if eps is not None:
                 weights.add(eps)
@@ -274,7 +280,7 @@ class SharpnessAwareUpdate:
         """Run a plain pass, whose gradient the descent combines with what it has kept."""
         loss = self.runner.run_all(model, [batch], synced=self.scope == "global")
         if is_last:
-            self.outgoing.between(self._step(), is_last)
+            self.optimizer_gradient.between(self._step(), is_last)
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
@@ -284,7 +290,7 @@ class SharpnessAwareUpdate:
 
     def _begin(self, model: nn.Module, index: int, measured: bool) -> None:
         """Update the schedule, the trained parameters, and the outcome of the previous step."""
-        self.settle()
+        self.commit_memory()
         if self.parameters.refresh():
             self.runner.parameters_changed()
             self.space.changed(list(self.parameters.names))
@@ -292,8 +298,8 @@ class SharpnessAwareUpdate:
         self.ascent_step.is_measured = measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
-        looks = self.kind is Kind.TWO_PASSES
-        self._chosen = self._ascent_parameters() if looks else self.parameters.trainable
+        has_ascent_pass = self.kind is Kind.TWO_PASSES
+        self._chosen = self._ascent_parameters() if has_ascent_pass else self.parameters.trainable
 
     def _kind(self) -> Kind:
         if not self.schedule.is_inside(self.index) or not self.parameters.selected:
@@ -301,9 +307,9 @@ class SharpnessAwareUpdate:
         ascent, descent = self.parts
         has_between = overrides(descent, "between")
         is_missing = has_between and not self.memory.is_complete
-        looks = bool(self.needs & Needs.GRADIENT)
-        if self.schedule.is_due(self.index) or self._looks_again or is_missing:
-            return Kind.TWO_PASSES if looks else Kind.ONE_PASS
+        has_ascent_pass = bool(self.needs & Needs.GRADIENT)
+        if self.schedule.is_due(self.index) or self._retries_ascent or is_missing:
+            return Kind.TWO_PASSES if has_ascent_pass else Kind.ONE_PASS
         if ascent.perturbs_between:
             return Kind.ONE_PASS if ascent.ready(self._step()) else Kind.TWO_PASSES
         return Kind.BETWEEN if has_between else Kind.PLAIN
@@ -322,18 +328,18 @@ class SharpnessAwareUpdate:
         """Whether the gradient of the ascent pass is complete, so that the optimizer could step along it."""
         return self.runner.sees_all and len(self._chosen) == len(self.parameters.trainable)
 
-    def settle(self) -> None:
+    def commit_memory(self) -> None:
         """Between two steps: keep what the last one wrote to memory, unless one of its passes overflowed."""
-        if not self._is_unsettled:
+        if not self._has_uncommitted_memory:
             return
-        self._is_unsettled = False
+        self._has_uncommitted_memory = False
         was_skipped = self.runner.was_skipped()
         overflow, self.ascent_step.has_overflowed = self.ascent_step.has_overflowed, None
         if overflow is not None:  # the optimizer may still have stepped along a finite g_s
             was_skipped |= bool(overflow)
-        self.memory.settle(was_skipped)
+        self.memory.commit(was_skipped)
         # What a skipped step should have computed is computed in the next step, not an interval later.
-        self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
+        self._retries_ascent = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
 
     def _step(self, rho: float | None = None, window: list[MicroBatch] | None = None) -> CurrentStep:
         """The `Step` for the method; it offers Hessian products if the micro-batches of the `window` are given."""
@@ -352,7 +358,7 @@ class SharpnessAwareUpdate:
             telemetry=self.telemetry,
             attached=self.attached,
             loss_scale=self.engine.loss_scale(self.device),
-            hessian_product=None if window is None else partial(self.outgoing.hessian_product, window),
+            hessian_product=None if window is None else partial(self.optimizer_gradient.hessian_product, window),
         )
 
     # --- the end of a step -------------------------------------------------------------------------------------------
@@ -360,7 +366,7 @@ class SharpnessAwareUpdate:
     def _finish(self) -> None:
         """Call the method's `after` hook, now that the gradient that the optimizer is about to step along is known."""
         if self.needs & Needs.STEP_GRADIENT:
-            gradient = self.outgoing.vector(self.engine.gradients(self.parameters.selected)).share()
+            gradient = self.optimizer_gradient.vector(self.engine.gradients(self.parameters.selected)).share()
             self.parts.ascent.after(gradient, self._step())
         losses = self.telemetry.close_step()
         if "perturbed_loss" not in losses:
@@ -371,15 +377,15 @@ class SharpnessAwareUpdate:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state, by name, for a checkpoint."""
-        self.settle()
+        self.commit_memory()
         state = self.memory.state_dict(self.parameters.names)
         if self.attached is not None:
             state |= self.attached.state_dict()
-        return state | ({"_looks_again": torch.ones(1)} if self._looks_again else {})
+        return state | ({"_looks_again": torch.ones(1)} if self._retries_ascent else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self._looks_again = state.pop("_looks_again", None) is not None
+        self._retries_ascent = state.pop("_looks_again", None) is not None
         if self.attached is not None:
             self.attached.load_state_dict(state)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .roles import GROUPS
 
 # Maximum number of events not yet added up; a device finishes them long before as many new ones exist.
-MOST_PENDING = 64
+MAX_PENDING = 64
 
 
 class Telemetry:
@@ -103,9 +103,9 @@ class Stopwatch:
             self._seconds += self._now() - self._start
             return
         self._pending.append((self._start, self._now()))
-        if len(self._pending) >= MOST_PENDING:  # read finished events; wait only for a device that lags far behind
+        if len(self._pending) >= MAX_PENDING:  # read finished events; wait only for a device that lags far behind
             running = (i for i, (_, end) in enumerate(self._pending) if not end.query())
-            self._read(max(next(running, len(self._pending)), MOST_PENDING // 2))
+            self._read(max(next(running, len(self._pending)), MAX_PENDING // 2))
 
     def reset(self) -> None:
         """Reset the sum."""

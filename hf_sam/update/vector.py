@@ -34,11 +34,11 @@ class _Data:
             self._layout = self.space.layout(self.parameters)
         return self._layout
 
-    def is_over(self, other: _Data) -> bool:
+    def has_same_parameters(self, other: _Data) -> bool:
         """Whether both have the same parameters in the same order."""
-        return self.is_list(other.parameters)
+        return self.has_parameters(other.parameters)
 
-    def is_list(self, parameters: Sequence[Parameter]) -> bool:
+    def has_parameters(self, parameters: Sequence[Parameter]) -> bool:
         """Whether these are its parameters, in this order."""
         mine = self.parameters
         return mine is parameters or (len(mine) == len(parameters) and all(map(is_, mine, parameters)))
@@ -133,7 +133,7 @@ class Vector:
         """The part over the parameters of `other`, sharing memory."""
         if not isinstance(other, Vector):
             other = list(other)
-        if self._data.is_list(other.parameters if isinstance(other, Vector) else other):
+        if self._data.has_parameters(other.parameters if isinstance(other, Vector) else other):
             return self
         wanted = set(other.parameters if isinstance(other, Vector) else other)
         if wanted.issuperset(self._data.parameters):
@@ -192,7 +192,7 @@ class Vector:
     @staticmethod
     def _dot_unscaled(mine: _Data, theirs: _Data) -> Tensor:
         left, right, in_buckets = mine.tensors, theirs.tensors, mine.space.in_buckets
-        if mine.is_over(theirs):
+        if mine.has_same_parameters(theirs):
             return mine.layout.reductions.dot(left, right, in_buckets)
         there = dict(zip(theirs.parameters, right, strict=True))
         common = [(p, t, there[p]) for p, t in zip(mine.parameters, left, strict=True) if p in there]
@@ -247,7 +247,7 @@ class Vector:
         if not isinstance(other, Vector):
             self._factor = other if self._factor is None else self._factor * other
             return self
-        other = self._apart(other)
+        other = self._unaliased(other)
         self._lists.in_pairs_(torch._foreach_mul_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(other._factor)
 
@@ -256,7 +256,7 @@ class Vector:
             tensors = self._owned()
             self._lists.divide_(tensors, other)
             return self
-        other = self._apart(other)
+        other = self._unaliased(other)
         self._lists.in_pairs_(torch._foreach_div_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(1 / other._factor)
 
@@ -265,10 +265,10 @@ class Vector:
             tensors = self._owned()
             self._lists.add_number_(tensors, other)
             return self
-        other = self._apart(other)
+        other = self._unaliased(other)
         self._widen(other)
         mine, theirs = self._owned(), other._data.tensors
-        if not self._data.is_over(other._data):
+        if not self._data.has_same_parameters(other._data):
             position = {p: i for i, p in enumerate(self._data.parameters)}
             mine = [mine[position[p]] for p in other._data.parameters]
         self._lists.add_(mine, theirs, other._factor)
@@ -337,7 +337,7 @@ class Vector:
         """The multiplied tensors, in the Vector's own memory unless it is shared."""
         return self._data.tensors if self._factor is None and not self.is_shared else self._owned()
 
-    def _apart(self, other: Vector) -> Vector:
+    def _unaliased(self, other: Vector) -> Vector:
         """`other`, or a copy if applying this Vector's factor would change it."""
         if self.is_shared or self._factor is None:  # no factor is applied before `other` is read
             return other
@@ -346,7 +346,7 @@ class Vector:
 
     def _aligned(self, other: Vector) -> list[Tensor]:
         """The tensors of `other` for this Vector's parameters, zeros for missing ones."""
-        if self._data.is_over(other._data):
+        if self._data.has_same_parameters(other._data):
             return other._data.tensors
         there = dict(zip(other._data.parameters, other._data.tensors, strict=True))
         mine = zip(self._data.parameters, self._data.tensors, strict=True)
@@ -354,7 +354,7 @@ class Vector:
 
     def _widen(self, other: Vector) -> None:
         """Add the parameters that only `other` has, as zeros."""
-        if self._data.is_over(other._data):
+        if self._data.has_same_parameters(other._data):
             return
         known = set(self._data.parameters)
         extra = [
