@@ -1,4 +1,4 @@
-"""Let the second pass start as the first one did: random states, and all else that a forward pass reads and writes."""
+"""Start the second pass from the same state as the first: random states and everything else that a forward pass changes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .contents import Contents, ShallowContents, entries, is_generator, is_mutab
 from .namespaces import Namespaces, Values, are_identical
 from .random_states import RandomStates
 
-# What `nn.Module` itself keeps in `__dict__`; tensors are found through `_buffers` and `_parameters`.
+# The attributes of `nn.Module` itself; tensors are found through `_buffers` and `_parameters`.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _version, _mode = attrgetter("_version"), attrgetter("training")
 # A container with more entries than this counts as data, not state.
 _MAX_ENTRIES = 10_000
-# Tensors whose numbers can be copied and compared, unlike sharded and quantized ones.
+# Tensor classes whose values can be copied and compared, unlike sharded and quantized ones.
 _PLAIN = (Tensor, nn.Parameter)
-# Number of optimizer steps in which passes are watched by value, at the start of a run and after modules have changed.
+# Number of optimizer steps in which values are compared, at the start of a run and after modules have changed.
 _WATCHED_STEPS = 2
 
 
@@ -34,15 +34,15 @@ class Snapshot:
     Attributes:
         random_states (`RandomStates`, *optional*): None if random numbers are not replayed.
         namespaces (`list`): Dictionaries of modules, and their values.
-        own (`tuple`, *optional*): The same for the owner's plain attributes.
+        own (`tuple`): The same for the plain attributes of the owner.
         tensors (`list[Tensor]`): Tensors that a pass may change in place.
-        versions (`list[int]`): The version of each.
-        copies (`dict[int, Tensor]`): Copies of the numbers of some of them, by position.
-        addresses (`list[int]`): Addresses of the tensors' memory, while passes are watched by value.
-        contents (`list[Contents]`): Contents that are copied, and those of generators.
-        shallow (`ShallowContents`): Contents of all other containers, arrays and objects.
-        is_watched (`bool`): Whether everything that can be copied is, for comparison.
-        is_restorable (`bool`): Whether everything that the following pass has changed can be restored.
+        versions (`list[int]`): The version counter of each.
+        copies (`dict[int, Tensor]`): Copies of some of them, by position in `tensors`.
+        addresses (`list[int]`): Memory addresses of the tensors; only if `is_watched`.
+        contents (`list[Contents]`): Copied contents of containers, arrays, objects and generators.
+        shallow (`ShallowContents`): Contents of the others, which are not copied.
+        is_watched (`bool`): Whether everything that can be copied is copied, to detect changes by value.
+        is_restorable (`bool`): Whether everything that the following pass changed can be restored.
     """
 
     random_states: RandomStates | None
@@ -59,26 +59,27 @@ class Snapshot:
 
 
 class PassState:
-    """Everything that a forward pass reads and writes apart from trained weights, found by watching clean passes.
+    """The state that a forward pass reads and writes, apart from trained weights, found by observing clean passes.
 
     This covers:
 
-    - buffers and parameters without gradient, changed in place or replaced;
-    - modules that are replaced;
-    - numbers, tensors, arrays, containers, generators and objects of custom classes that modules keep as plain attributes;
-    - the same for modules and plain attributes of `owner`, the trainer.
+    - buffers and frozen parameters, changed in place or replaced;
+    - replaced modules;
+    - plain attributes of modules: numbers, tensors, arrays, containers, generators and objects of custom classes;
+    - the modules and plain attributes of `owner`, the trainer.
 
-    What a pass reassigns is restored by reference. What it changes in place must be copied before: for a few steps, passes
-    are watched by value; afterwards only what has been seen to change is copied, and tensors' version counters show
-    whether anything else changes.
+    Reassigned attributes are restored by reference. Values changed in place must have been copied beforehand:
+
+    - during the first few steps everything is copied, and compared after the clean pass;
+    - afterwards only values that were seen to change are copied, and version counters of tensors reveal other changes.
 
     Args:
         roots (`Sequence[nn.Module]`): The model, and modules outside it.
         owner (`object`, *optional*): An object whose plain attributes are restored, too.
-        ignored (`Iterable[str]`, *optional*): Attributes of `owner` that are not.
-        watches_parameters (`bool`, *optional*, defaults to `True`): Watch parameters without gradient. This is impossible
-            if the engine moves their memory.
-        also_tracked (`Sequence[Any]`, *optional*): More objects that a pass may change.
+        ignored (`Iterable[str]`, *optional*): Attributes of `owner` to leave alone.
+        watches_parameters (`bool`, *optional*, defaults to `True`): Also restore frozen parameters. Must be False if the
+            engine moves their memory.
+        also_tracked (`Sequence[Any]`, *optional*): Further objects that a pass may change.
     """
 
     def __init__(
@@ -93,22 +94,22 @@ class PassState:
         self._roots = list(roots)
         self._owner, self._ignored = owner, frozenset(ignored)
         self._watches_parameters = watches_parameters
-        self._mutated: set[int] = set()  # ids of what passes change in place
+        self._mutated: set[int] = set()  # ids of the values that passes change in place
         self._is_scanned = False
         self._step: int | None = None
         self._is_watching, self._steps_to_watch = False, 0
-        # Of this step: copies of parameters that were left alone so far, so that several snapshots share one.
+        # Copies of parameters that have not changed in this step, shared by its snapshots.
         self._unchanged: dict[int, tuple[int, Tensor]] = {}
 
-    # --- what there is -----------------------------------------------------------------------------------------------
+    # --- finding the state -----------------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """List everything that may change; repeated when modules have been added, removed or changed their mode."""
+        """List everything that may change; repeated after modules were added, removed or switched between train and eval."""
         roots = [*self._roots, *modules_in(self._own_attributes().values())]
         self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
         self._inner = [m._modules for m in self._modules]
         self._modes, self._children = self._modes_and_children()
-        # torch's own layers keep no state in attributes, and walking them would cost most.
+        # torch's own layers keep no state in plain attributes, and reading them would take most of the time.
         custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules")]
         self._attributes = list(map(vars, custom))
         self._members = [m._modules for m in custom if m._modules] + [m._buffers for m in self._modules if m._buffers]
@@ -118,7 +119,7 @@ class PassState:
             )
             self._members += [m._parameters for m in frozen]
         self._list_names()
-        self._always = {  # BatchNorm's kernels change its buffers without changing their versions
+        self._always = {  # BatchNorm's kernels update buffers without incrementing their version counters
             id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
         }
         found: dict[int, Tensor] = {}
@@ -135,13 +136,13 @@ class PassState:
         self._is_scanned, self._steps_to_watch = True, _WATCHED_STEPS
 
     def _list_names(self) -> None:
-        """List the names to read, which anyone may change between two passes."""
+        """List the attribute names; repeated whenever they have changed."""
         owner = [] if self._owner is None else [vars(self._owner)]
         self._namespaces = [Namespaces(self._attributes, _OF_EVERY_MODULE), Namespaces(self._members)]
         self._own = Namespaces(owner, self._ignored)
 
     def _list_mutated(self) -> None:
-        """List what must always be copied, and what need not be."""
+        """Divide the state into values that are always copied and values that are not."""
         copied = self._mutated | self._always
         self._copied = [i for i, t in enumerate(self._tensors) if id(t) in copied]
         self._shallow: ShallowContents | None = None
@@ -152,16 +153,15 @@ class PassState:
     def _own_attributes(self) -> dict[str, Any]:
         return {} if self._owner is None else {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
 
-    # --- putting aside ------------------------------------------------------------------------------------------------
+    # --- capture ------------------------------------------------------------------------------------------------
 
     def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
         """Take a snapshot of the current state.
 
         Args:
-            random_states (`RandomStates`, *optional*): Random states to keep with it.
+            random_states (`RandomStates`, *optional*): Random states to include.
             step (`int`): The optimizer step.
-            budget (`int`, *optional*): Bytes of parameters without gradient that may be copied while passes are watched
-                by value, the smallest first.
+            budget (`int`, *optional*): Maximum bytes of frozen parameters to copy for comparison, smallest first.
         """
         if not self._is_scanned:
             self._scan()
@@ -189,7 +189,7 @@ class PassState:
         )
 
     def _read(self) -> tuple[list[tuple[Namespaces, Values]], tuple[Namespaces, Values]]:
-        """The values of all names."""
+        """Read all attributes."""
         listed = (*self._namespaces, self._own)
         values = [namespaces.read() for namespaces in listed]
         if None in values:
@@ -199,7 +199,7 @@ class PassState:
         return of_modules, own
 
     def _contents(self) -> tuple[list[Contents], ShallowContents]:
-        """Snapshots of contents; those that copy nothing are reused as long as nothing has changed."""
+        """Snapshots of contents; shallow ones are reused while nothing has changed."""
         if self._is_watching:
             return [Contents(value, is_deep=True) for value in self._tracked], ShallowContents([])
         if self._shallow is None or not self._shallow.are_unchanged():
@@ -215,7 +215,7 @@ class PassState:
         return value if version == tensor._version and id(tensor) not in self._mutated else tensor.detach().clone()
 
     def refresh_snapshot(self, snapshot: Snapshot, budget: int | None = None) -> None:
-        """Between the trainer's `model.train()` and the forward: include modules that are new or have changed their mode."""
+        """Add modules that are new or whose train/eval mode has changed; called between `model.train()` and the forward."""
         if self._is_scanned:
             modes, children = self._modes_and_children()
             if (
@@ -233,7 +233,7 @@ class PassState:
         snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses
 
     def _affordable(self, budget: int | None) -> Iterator[int]:
-        """The ids of buffers and attributes, and of parameters without gradient within the budget."""
+        """Yield the ids of buffers and attributes, and of frozen parameters within the budget."""
         for tensor in sorted(self._tensors, key=Tensor.numel):
             if isinstance(tensor, nn.Parameter) and budget is not None:
                 if tensor.nbytes > budget:
@@ -243,7 +243,11 @@ class PassState:
                 yield id(tensor)
 
     def learn(self, before: Snapshot) -> None:
-        """After the clean pass that `before` was captured for: note what it has changed in place."""
+        """Find out what the clean pass changed in place.
+
+        Args:
+            before (`Snapshot`): The snapshot taken before the pass.
+        """
         known = len(self._mutated)
         if before.is_watched or list(map(_version, before.tensors)) != before.versions:
             self._learn_tensors(before)
@@ -273,10 +277,10 @@ class PassState:
             elif before.is_watched and value is not None and isinstance(tensor, nn.Parameter):
                 self._unchanged[id(tensor)] = version, value
 
-    # --- putting back -------------------------------------------------------------------------------------------------
+    # --- restore -------------------------------------------------------------------------------------------------
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Restore everything to the state of the snapshot."""
+        """Restore the state of the snapshot."""
         if snapshot.random_states is not None:
             snapshot.random_states.restore()
         for namespaces, values in snapshot.namespaces:
@@ -291,7 +295,7 @@ class PassState:
                 own.update(before)
         for i, value in snapshot.copies.items():
             tensor = snapshot.tensors[i]
-            if tensor.requires_grad:  # unfrozen since, and perturbed
+            if tensor.requires_grad:  # unfrozen in the meantime: now a trained weight
                 continue
             if tensor.shape == value.shape:
                 tensor.detach().copy_(value)
@@ -306,7 +310,7 @@ class PassState:
 
 def _restore_names(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
     for name in [name for name, value in namespaces.included(now).items() if name not in before and _is_data(value)]:
-        del now[name]  # except what is set up once, such as the mark of installed hooks
+        del now[name]  # flags and callables stay: they often mark a one-time setup, such as installed hooks
     now.update(before)
 
 
@@ -323,7 +327,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether a pass may change this tensor in place in a way that must be undone."""
+    """Whether in-place changes of this tensor must be undone."""
     return isinstance(value, Tensor) and not value.requires_grad and not value.is_inference()
 
 
