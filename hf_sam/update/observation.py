@@ -1,4 +1,4 @@
-"""Values measured at the perturbed weights: the realised size of eps, and the cosine between both gradients."""
+"""Values measured at the perturbed weights: the realised norm of eps, and the cosine between g and g_s."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def record_displacement(
     groups: Mapping[Parameter, str],
     shares_of: Sequence[str] = GROUPS,
 ) -> None:
-    """Record the realised `||(w + eps) - w||`, and `cos(g, g_s)` over the perturbed parameters.
+    """Record the realised `||(w + eps) - w||` and `cos(g, g_s)` over the perturbed parameters.
 
     Args:
         perturbation (`Perturbation`): The current perturbation, while the weights are moved.
         perturbed (`Gradients`): `g_s`.
         clean (`Vector`, *optional*): `g`, if it was kept.
-        gradient_in (`Callable`): Otherwise gives `g` up to a factor, read off the displacement; if it returns None, there
-            is no cosine.
-        groups (`Mapping[Parameter, str]`): The group of modules that each parameter belongs to.
-        shares_of (`Sequence[str]`): Record these groups' shares of the squared norm.
+        gradient_in (`Callable`): Recovers `g` up to a factor from the displacement if `g` was not kept. If it returns
+            None, no cosine is recorded.
+        groups (`Mapping[Parameter, str]`): The module group of each parameter.
+        shares_of (`Sequence[str]`): The groups whose shares of the squared norm are recorded.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
@@ -88,7 +88,7 @@ def _stack(parts: list[Tensor]) -> Tensor:
 
 
 def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, float]:
-    """The means to log: without the intended size, and without an undefined cosine."""
+    """The means to log: without internal values and undefined cosines, and without shares unless `log_shares`."""
     return {
         name: value
         for name, value in means.items()

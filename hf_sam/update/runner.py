@@ -1,4 +1,4 @@
-"""The passes of a step: clean passes, and passes that start from the same state and leave no trace."""
+"""Run the passes of a step: clean passes, and passes that repeat them from the same state without side effects."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Passes(Protocol):
-    """How the trainer runs one pass: forward, loss, backward."""
+    """The trainer's implementation of one pass: forward, loss, backward."""
 
     def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
-        """Run one forward and backward, adding gradients up in `p.grad`; return the detached loss."""
+        """Run one forward and backward, accumulating gradients in `p.grad`; return the detached loss."""
 
     def losses_of_examples(self, batch: MicroBatch) -> Tensor:
         """Run one forward; return the loss of every example, shape `(batch,)`."""
@@ -36,28 +36,29 @@ class Passes(Protocol):
         """Add `H vector` of the batch's loss to `product`."""
 
     def find_loss_combination(self, batch: MicroBatch, size: int) -> str:
-        """How the losses of parts of `size` examples make up the batch's: one of `batches.LOSS_COMBINATIONS`."""
+        """How the losses of parts of `size` examples combine to the loss of the batch: one of `LOSS_COMBINATIONS`."""
 
     def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was skipped after an overflow in fp16."""
+        """Whether the optimizer skipped its last step because of an fp16 overflow."""
 
 
 class PassRunner:
-    """Run the passes of all steps, each from the state in which the clean pass of its micro-batch started.
+    """Run passes; every repetition starts from the state in which the clean pass of its micro-batch started.
 
     Args:
-        passes (`Passes`): How the trainer runs one.
+        passes (`Passes`): Runs one pass of the trainer.
         config (`SAMConfig`): The user's choices.
         parts (`Parts`): The ascent and descent, as resolved for the run.
-        engine (`Engine`): Which gradients are computed and synchronised.
+        engine (`Engine`): Decides which gradients are computed and synchronised.
         parameters (`TrainedParameters`): The trained parameters.
-        state (`PassState`): What passes read and write apart from weights.
-        telemetry (`Telemetry`), cost (`Cost`): Where losses and passes are counted.
+        state (`PassState`): The state that passes read and write, apart from weights.
+        telemetry (`Telemetry`): Records losses.
+        cost (`Cost`): Counts passes.
 
     Attributes:
         index (`int`): The current optimizer step.
         is_repeating (`bool`): Whether the current pass follows the clean one, so that its logs and counts are dropped.
-        loss_combination (`str`, *optional*): How losses of parts combine to a batch's; known once parts are first used.
+        loss_combination (`str`, *optional*): How losses of parts combine to that of the batch; None until parts are used.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class PassRunner:
 
     def parameters_changed(self) -> None:
         """React to a change of the trained parameters."""
-        # Limit on copies of frozen parameters while passes are watched: no more memory than gradients take anyway.
+        # Copies of frozen parameters may take as much memory as the gradients.
         self._snapshot_budget = sum(p.nbytes for p in self._parameters.trainable)
 
     @property
@@ -106,7 +107,7 @@ class PassRunner:
     def ascend(
         self, model: nn.Module, batch: MicroBatch, chosen: Sequence[Parameter], step: Step, *, synced: bool
     ) -> Tensor:
-        """Run the clean pass, the only one with lasting side effects, adding the gradients of `chosen` up in `p.grad`."""
+        """Run the clean pass, the only one with lasting side effects, accumulating the gradients of `chosen` in `p.grad`."""
         seen = self._ascent_examples(batch, step)
         batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._snapshot_budget)
         restore_inputs = self.changed_inputs.protect(batch)
@@ -131,13 +132,13 @@ class PassRunner:
         return batch.sample(indices)
 
     def find_loss_combination(self, batch: MicroBatch, size: int) -> None:
-        """Before parts of `size` examples are taken for the first time: set `loss_combination`."""
+        """Set `loss_combination` before parts of `size` examples are used for the first time."""
         if not self.is_loss_combination_known:
             self.is_loss_combination_known = True
             self.loss_combination = self._passes.find_loss_combination(batch, size)
 
     def descend(self, model: nn.Module, window: list[MicroBatch], *, synced: bool) -> Tensor:
-        """Run the passes at `w + eps`, with the examples and the loss that the method descends on."""
+        """Run the passes at `w + eps`, on the examples and the loss that the method chooses."""
         if self.descends_on_part:
             window = [self._chosen_examples(batch) for batch in window]
         return self.run_all(model, window, synced=synced)
@@ -150,10 +151,11 @@ class PassRunner:
         return batch.sample(self.parts.descent.examples(batch.kept, after))
 
     def run_all(self, model: nn.Module, window: list[MicroBatch], *, synced: bool, is_ascent: bool = False) -> Tensor:
-        """Run the window as the clean pass saw it, if there was one; return the sum of its losses.
+        """Run one pass per micro-batch of the window, from the state of its clean pass if any; return the sum of the losses.
 
-        With `synced`, synchronisation after the last one is as the trainer has set it; otherwise there is none.
-        With `is_ascent`, the gradients determine the perturbation; otherwise the optimizer steps along them.
+        Args:
+            synced (`bool`): Synchronise gradients after the last pass if the trainer would; otherwise never.
+            is_ascent (`bool`): The gradients determine the perturbation; otherwise the optimizer steps along them.
         """
         losses = []
         for batch in window:
@@ -173,7 +175,7 @@ class PassRunner:
 
     @contextlib.contextmanager
     def preserving_state(self) -> Iterator[Snapshot]:
-        """Passes inside are repetitions: afterwards everything is as the clean pass left it, which this yields."""
+        """Run repeated passes inside; afterwards restore the state that the clean pass left, which this yields."""
         now = self.state.capture(self._random_states(), self.index, self._snapshot_budget)
         was_repeating, self.is_repeating = self.is_repeating, True
         try:
@@ -183,11 +185,11 @@ class PassRunner:
             self.state.restore(now)
 
     def refresh_snapshot(self, before: Snapshot) -> None:
-        """Called between the trainer's `model.train()` and the forward of a clean pass."""
+        """Add what `model.train()` has changed; called before the forward of a clean pass."""
         self.state.refresh_snapshot(before, self._snapshot_budget)
 
     def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+        """Whether the optimizer skipped its last step because of an fp16 overflow."""
         return self._engine.may_skip_steps and self._passes.was_skipped()
 
     def _random_states(self) -> RandomStates | None:
