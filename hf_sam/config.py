@@ -22,8 +22,8 @@ SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
-# The value of a field that neither the user nor the method sets. For a method that does not use the field, giving this
-# value is the same as leaving it out. A field that is not listed stays None: off.
+# Values of fields that neither the user nor the method sets. For a method that does not use a field, setting it to this value
+# has no effect. Fields that are not listed stay None, which means off.
 DEFAULTS: dict[str, Any] = {
     "rho": 0.005,  # a tenth of the usual value, which hurts in short fine-tuning: docs/methods.md, "The default rho"
     "scope": "auto",
@@ -63,14 +63,14 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 class Parts(NamedTuple):
-    """The two objects that a configuration runs."""
+    """The ascent and the descent of a configuration."""
 
     ascent: Ascent
     descent: Descent
 
     @property
     def needs(self) -> Needs:
-        """What the method needs of a step."""
+        """The needs of both parts."""
         return needs_of(*self)
 
     @property
@@ -80,12 +80,12 @@ class Parts(NamedTuple):
 
     @property
     def carries_on(self) -> bool:
-        """Whether the method keeps state from step to step."""
+        """Whether the method keeps state between steps."""
         return bool(self.ascent.memory or self.ascent.scalars or self.descent.memory)
 
     @property
     def copies(self) -> int:
-        """Copies of the perturbed weights that the method holds in addition to stock training, in a step that logs."""
+        """Copies of the perturbed weights held in addition to stock training, in a step that logs."""
         return copies_of(*self)
 
 
@@ -124,8 +124,8 @@ class SAMConfig:
         interval (`int`, *optional*, defaults to 1):
             Perturb every `interval`-th step; for `"carried"`, compute a direction in every `interval`-th step.
         start, end (`int` or `float`, *optional*, default to 0.0 and 1.0):
-            First step that is perturbed, and first step that no longer is. A float in [0, 1] is a fraction of the steps
-            that the Trainer runs, an int is a step.
+            First perturbed step, and end of the perturbed steps (exclusive). A float in [0, 1] is a fraction of the
+            steps that the Trainer runs, an int is a step.
         rho_schedule (`str`, *optional*, defaults to `"constant"`):
             `"linear"` or `"cosine"` ramps from `rho_min` to `rho` between `start` and `end`; `"lr"` is proportional to
             the learning rate, but never below `rho_min`.
@@ -204,7 +204,7 @@ class SAMConfig:
             raise ValueError(
                 f"method={self.method!r} is unknown.{did_you_mean(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
-        # What the user gave, without the values derived from it.
+        # The values given by the user, without derived ones.
         self._given = {name: getattr(self, name) for name in self.fields() if getattr(self, name) is not None}
         for field, kind in (("ascent", Ascent), ("descent", Descent)):
             value = getattr(self, field)
@@ -254,7 +254,7 @@ class SAMConfig:
             )
 
     def _fill_in(self) -> None:
-        """Give every used field its value; a field that another field switches on gets one only if it is on."""
+        """Set every used field that is None to its default; dependent fields only if the field that enables them is set."""
         options = dict(self.options or {})
         for field in [option for option in options if option in _FLAT]:
             setattr(self, field, options.pop(field))
@@ -272,7 +272,7 @@ class SAMConfig:
             if value is None and is_on[field] and self._uses(field):
                 setattr(self, field, defaults.get(field, 0.0))
                 if field == "rho_min" and isinstance(self.rho, int | float):
-                    self.rho_min = min(self.rho_min, self.rho)  # a default must not exceed the rho that the user chose
+                    self.rho_min = min(self.rho_min, self.rho)  # the default must not exceed the chosen rho
 
     def _check_combinations(self) -> None:
         if self.m is not None and self.scope not in ("auto", "micro"):
@@ -302,13 +302,13 @@ class SAMConfig:
             raise ValueError(f"start={self.start} must be below end={self.end}: otherwise no step is perturbed.")
 
     def changed(self, **changes: Any) -> SAMConfig:
-        """A copy of this configuration with these values added to, or replacing, the ones that the user gave.
+        """A copy of this configuration with some of the given values changed.
 
-        If the method changes, only values that do not depend on the method are kept: a radius or hyperparameter chosen
-        for one method means something else for another.
+        If the method changes, only values that do not depend on it are kept: a radius or hyperparameter for one method
+        means something else for another.
 
         Raises:
-            ValueError: As the constructor; also for a name that is not a field.
+            ValueError: As for the constructor; also for an unknown field.
         """
         given = dict(self._given)
         if changes.get("method", self.method) != self.method:
@@ -316,7 +316,7 @@ class SAMConfig:
             given = {k: v for k, v in given.items() if k != "method" and not depends_on_method(k, self.row, new)}
         return SAMConfig.from_dict({**given, **changes})
 
-    # --- what follows from the fields ------------------------------------------------------------------------------
+    # --- derived from the fields ------------------------------------------------------------------------------
 
     @property
     def row(self) -> Method:
@@ -366,7 +366,7 @@ class SAMConfig:
 
     @cached_property
     def _own(self) -> dict[str, Any]:
-        """Hyperparameters of those classes of the row that no custom object replaces, with their defaults."""
+        """Hyperparameters, with defaults, of the classes of the row that no custom object replaces."""
         given = zip(self.row.classes, (self.ascent, self.descent), strict=True)
         return {
             name: default for kind, part in given if part is None for name, default in hyperparameters(kind).items()
@@ -384,7 +384,7 @@ class SAMConfig:
         clean = (self.ascent_fraction or 1.0) if self.parts.needs & Needs.GRADIENT else 0.0
         return clean + (ascent.ascent_steps - 1) + 1.0 + descent.extra_passes
 
-    # --- as text -----------------------------------------------------------------------------------------------------
+    # --- serialisation -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:
@@ -392,7 +392,7 @@ class SAMConfig:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in use, as values that JSON can hold.
+        """The fields in use, as JSON-serialisable values.
 
         `p=inf` becomes `"inf"`; a custom object becomes the path of its class and its fields.
         """
