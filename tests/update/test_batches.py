@@ -57,7 +57,7 @@ def test_no_m_or_a_large_one_is_the_whole_batch(m):
         config=SimpleNamespace(m=m),
         _two_pass_step=lambda model, part, is_last: seen.append(part),
     )
-    SharpnessAwareUpdate._two_pass_steps(update, None, whole, True)
+    SharpnessAwareUpdate._sharpness_aware_step(update, None, whole, True)
     assert seen == [whole]
     if m is not None:
         (part,) = parts_of(whole, m)
