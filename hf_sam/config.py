@@ -22,8 +22,8 @@ SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
-# Values of fields that neither the user nor the method sets. For a method that does not use a field, setting it to this value
-# has no effect. Fields that are not listed stay None, which means off.
+# Values of fields that neither the user nor the method sets. For a method that does not use a field, setting it to this
+# value has no effect. Fields that are not listed stay None, which means off.
 DEFAULTS: dict[str, Any] = {
     "rho": 0.005,  # a tenth of the usual value, which hurts in short fine-tuning: docs/methods.md, "The default rho"
     "scope": "auto",
@@ -254,7 +254,7 @@ class SAMConfig:
             )
 
     def _fill_in(self) -> None:
-        """Set every used field that is None to its default; dependent fields only if the field that enables them is set."""
+        """Set used fields to their defaults; a dependent field only if the field that enables it is set."""
         options = dict(self.options or {})
         for field in [option for option in options if option in _FLAT]:
             setattr(self, field, options.pop(field))
@@ -384,7 +384,7 @@ class SAMConfig:
         clean = (self.ascent_fraction or 1.0) if self.parts.needs & Needs.GRADIENT else 0.0
         return clean + (ascent.ascent_steps - 1) + 1.0 + descent.extra_passes
 
-    # --- serialisation -----------------------------------------------------------------------------------------------------
+    # --- serialisation ------------------------------------------------------------------------------------------------
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:

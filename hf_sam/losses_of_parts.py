@@ -109,14 +109,14 @@ class LossesOfParts:
         )
 
     def verify(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> None:
-        """Verify the assumed combination with the loss of a pass; if it is not a cross entropy, compute the combination."""
+        """Verify the assumed combination with the loss of a pass; compute it if the loss is not a cross entropy."""
         (whole, size), self._unverified = self._unverified, None
         way = self.as_cross_entropy(loss, logits, labels, batch)
         self._update.runner.loss_combination = way or self.find_loss_combination(whole, size, must_compute=True)
 
     @torch.no_grad()
     def as_cross_entropy(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> str | None:
-        """The combination of a loss that is exactly the cross entropy of examples or tokens; None for any other loss."""
+        """The combination for a loss that equals the cross entropy of examples or tokens; None for other losses."""
         if logits is None or not isinstance(labels, Tensor) or loss == 0 or logits.shape == (len(labels),) * 2:
             return None  # nothing to compare with, or possibly a loss between pairs of examples
         shifted = getattr(self._trainer, "_loss_shifts_labels", False)

@@ -266,8 +266,8 @@ class BaseModel:
         """
         The model that `model` was loaded from; None for a model trained from scratch.
 
-        For a local folder, the hub id is taken from its path in the hub's cache, its card or its configuration; otherwise
-        the name of the folder is used.
+        For a local folder, the hub id is taken from its path in the hub's cache, its card or its configuration;
+        otherwise the name of the folder is used.
         """
         config = getattr(_without_adapter(model), "config", None)
         name = str(getattr(config, "_name_or_path", "") or "")
@@ -306,8 +306,8 @@ def write_model_card(
     """
     Write the model card `README.md` to the trainer's `output_dir`.
 
-    A missing card or a draft of a trainer is replaced by a complete card. A custom card gets a section with the settings,
-    results and training curve of SAM. Calling this again updates the section.
+    A missing card or a draft of a trainer is replaced by a complete card. A custom card gets a section with the
+    settings, results and training curve of SAM. Calling this again updates the section.
 
     Args:
         trainer (`SAMTrainerMixin`): The trainer, before or after training; unknown facts are left out.
@@ -342,7 +342,7 @@ def write_model_card(
 
 
 def insert_section(text: str, section: str) -> str:
-    """Replace the section of an earlier call; if there is none, insert it before the training procedure or at the end."""
+    """Replace the section of an earlier call, or insert it before the training procedure, or at the end."""
     if _BEGIN in text and _END in text:
         head, rest = text.split(_BEGIN, 1)
         return head + section + rest.split(_END, 1)[1]

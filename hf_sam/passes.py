@@ -69,7 +69,7 @@ class TrainerPasses:
         """
         trainer, update = self._trainer, self._update
         is_clean = is_ascent and not update.runner.is_repeating
-        # The outputs of DDP's wrapper are not the logits in the graph, so gradients with respect to them need the bare model.
+        # The outputs of DDP's wrapper are not the logits in the graph, so gradients for them need the bare model.
         reaches_logits = is_clean and self._needs_logits
         module = trainer.model if reaches_logits else model
         change = self._loss_hook(batch, is_clean)
@@ -271,7 +271,7 @@ class TrainerPasses:
                 f"classification or language model; here their shapes do not match ({shapes}). Choose another method."
             ) from error
 
-    # --- other computations ------------------------------------------------------------------------------------------------
+    # --- other computations -------------------------------------------------------------------------------------------
 
     def find_loss_combination(self, batch: MicroBatch, size: int) -> str:
         """How the losses of parts of `size` examples combine to the loss of the batch; see `LossesOfParts`."""

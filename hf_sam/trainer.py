@@ -55,7 +55,7 @@ class SAMTrainerMixin:
         ValueError: The optimizer, engine or parameters do not work with SAM; the message says why and what to use.
     """
 
-    # Further attributes of the trainer that only the clean pass may change. Custom attributes are found automatically, but
+    # Further attributes of the trainer that only the clean pass may change. Custom attributes are found automatically;
     # those that the stock Trainer sets are restored only if named here.
     sam_bookkeeping: tuple[str, ...] = ()
     # Whether part of a batch is a valid batch, unlike in collators that stack chosen and rejected answers.
@@ -168,7 +168,7 @@ class SAMTrainerMixin:
         return ops if self._sam is None else int(ops * self._sam.schedule.passes(self.state.global_step))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as the base trainer does, with the values of the update in training entries and its cost in the last entry.
+        """Log as the base trainer does, with values of the update in training entries and its cost in the last entry.
 
         Calls from a loss function in repeated passes are dropped.
         """

@@ -92,8 +92,8 @@ class Engine:
     def ascent_pass(self, model: nn.Module, synced: bool) -> Iterator[nn.Module]:
         """A context for a pass whose gradients determine the perturbation; yields the module to run.
 
-        With `synced`, gradients are synchronised if the Trainer would for this micro-batch, otherwise never. The optimizer
-        never steps along these gradients.
+        With `synced`, gradients are synchronised if the Trainer would for this micro-batch, otherwise never. The
+        optimizer never steps along these gradients.
         """
         with contextlib.nullcontext() if synced else self.without_sync(model):
             yield model

@@ -68,7 +68,7 @@ def _replays_cuda_graphs(trainer: Trainer) -> bool:
 
 
 def _is_compiled_to_cuda_graphs(module: nn.Module) -> bool:
-    """Whether the user compiled the module to CUDA graphs, by `torch.compile(model, mode="reduce-overhead")` or similar."""
+    """Whether the user compiled the module to CUDA graphs, such as `torch.compile(model, mode="reduce-overhead")`."""
     for compiled in (module, getattr(module, "_compiled_call_impl", None)):
         config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
         if (config and config.get("triton.cudagraphs")) or _backend_of(compiled) == "cudagraphs":

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO-0, 1 and 2: every rank holds all weights; optimizer states and gradients may be sharded.
 
-    Accelerate's `backward` would step the optimizer, so ascent passes bypass DeepSpeed: their gradients come from autograd and
-    are averaged at global scope. Descent passes go through DeepSpeed, which steps after the weights are restored.
+    Accelerate's `backward` would step the optimizer, so ascent passes bypass DeepSpeed: their gradients come from
+    autograd and are averaged at global scope. Descent passes go through DeepSpeed, which steps after the weights are
+    restored.
     """
 
     parameters_are_views = True

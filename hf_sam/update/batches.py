@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .replay import Snapshot
 
-# How the losses of parts combine to the loss of the batch: as a sum, or as a mean weighted by the number of examples or of
-# labelled items.
+# How the losses of parts combine to the loss of the batch: as a sum, or as a mean weighted by the number of examples or
+# of labelled items.
 LOSS_COMBINATIONS = ("sum", "examples", "labelled")
 
 
@@ -65,7 +65,7 @@ class MicroBatch:
         return list(torch.arange(self.size or 0).split(m))
 
     def part(self, indices: Tensor) -> MicroBatch:
-        """The examples at `indices`, shape `(k,)`, weighted so that the losses of all parts sum to that of the batch."""
+        """The examples at `indices`, shape `(k,)`, weighted so that the losses of all parts sum to the batch's."""
         return self._select(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
 
     def sample(self, indices: Tensor) -> MicroBatch:
@@ -89,15 +89,15 @@ class MicroBatch:
 class ChangedInputs:
     """Protect batches from passes that change them in place, for example by normalising pixels.
 
-    The first batch of each layout is copied and compared after its pass. From then on, batches of layouts that passes change
-    are always copied, others never. For the latter, version counters of tensors reveal later changes.
+    The first batch of each layout is copied and compared after its pass. From then on, batches of layouts that passes
+    change are always copied, others never. For the latter, version counters of tensors reveal later changes.
     """
 
     def __init__(self):
         self._changes: dict[tuple, bool] = {}
 
     def protect(self, batch: MicroBatch) -> Callable[[], bool]:
-        """Call before the clean pass; call the result after it to restore the inputs. That returns False if they are lost."""
+        """Call before the clean pass and its result afterwards, which restores the inputs, or returns False."""
         layout, tensors = _layout(batch.inputs), list(_tensors(batch.inputs))
         kept = _deep_copy(batch.inputs) if self._changes.get(layout, True) else None
         fingerprints = [_fingerprint(t) for t in tensors]

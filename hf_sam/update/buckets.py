@@ -12,7 +12,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 # Maximum size of a temporary copy, counted in float32.
 BUCKET_BYTES = 64 * 2**20
-# A bucket holds at most 1/BUCKET_SHARE of a list (64 MiB are most of a small model), but at least SMALLEST_BUCKET bytes.
+# A bucket holds at most 1/BUCKET_SHARE of a list, since 64 MiB are most of a small model, but at least SMALLEST_BUCKET.
 BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**16
 # A piece, copied to a wider dtype, holds 1/PIECE_SHARE of the elements of a list, but at least SMALLEST_PIECE.
 PIECE_SHARE, SMALLEST_PIECE = 32, 2**12
@@ -61,13 +61,13 @@ def grouped(*lists: Sequence[Tensor], max_bytes: int | None = None, apart: Seque
 
 
 def buckets(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Yield corresponding buckets of all lists, each of one device and dtype and at most `bucket_bytes` in the first list."""
+    """Yield corresponding buckets of all lists, of one device and dtype each, limited by the size of the first list."""
     for group in grouped(*lists, max_bytes=bucket_bytes(lists[0])):
         yield tuple(pick(tensors, group) for tensors in lists)
 
 
 def bucket_bytes(tensors: Iterable[Tensor]) -> int:
-    """Maximum bytes of a bucket, counted in float32, such that a few copies of it are small compared with all tensors."""
+    """Maximum bytes of a bucket, counted in float32: a few copies of it are small compared with all tensors."""
     return min(BUCKET_BYTES, max(4 * sum(map(Tensor.numel, tensors)) // BUCKET_SHARE, SMALLEST_BUCKET))
 
 

@@ -199,7 +199,7 @@ def named_modules_in(values: dict[str, Any]) -> dict[str, nn.Module]:
 
 
 def parts_of(function: Any) -> list[Any]:
-    """The objects that a callable uses besides its arguments: itself, its `self`, bound arguments and closure variables."""
+    """The objects that a callable uses besides its arguments: itself, its `self`, bound and closed-over values."""
     if function is None:
         return []
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]

@@ -70,7 +70,7 @@ class CurrentStep:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """A generator seeded by seed, step, rank and micro-batch alone, so that a resumed run draws the same numbers."""
+        """A generator that depends only on seed, step, rank and micro-batch: a resumed run draws the same numbers."""
         seed, rank, micro = self._seed
         key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "")
         return torch.Generator(self._selected[0].device).manual_seed(random.Random(key).getrandbits(63))

@@ -17,12 +17,12 @@ logger = logging.get_logger(__name__)
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 5e-4}
 # Relative deviation of the realised norm of the perturbation from the intended one, in either direction.
 _ROUNDED_AWAY = 0.1
-# Share of ||eps||^2 in one group of modules, and the share of the weights below which the group's size does not explain it.
+# Share of ||eps||^2 in one module group, and the share of weights below which the group's size does not explain it.
 _NEARLY_ALL, _MINORITY = 0.9, 0.75
 # A condition persists if every log entry over this many steps shows it.
 _STEPS = 10
-# Sharpness relative to the loss, and perturbed loss relative to the first loss of the run. For DINOv2-S they are 0.6 and 1.5
-# at rho 0.05, where it loses twenty points of accuracy, and 0.1 and 1.0 at the harmless default.
+# Sharpness relative to the loss, and perturbed loss relative to the first loss of the run. For DINOv2-S they are 0.6
+# and 1.5 at rho 0.05, where it loses twenty points of accuracy, and 0.1 and 1.0 at the harmless default.
 _LARGE_SHARPNESS, _LOST = 1 / 3, 1.25
 # Loss relative to the first loss of the run, below which the model has fitted its training data.
 _LEARNED = 0.01

@@ -1,7 +1,7 @@
 """Fast comparison of the attributes of many modules.
 
-Every step checks the attributes of all modules several times and almost always finds them unchanged. The names to read are
-therefore listed once, and each check is a few calls whose loops run in C.
+Every step checks the attributes of all modules several times and almost always finds them unchanged. The names to read
+are therefore listed once, and each check is a few calls whose loops run in C.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _grad, _trains, _nbytes = attrgetter("grad"), attrgetter("requires_grad"), attrg
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
 
-# --- selection ---------------------------------------------------------------------------------------------------------
+# --- selection -----------------------------------------------------------------------------------------------------
 
 
 class TrainedParameters:
@@ -34,8 +34,8 @@ class TrainedParameters:
     Args:
         model (`nn.Module`): The model, not wrapped for distributed training, so that parameters have their usual names.
         perturb (`str` or `list[str]`): `SAMConfig.perturb`.
-        optimizer (`torch.optim.Optimizer`, *optional*): Its groups define the trained parameters. None if they do not hold the
-            model's parameters (DeepSpeed): then `requires_grad` alone decides.
+        optimizer (`torch.optim.Optimizer`, *optional*): Its groups define the trained parameters. None if they do not
+            hold the model's parameters (DeepSpeed): then `requires_grad` alone decides.
         others (`Mapping[str, nn.Module]`, *optional*): Modules outside the model whose parameters the optimizer may
             hold, such as a loss with weights, by name prefix.
 

@@ -17,9 +17,9 @@ from .vector import Scalar, Vector
 class Perturbation:
     """Perturb weights and restore them bitwise: `with Perturbation() as weights: weights.add(eps)`.
 
-    The original weights are saved in the memory of eps (for plain SAM, that of the ascent gradient), so that only one copy of
-    the perturbed parameters is held in addition to stock training. They are restored from this copy, also after an exception,
-    never recomputed by subtraction.
+    The original weights are saved in the memory of eps (for plain SAM, that of the ascent gradient), so that only one
+    copy of the perturbed parameters is held in addition to stock training. They are restored from this copy, also after
+    an exception, and never recomputed by subtraction.
 
     Args:
         generator (`torch.Generator`, *optional*):
@@ -83,8 +83,8 @@ class Perturbation:
     def add(self, eps: Vector) -> None:
         """Set `w <- w + eps`, reusing the memory of `eps` unless it is shared.
 
-        If the factor of `eps` is 0, as from `Vector.where`, no weight changes, even if its tensors are not finite. A tensor
-        factor is not read on the host.
+        If the factor of `eps` is 0, as from `Vector.where`, no weight changes, even if its tensors are not finite. A
+        tensor factor is not read on the host.
         """
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
@@ -144,7 +144,7 @@ class Perturbation:
                 self._saved[-1] = (owners, weights, along)
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
-        """Yield the realised displacement `(w + eps) - w`, after rounding, of each parameter, in rows for large ones."""
+        """Yield the realised displacement `(w + eps) - w` of each parameter, or of some rows of a large one."""
         for parameters, moved, _ in self.displacements():
             yield from zip(parameters, moved, strict=True)
 

@@ -38,8 +38,9 @@ class RandomStates:
 class _NumpyState:
     """The state of numpy's global generator, read and set only if numbers were drawn since.
 
-    Reading and setting it take longer than for all other generators together. Comparing the generator's memory shows whether
-    numbers were drawn, unless the second of a pair of normal numbers is cached: then the state is always read and set.
+    Reading and setting it take longer than for all other generators together. Comparing the generator's memory shows
+    whether numbers were drawn, unless the second of a pair of normal numbers is cached: then the state is always read
+    and set.
     """
 
     _latest: _NumpyState | None = None

@@ -1,4 +1,4 @@
-"""Start the second pass from the same state as the first: random states and everything else that a forward pass changes."""
+"""Start the second pass from the same state as the first: random states and all else that a forward pass changes."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class PassState:
         roots (`Sequence[nn.Module]`): The model, and modules outside it.
         owner (`object`, *optional*): An object whose plain attributes are restored, too.
         ignored (`Iterable[str]`, *optional*): Attributes of `owner` to leave alone.
-        watches_parameters (`bool`, *optional*, defaults to `True`): Also restore frozen parameters. Must be False if the
-            engine moves their memory.
+        watches_parameters (`bool`, *optional*, defaults to `True`): Also restore frozen parameters. Must be False if
+            the engine moves their memory.
         also_tracked (`Sequence[Any]`, *optional*): Further objects that a pass may change.
     """
 
@@ -101,10 +101,10 @@ class PassState:
         # Copies of parameters that have not changed in this step, shared by its snapshots.
         self._unchanged: dict[int, tuple[int, Tensor]] = {}
 
-    # --- finding the state -----------------------------------------------------------------------------------------------
+    # --- finding the state --------------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        """List everything that may change; repeated after modules were added, removed or switched between train and eval."""
+        """List everything that may change; repeated when modules were added, removed or changed their mode."""
         roots = [*self._roots, *modules_in(self._own_attributes().values())]
         self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
         self._inner = [m._modules for m in self._modules]
@@ -215,7 +215,7 @@ class PassState:
         return value if version == tensor._version and id(tensor) not in self._mutated else tensor.detach().clone()
 
     def refresh_snapshot(self, snapshot: Snapshot, budget: int | None = None) -> None:
-        """Add modules that are new or whose train/eval mode has changed; called between `model.train()` and the forward."""
+        """Add modules that are new or changed their mode; called between `model.train()` and the forward."""
         if self._is_scanned:
             modes, children = self._modes_and_children()
             if (

@@ -58,7 +58,7 @@ class PassRunner:
     Attributes:
         index (`int`): The current optimizer step.
         is_repeating (`bool`): Whether the current pass follows the clean one, so that its logs and counts are dropped.
-        loss_combination (`str`, *optional*): How losses of parts combine to that of the batch; None until parts are used.
+        loss_combination (`str`, *optional*): How losses of parts combine to the batch's; None until parts are used.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class PassRunner:
     def ascend(
         self, model: nn.Module, batch: MicroBatch, chosen: Sequence[Parameter], step: Step, *, synced: bool
     ) -> Tensor:
-        """Run the clean pass, the only one with lasting side effects, accumulating the gradients of `chosen` in `p.grad`."""
+        """Run the clean pass, the only one with lasting side effects; accumulate gradients of `chosen` in `p.grad`."""
         seen = self._ascent_examples(batch, step)
         batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._snapshot_budget)
         restore_inputs = self.changed_inputs.protect(batch)
@@ -151,7 +151,7 @@ class PassRunner:
         return batch.sample(self.parts.descent.examples(batch.kept, after))
 
     def run_all(self, model: nn.Module, window: list[MicroBatch], *, synced: bool, is_ascent: bool = False) -> Tensor:
-        """Run one pass per micro-batch of the window, from the state of its clean pass if any; return the sum of the losses.
+        """Run one pass per micro-batch of the window, from the state of its clean pass if any; return the summed loss.
 
         Args:
             synced (`bool`): Synchronise gradients after the last pass if the trainer would; otherwise never.

@@ -89,8 +89,8 @@ class Schedule:
 
         Args:
             step (`int`): Optimizer step, counted from 0.
-            lr_fraction (`float`): Learning rate relative to its peak, for `rho_schedule="lr"` (Zhuang et al. 2022, arXiv
-                2203.08065, Section 4.3).
+            lr_fraction (`float`): Learning rate relative to its peak, for `rho_schedule="lr"` (Zhuang et al. 2022,
+                arXiv 2203.08065, Section 4.3).
         """
         config = self.config
         if config.rho_schedule == "constant":
@@ -107,8 +107,8 @@ class Schedule:
 def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) -> float:
     """The highest learning rate of any parameter group in a run of `max_steps`.
 
-    For each group: `max_lr` of a cyclic schedule, the base rate times the largest factor of a schedule that is a function of the
-    step, otherwise the initial rate.
+    For each group: `max_lr` of a cyclic schedule; the base rate times the largest factor, if the schedule is a function
+    of the step; otherwise the initial rate.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # inside Accelerate's wrapper
     peaks = list(getattr(scheduler, "max_lrs", None) or ())  # of CyclicLR

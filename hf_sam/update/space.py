@@ -23,12 +23,13 @@ class Space:
     """The space of Vectors: reductions over all processes, and operations on lists of tensors.
 
     Args:
-        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Returns the reductions over a list of parameters.
+        reductions (`Callable[[Sequence[Parameter]], Reductions]`, *optional*): Returns the reductions over a list of
+            parameters.
         order (`Sequence[Parameter]`, *optional*): The order of parameters in sums of Vectors over different
             parameters.
         in_buckets (`bool`, *optional*, defaults to `False`): Work on whole lists, so that the number of kernel launches
-            does not grow with the number of tensors (for accelerators); otherwise tensor by tensor where that keeps them
-            in the CPU's cache.
+            does not grow with the number of tensors (for accelerators); otherwise tensor by tensor where that keeps
+            them in the CPU's cache.
     """
 
     def __init__(

@@ -92,9 +92,9 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
 def reload_renamed_weights(model: nn.Module, folder: str) -> None:
     """Load the weights that `Trainer` did not find in the checkpoint, if any.
 
-    `save_pretrained` writes some architectures (such as ViT and DINOv2) under the parameter names of their original release.
-    `Trainer` reads checkpoints by the current names and leaves other weights at their initial values with a warning, while
-    `from_pretrained` knows both names.
+    `save_pretrained` writes some architectures (such as ViT and DINOv2) under the parameter names of their original
+    release. `Trainer` reads checkpoints by the current names and leaves other weights at their initial values with a
+    warning, while `from_pretrained` knows both names.
     """
     if not isinstance(model, PreTrainedModel) or (Path(folder) / "adapter_config.json").exists():
         return

@@ -52,7 +52,8 @@ class SharpnessAwareUpdate:
         scheduler (*optional*): The learning rate scheduler.
         others (`dict[str, nn.Module]`, *optional*): Modules outside the model that the loss uses, by name.
         train_dataset (*optional*): The training data, for methods that need it.
-        owner (`object`, *optional*): An object whose plain attributes, except `ignored`, are restored for the second pass.
+        owner (`object`, *optional*): An object whose plain attributes are restored for the second pass.
+        ignored (`Iterable[str]`, *optional*): Attributes of `owner` that are not restored.
         also_tracked (`Sequence[Any]`, *optional*): Further objects whose contents are restored.
 
     Raises:
@@ -188,7 +189,7 @@ class SharpnessAwareUpdate:
                 self._take_inner_ascent_steps(model, weights, window, is_last)
             if not self.parts.combines:
                 put_gradients(accumulated)
-            # g_s = grad L(w + eps), in p.grad; not averaged over ranks here if the gradient built from it is averaged later
+            # g_s = grad L(w + eps), in p.grad; not averaged over ranks if a gradient built from it is averaged later.
             synced = is_last and (self.scope == "global" or not (self.parts.combines or self.parts.ascent.may_skip))
             perturbed_loss = self.runner.descend(model, window, synced=synced)
             if self.ascent_step.is_measured:
@@ -216,7 +217,7 @@ class SharpnessAwareUpdate:
         return self.ascent_step.eps(g, self._step(self.rho / self.parts.ascent.ascent_steps), self.rho, is_first)
 
     def _step_with_perturbed_examples(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """Run the examples chosen by the method at `w + eps`, with eps from their own gradient, and the others at `w`."""
+        """Run the chosen examples at `w + eps`, with eps from their own gradient, and the others at `w`."""
         ascent = self.parts.ascent
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
         batch = batch.without(ascent.part)
@@ -235,7 +236,7 @@ class SharpnessAwareUpdate:
         return torch.stack(losses).sum()
 
     def _can_repeat(self, window: list[MicroBatch]) -> bool:
-        """Whether the second pass may run: it starts from the same state as the first, or the step cannot go without it."""
+        """Whether the second pass may run: from the same state as the first, or because the step requires it."""
         if all(part.before.is_restorable for part in window):
             return True
         # DeepSpeed ignores assignments to p.grad, so its optimizer cannot step along g.

@@ -77,7 +77,7 @@ class Telemetry:
 
     @classmethod
     def means(cls, tables: Tensor) -> dict[str, float]:
-        """The means of the recorded values over all ranks' tables, shape `(2 * ranks, n)`; synchronises with the device."""
+        """The means of recorded values over all ranks' tables, shape `(2 * ranks, n)`; synchronises with the device."""
         sums, counts = tables.reshape(-1, 2, len(cls.NAMES)).sum(0).tolist()
         return {name: total / count for name, total, count in zip(cls.NAMES, sums, counts, strict=True) if count}
 
@@ -161,7 +161,7 @@ class Cost:
 
     @contextlib.contextmanager
     def full_pass(self, fraction: float) -> Iterator[None]:
-        """Enclose a forward and backward over `fraction` of a micro-batch, with gradients of all trainable parameters."""
+        """Enclose a forward and backward over `fraction` of a micro-batch for all trainable parameters."""
         with self._pass_clock:
             yield
         self.full_passes += fraction

@@ -47,7 +47,7 @@ class _Data:
 class Vector:
     """One tensor per parameter (this process's shards), treated as one long vector.
 
-    - Arithmetic works with numbers, 0-dim tensors and other Vectors; parameters missing in one of two Vectors count as zero.
+    - Operands are numbers, 0-dim tensors and other Vectors; parameters missing in one of two Vectors count as zero.
     - `norm` and `dot` are global: over all processes, in float32 or better. Their results stay on the device.
     - Multiplication by a scalar is lazy, and the result shares memory with the original: an in-place operation (`-=`,
       `map_`) consumes both. Values of `Step.memory` are copied first.
@@ -126,7 +126,7 @@ class Vector:
         return self
 
     def view(self) -> Vector:
-        """Another Vector of the same tensors; if they are shared, in-place operations on one do not affect the other."""
+        """A Vector of the same tensors; if they are shared, in-place operations on one do not affect the other."""
         return Vector._of(self._data, self._factor)
 
     def over(self, other: Vector | Iterable[Parameter]) -> Vector:
@@ -149,7 +149,7 @@ class Vector:
         return self
 
     def where(self, condition: Tensor) -> Vector:
-        """Self if the 0-dim `condition` holds, else with a factor of exactly 0; does not synchronise with the device."""
+        """Self if the 0-dim `condition` holds, else with a factor of 0; does not synchronise with an accelerator."""
         if condition.device.type == "cpu" and not self._data.space.in_buckets:
             return self if condition else Vector._of(self._data, 0.0)
         factor = torch.ones_like(condition, dtype=torch.float32) if self._factor is None else self._factor
@@ -290,7 +290,7 @@ class Vector:
         return self
 
     def map_lists(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
-        """As `map`, with a function of a list of tensors of one device and dtype: one call per bucket on an accelerator."""
+        """As `map`, with a function of a list of tensors of one device and dtype: on an accelerator, one bucket."""
         return self._new(self._lists.map_lists(function, self._multiplied_out()))
 
     def map_lists_(self, function: Callable[[list[Tensor]], object]) -> Vector:

@@ -171,5 +171,7 @@ def test_a_parameter_that_is_gone_is_left_out():
 
 
 def test_a_part_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"a part of b of shape \[5\], and this process one of shape \[4\]\. Resume"):
+    with pytest.raises(
+        ValueError, match=r"a shard of b of shape \[5\], but this process has one of shape \[4\]\. Resume"
+    ):
         memory().load_state_dict({"mean/b": torch.ones(5)}, PARAMETERS, space())
