@@ -220,7 +220,7 @@ class SAMConfig:
         for field, check in _CHECKS.items():
             if getattr(self, field) is not None:
                 setattr(self, field, check(field, getattr(self, field)))
-        for field in self._own:  # each is checked by its class
+        for field in self._own_hyperparameters:  # each is checked by its class
             value = next((getattr(part, field) for part in self.parts if hasattr(part, field)), None)
             if field not in _FLAT:
                 self.options[field] = value
@@ -232,10 +232,10 @@ class SAMConfig:
         if self.options is not None and not isinstance(self.options, Mapping):
             raise ValueError(f'options={self.options!r} must be a mapping such as {{"quantile": 0.9}}.')
         for option in self.options or ():
-            if option not in self._own:
+            if option not in self._own_hyperparameters:
                 raise ValueError(
-                    f"options: {option!r} is not a hyperparameter of {self.label}.{did_you_mean(option, self._own)} Allowed: "
-                    f"{', '.join(self._own) or 'none; set those of ascent= and descent= on the objects'}."
+                    f"options: {option!r} is not a hyperparameter of {self.label}.{did_you_mean(option, self._own_hyperparameters)} Allowed: "
+                    f"{', '.join(self._own_hyperparameters) or 'none; set those of ascent= and descent= on the objects'}."
                 )
             if getattr(self, option, None) is not None:
                 raise ValueError(f"{option} is given twice, as a field and in options. Remove one of them.")
@@ -259,7 +259,7 @@ class SAMConfig:
         for field in [option for option in options if option in _FLAT]:
             setattr(self, field, options.pop(field))
         self.options = options
-        defaults = {**DEFAULTS, **self._own, **self.row.defaults}
+        defaults = {**DEFAULTS, **self._own_hyperparameters, **self.row.defaults}
         dependent = {"eta": "adaptive=True", "rho_min": "a rho_schedule other than 'constant'"}
         for field in self.fields():
             if getattr(self, field) is None and self._uses(field) and field not in dependent:
@@ -365,7 +365,7 @@ class SAMConfig:
         return kind(**{name: value for name, value in values.items() if value is not None})
 
     @cached_property
-    def _own(self) -> dict[str, Any]:
+    def _own_hyperparameters(self) -> dict[str, Any]:
         """Hyperparameters, with defaults, of the classes of the row that no custom object replaces."""
         given = zip(self.row.classes, (self.ascent, self.descent), strict=True)
         return {
@@ -373,7 +373,7 @@ class SAMConfig:
         }
 
     def _uses(self, field: str) -> bool:
-        return field in self._own or field in common_fields(
+        return field in self._own_hyperparameters or field in common_fields(
             *(part or kind for part, kind in zip((self.ascent, self.descent), self.row.classes, strict=True)), self.row
         )
 

@@ -95,7 +95,7 @@ class LossesOfParts:
             return way
         if abs(whole - again) > tolerance * abs(whole):  # the loss is random even in eval mode
             return default
-        asked = (
+        setting = (
             f"m={config.m}"
             if config.m
             else config.label
@@ -103,7 +103,7 @@ class LossesOfParts:
             else (f"ascent_fraction={config.ascent_fraction}")
         )
         raise ValueError(
-            f"{asked} splits batches, but the losses of the parts ({', '.join(f'{loss:.4g}' for loss in losses[:4])}) do not combine "
+            f"{setting} splits batches, but the losses of the parts ({', '.join(f'{loss:.4g}' for loss in losses[:4])}) do not combine "
             f"to that of the batch ({whole:.4g}): the loss compares examples with each other, such as in-batch negatives, or has "
             "terms of the whole batch. Leave m and ascent_fraction out, and choose a method that uses whole batches."
         )

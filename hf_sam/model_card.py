@@ -160,8 +160,8 @@ class SAMCard:
             return f"A {self.architecture or 'model'} trained from scratch{on}."
         if self.phase is not None:
             return (
-                f"The finished {kind} {self.base.link} after a {self.phase} phase{on}: a short further training with sharpness-aware "
-                f"minimization, meant to make it survive quantization, merging or further fine-tuning better."
+                f"The finished {kind} {self.base.link} after a {self.phase} phase{on}: a short additional training with "
+                f"sharpness-aware minimization, meant to make it more robust to quantization, merging and further fine-tuning."
             )
         return f"A {kind} fine-tuned from {self.base.link}{on}."
 

@@ -128,7 +128,7 @@ class SharpnessAwareUpdate:
             self._begin(model, index, measured())
         step = {
             Kind.PLAIN: self._plain_step,
-            Kind.BETWEEN: self._step_between,
+            Kind.BETWEEN: self._between_step,
             Kind.ONE_PASS: self._one_pass_step,
             Kind.TWO_PASSES: self._sharpness_aware_step,
         }[self.kind]
@@ -145,6 +145,7 @@ class SharpnessAwareUpdate:
         return loss
 
     def _sharpness_aware_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """Run the two-pass step on the micro-batch, on its parts of `m` examples, or on chosen examples."""
         if self.needs & Needs.UNEVEN_PASSES:
             return self._step_with_perturbed_examples(model, batch, is_last)
         m = self.config.m
@@ -155,11 +156,12 @@ class SharpnessAwareUpdate:
         return torch.stack([self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]).sum()
 
     def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """Run Algorithm 1: on this micro-batch, or on the accumulation window once its last micro-batch is here."""
         if self.scope == "micro" or not self._window:  # otherwise p.grad holds the ascent gradient of the window so far
             self._accumulated = take_gradients(self.parameters.trainable)
         # g = grad L(w), in p.grad
         synced = is_last and self.scope == "global"
-        clean_loss = self.runner.ascend(model, batch, self._chosen, self._step(), synced=synced)
+        clean_loss = self.runner.ascend(model, batch, self._ascent_parameters, self._step(), synced=synced)
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
             return clean_loss if self.runner.sees_all else torch.zeros_like(clean_loss)
@@ -242,8 +244,8 @@ class SharpnessAwareUpdate:
         # DeepSpeed ignores assignments to p.grad, so its optimizer cannot step along g.
         without_eps = self._is_complete and self.engine.optimizer_holds_parameters
         logger.warning_once(
-            "A pass changed a buffer, a frozen parameter or its inputs in place, which no earlier pass had changed, so the previous "
-            "value is lost. It will be saved from now on; this one step "
+            "A pass changed a buffer, a frozen parameter or its inputs in place for the first time, so the previous value is lost. "
+            "It will be saved from now on; this one step "
             + ("is not perturbed." if without_eps else "runs its second pass from the state after the first.")
         )
         return not without_eps
@@ -277,7 +279,7 @@ class SharpnessAwareUpdate:
         self.telemetry.add(perturbed_loss=loss)
         return loss
 
-    def _step_between(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+    def _between_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """Run a plain pass; the descent combines its gradient with its memory."""
         loss = self.runner.run_all(model, [batch], synced=self.scope == "global")
         if is_last:
@@ -285,6 +287,7 @@ class SharpnessAwareUpdate:
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """Run the pass of the stock Trainer."""
         return self.runner.run_all(model, [batch], synced=True)
 
     # --- the kind of step -------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ class SharpnessAwareUpdate:
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
         has_ascent_pass = self.kind is Kind.TWO_PASSES
-        self._chosen = self._ascent_parameters() if has_ascent_pass else self.parameters.trainable
+        self._ascent_parameters = self._parameters_for_ascent() if has_ascent_pass else self.parameters.trainable
 
     def _kind(self) -> Kind:
         if not self.schedule.is_inside(self.index) or not self.parameters.selected:
@@ -315,7 +318,7 @@ class SharpnessAwareUpdate:
             return Kind.ONE_PASS if ascent.ready(self._step()) else Kind.TWO_PASSES
         return Kind.BETWEEN if has_between else Kind.PLAIN
 
-    def _ascent_parameters(self) -> list[Parameter]:
+    def _parameters_for_ascent(self) -> list[Parameter]:
         """The parameters whose gradients the ascent pass must compute."""
         if self.parts.combines or self.parts.ascent.may_skip:
             return self.parameters.trainable
@@ -327,7 +330,7 @@ class SharpnessAwareUpdate:
     @property
     def _is_complete(self) -> bool:
         """Whether the optimizer could step along the ascent gradient: all examples, all trainable parameters."""
-        return self.runner.sees_all and len(self._chosen) == len(self.parameters.trainable)
+        return self.runner.sees_all and len(self._ascent_parameters) == len(self.parameters.trainable)
 
     def commit_memory(self) -> None:
         """Keep what the previous step wrote to memory, unless one of its passes overflowed."""
