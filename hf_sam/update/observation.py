@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from . import buckets
 from .parameters import Gradients, local
 from .perturbation import Perturbation
+from .reductions import stack_scalars
 from .roles import GROUPS
 from .telemetry import Telemetry
 from .vector import Space, Vector
@@ -63,15 +64,15 @@ def record_displacement(
                 g.append(torch.linalg.vector_norm(direction))
                 g_s.append(torch.linalg.vector_norm(second.to(direction.dtype)))
     if norms:
-        squares = _stack(norms) ** 2
+        squares = stack_scalars(norms) ** 2
         total = _total(space, moved, squares)
         telemetry.record(sam_perturbation_norm=total.sqrt())
         for group in shares_of:
             own = torch.tensor([groups.get(p) == group for p in moved]).to(squares.device)
             telemetry.record(**{f"sam_share/{group}": _total(space, moved, squares * own) / total})
     if dots:
-        squares = [_total(space, common, _stack(parts) ** 2) for parts in (g, g_s)]
-        telemetry.record(sam_cosine=_total(space, common, _stack(dots)) / (squares[0] * squares[1]).sqrt())
+        squares = [_total(space, common, stack_scalars(parts) ** 2) for parts in (g, g_s)]
+        telemetry.record(sam_cosine=_total(space, common, stack_scalars(dots)) / (squares[0] * squares[1]).sqrt())
 
 
 def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
@@ -80,11 +81,6 @@ def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
 
 def _total(space: Space, parameters: list[Parameter], parts: Tensor) -> Tensor:
     return space.layout(parameters).reductions.sum(parts)
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    device = parts[0].device  # a model split over several devices has scalars on each of them
-    return torch.stack([part if part.device == device else part.to(device) for part in parts])
 
 
 def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, float]:

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from transformers.utils import logging
 
-from .roles import embedding_parameters, head_parameters
+from ..config import SELECTORS
+from .roles import embedding_parameters, head_parameters, norm_parameters
 
 Gradients = dict[Parameter, Tensor]
 
@@ -21,8 +22,6 @@ logger = logging.get_logger(__name__)
 
 # For `map`, which loops over parameters in C.
 _grad, _trains, _nbytes = attrgetter("grad"), attrgetter("requires_grad"), attrgetter("nbytes")
-
-SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
 
 # --- selection -----------------------------------------------------------------------------------------------------
@@ -132,13 +131,7 @@ def select(model: nn.Module, perturb: str | Sequence[str], trainable: Mapping[st
     if perturb == "all":
         return dict(trainable)
     if perturb in ("norm", "no-norm-no-bias"):
-        norms = {
-            p
-            for module in model.modules()
-            if "norm" in type(module).__name__.lower()
-            for p in module._parameters.values()
-            if p is not None
-        }
+        norms = norm_parameters(model)
         if perturb == "norm":
             return {name: p for name, p in trainable.items() if p in norms}
         return {n: p for n, p in trainable.items() if p not in norms and n.rpartition(".")[2] != "bias"}

@@ -33,9 +33,9 @@ class Reductions:
         """`||v||_order` of the concatenation `v` of all tensors, for `order` in [1, inf]."""
         dtype = accumulation_dtype(tensors)
         if in_buckets:
-            return self.combine_norms(_stack(buckets.norms(tensors, order, dtype)), order)
+            return self.combine_norms(stack_scalars(buckets.norms(tensors, order, dtype)), order)
         if order == float("inf"):  # an empty shard has no maximum
-            parts = _stack(
+            parts = stack_scalars(
                 [
                     torch.linalg.vector_norm(t, order).to(dtype) if t.numel() else t.new_zeros((), dtype=dtype)
                     for t in tensors
@@ -44,9 +44,9 @@ class Reductions:
         elif any(t.dtype != dtype and t.device.type == "cpu" for t in tensors):
             # The CPU kernel would make a wider copy of each whole tensor.
             size = buckets.piece_size(tensors)
-            parts = _stack([_norm_of_pieces(buckets.pieces(size, t), order, dtype) for t in tensors])
+            parts = stack_scalars([_norm_of_pieces(buckets.pieces(size, t), order, dtype) for t in tensors])
         else:
-            parts = _stack(torch._foreach_norm(tensors, order, dtype=dtype))
+            parts = stack_scalars(torch._foreach_norm(tensors, order, dtype=dtype))
         return self.max(parts) if order == float("inf") else self.sum(parts**order) ** (1 / order)
 
     def combine_norms(self, norms: Tensor, order: float) -> Tensor:
@@ -57,10 +57,10 @@ class Reductions:
         """The inner product of the concatenations of two lists."""
         dtype = accumulation_dtype(left)
         if in_buckets:
-            return self.sum(_stack(buckets.dots(left, right, dtype)))
+            return self.sum(stack_scalars(buckets.dots(left, right, dtype)))
         size = buckets.piece_size(left)
         pairs = zip(left, right, strict=True)
-        return self.sum(_stack([_dot(a.flatten(), b.flatten(), dtype, size) for a, b in pairs]))
+        return self.sum(stack_scalars([_dot(a.flatten(), b.flatten(), dtype, size) for a, b in pairs]))
 
     def count(self, tensors: list[Tensor]) -> int:
         """Number of elements over all processes."""
@@ -103,7 +103,8 @@ def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in map(_dtype, tensors) else torch.float32
 
 
-def _stack(scalars: list[Tensor]) -> Tensor:
+def stack_scalars(scalars: list[Tensor]) -> Tensor:
+    """One 1-dim tensor from 0-dim tensors, on the device of the first."""
     device = scalars[0].device
     if len({*map(_device, scalars)}) > 1:  # the model is split over several devices
         scalars = [scalar.to(device) for scalar in scalars]

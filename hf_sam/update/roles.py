@@ -39,6 +39,12 @@ def embedding_parameters(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p in found and p not in norms}
 
 
+def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of normalisation layers, recognised by the name of their class."""
+    norms = (module for module in model.modules() if "norm" in type(module).__name__.lower())
+    return {p for module in norms for p in module._parameters.values() if p is not None}
+
+
 def head_parameters(model: nn.Module) -> set[str]:
     """Parameters after the body: task heads, and output embeddings not tied to the input embeddings."""
     body = {p for outer in _outermost(model) for part in _body(outer) for p in part.parameters()}
@@ -52,7 +58,7 @@ def head_parameters(model: nn.Module) -> set[str]:
 def groups_of(model: nn.Module) -> dict[str, str]:
     """The module group of each parameter name, one of `GROUPS`."""
     embeddings, head = embedding_parameters(model), head_parameters(model)
-    norms = {p for m in model.modules() if "norm" in type(m).__name__.lower() for p in m._parameters.values()}
+    norms = norm_parameters(model)
 
     def group(name: str, p: Tensor) -> str:
         if name in embeddings:
