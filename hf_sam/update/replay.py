@@ -90,7 +90,7 @@ class PassState:
         watches_parameters: bool = True,
         also_tracked: Sequence[Any] = (),
     ):
-        self._more = also_tracked
+        self._also_tracked = also_tracked
         self._roots = list(roots)
         self._owner, self._ignored = owner, frozenset(ignored)
         self._watches_parameters = watches_parameters
@@ -119,20 +119,20 @@ class PassState:
             )
             self._members += [m._parameters for m in frozen]
         self._list_names()
-        self._always = {  # BatchNorm's kernels update buffers without incrementing their version counters
+        self._always_copied = {  # BatchNorm's kernels update buffers without incrementing their version counters
             id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
         }
         found: dict[int, Tensor] = {}
-        also_tracked: dict[int, Any] = {}
+        tracked: dict[int, Any] = {}
         attributes = [{k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE} for m in self._modules]
         for values in (*attributes, *(m._buffers for m in self._modules), self._own_attributes()):
             found.update((id(v), v) for v in values.values() if _is_state(v))
-            also_tracked.update((id(v), v) for v in values.values() if is_mutable(v) and entries(v) <= _MAX_ENTRIES)
-        also_tracked.update((id(v), v) for v in self._more if is_mutable(v))
+            tracked.update((id(v), v) for v in values.values() if is_mutable(v) and entries(v) <= _MAX_ENTRIES)
+        tracked.update((id(v), v) for v in self._also_tracked if is_mutable(v))
         if self._watches_parameters:
             found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
-        self._tensors, self._tracked = list(found.values()), list(also_tracked.values())
-        self._list_mutated()
+        self._tensors, self._tracked = list(found.values()), list(tracked.values())
+        self._choose_copies()
         self._is_scanned, self._steps_to_watch = True, _WATCHED_STEPS
 
     def _list_names(self) -> None:
@@ -141,9 +141,9 @@ class PassState:
         self._namespaces = [Namespaces(self._attributes, _OF_EVERY_MODULE), Namespaces(self._members)]
         self._own = Namespaces(owner, self._ignored)
 
-    def _list_mutated(self) -> None:
-        """Divide the state into values that are always copied and values that are not."""
-        copied = self._mutated | self._always
+    def _choose_copies(self) -> None:
+        """Choose which values to copy from now on."""
+        copied = self._mutated | self._always_copied
         self._copied = [i for i, t in enumerate(self._tensors) if id(t) in copied]
         self._shallow: ShallowContents | None = None
 
@@ -206,8 +206,8 @@ class PassState:
             quiet = [Contents(v, is_deep=False) for v in self._tracked if id(v) not in self._mutated]
             self._shallow = ShallowContents([one for one in quiet if not any(map(_holds_generator, one.nested()))])
             known = {id(one.value) for one in self._shallow.contents}
-            self._copied_contents = [v for v in self._tracked if id(v) not in known]
-        copied = [Contents(value, is_deep=id(value) in self._mutated) for value in self._copied_contents]
+            self._contents_to_copy = [v for v in self._tracked if id(v) not in known]
+        copied = [Contents(value, is_deep=id(value) in self._mutated) for value in self._contents_to_copy]
         return copied, self._shallow
 
     def _copy(self, tensor: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class PassState:
             if type(tensor) in _PLAIN and tensor.device.type != "meta":
                 yield id(tensor)
 
-    def learn(self, before: Snapshot) -> None:
+    def detect_changes(self, before: Snapshot) -> None:
         """Find out what the clean pass changed in place.
 
         Args:
@@ -250,14 +250,14 @@ class PassState:
         """
         known = len(self._mutated)
         if before.is_watched or list(map(_version, before.tensors)) != before.versions:
-            self._learn_tensors(before)
+            self._detect_changed_tensors(before)
         shallow = [] if before.shallow.are_unchanged() else before.shallow.contents
         for contents in (*before.contents, *shallow):
             if id(contents.value) not in self._mutated and contents.has_changed():
                 self._mutated.add(id(contents.value))
                 before.is_restorable &= contents.is_deep
         if len(self._mutated) != known:
-            self._list_mutated()
+            self._choose_copies()
         for namespaces, values in before.namespaces:
             if not namespaces.match(values) and any(
                 namespaces.included(now).keys() != then.keys() or _modules_differ(now, then)
@@ -265,7 +265,7 @@ class PassState:
             ):
                 self._is_scanned = False  # a new attribute or module: list again
 
-    def _learn_tensors(self, before: Snapshot) -> None:
+    def _detect_changed_tensors(self, before: Snapshot) -> None:
         for i, (tensor, version) in enumerate(zip(before.tensors, before.versions, strict=True)):
             if id(tensor) in self._mutated:
                 continue

@@ -114,7 +114,7 @@ class PassRunner:
         with self._engine.gradients_only_for(chosen, self._parameters.trainable):
             loss = self._passes.run(model, seen, synced=synced, is_ascent=True)
         batch.before.is_restorable &= restore_inputs()
-        self.state.learn(batch.before)
+        self.state.detect_changes(batch.before)
         batch.kept = seen.kept
         self._telemetry.add(clean_loss=loss)
         self._cost.ascent_passes += seen.fraction

@@ -45,7 +45,7 @@ def clean_pass(state, model, step, x=None):
     before = state.capture(RandomStates([CPU]), step)
     state.refresh_snapshot(before)  # after the trainer's `model.train()`
     model(torch.randn(8, 3) if x is None else x)
-    state.learn(before)
+    state.detect_changes(before)
     return before
 
 
@@ -124,7 +124,7 @@ def test_what_hangs_on_the_owner_goes_back_even_when_changed_in_place():
         host._metrics["train"]["accuracy"].append(2.0)
         host._missing = 1
         host.ignored = step
-        state.learn(before)
+        state.detect_changes(before)
         assert before.is_restorable
         state.restore(before)
         assert host._metrics == {"train": {"accuracy": [1.0]}}
@@ -346,7 +346,7 @@ def test_a_frozen_parameter_that_is_replaced_is_put_back():
     state, original = PassState([model]), model.teacher.weight
     before = state.capture(None, 0)
     model.teacher.weight = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
-    state.learn(before)
+    state.detect_changes(before)
     state.restore(before)
     assert model.teacher.weight is original
 
@@ -389,7 +389,7 @@ def test_the_smallest_frozen_parameters_are_copied_within_the_budget():
     state = PassState([changing])
     before = state.capture(None, 0, budget=0)
     changing(None)
-    state.learn(before)
+    state.detect_changes(before)
     assert not before.is_restorable, "told by its version"
     before = state.capture(None, 0, budget=0)
     assert id(changing.teacher.weight) in copied(before)
@@ -412,7 +412,7 @@ def test_statistics_of_a_layer_that_is_released_later_are_put_back(looks_again):
     if looks_again:
         state.refresh_snapshot(before)
     model(x)
-    state.learn(before)
+    state.detect_changes(before)
     after_clean = buffers(model)
     assert before.is_restorable
     assert after_clean["norm.num_batches_tracked"] == at_first["norm.num_batches_tracked"] + 1
@@ -497,7 +497,7 @@ def test_a_module_that_comes_before_the_forward_is_taken_in():
     model.kept.other = other = Keeps(torch.zeros(3), changed_tensor)
     state.refresh_snapshot(before)
     other(None)
-    state.learn(before)
+    state.detect_changes(before)
     assert before.is_restorable
     state.restore(before)
     assert torch.equal(other.kept, torch.zeros(3))
