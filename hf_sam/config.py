@@ -316,7 +316,7 @@ class SAMConfig:
             given = {k: v for k, v in given.items() if k != "method" and not depends_on_method(k, self.row, new)}
         return SAMConfig.from_dict({**given, **changes})
 
-    # --- derived from the fields ------------------------------------------------------------------------------
+    # --- derived from the fields -------------------------------------------------------------------------------------
 
     @property
     def row(self) -> Method:
@@ -384,7 +384,7 @@ class SAMConfig:
         clean = (self.ascent_fraction or 1.0) if self.parts.needs & Needs.GRADIENT else 0.0
         return clean + (ascent.ascent_steps - 1) + 1.0 + descent.extra_passes
 
-    # --- serialisation ------------------------------------------------------------------------------------------------
+    # --- serialisation -----------------------------------------------------------------------------------------------
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:
@@ -432,7 +432,7 @@ _FLAT = frozenset(SAMConfig.fields())
 _METHOD_FIELDS = {"rho", "rho_min", "rho_schedule", "second_order", "ascent", "descent", "options"}
 
 
-# --- which fields a method uses, derived from its classes ----------------------------------------------------------
+# --- which fields a method uses, derived from its classes ------------------------------------------------------------
 
 
 def hyperparameters(kind: type) -> dict[str, Any]:

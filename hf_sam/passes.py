@@ -186,7 +186,7 @@ class TrainerPasses:
         finally:
             attributes.pop("generate", None)
 
-    # --- logits and per-example losses -----------------------------------------------------------------------------
+    # --- logits and per-example losses -------------------------------------------------------------------------------
 
     def _store_outputs(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._outputs = output
@@ -271,7 +271,7 @@ class TrainerPasses:
                 f"classification or language model; here their shapes do not match ({shapes}). Choose another method."
             ) from error
 
-    # --- other computations -------------------------------------------------------------------------------------------
+    # --- other computations ------------------------------------------------------------------------------------------
 
     def find_loss_combination(self, batch: MicroBatch, size: int) -> str:
         """How the losses of parts of `size` examples combine to the loss of the batch; see `LossesOfParts`."""

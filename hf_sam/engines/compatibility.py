@@ -35,7 +35,7 @@ MAY_GENERATE = ("GKDTrainer", "GOLDTrainer", "MiniLLMTrainer")
 # `torch.compile` modes that replay CUDA graphs on a GPU.
 REPLAYS_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
-# --- on any engine -------------------------------------------------------------------------------------------------
+# --- on any engine ---------------------------------------------------------------------------------------------------
 
 
 def _steps_in_backward(trainer: Trainer) -> bool:
@@ -206,7 +206,7 @@ _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     ),
 ]
 
-# --- by engine -----------------------------------------------------------------------------------------------------
+# --- by engine -------------------------------------------------------------------------------------------------------
 
 
 def _mixes_whole_and_sharded(trainer: Trainer) -> bool:

@@ -87,7 +87,7 @@ def with_scope(config: SAMConfig, scope: str) -> SAMConfig:
     return config.changed(**changes, **({"scope": scope} if config.scope is not None else {}))
 
 
-# --- the checks, in the order in which they run -----------------------------------------------------------------------
+# --- the checks, in the order in which they run ----------------------------------------------------------------------
 
 
 def trains(case: Case) -> None:
@@ -359,7 +359,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-# --- comparing ----------------------------------------------------------------------------------------------------------
+# --- comparing -------------------------------------------------------------------------------------------------------
 
 
 def assert_equal(one: Run, other: Run, message: str, tolerance: float = 0.0) -> None:

@@ -29,7 +29,7 @@ _PROBE_SIZES = (1, 7, 1000, 4099)
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
-# --- grouping -----------------------------------------------------------------------------------------------------
+# --- grouping --------------------------------------------------------------------------------------------------------
 
 
 def grouped(*lists: Sequence[Tensor], max_bytes: int | None = None, apart: Sequence[int] = ()) -> list[list[int]]:
@@ -119,7 +119,7 @@ def in_float32(tensors: list[Tensor]) -> list[Tensor]:
     return list(_unflatten_dense_tensors(flattened(tensors).to(exact), tensors))
 
 
-# --- arithmetic ----------------------------------------------------------------------------------------------------
+# --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -265,7 +265,7 @@ def is_dense(tensor: Tensor) -> bool:
     return all(stride > 0 for _, stride in steps) and sum(n * s for n, s in steps) + 1 == tensor.numel()
 
 
-# --- functions of lists --------------------------------------------------------------------------------------------
+# --- functions of lists ----------------------------------------------------------------------------------------------
 
 
 def in_pairs_(
@@ -292,7 +292,7 @@ def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]
         function(bucket)
 
 
-# --- one scalar per tensor ------------------------------------------------------------------------------------
+# --- one scalar per tensor -------------------------------------------------------------------------------------------
 
 
 def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:

@@ -101,7 +101,7 @@ class PassState:
         # Copies of parameters that have not changed in this step, shared by its snapshots.
         self._unchanged: dict[int, tuple[int, Tensor]] = {}
 
-    # --- finding the state --------------------------------------------------------------------------------------------
+    # --- finding the state -------------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
         """List everything that may change; repeated when modules were added, removed or changed their mode."""
@@ -153,7 +153,7 @@ class PassState:
     def _own_attributes(self) -> dict[str, Any]:
         return {} if self._owner is None else {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
 
-    # --- capture ------------------------------------------------------------------------------------------------
+    # --- capture -----------------------------------------------------------------------------------------------------
 
     def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
         """Take a snapshot of the current state.
@@ -277,7 +277,7 @@ class PassState:
             elif before.is_watched and value is not None and isinstance(tensor, nn.Parameter):
                 self._unchanged[id(tensor)] = version, value
 
-    # --- restore -------------------------------------------------------------------------------------------------
+    # --- restore -----------------------------------------------------------------------------------------------------
 
     def restore(self, snapshot: Snapshot) -> None:
         """Restore the state of the snapshot."""

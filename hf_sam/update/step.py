@@ -107,7 +107,7 @@ class SharpnessAwareUpdate:
         self._accumulated: Gradients = {}
         self._is_new_step, self._micro, self._has_uncommitted_memory, self._retries_ascent = True, 0, False, False
 
-    # --- Algorithm 1 -----------------------------------------------------------------------------------------------
+    # --- Algorithm 1 -------------------------------------------------------------------------------------------------
 
     def run(
         self, model: nn.Module, batch: MicroBatch, index: int, is_last: bool, measured: Callable[[], bool]
@@ -290,7 +290,7 @@ class SharpnessAwareUpdate:
         """Run the pass of the stock Trainer."""
         return self.runner.run_all(model, [batch], synced=True)
 
-    # --- the kind of step -------------------------------------------------------------------------------------------
+    # --- the kind of step --------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, index: int, measured: bool) -> None:
         """Commit the memory of the previous step, and update the trained parameters and the schedule."""

@@ -89,7 +89,7 @@ class Vector:
     def _new(self, tensors: Iterable[Tensor]) -> Vector:
         return Vector(self._data.parameters, list(tensors), self._data.space)
 
-    # --- access ----------------------------------------------------------------------------------------------------
+    # --- access ------------------------------------------------------------------------------------------------------
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -168,7 +168,7 @@ class Vector:
             layout.size = layout.reductions.count(self._data.tensors)
         return layout.size
 
-    # --- reductions ------------------------------------------------------------------------------------------------
+    # --- reductions --------------------------------------------------------------------------------------------------
 
     def norm(self, p: float = 2.0) -> Tensor:
         """`||v||_p`, 0-dim, for p in [1, inf]."""
@@ -201,7 +201,7 @@ class Vector:
         parameters, left, right = ([entry[i] for entry in common] for i in range(3))
         return mine.space.layout(parameters).reductions.dot(left, right, in_buckets)
 
-    # --- arithmetic ------------------------------------------------------------------------------------------------
+    # --- arithmetic --------------------------------------------------------------------------------------------------
 
     def clone(self) -> Vector:
         """A copy in its own memory."""
@@ -277,7 +277,7 @@ class Vector:
     def __isub__(self, other: Scalar | Vector) -> Vector:
         return self.__iadd__(-other)
 
-    # --- elementwise ------------------------------------------------------------------------------------------
+    # --- elementwise -------------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Vector:
         """Apply `function`, which returns a new tensor of the same shape, to each tensor."""
@@ -310,7 +310,7 @@ class Vector:
         """Elementwise sign: -1, 0 or 1."""
         return self._new(self._lists.each(torch._foreach_sign, self._multiplied_out()))
 
-    # --- memory ----------------------------------------------------------------------------------------------------
+    # --- memory ------------------------------------------------------------------------------------------------------
 
     def _multiplied_out(self) -> list[Tensor]:
         """The tensors times the factor; do not change them."""
