@@ -36,11 +36,8 @@ _METRIC_TYPES = {
     "spearman": "spearmanr",
     "brier": "brier_score",
 }
-_WITHOUT_PIPELINE = (
-    "summarization",
-    "translation",
-    "text2text-generation",
-)  # tasks whose pipelines transformers has removed
+# Tasks whose pipelines transformers has removed.
+_WITHOUT_PIPELINE = ("summarization", "translation", "text2text-generation")
 _NO_METRIC = re.compile(r"_(runtime|per_second|time)$|_(tokens|num_tokens)$")
 
 

@@ -69,7 +69,7 @@ class TrainerPasses:
         """
         trainer, update = self._trainer, self._update
         is_clean = is_ascent and not update.runner.is_repeating
-        # The outputs of DDP's wrapper are not the logits in the graph, so gradients for them need the bare model.
+        # Through DDP's wrapper the loss does not depend on the logits, so their gradients need the bare model.
         reaches_logits = is_clean and self._needs_logits
         module = trainer.model if reaches_logits else model
         change = self._loss_hook(batch, is_clean)

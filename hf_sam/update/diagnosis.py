@@ -145,7 +145,7 @@ class Diagnosis:
             )
 
     def _better_rho(self, rho: float, sharpness: float, loss: float) -> str:
-        """A rho for a sharpness of a tenth of the loss, assuming that it is proportional to rho."""
+        """A rho that aims at a sharpness of a tenth of the loss; sharpness grows at least in proportion to rho."""
         return f"{rho * max(0.1 * loss / sharpness, 0.01):.1g}"
 
     def _persists(self, kind: str, holds: bool, step: int) -> bool:

@@ -93,7 +93,7 @@ class Memory(MutableMapping[str, Vector]):
         }
 
     def load_state_dict(self, state: dict[str, Tensor], parameters: dict[str, Parameter], space: Space) -> None:
-        """Load a `state_dict`; keys may lack the name of a method with a single one.
+        """Load a `state_dict`. Keys without a name belong to the first declared name.
 
         Raises:
             ValueError: A tensor does not have the shape of this process's shard of its parameter.

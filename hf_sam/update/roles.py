@@ -79,7 +79,7 @@ def _is_embedding_or_image_stem(module: nn.Module) -> bool:
 
 
 def _is_token(name: str, p: Tensor, is_in_layer: bool) -> bool:
-    """Whether a bare parameter is a token or position: by its name, or by its shape (broadcast over the batch)."""
+    """Whether a bare parameter is a token or position: by name or, outside the layers, if broadcast over the batch."""
     shape = getattr(p, "ds_shape", p.shape)
     if "token" in name or is_in_layer or not shape:
         return "token" in name
