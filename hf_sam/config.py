@@ -22,8 +22,8 @@ SCOPES = ("auto", "micro", "device", "global")
 RHO_SCHEDULES = ("constant", "linear", "cosine", "lr")
 SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
-# The value of a field that neither the user nor the method sets. For a method that does not use the field, giving this
-# value is the same as leaving it out. A field that is not listed stays None: off.
+# Values of fields that neither the user nor the method sets. For a method that does not use a field, setting it to this
+# value has no effect. Fields that are not listed stay None, which means off.
 DEFAULTS: dict[str, Any] = {
     "rho": 0.005,  # a tenth of the usual value, which hurts in short fine-tuning: docs/methods.md, "The default rho"
     "scope": "auto",
@@ -63,14 +63,14 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 class Parts(NamedTuple):
-    """The two objects that a configuration runs."""
+    """The ascent and the descent of a configuration."""
 
     ascent: Ascent
     descent: Descent
 
     @property
     def needs(self) -> Needs:
-        """What the method needs of a step."""
+        """The needs of both parts."""
         return needs_of(*self)
 
     @property
@@ -80,12 +80,12 @@ class Parts(NamedTuple):
 
     @property
     def carries_on(self) -> bool:
-        """Whether the method keeps state from step to step."""
+        """Whether the method keeps state between steps."""
         return bool(self.ascent.memory or self.ascent.scalars or self.descent.memory)
 
     @property
     def copies(self) -> int:
-        """Copies of the perturbed weights that the method holds in addition to stock training, in a step that logs."""
+        """Copies of the perturbed weights held in addition to stock training, in a step that logs."""
         return copies_of(*self)
 
 
@@ -124,8 +124,8 @@ class SAMConfig:
         interval (`int`, *optional*, defaults to 1):
             Perturb every `interval`-th step; for `"carried"`, compute a direction in every `interval`-th step.
         start, end (`int` or `float`, *optional*, default to 0.0 and 1.0):
-            First step that is perturbed, and first step that no longer is. A float in [0, 1] is a fraction of the steps
-            that the Trainer runs, an int is a step.
+            First perturbed step, and end of the perturbed steps (exclusive). A float in [0, 1] is a fraction of the
+            steps that the Trainer runs, an int is a step.
         rho_schedule (`str`, *optional*, defaults to `"constant"`):
             `"linear"` or `"cosine"` ramps from `rho_min` to `rho` between `start` and `end`; `"lr"` is proportional to
             the learning rate, but never below `rho_min`.
@@ -204,7 +204,7 @@ class SAMConfig:
             raise ValueError(
                 f"method={self.method!r} is unknown.{did_you_mean(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
-        # What the user gave, without the values derived from it.
+        # The values given by the user, without derived ones.
         self._given = {name: getattr(self, name) for name in self.fields() if getattr(self, name) is not None}
         for field, kind in (("ascent", Ascent), ("descent", Descent)):
             value = getattr(self, field)
@@ -220,7 +220,7 @@ class SAMConfig:
         for field, check in _CHECKS.items():
             if getattr(self, field) is not None:
                 setattr(self, field, check(field, getattr(self, field)))
-        for field in self._own:  # each is checked by its class
+        for field in self._own_hyperparameters:  # each is checked by its class
             value = next((getattr(part, field) for part in self.parts if hasattr(part, field)), None)
             if field not in _FLAT:
                 self.options[field] = value
@@ -232,10 +232,10 @@ class SAMConfig:
         if self.options is not None and not isinstance(self.options, Mapping):
             raise ValueError(f'options={self.options!r} must be a mapping such as {{"quantile": 0.9}}.')
         for option in self.options or ():
-            if option not in self._own:
+            if option not in self._own_hyperparameters:
                 raise ValueError(
-                    f"options: {option!r} is not a hyperparameter of {self.label}.{did_you_mean(option, self._own)} Allowed: "
-                    f"{', '.join(self._own) or 'none; set those of ascent= and descent= on the objects'}."
+                    f"options: {option!r} is not a hyperparameter of {self.label}.{did_you_mean(option, self._own_hyperparameters)} Allowed: "
+                    f"{', '.join(self._own_hyperparameters) or 'none; set those of ascent= and descent= on the objects'}."
                 )
             if getattr(self, option, None) is not None:
                 raise ValueError(f"{option} is given twice, as a field and in options. Remove one of them.")
@@ -254,12 +254,12 @@ class SAMConfig:
             )
 
     def _fill_in(self) -> None:
-        """Give every used field its value; a field that another field switches on gets one only if it is on."""
+        """Set used fields to their defaults; a dependent field only if the field that enables it is set."""
         options = dict(self.options or {})
         for field in [option for option in options if option in _FLAT]:
             setattr(self, field, options.pop(field))
         self.options = options
-        defaults = {**DEFAULTS, **self._own, **self.row.defaults}
+        defaults = {**DEFAULTS, **self._own_hyperparameters, **self.row.defaults}
         dependent = {"eta": "adaptive=True", "rho_min": "a rho_schedule other than 'constant'"}
         for field in self.fields():
             if getattr(self, field) is None and self._uses(field) and field not in dependent:
@@ -272,7 +272,7 @@ class SAMConfig:
             if value is None and is_on[field] and self._uses(field):
                 setattr(self, field, defaults.get(field, 0.0))
                 if field == "rho_min" and isinstance(self.rho, int | float):
-                    self.rho_min = min(self.rho_min, self.rho)  # a default must not exceed the rho that the user chose
+                    self.rho_min = min(self.rho_min, self.rho)  # the default must not exceed the chosen rho
 
     def _check_combinations(self) -> None:
         if self.m is not None and self.scope not in ("auto", "micro"):
@@ -302,13 +302,13 @@ class SAMConfig:
             raise ValueError(f"start={self.start} must be below end={self.end}: otherwise no step is perturbed.")
 
     def changed(self, **changes: Any) -> SAMConfig:
-        """A copy of this configuration with these values added to, or replacing, the ones that the user gave.
+        """A copy of this configuration with some of the given values changed.
 
-        If the method changes, only values that do not depend on the method are kept: a radius or hyperparameter chosen
-        for one method means something else for another.
+        If the method changes, only values that do not depend on it are kept: a radius or hyperparameter for one method
+        means something else for another.
 
         Raises:
-            ValueError: As the constructor; also for a name that is not a field.
+            ValueError: As for the constructor; also for an unknown field.
         """
         given = dict(self._given)
         if changes.get("method", self.method) != self.method:
@@ -316,7 +316,7 @@ class SAMConfig:
             given = {k: v for k, v in given.items() if k != "method" and not depends_on_method(k, self.row, new)}
         return SAMConfig.from_dict({**given, **changes})
 
-    # --- what follows from the fields ------------------------------------------------------------------------------
+    # --- derived from the fields -------------------------------------------------------------------------------------
 
     @property
     def row(self) -> Method:
@@ -365,15 +365,15 @@ class SAMConfig:
         return kind(**{name: value for name, value in values.items() if value is not None})
 
     @cached_property
-    def _own(self) -> dict[str, Any]:
-        """Hyperparameters of those classes of the row that no custom object replaces, with their defaults."""
+    def _own_hyperparameters(self) -> dict[str, Any]:
+        """Hyperparameters, with defaults, of the classes of the row that no custom object replaces."""
         given = zip(self.row.classes, (self.ascent, self.descent), strict=True)
         return {
             name: default for kind, part in given if part is None for name, default in hyperparameters(kind).items()
         }
 
     def _uses(self, field: str) -> bool:
-        return field in self._own or field in common_fields(
+        return field in self._own_hyperparameters or field in common_fields(
             *(part or kind for part, kind in zip((self.ascent, self.descent), self.row.classes, strict=True)), self.row
         )
 
@@ -384,7 +384,7 @@ class SAMConfig:
         clean = (self.ascent_fraction or 1.0) if self.parts.needs & Needs.GRADIENT else 0.0
         return clean + (ascent.ascent_steps - 1) + 1.0 + descent.extra_passes
 
-    # --- as text -----------------------------------------------------------------------------------------------------
+    # --- serialisation -----------------------------------------------------------------------------------------------
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:
@@ -392,7 +392,7 @@ class SAMConfig:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in use, as values that JSON can hold.
+        """The fields in use, as JSON-serialisable values.
 
         `p=inf` becomes `"inf"`; a custom object becomes the path of its class and its fields.
         """
@@ -429,10 +429,10 @@ class SAMConfig:
 
 
 _FLAT = frozenset(SAMConfig.fields())
-_OF_THE_METHOD = {"rho", "rho_min", "rho_schedule", "second_order", "ascent", "descent", "options"}
+_METHOD_FIELDS = {"rho", "rho_min", "rho_schedule", "second_order", "ascent", "descent", "options"}
 
 
-# --- which fields a method uses, derived from its classes ----------------------------------------------------------
+# --- which fields a method uses, derived from its classes ------------------------------------------------------------
 
 
 def hyperparameters(kind: type) -> dict[str, Any]:
@@ -470,4 +470,4 @@ def fields_used(row: Method) -> frozenset[str]:
 def depends_on_method(name: str, old: Method, new: Method) -> bool:
     """Whether a value chosen for the method `old` means something else, or nothing, for `new`."""
     hyper = {field for row in METHODS.values() for kind in row.classes for field in hyperparameters(kind)}
-    return name in _OF_THE_METHOD | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)
+    return name in _METHOD_FIELDS | hyper | old.defaults.keys() | new.defaults.keys() or name not in fields_used(new)

@@ -1,4 +1,4 @@
-"""How the losses of a batch's parts make up the batch's, and the losses of single examples."""
+"""How the losses of parts of a batch combine to the loss of the batch, and per-example losses."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer
 
-from .update.batches import MicroBatch, how_losses_add_up
+from .update.batches import MicroBatch, infer_loss_combination
 
 if TYPE_CHECKING:
     from .trainer import SAMTrainerMixin
     from .update.step import SharpnessAwareUpdate
 
-# How far the losses of a batch's parts may be from the whole's, relatively: rounding of float32, and of 16 bits.
+# Maximum relative difference between the combined losses of parts and that of the batch, in float32 and in 16 bits.
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 3e-2
 
 
 class LossesOfParts:
-    """Finds out, once a run, how the losses of parts add up.
+    """Find out, once per run, how the losses of parts combine to the loss of the batch.
 
     Args:
         trainer (`SAMTrainerMixin`): The trainer.
-        update (`SharpnessAwareUpdate`): Of the run.
-        compute_loss (`Callable`): Returns the user's `compute_loss`, without what a pass that is going on makes of it.
+        update (`SharpnessAwareUpdate`): The update of the run.
+        compute_loss (`Callable`): Returns the trainer's `compute_loss`, without the hook of the current pass.
     """
 
     def __init__(
@@ -38,33 +38,33 @@ class LossesOfParts:
 
     @property
     def is_unverified(self) -> bool:
-        """Whether what was found is to be checked against the loss of the next pass."""
+        """Whether the combination is assumed and must be verified with the loss of the next pass."""
         return self._unverified is not None
 
-    def how_parts_add_up(self, batch: MicroBatch, size: int, is_certain: bool = False) -> str:
-        """How the losses of parts of `size` examples make up the batch's, found by computing them.
+    def find_loss_combination(self, batch: MicroBatch, size: int, must_compute: bool = False) -> str:
+        """Find how the losses of parts of `size` examples combine to the loss of the batch, by computing them.
 
-        Where every example has one label and nobody has changed the loss, no pass is spent on it (unless `is_certain`): the
-        loss of the first pass tells whether it is the cross entropy of single examples.
+        If every example has one label and the loss is the stock Trainer's, no extra pass is needed: the combination is
+        assumed here and verified with the loss of the first pass, unless `must_compute`.
 
         Raises:
-            ValueError: They do not: examples are compared with each other, as in-batch negatives are, or the size of the
-                batch cannot be told.
+            ValueError: No combination fits, because the loss compares examples with each other (such as in-batch
+                negatives), or the size of the batch is unknown.
         """
         config = self._update.config
         fields = "m, ascent_fraction and methods that choose examples"
         if not batch.size:
             raise ValueError(
-                f"{fields} take parts of a batch, and how many examples this one has cannot be told: none of its entries is a "
-                "tensor or list with one entry for each. Leave m and ascent_fraction out."
+                f"{fields} split batches, but the number of examples in this one is unknown: it has no tensor or list with one entry "
+                "per example. Leave m and ascent_fraction out."
             )
         trainer, update = self._trainer, self._update
         default = "sum" if self._normalises_by_items(batch) else "examples"
         chunks = batch.chunks(size)
         if len(chunks) < 2:
             return default
-        if not is_certain and self._has_own_loss and _has_one_label_each(batch):
-            self._unverified = (batch, size)  # most likely; the first pass shows whether it is
+        if not must_compute and self._has_stock_loss and _has_one_label_each(batch):
+            self._unverified = (batch, size)  # very likely; verified in the first pass
             return default
         parts = [batch.part(indices) for indices in chunks]
         shares = {
@@ -72,14 +72,14 @@ class LossesOfParts:
             "examples": [len(indices) / batch.size for indices in chunks],
             "labelled": [float(part.weights["labelled"]) for part in parts],
         }
-        # Of equally good ones the first. Where every part has its share of the labelled items a later batch has to tell.
+        # The first of equally good combinations wins. If labels are spread evenly, a later batch must decide.
         default = "labelled" if default == "examples" and _has_several_labels_each(batch) else default
         shares = {default: shares[default], **shares}
         is_even = default == "labelled" and np.allclose(shares["labelled"], shares["examples"])
-        if is_even and self._update.runner.adding_up is not None:
+        if is_even and self._update.runner.loss_combination is not None:
             return default
-        self._update.runner.adding_up_is_settled = not is_even
-        with update.runner.leaving_no_trace() as state:
+        self._update.runner.is_loss_combination_known = not is_even
+        with update.runner.preserving_state() as state:
             trainer.model.eval()
             try:
                 whole, *losses = [self._loss_of(part, state) for part in [batch, *parts]]
@@ -90,12 +90,12 @@ class LossesOfParts:
             any(p.dtype.itemsize == 2 for p in update.parameters.trainable) or trainer.args.bf16 or trainer.args.fp16
         )
         tolerance = TOLERANCE_16_BITS if is_rounded else TOLERANCE
-        way = how_losses_add_up(whole, losses, shares, tolerance)
+        way = infer_loss_combination(whole, losses, shares, tolerance)
         if way is not None:
             return way
-        if abs(whole - again) > tolerance * abs(whole):  # random even so: nothing can be told from it
+        if abs(whole - again) > tolerance * abs(whole):  # the loss is random even in eval mode
             return default
-        asked = (
+        setting = (
             f"m={config.m}"
             if config.m
             else config.label
@@ -103,23 +103,22 @@ class LossesOfParts:
             else (f"ascent_fraction={config.ascent_fraction}")
         )
         raise ValueError(
-            f"{asked} takes parts of a batch, and the losses of the parts do not make up that of the whole ({whole:.4g} from "
-            f"{', '.join(f'{loss:.4g}' for loss in losses[:4])}): its examples are compared with each other, as in-batch "
-            "negatives are, or the loss has terms that belong to the batch. Leave m and ascent_fraction out, and choose a method "
-            "that sees whole batches."
+            f"{setting} splits batches, but the losses of the parts ({', '.join(f'{loss:.4g}' for loss in losses[:4])}) do not combine "
+            f"to that of the batch ({whole:.4g}): the loss compares examples with each other, such as in-batch negatives, or has "
+            "terms of the whole batch. Leave m and ascent_fraction out, and choose a method that uses whole batches."
         )
 
     def verify(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> None:
-        """Whether the loss at hand is of single examples; if not, how those of parts add up is computed."""
+        """Verify the assumed combination with the loss of a pass; compute it if the loss is not a cross entropy."""
         (whole, size), self._unverified = self._unverified, None
         way = self.as_cross_entropy(loss, logits, labels, batch)
-        self._update.runner.adding_up = way or self.how_parts_add_up(whole, size, is_certain=True)
+        self._update.runner.loss_combination = way or self.find_loss_combination(whole, size, must_compute=True)
 
     @torch.no_grad()
     def as_cross_entropy(self, loss: Tensor, logits: Tensor | None, labels: Any, batch: MicroBatch) -> str | None:
-        """How the losses of parts add up if it is the examples' or tokens' own cross entropy and nothing else; else None."""
+        """The combination for a loss that equals the cross entropy of examples or tokens; None for other losses."""
         if logits is None or not isinstance(labels, Tensor) or loss == 0 or logits.shape == (len(labels),) * 2:
-            return None  # nothing that is compared, or examples that may be compared with each other
+            return None  # nothing to compare with, or possibly a loss between pairs of examples
         shifted = getattr(self._trainer, "_loss_shifts_labels", False)
         try:
             candidates = [("examples", per_example_losses(logits, labels, shifted).mean())]
@@ -136,8 +135,8 @@ class LossesOfParts:
         return next(found, None)
 
     @property
-    def _has_own_loss(self) -> bool:
-        """Whether nobody has put a loss in the place of the Trainer's."""
+    def _has_stock_loss(self) -> bool:
+        """Whether the loss is that of the stock Trainer."""
         return type(self._trainer).compute_loss is Trainer.compute_loss and self._trainer.compute_loss_func is None
 
     def _loss_of(self, batch: MicroBatch, state: Any) -> float:
@@ -167,12 +166,12 @@ def _has_several_labels_each(batch: MicroBatch) -> bool:
 
 
 def per_example_losses(logits: Tensor, labels: Tensor, shifted: bool = False) -> Tensor:
-    """The loss of each example, shape `(batch,)`, for a choice of the examples that a perturbation hits hardest.
+    """The loss of each example, shape `(batch,)`, to choose those that the perturbation increases most.
 
     Args:
         logits (`Tensor`): `(batch, classes)`, or `(batch, tokens, vocabulary)`.
-        labels (`Tensor`): Class indices with -100 ignored, or floats of the shape of `logits`: several 0/1 labels for
-            each example, or one target.
+        labels (`Tensor`): Class indices with -100 ignored, or floats of the shape of `logits`: several 0/1 labels per
+            example, or one regression target.
         shifted (`bool`, *optional*, defaults to `False`): Token t is predicted at position t - 1 (causal models).
     """
     if labels.is_floating_point():

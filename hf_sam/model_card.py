@@ -1,4 +1,4 @@
-"""The model card: one whole card in place of the draft that the base trainer makes, or a section in a card of one's own."""
+"""The model card: a complete card that replaces the draft of the base trainer, or a section in a custom card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .config import DEFAULTS, SAMConfig
 
 TAG = "sharpness-aware-minimization"
 _BEGIN, _END = "<!-- hf_sam: generated from here -->", "<!-- hf_sam: to here -->"
-# By these words a card is known as a draft of the Trainer's, of TRL's or of PEFT's, or as an earlier one of ours.
+# Text that identifies a draft by the Trainer, TRL or PEFT, or a card that this module wrote earlier.
 _DRAFTS = (
     "has been generated automatically according to the information the Trainer had access to",
     "It has been trained using [TRL]",
@@ -27,7 +27,7 @@ _DRAFTS = (
     _WHOLE := "<!-- hf_sam: the whole card -->",
 )
 _MAX_CURVE_ROWS = 12
-# The hub's own names of metrics that have one.
+# Names of metrics on the hub, where they differ.
 _METRIC_TYPES = {
     "f1_macro": "f1",
     "f1_micro": "f1",
@@ -36,7 +36,8 @@ _METRIC_TYPES = {
     "spearman": "spearmanr",
     "brier": "brier_score",
 }
-_WITHOUT_PIPELINE = ("summarization", "translation", "text2text-generation")  # which transformers has dropped
+# Tasks whose pipelines transformers has removed.
+_WITHOUT_PIPELINE = ("summarization", "translation", "text2text-generation")
 _NO_METRIC = re.compile(r"_(runtime|per_second|time)$|_(tokens|num_tokens)$")
 
 
@@ -46,23 +47,23 @@ class SAMCard:
     The facts of one training run that go on the card.
 
     Args:
-        config (`SAMConfig`): What was done.
-        name (`str`): Of the model, as the card calls it.
-        path (`str`): Where it loads from: the hub id, or the folder.
-        optimizer (`str`): The base optimizer in words.
-        scope (`str`, *optional*): As it was resolved; None where training has not begun.
-        m (`int`, *optional*): Examples over which one perturbation was computed.
-        passes (`float`, *optional*): Gradient evaluations a step, averaged over the run.
-        cost (`float`, *optional*): Measured time of a step in units of one pass.
-        task (`str`, *optional*): The pipeline that loads the model, such as `"image-classification"`.
+        config (`SAMConfig`): The configuration of the run.
+        name (`str`): The name of the model.
+        path (`str`): The hub id or folder to load the model from.
+        optimizer (`str`): A description of the base optimizer.
+        scope (`str`, *optional*): The resolved scope; None before training.
+        m (`int`, *optional*): Number of examples per perturbation.
+        passes (`float`, *optional*): Passes per step, averaged over the run.
+        cost (`float`, *optional*): Measured time of a step relative to one pass.
+        task (`str`, *optional*): The pipeline for the model, such as `"image-classification"`.
         datasets (`Sequence[str]`, *optional*): Hub ids, or names of local data.
-        metrics (`dict[str, float]`, *optional*): Results, named `<split>_<metric>`, all of one split.
-        is_adapter (`bool`, *optional*, defaults to `False`): Whether what was saved is a PEFT adapter.
-        base (`BaseModel`, *optional*): What was fine-tuned; None for a model from scratch.
+        metrics (`dict[str, float]`, *optional*): Results of one split, under `<split>_<metric>`.
+        is_adapter (`bool`, *optional*, defaults to `False`): Whether a PEFT adapter was saved.
+        base (`BaseModel`, *optional*): The fine-tuned model; None for training from scratch.
         architecture (`str`, *optional*): The class of the model.
         curve (`list[dict]`, *optional*): Log entries of the training, each with a `"step"`.
-        procedure (`dict`, *optional*): Settings of the training in words.
-        phase (`str`, *optional*): What kind of training it was, such as `"flatten"`, where it was no ordinary fine-tuning.
+        procedure (`dict`, *optional*): Training settings, by their label on the card.
+        phase (`str`, *optional*): The kind of training, such as `"flatten"`, if it is not ordinary fine-tuning.
     """
 
     config: SAMConfig
@@ -87,7 +88,7 @@ class SAMCard:
     def from_trainer(
         cls, trainer: Any, dataset: str | Sequence[str] | None = None, task: str | Sequence[str] | None = None
     ) -> SAMCard:
-        """Read the facts off a trainer; results are the last logged `test_` metrics, else the last `eval_` ones."""
+        """Collect the facts from a trainer; results are the last logged `test_` metrics, else the last `eval_` ones."""
         update = getattr(trainer, "_sam", None)
         args, history = trainer.args, trainer.state.log_history
         path = (getattr(trainer, "hub_model_id", None) or args.output_dir).rstrip("/")
@@ -115,14 +116,14 @@ class SAMCard:
 
     @property
     def tags(self) -> list[str]:
-        """What the hub finds the model by; none for a run without perturbation."""
+        """The tags on the hub; none for a run without perturbation."""
         if self.config.rho == 0:
             return []
         return [TAG, f"arxiv:{self._arxiv}"] if self._arxiv else [TAG]
 
     @property
     def eval_results(self) -> list[EvalResult]:
-        """The results as `model-index` metadata; none where the task or the data have no name."""
+        """The results as `model-index` metadata; none if the task or dataset is unknown."""
         if not (self.task and self.datasets):
             return []
         return [
@@ -140,12 +141,12 @@ class SAMCard:
         ]
 
     def text(self) -> str:
-        """The card's own section, between two comments by which a later one replaces it."""
+        """The section on SAM, between two comments that mark it for later replacement."""
         parts = [self._method(), self._results(), self._curve(), self._usage()]
         return "\n\n".join([_BEGIN, *(part for part in parts if part), _END])
 
     def whole(self) -> str:
-        """The card without its metadata: what the model is, this section, and how it was trained."""
+        """The complete card without metadata: introduction, section on SAM, and training procedure."""
         parts = [f"# {self.name}", _WHOLE, self._introduction(), self.text(), self._training()]
         return "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
@@ -156,13 +157,13 @@ class SAMCard:
             return f"A {self.architecture or 'model'} trained from scratch{on}."
         if self.phase is not None:
             return (
-                f"The finished {kind} {self.base.link} after a {self.phase} phase{on}: a short further training with sharpness-aware "
-                f"minimization, meant to make it survive quantization, merging or further fine-tuning better."
+                f"The finished {kind} {self.base.link} after a {self.phase} phase{on}: a short additional training with "
+                f"sharpness-aware minimization, meant to make it more robust to quantization, merging and further fine-tuning."
             )
         return f"A {kind} fine-tuned from {self.base.link}{on}."
 
     def _curve(self) -> str:
-        """Training and evaluation by step, at most so many rows."""
+        """Training and evaluation by step, in at most `_MAX_CURVE_ROWS` rows."""
         by_step: dict[int, dict[str, Any]] = {}
         for entry in self.curve:
             by_step.setdefault(entry["step"], {}).update(entry)
@@ -245,8 +246,8 @@ class BaseModel:
     The model that was fine-tuned.
 
     Args:
-        name (`str`): How a reader knows it.
-        hub_id (`str`, *optional*): Where it is on the hub, as far as can be known.
+        name (`str`): The name for readers.
+        hub_id (`str`, *optional*): The hub id, if known.
     """
 
     name: str
@@ -254,14 +255,16 @@ class BaseModel:
 
     @property
     def link(self) -> str:
-        """The name, as a link where there is something to link to."""
+        """The name, as a link if the hub id is known."""
         return f"[{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else f"`{self.name}`"
 
     @classmethod
     def of(cls, model: Any) -> BaseModel | None:
         """
-        What `model` was loaded from: a hub id; of a local folder, the hub id that its path in the hub's cache, its
-        configuration or its card names, else the name of the folder. None for a model from scratch.
+        The model that `model` was loaded from; None for a model trained from scratch.
+
+        For a local folder, the hub id is taken from its path in the hub's cache, its card or its configuration;
+        otherwise the name of the folder is used.
         """
         config = getattr(_without_adapter(model), "config", None)
         name = str(getattr(config, "_name_or_path", "") or "")
@@ -271,20 +274,20 @@ class BaseModel:
         if not folder.is_dir():
             return cls(name, name) if _HUB_ID.fullmatch(name) else cls(folder.name)
         cached = re.search(r"models--(.+?)--(.+?)/snapshots/", f"{folder.resolve()}/")
-        said = f"{cached[1]}/{cached[2]}" if cached else _said_by_folder(folder)
+        said = f"{cached[1]}/{cached[2]}" if cached else _hub_id_of(folder)
         return cls(said or folder.resolve().name, said)
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
-def _said_by_folder(folder: Path) -> str | None:
-    """The hub id that a model's folder goes by: in the title or the code of its card, else in its configuration."""
+def _hub_id_of(folder: Path) -> str | None:
+    """The hub id of a model in a local folder, from the title or code of its card, else from its configuration."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         text = ""
-    if _BEGIN in text:  # one of ours: the folder is the model, and has no id that we know of
+    if _BEGIN in text:  # written by this module: the folder is the model itself, whose id is unknown
         return None
     found = re.findall(r"^# +([\w.-]+/[\w.-]+)\s*$", text, re.MULTILINE)
     code = r"(?:from_pretrained|pipeline|SentenceTransformer)\([^)]*?['\"]([\w.-]+/[\w.-]+)['\"]"
@@ -298,16 +301,18 @@ def write_model_card(
     trainer: Any, dataset: str | Sequence[str] | None = None, task: str | Sequence[str] | None = None
 ) -> Path | None:
     """
-    Write `README.md` in the trainer's `output_dir`: a whole card in place of a draft that a trainer has generated, or of
-    none; in a card of one's own, a section with SAM's settings, results and curve. Writing twice changes nothing.
+    Write the model card `README.md` to the trainer's `output_dir`.
+
+    A missing card or a draft of a trainer is replaced by a complete card. A custom card gets a section with the
+    settings, results and training curve of SAM. Calling this again updates the section.
 
     Args:
-        trainer (`SAMTrainerMixin`): At any time; what is not known yet is left out.
-        dataset (`str` or `list[str]`, *optional*): Hub ids, or names, of the data.
-        task (`str` or `list[str]`, *optional*): The pipeline that loads the model.
+        trainer (`SAMTrainerMixin`): The trainer, before or after training; unknown facts are left out.
+        dataset (`str` or `list[str]`, *optional*): Hub ids or names of the data.
+        task (`str` or `list[str]`, *optional*): The pipeline for the model.
 
     Returns:
-        The file, or None on every process but the first.
+        `Path` or None: The file; None on all processes but the first.
     """
     if not trainer.is_world_process_zero():
         return None
@@ -334,7 +339,7 @@ def write_model_card(
 
 
 def insert_section(text: str, section: str) -> str:
-    """Replace the section that an earlier call inserted, else put it before the training procedure, else at the end."""
+    """Replace the section of an earlier call, or insert it before the training procedure, or at the end."""
     if _BEGIN in text and _END in text:
         head, rest = text.split(_BEGIN, 1)
         return head + section + rest.split(_END, 1)[1]
@@ -360,7 +365,7 @@ def _last_results(history: list[dict[str, Any]], prefix: str) -> dict[str, float
 
 
 def _task_of(model: Any) -> str | None:
-    """The pipeline for a model of this class, by the table that the Trainer's own card uses."""
+    """The pipeline for a model of this class, from the table of the Trainer's card."""
     base = _without_adapter(model)
     for task, classes in TASK_MAPPING.items():
         if type(base).__name__ in classes.values():
@@ -381,7 +386,7 @@ def _count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def _procedure(args: Any, trainer: Any) -> dict[str, Any]:
-    """How it was trained, in words; what the arguments do not say is left out."""
+    """Training settings by their label on the card; unknown ones are left out."""
     state, data = trainer.state, getattr(trainer, "train_dataset", None)
     batch = (
         f"{args.train_batch_size} per device x {_count(args.gradient_accumulation_steps, 'accumulation step')} x "

@@ -1,4 +1,4 @@
-"""How a Trainer runs one pass: its own training step, whose loss is observed and, if a method needs it, changed."""
+"""One pass of a Trainer: its own `training_step`, whose loss is observed or changed if the method needs that."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TrainerPasses:
-    """The passes of one trainer; see `hf_sam.update.runner.Passes`.
+    """The implementation of `hf_sam.update.runner.Passes` for a trainer.
 
     Args:
         trainer (`SAMTrainerMixin`): The trainer.
@@ -38,38 +38,41 @@ class TrainerPasses:
         self._compute_loss: Callable[..., Any] | None = None
 
     def start(self, update: SharpnessAwareUpdate) -> None:
-        """Bind to the update of a run."""
+        """Prepare for the update of a run."""
         self._update = update
         self._needs_logits = bool(update.needs & Needs.LOGITS)
         self._changes_losses = self._needs_logits or bool(update.needs & Needs.SUBSET)
         self._parts = LossesOfParts(self._trainer, update, lambda: self._compute_loss or self._trainer.compute_loss)
         if update.runner.takes_parts or update.needs & Needs.LOGITS:
-            self._hook = self._trainer.model.register_forward_hook(self._see)
+            self._hook = self._trainer.model.register_forward_hook(self._store_outputs)
 
     def end(self) -> None:
-        """Remove everything from the model."""
+        """Remove the hook from the model."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was skipped after an overflow in fp16."""
+        """Whether the optimizer skipped its last step because of an fp16 overflow."""
         return bool(self._trainer.accelerator.optimizer_step_was_skipped)
 
     # --- one pass ----------------------------------------------------------------------------------------------------
 
     def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
-        """Run one forward and backward of the base trainer, adding gradients up in `p.grad`, and return the loss.
+        """Run one forward and backward of the base trainer, accumulating gradients in `p.grad`, and return the loss.
 
-        With `synced`, synchronisation is as the Trainer has set it for this micro-batch; otherwise there is none.
-        With `is_ascent`, the gradients determine the perturbation; otherwise the optimizer steps along them.
+        Args:
+            model (`nn.Module`): The model as wrapped by the trainer.
+            batch (`MicroBatch`): The micro-batch.
+            synced (`bool`): Synchronise gradients if the Trainer would for this micro-batch; otherwise never.
+            is_ascent (`bool`): The gradients determine the perturbation; otherwise the optimizer steps along them.
         """
         trainer, update = self._trainer, self._update
         is_clean = is_ascent and not update.runner.is_repeating
-        # Through DDP's wrapper the loss does not depend on the logits: gradients with respect to them need the bare model.
+        # Through DDP's wrapper the loss does not depend on the logits, so their gradients need the bare model.
         reaches_logits = is_clean and self._needs_logits
         module = trainer.model if reaches_logits else model
-        change = self._change_of(batch, is_clean)
+        change = self._loss_hook(batch, is_clean)
         trainer.current_gradient_accumulation_steps = batch.accumulation_steps
         context = update.engine.ascent_pass if is_ascent else update.engine.descent_pass
         inputs = update.runner.changed_inputs.protected(batch) if update.runner.is_repeating else batch.fresh_inputs()
@@ -84,8 +87,8 @@ class TrainerPasses:
             update.engine.average_gradients(update.parameters.in_model)
         return loss
 
-    def _change_of(self, batch: MicroBatch, is_clean: bool) -> Callable[[Tensor, Any], Tensor] | None:
-        """What to do with a pass's loss: observe it in the clean pass, change it in the others."""
+    def _loss_hook(self, batch: MicroBatch, is_clean: bool) -> Callable[[Tensor, Any], Tensor] | None:
+        """The hook for the loss of a pass: observe it in the clean pass, change it in the others; None for no hook."""
         if not self._changes_losses:
             return None
         needs, descent = self._update.needs, self._update.parts.descent
@@ -114,9 +117,13 @@ class TrainerPasses:
         before: Snapshot | None = None,
         is_weighted: bool = True,
     ) -> Iterator[None]:
-        """Inside, the trainer's `compute_loss`, custom or not, passes its loss to `change`, and the loss is weighted.
+        """A context in which the loss of the trainer's `compute_loss` is passed to `change` and weighted.
 
-        `before` is the state that a clean pass started from; it is completed just before the trainer calls the model.
+        Args:
+            batch (`MicroBatch`): The micro-batch, whose weights are used.
+            change (`Callable`, *optional*): Maps loss and labels to the new loss.
+            before (`Snapshot`, *optional*): The initial state of a clean pass, completed just before the forward.
+            is_weighted (`bool`): Whether to weight the loss.
         """
         trainer, update = self._trainer, self._update
         if change is None and before is None and not update.runner.takes_parts:
@@ -128,7 +135,7 @@ class TrainerPasses:
         def changed(model: nn.Module, inputs: Any, *args, **kwargs) -> Any:
             labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
             if before is not None:
-                update.runner.look_again(before)
+                update.runner.refresh_snapshot(before)
             result = compute_loss(model, inputs, *args, **kwargs)
             loss, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
             if self._parts.is_unverified:
@@ -138,7 +145,9 @@ class TrainerPasses:
             loss = loss if change is None else change(loss, labels)
             self._outputs = None
             weight = (
-                batch.weights[update.runner.adding_up] if is_weighted and update.runner.adding_up is not None else 1.0
+                batch.weights[update.runner.loss_combination]
+                if is_weighted and update.runner.loss_combination is not None
+                else 1.0
             )
             if isinstance(weight, Tensor):
                 loss = loss * weight.to(loss)
@@ -158,7 +167,7 @@ class TrainerPasses:
 
     @contextlib.contextmanager
     def _no_generation(self) -> Iterator[None]:
-        """Inside, `model.generate` raises an error that says why a pass must not generate."""
+        """A context in which `model.generate` raises an error, because both passes must see the same inputs."""
         attributes = vars(self._trainer.model)
         if not hasattr(self._trainer.model, "generate") or "generate" in attributes:
             yield
@@ -177,9 +186,9 @@ class TrainerPasses:
         finally:
             attributes.pop("generate", None)
 
-    # --- logits and the losses of examples -----------------------------------------------------------------------------
+    # --- logits and per-example losses -------------------------------------------------------------------------------
 
-    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _store_outputs(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._outputs = output
 
     def _logits(self, is_needed: bool = True) -> Tensor | None:
@@ -205,7 +214,7 @@ class TrainerPasses:
         """Check once that the loss depends on the parameters only through the logits.
 
         Raises:
-            ValueError: The loss depends on them in other ways, too.
+            ValueError: It does not.
         """
         if self._has_checked_logits:
             return
@@ -214,8 +223,8 @@ class TrainerPasses:
             return
         label = self._update.config.label
         reason = (
-            f"{label} needs a loss that depends on the parameters only through the logits. Turn auxiliary losses (router, "
-            "boxes, regularisers) off, or choose another method."
+            f"{label} needs a loss that depends on the parameters only through the logits. Turn off auxiliary losses (router, "
+            "boxes, regularisers), or choose another method."
         )
         parameters = self._update.parameters.trainable
         (outer,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
@@ -233,16 +242,16 @@ class TrainerPasses:
             raise ValueError(reason)
 
     def losses_of_examples(self, batch: MicroBatch) -> Tensor:
-        """Run one forward at the current weights; return the loss of every example, shape `(batch,)`."""
+        """Run one forward at the current weights and return the loss of every example, shape `(batch,)`."""
         trainer, found = self._trainer, []
 
-        def look(loss: Tensor, labels: Any) -> Tensor:
+        def record(loss: Tensor, labels: Any) -> Tensor:
             found.append(self._example_losses(labels))
             return loss
 
         with (
             torch.no_grad(),
-            self._loss_changed(batch, look, is_weighted=False),
+            self._loss_changed(batch, record, is_weighted=False),
             trainer.compute_loss_context_manager(),
         ):
             inputs = trainer._prepare_inputs(self._update.runner.changed_inputs.protected(batch))
@@ -262,11 +271,11 @@ class TrainerPasses:
                 f"classification or language model; here their shapes do not match ({shapes}). Choose another method."
             ) from error
 
-    # --- more than passes ------------------------------------------------------------------------------------------------
+    # --- other computations ------------------------------------------------------------------------------------------
 
-    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
-        """How the losses of parts of `size` examples make up the batch's, see `LossesOfParts`."""
-        return self._parts.how_parts_add_up(batch, size)
+    def find_loss_combination(self, batch: MicroBatch, size: int) -> str:
+        """How the losses of parts of `size` examples combine to the loss of the batch; see `LossesOfParts`."""
+        return self._parts.find_loss_combination(batch, size)
 
     def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
         """Add `H vector` of the batch's loss at the current weights to `product`."""

@@ -1,4 +1,4 @@
-"""Did you mean ...? Imports nothing that takes time."""
+"""Suggestions for misspelt names. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def did_you_mean(name: Any, known: Iterable[str], otherwise: str = "") -> str:
-    """A sentence that suggests the known name nearest to `name`, or `otherwise` where none is near."""
+    """A sentence that suggests the known name closest to `name`, or `otherwise` if none is close."""
     found = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {found[0]!r}?" if found else otherwise

@@ -1,4 +1,4 @@
-"""`SAMTrainer`: the Trainer with the sharpness-aware update in its `training_step`. Glue only; the step is `update/step.py`."""
+"""`SAMTrainer`: the Trainer with the sharpness-aware update in its `training_step`. Glue only; see `update/step.py`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .update.telemetry import Telemetry
 
 logger = logging.get_logger(__name__)
 
-# Attributes that the Trainer and this module set: not state of a user's loss, so not restored after a pass.
-_OF_THE_TRAINER = {i.argval for i in dis.get_instructions(Trainer.__init__) if i.opname == "STORE_ATTR"} | {
+# Attributes set by the Trainer and this module. They are not state of a custom loss, so passes need not restore them.
+_TRAINER_ATTRIBUTES = {i.argval for i in dis.get_instructions(Trainer.__init__) if i.opname == "STORE_ATTR"} | {
     "_sam",
     "_sam_checkpoint",
     "_sam_config_given",
@@ -55,10 +55,10 @@ class SAMTrainerMixin:
         ValueError: The optimizer, engine or parameters do not work with SAM; the message says why and what to use.
     """
 
-    # Further attributes of the trainer that only the clean pass may change. Custom attributes are found by themselves; those
-    # that the stock Trainer sets are not restored unless named here.
+    # Further attributes of the trainer that only the clean pass may change. Custom attributes are found automatically;
+    # those that the stock Trainer sets are restored only if named here.
     sam_bookkeeping: tuple[str, ...] = ()
-    # Whether part of a batch is a valid batch. It is not if a collator stacks chosen above rejected answers.
+    # Whether part of a batch is a valid batch, unlike in collators that stack chosen and rejected answers.
     sam_splits_batches: bool = True
 
     def __init__(self, *args, sam_config: SAMConfig | None = None, **kwargs):
@@ -101,7 +101,7 @@ class SAMTrainerMixin:
     # --- a run -------------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        """Train as the base trainer does; after an error, too, nothing stays on the model."""
+        """Train as the base trainer does; clean up the model also after an error."""
         try:
             return super().train(*args, **kwargs)
         except BaseException:
@@ -109,7 +109,7 @@ class SAMTrainerMixin:
             raise
 
     def start_update(self) -> None:
-        """Bind the update to the model, optimizer and number of steps of the run that starts."""
+        """Create the update for the model, optimizer and number of steps of the starting run."""
         self.end_update()
         self._sam = None
         if self.sam_config.rho == 0:
@@ -120,7 +120,9 @@ class SAMTrainerMixin:
         max_steps = max(self.state.max_steps, 1)
         self._sam_passes = TrainerPasses(self, super().training_step)
         loss_parts = parts_of(self.compute_loss_func)
-        values = {k: v for k, v in vars(self).items() if k not in _OF_THE_TRAINER} | {"compute_loss_func": loss_parts}
+        values = {k: v for k, v in vars(self).items() if k not in _TRAINER_ATTRIBUTES} | {
+            "compute_loss_func": loss_parts
+        }
         self._sam = SharpnessAwareUpdate(
             self.sam_config,
             self.model,
@@ -133,9 +135,9 @@ class SAMTrainerMixin:
             scheduler=self.lr_scheduler,
             others=named_modules_in(values),
             owner=self,
-            looked_into=loss_parts,
+            also_tracked=loss_parts,
             train_dataset=self.train_dataset,
-            ignored=_OF_THE_TRAINER.difference(self.sam_bookkeeping),
+            ignored=_TRAINER_ATTRIBUTES.difference(self.sam_bookkeeping),
         )
         self._sam_passes.start(self._sam)
         stored_in = {p.dtype for p in self._sam.parameters.selected}
@@ -147,14 +149,14 @@ class SAMTrainerMixin:
         )
         if self._sam_checkpoint is not None:
             load_state(self._sam_checkpoint, self._sam, self.args.process_index)
-            self._sam_checkpoint = None  # another call of `train` starts afresh
+            self._sam_checkpoint = None  # the next call of `train` starts anew
         m = self._sam.effective_m(self._train_batch_size, self.args.gradient_accumulation_steps)
         logger.info(
             f"SAM: {self.sam_config.method}, scope {self._sam.scope}: one perturbation for every m = {m} examples"
         )
 
     def end_update(self) -> None:
-        """Remove everything from the model; the measurements of the run stay readable."""
+        """Remove hooks and attached modules from the model; measurements of the run stay readable."""
         if self._sam_passes is not None:
             self._sam_passes.end()
         if self._sam is not None and self._sam.attached is not None:
@@ -166,9 +168,9 @@ class SAMTrainerMixin:
         return ops if self._sam is None else int(ops * self._sam.schedule.passes(self.state.global_step))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as the base trainer does, adding the keys of the update to training entries and its cost to the last entry.
+        """Log as the base trainer does, with values of the update in training entries and its cost in the last entry.
 
-        What a loss function logs in a pass after the clean one is dropped.
+        Calls from a loss function in repeated passes are dropped.
         """
         if self._sam is not None and self._sam.runner.is_repeating:
             return
@@ -176,7 +178,7 @@ class SAMTrainerMixin:
             means = self._read_telemetry()
             logs.update(log_entries(means, bool(self.sam_config.log_shares)))
             if self.is_world_process_zero():
-                self._sam_diagnosis.look(means, logs["loss"], self.state.global_step)
+                self._sam_diagnosis.check(means, logs["loss"], self.state.global_step)
         if self._sam is not None and "train_runtime" in logs:
             logs.update(self._sam.cost.summary())
             if self.is_world_process_zero():
@@ -237,9 +239,9 @@ class SAMTrainerMixin:
             save_state(output_dir, self._sam, self.args.process_index)
 
     def _is_measured_step(self) -> bool:
-        """Whether to measure values that cost memory bandwidth: on the last perturbed step before the Trainer logs.
+        """Whether to measure values that cost memory bandwidth: in the last perturbed step before the Trainer logs.
 
-        If the Trainer does not log by steps, its next entry cannot be predicted, and every 50th step is used.
+        Unless the Trainer logs by steps, its next entry is unpredictable, and every 50th step is used.
         """
         step = self.state.global_step
         every = int(self.state.logging_steps if self.args.logging_strategy == "steps" else 0) or 50
@@ -248,7 +250,7 @@ class SAMTrainerMixin:
         return step == 0 or following is None or following >= next_entry
 
     def _read_telemetry(self) -> dict[str, float]:
-        """Means since the last entry, over steps and ranks; the only place that waits for the device."""
+        """Means over steps since the last entry and over ranks; the only place that synchronises with the device."""
         tables = nested_gather(self._sam.telemetry.drain(), self.args.parallel_mode)
         return Telemetry.means(tables)
 

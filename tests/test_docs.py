@@ -73,7 +73,7 @@ def passes(config: SAMConfig) -> str:
 
 def defaults(config: SAMConfig) -> str:
     """Values of rho and of the fields that are the method's own."""
-    own = (config._own.keys() - SHARED) | config.row.defaults.keys() - {"adaptive"} | {"rho"}
+    own = (config._own_hyperparameters.keys() - SHARED) | config.row.defaults.keys() - {"adaptive"} | {"rho"}
     if config.adaptive:
         own.add("eta")
     flat = [name for name in SAMConfig.fields() if name in own]

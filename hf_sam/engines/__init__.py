@@ -1,4 +1,4 @@
-"""Engines on which a step runs (one process, DDP, sharded engines), and what each does not support."""
+"""The engines on which a step runs (one process, DDP, sharded engines), and what each of them supports."""
 
 from .base import Engine
 from .compatibility import refuse_unsupported

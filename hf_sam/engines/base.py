@@ -1,4 +1,4 @@
-"""The engine for one process and DDP: synchronisation of gradients and computation of norms."""
+"""The engine for one process and DDP: synchronises gradients and computes norms."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..methods.base import overrides
 from ..update.buckets import buckets
 from ..update.parameters import (
     Gradients,
-    are_plain,
+    are_plain_tensors,
     existing_gradients,
     gradients_only_for,
-    laid_out_as,
     put_gradients,
+    sharded_like,
     take_gradients,
 )
 from ..update.reductions import Reductions
@@ -35,25 +35,25 @@ class Engine:
     """One process, or DDP: every rank holds all parameters.
 
     Args:
-        trainer (`~transformers.Trainer`): The trainer whose accelerator and model are read; it is never changed.
+        trainer (`~transformers.Trainer`): The trainer, of which only accelerator and model are read.
     """
 
-    # Whether the engine refers to the parameters' memory by address, so that they may only be changed in place.
+    # Whether the engine holds addresses of the parameters' memory, so that they may only be changed in place.
     parameters_are_views = False
-    # Whether the engine moves parameters' memory between and during passes.
+    # Whether the engine moves parameters in memory between and during passes.
     parameters_move = False
     # Whether the optimizer's groups hold the model's own parameters.
     optimizer_holds_parameters = True
 
     def __init__(self, trainer: Trainer):
         self._accelerator = trainer.accelerator
-        # DDP expects every gradient, unless it searches for unused parameters.
+        # DDP waits for every gradient unless it searches for unused parameters.
         wrapper, scope = trainer.model_wrapped, self.scope(trainer.sam_config)
         counts = isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters
         self._needs_all_gradients = counts and scope == "global"
         if is_compiled(trainer) and overrides(trainer.sam_config.parts.ascent, "parameters"):
-            self._needs_all_gradients = True  # every other choice of parameters would trigger a recompilation
-        # If so, gradients are views of DDP's buckets, which its next pass overwrites.
+            self._needs_all_gradients = True  # each choice of parameters would trigger a recompilation
+        # Whether gradients are views of DDP's buckets, which its next pass overwrites.
         self._gradients_are_views = (
             isinstance(wrapper, DistributedDataParallel) and wrapper.gradient_as_bucket_view and scope == "global"
         )
@@ -81,7 +81,7 @@ class Engine:
         return "device" if config.m is None else "micro"
 
     def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
-        """Norms and inner products of lists that hold one tensor for each of `parameters`, in this order."""
+        """Norms and inner products of lists of one tensor per parameter, in the order of `parameters`."""
         return Reductions()
 
     def without_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
@@ -92,7 +92,7 @@ class Engine:
     def ascent_pass(self, model: nn.Module, synced: bool) -> Iterator[nn.Module]:
         """A context for a pass whose gradients determine the perturbation; yields the module to run.
 
-        With `synced`, gradients are synchronised as the Trainer has set it for this micro-batch, otherwise never. The
+        With `synced`, gradients are synchronised if the Trainer would for this micro-batch, otherwise never. The
         optimizer never steps along these gradients.
         """
         with contextlib.nullcontext() if synced else self.without_sync(model):
@@ -103,11 +103,11 @@ class Engine:
         return self.ascent_pass(model, synced)
 
     def finish_step(self) -> None:
-        """Take the optimizer step, if the engine does so itself; called once the weights are restored."""
+        """Take the optimizer step if the engine does that itself; called after the weights are restored."""
 
     @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-        """A context in which other trainable parameters get no gradients, which are not even computed if possible."""
+        """A context in which only `chosen` parameters get gradients; those of others are not computed if possible."""
         if self._needs_all_gradients:
             yield
             put_gradients(dict.fromkeys(set(trainable).difference(chosen)))
@@ -116,28 +116,32 @@ class Engine:
             yield
 
     def take_gradients(self, parameters: Sequence[Parameter]) -> Gradients:
-        """Move the gradients of passes inside `ascent_pass` to the caller."""
+        """Move the gradients of ascent passes out of the engine; the caller owns them."""
         return take_gradients(parameters, are_views=self._gradients_are_views)
 
     def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
         """The existing gradients, left in place."""
         gradients = existing_gradients(parameters)
-        return gradients if are_plain(gradients.values()) else {p: laid_out_as(p, g) for p, g in gradients.items()}
+        return (
+            gradients
+            if are_plain_tensors(gradients.values())
+            else {p: sharded_like(p, g) for p, g in gradients.items()}
+        )
 
     def renew_copies(self) -> None:
-        """Drop everything derived from the weights, after they have changed."""
+        """Invalidate everything derived from the weights, after they have changed."""
         torch.clear_autocast_cache()
 
     def loss_scale(self, device: torch.device) -> Tensor | float:
-        """The factor by which gradients are scaled up under fp16; read without waiting for the device."""
+        """The fp16 loss scale, 1.0 without fp16; does not synchronise with the device."""
         scaler = self._accelerator.scaler
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
 
     def average_gradients(self, parameters: list[Parameter]) -> None:
-        """Average over all ranks the gradients of a pass without synchronisation, as DDP's backward would.
+        """Average the gradients of unsynchronised passes over all ranks, as DDP's backward would.
 
-        Buckets are reduced one at a time, in the same order on every rank. A gradient that no rank has stays None; a
-        rank waits for the device to find out only if one of its own gradients is missing.
+        Buckets are reduced one at a time, in the same order on every rank. Gradients that no rank has stay None; only
+        ranks with missing gradients synchronise with the device for that.
         """
         if self._accelerator.num_processes == 1 or not parameters:
             return
@@ -158,7 +162,7 @@ class Engine:
                     p.grad = None
 
     def agree(self, flag: bool) -> bool:
-        """Whether `flag` holds on every rank; waits for all of them."""
+        """Whether `flag` holds on every rank; synchronises all ranks."""
         if self._accelerator.num_processes == 1:
             return flag
         agreed = torch.tensor([int(flag)], device=self._accelerator.device)
@@ -167,7 +171,7 @@ class Engine:
 
 
 def is_compiled(trainer: Trainer) -> bool:
-    """Whether the model is compiled, by the trainer's arguments or by the user."""
+    """Whether the model is compiled, by `torch_compile=True` or by the user."""
     modules = (trainer.model, trainer.model_wrapped)
     by_user = any(
         hasattr(module, "_torchdynamo_orig_callable") or getattr(module, "_compiled_call_impl", None)
@@ -178,14 +182,14 @@ def is_compiled(trainer: Trainer) -> bool:
 
 @contextlib.contextmanager
 def loss_instead_of_backward(accelerator) -> Iterator[list[Tensor]]:
-    """Collect the losses that `training_step` passes to `accelerator.backward`, normalised as there, without a backward pass."""
+    """Collect the normalised losses that `training_step` passes to `accelerator.backward`, without a backward pass."""
     losses: list[Tensor] = []
     with replaced_backward(accelerator, lambda loss, **kwargs: losses.append(loss)):
         yield losses
 
 
 def backward_where_needed(accelerator) -> contextlib.AbstractContextManager:
-    """A context that skips the backward pass of losses that depend on no parameter requiring a gradient."""
+    """A context that skips the backward pass of losses that require no gradient."""
     backward = accelerator.backward
     return replaced_backward(
         accelerator, lambda loss, **kwargs: backward(loss, **kwargs) if loss.requires_grad else None
@@ -194,7 +198,7 @@ def backward_where_needed(accelerator) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def replaced_backward(accelerator, backward: Callable) -> Iterator[None]:
-    before = vars(accelerator).get("backward")  # None: the class's own
+    before = vars(accelerator).get("backward")  # None for the method of the class
     accelerator.backward = backward
     try:
         yield

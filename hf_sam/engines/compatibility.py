@@ -1,4 +1,4 @@
-"""Setups in which the update would be wrong: refused before training starts, with an alternative in the message."""
+"""Raise errors for unsupported setups before training starts, with an alternative in the message."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .kinds import kind_of
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Optimizers of `TrainingArguments.optim` that step inside `backward`: the clean pass would already move the weights.
+# Optimizers of `TrainingArguments.optim` that step inside `backward`, so that the clean pass would change the weights.
 STEPS_IN_BACKWARD = ("lomo", "adalomo")
-# Trainers whose batches stack chosen above rejected answers: part of such a batch is not a valid batch.
+# Trainers whose batches stack chosen and rejected answers, so that part of a batch is not a valid batch.
 STACKS_PAIRS = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "ORPOTrainer", "CPOTrainer", "BCOTrainer")
 # Trainers that generate completions in every training step.
 GENERATES = (
@@ -35,7 +35,7 @@ MAY_GENERATE = ("GKDTrainer", "GOLDTrainer", "MiniLLMTrainer")
 # `torch.compile` modes that replay CUDA graphs on a GPU.
 REPLAYS_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
-# --- on any engine -------------------------------------------------------------------------------------------------
+# --- on any engine ---------------------------------------------------------------------------------------------------
 
 
 def _steps_in_backward(trainer: Trainer) -> bool:
@@ -68,7 +68,7 @@ def _replays_cuda_graphs(trainer: Trainer) -> bool:
 
 
 def _is_compiled_to_cuda_graphs(module: nn.Module) -> bool:
-    """Whether the user compiled the module this way: `torch.compile(model, mode="reduce-overhead")` or `model.compile(...)`."""
+    """Whether the user compiled the module to CUDA graphs, such as `torch.compile(model, mode="reduce-overhead")`."""
     for compiled in (module, getattr(module, "_compiled_call_impl", None)):
         config = compiled.get_compiler_config() if hasattr(compiled, "get_compiler_config") else None
         if (config and config.get("triton.cudagraphs")) or _backend_of(compiled) == "cudagraphs":
@@ -101,9 +101,7 @@ def _splits_layers_or_experts(trainer: Trainer) -> bool:
     config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
     if config is None:
         return False
-    sizes = [
-        getattr(config, name, None) or 1 for name in ("pp_size", "ep_size")
-    ]  # ep_size is as new as transformers 5.19
+    sizes = [getattr(config, name, None) or 1 for name in ("pp_size", "ep_size")]  # ep_size is new in transformers 5.19
     return max(sizes) > 1 or bool(getattr(config, "enable_expert_parallel", False))
 
 
@@ -138,7 +136,7 @@ def _deepspeed_casts(trainer: Trainer) -> bool:
     return any(config.get(section, {}).get("enabled") is True for section in ("fp16", "torch_autocast", "amp"))
 
 
-# When a setup is refused, and the message.
+# Conditions on the trainer that are not supported on any engine, and the messages.
 _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     (
         _generates,
@@ -208,14 +206,14 @@ _ALWAYS: list[tuple[Callable[[Trainer], bool], str]] = [
     ),
 ]
 
-# --- by engine -----------------------------------------------------------------------------------------------------
+# --- by engine -------------------------------------------------------------------------------------------------------
 
 
 def _mixes_whole_and_sharded(trainer: Trainer) -> bool:
     return len({isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad}) > 1
 
 
-# Descriptions of what a method may need, for messages; also the rows of the table in the documentation.
+# Descriptions of needs, for messages and for the rows of the table in the documentation.
 NEEDS: Mapping[Needs, str] = MappingProxyType(
     {
         Needs.CLEAN_GRADIENT: "the clean gradient in addition to the perturbed one",
@@ -231,7 +229,7 @@ NEEDS: Mapping[Needs, str] = MappingProxyType(
         Needs.HVP: "a Hessian-vector product (second_order=True)",
     }
 )
-# Settings of a configuration that need support by the engine, whatever the method.
+# Settings that need support by the engine, whatever the method.
 FIELDS: Mapping[str, Callable[[Trainer], bool]] = MappingProxyType(
     {
         "scope='micro'": lambda trainer: trainer.sam_config.scope == "micro" or trainer.sam_config.m is not None,
@@ -274,7 +272,7 @@ _ZERO: dict[Needs | str, str] = {
 _ZERO3 = (
     "ZeRO-3 reduces every gradient, so only that of the whole batch is available. Choose scope='global' (or 'auto')."
 )
-# What each engine lacks, and the message.
+# The needs and settings that each engine does not support, and the messages.
 LACKS: Mapping[str, Mapping[Needs | str, str]] = MappingProxyType(
     {
         "one process": {},
@@ -288,10 +286,10 @@ LACKS: Mapping[str, Mapping[Needs | str, str]] = MappingProxyType(
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
-    """Raise before training starts if the update could not be correct in this setup.
+    """Raise an error before training starts if the update would be wrong in this setup.
 
     Raises:
-        ValueError: The setup is not supported; the message says what to use instead.
+        ValueError: The setup is not supported; the message says why and what to use instead.
     """
     for applies, reason in _ALWAYS:
         if applies(trainer):

@@ -1,4 +1,4 @@
-"""Recognise how Accelerate or transformers has set up the model, and choose the engine for it."""
+"""Recognise how Accelerate or transformers has set up the model, and choose the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism and FSDP2: parameters are `DTensor`s, and each rank holds a part of each."""
+"""Engines for tensor parallelism and FSDP2, whose parameters are `DTensor`s."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class ShardedEngine(Engine):
 
     def reductions(self, parameters: Sequence[Parameter]) -> Reductions:
         for p in parameters:
-            if p not in self._shares:  # created once, since copying a number to the device synchronizes with it
+            if p not in self._shares:  # cached, because copying a number to the device synchronises with it
                 self._shares[p] = torch.tensor(1 / replicas(p), dtype=torch.float64).to(p.device, torch.float32)
         return ShardedReductions([self._shares[p] for p in parameters])
 
     @contextlib.contextmanager
     def without_sync(self, model: nn.Module) -> Iterator[None]:
-        # The Trainer's hooks average the gradients of replicated parameters if this flag is set.
+        # The Trainer's hooks average gradients of replicated parameters while this flag is set.
         before, self._accelerator.sync_gradients = self._accelerator.sync_gradients, False
         try:
             yield
@@ -49,13 +49,13 @@ class ShardedEngine(Engine):
             self._accelerator.sync_gradients = before
 
     def average_gradients(self, parameters: list[Parameter]) -> None:
-        """All ranks have seen the same examples, but their replicated gradients may differ by rounding."""
+        """Average replicated gradients, which may differ by rounding although all ranks have seen the same examples."""
         if whole := [p for p in parameters if not isinstance(p, DTensor)]:
             super().average_gradients(whole)
 
 
 class FullyShardedEngine(ShardedEngine):
-    """FSDP2, by Accelerate's plugin or loaded sharded, including HSDP and meshes with tensor parallelism.
+    """FSDP2, by Accelerate's plugin or by sharded loading, including HSDP and meshes with tensor parallelism.
 
     FSDP keeps unsynchronised gradients unsharded, and they appear in `p.grad` only after synchronisation.
     """
@@ -64,7 +64,7 @@ class FullyShardedEngine(ShardedEngine):
 
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
-        self._needs_all_gradients = True  # FSDP decides in its first pass which ones it reduces
+        self._needs_all_gradients = True  # FSDP decides in its first pass which gradients it reduces
         self._trainer = trainer
         self._sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
         self._modules = fsdp_modules(trainer.model)
@@ -95,7 +95,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def replicas(p: Tensor) -> int:
-    """The number of processes that hold the same part of `p`."""
+    """The number of processes that hold the same shard of `p`."""
     world = dist.get_world_size()
     if not isinstance(p, DTensor):
         return world

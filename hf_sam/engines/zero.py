@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO."""
+"""Engines for DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO-0, 1 and 2: every rank holds all weights; optimizer states and gradients may be sharded.
 
-    Accelerate's `backward` steps the optimizer. Therefore ascent passes bypass DeepSpeed: their gradients are taken from
-    autograd and, at global scope, averaged. Descent passes go through DeepSpeed, which steps once the weights are restored.
+    Accelerate's `backward` would step the optimizer, so ascent passes bypass DeepSpeed: their gradients come from
+    autograd and are averaged at global scope. Descent passes go through DeepSpeed, which steps after the weights are
+    restored.
     """
 
     parameters_are_views = True
@@ -70,11 +71,11 @@ class ZeroEngine(Engine):
             self._wanted = before
 
     def gradients(self, parameters: Sequence[Parameter]) -> Gradients:
-        return {}  # the optimizer's gradients are spread over ranks, and gathering them would cost what ZeRO saves
+        return {}  # gradients are sharded over ranks; gathering them would cost the memory that ZeRO saves
 
 
 class Zero3Engine(ZeroEngine):
-    """DeepSpeed ZeRO-3: each rank holds a flat part of every parameter, and DeepSpeed reduces all gradients."""
+    """DeepSpeed ZeRO-3: each rank holds a flat shard of every parameter, and DeepSpeed reduces all gradients."""
 
     parameters_move = True
 
@@ -93,7 +94,7 @@ class Zero3Engine(ZeroEngine):
 
     @contextlib.contextmanager
     def gradients_only_for(self, chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-        self._wanted = list(chosen)  # until the gradients are taken: DeepSpeed computes all of them
+        self._wanted = list(chosen)  # selects in `take_gradients`: DeepSpeed computes all gradients
         yield
 
     def take_gradients(self, parameters: Sequence[Parameter]) -> Gradients:

@@ -1,4 +1,4 @@
-"""The conformance suite for the package's and custom methods: `check_method`."""
+"""`check_method`: the conformance suite for built-in and custom methods."""
 
 from .conformance import Report, check_method, check_on_processes
 

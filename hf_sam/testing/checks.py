@@ -1,4 +1,4 @@
-"""The checks that every method must pass, one function each, on a tiny network in float64 under the Trainer."""
+"""The checks that every method must pass, one function each, on a tiny float64 network with the Trainer."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class Case:
     """A method under test.
 
     Args:
-        config (`SAMConfig`): The configuration, shortened: perturbed from the first step to the last, at least every third.
+        config (`SAMConfig`): The configuration; its schedule is shortened by `shortened`.
         folder (`Path`): Folder for checkpoints.
-        report (`Report`): Report for measurements.
+        report (`Report`): The report, which receives measurements.
     """
 
     def __init__(self, config: SAMConfig, folder: Path, report: Any):
         self.config, self.folder, self.report = shortened(config), folder, report
         self.interval = self.config.interval or 1
         self.needs, self.parts = self.config.parts.needs, self.config.parts
-        # Parts of a batch have different dropout masks from the whole.
+        # Parts of a batch draw other dropout masks than the whole batch.
         self.dropout = 0.0 if self.config.m else DROPOUT
 
     def run(self, config: SAMConfig | None = None, **options) -> Run:
-        """A run of the method, over two intervals and one step unless `max_steps` is given."""
+        """Run the method, for two intervals and one step unless `max_steps` is given."""
         options = {"max_steps": 2 * self.interval + 1, **options}
         return run(config or self.config, self.folder / "run", **options)
 
@@ -60,13 +60,13 @@ class Case:
 
     @property
     def long(self) -> dict:
-        """Options of the runs to compare with `whole`."""
+        """Options of runs that are compared with `whole`."""
         steps = 2 * self.interval + 3
         return {"max_steps": steps, "dropout": self.dropout, "save_strategy": "steps", "save_steps": 2}
 
 
 def shortened(config: SAMConfig) -> SAMConfig:
-    """The configuration for a run of a few steps, and for a network with other names."""
+    """Adapt the configuration to a run of a few steps and to the parameter names of the test network."""
     changes = {"start": 0.0, "end": 1.0}
     if (config.interval or 1) > LONGEST_INTERVAL:
         changes["interval"] = LONGEST_INTERVAL
@@ -82,12 +82,12 @@ def chooses_examples(config: SAMConfig) -> bool:
 
 
 def with_scope(config: SAMConfig, scope: str) -> SAMConfig:
-    """The configuration with one perturbation per device or for all devices, computed from whole batches however split."""
+    """The configuration with this scope and without fractions of batches, so that batches may be split in any way."""
     changes = {"m": None, "ascent_fraction": None if config.ascent_fraction is None else 1.0}
     return config.changed(**changes, **({"scope": scope} if config.scope is not None else {}))
 
 
-# --- the checks, in the order in which they run -----------------------------------------------------------------------
+# --- the checks, in the order in which they run ----------------------------------------------------------------------
 
 
 def trains(case: Case) -> None:
@@ -95,49 +95,49 @@ def trains(case: Case) -> None:
     seen = case.run(dropout=case.dropout)
     for step, weights in enumerate(seen.trajectory):
         assert torch.isfinite(weights).all(), f"the weights are not finite after step {step}"
-    assert not torch.equal(seen.trajectory[-1], seen.initial), "the weights are what they were after all steps"
+    assert not torch.equal(seen.trajectory[-1], seen.initial), "no step has changed the weights"
 
 
 def fresh_runs_agree(case: Case) -> None:
-    """A second run from the same seed is bitwise the first one."""
+    """Two runs from the same seed are bitwise equal."""
     again = run(case.config, case.folder / "again", **case.long)
     assert_equal(
         again,
         case.whole,
-        'two runs from the same seed differ: something outlives a run. Keep it in step.memory, declared as memory = ("name",) '
-        "in the class, not in an attribute, a global or a closure; draw from step.generator or step.shared_random",
+        'two runs from the same seed differ, so some state outlives a run. Keep state in step.memory, declared as memory = ("name",) '
+        "in the class, not in an attribute, a global or a closure, and draw from step.generator or step.shared_random",
     )
 
 
 def resumes(case: Case) -> None:
-    """A run resumed in the middle of an interval is bitwise the uninterrupted one."""
+    """A run resumed in the middle of an interval is bitwise equal to the uninterrupted one."""
     folder = Path(case.whole.trainer.args.output_dir) / "checkpoint-2"
     seen = run(case.config, case.folder / "resumed", resume=folder, **case.long)
     for step, weights in enumerate(seen.trajectory, start=2):
         assert torch.equal(weights, case.whole.trajectory[step]), (
-            f"a run resumed after step 1 differs from the uninterrupted one in step {step}: something that a checkpoint does not hold "
-            'is carried from step to step. Keep it in step.memory, declared as memory = ("name",) in the class'
+            f"a run resumed after step 1 differs from the uninterrupted one in step {step}, so some state is missing from "
+            'checkpoints. Keep state in step.memory, declared as memory = ("name",) in the class'
         )
 
 
 def draws_from_the_step(case: Case) -> None:
-    """Global random numbers have no influence."""
+    """The method does not depend on global random number generators."""
 
-    def stir(step: int) -> None:
+    def reseed_global_generators(step: int) -> None:
         torch.manual_seed(1000 + step)
         np.random.seed(1000 + step)
         random.seed(1000 + step)
 
     assert_equal(
-        case.run(at_step=stir),
+        case.run(at_step=reseed_global_generators),
         case.run(),
-        "other global random numbers make another run: draw with torch.randn(..., generator=step.generator), or from "
-        "step.shared_random where ranks have to agree",
+        "the run depends on global random number generators: draw with torch.randn(..., generator=step.generator), or from "
+        "step.shared_random if ranks must agree",
     )
 
 
 def copies_in_place(case: Case) -> None:
-    """In-place forms behave as copies would: nothing is read after one of them has consumed it."""
+    """In-place operations give the same result as copies: no Vector is read after one has consumed it."""
 
     def copied(vector: Vector) -> list[Tensor]:
         vector._data, vector._factor = vector.clone()._data, None
@@ -149,19 +149,18 @@ def copies_in_place(case: Case) -> None:
     assert_equal(
         case.run(),
         expected,
-        "a Vector is read after an in-place form has consumed it: g * 2 shares the memory of g, which g -= ... overwrites. "
-        "Clone what is needed again, or write g = g - ...",
+        "a Vector is read after an in-place operation has consumed it: g * 2 shares the memory of g, which g -= ... overwrites. "
+        "Clone Vectors that are needed again, or write g = g - ...",
         TOLERANCE,
     )
 
 
 def restores(case: Case) -> None:
-    """Between steps the weights are bitwise the result of the optimizer's updates alone."""
+    """Apart from the updates of the optimizer, weights are bitwise unchanged after every step."""
     seen = case.run(dropout=case.dropout, learning_rate=0.0)
     for step, weights in enumerate(seen.trajectory):
         assert torch.equal(weights, seen.initial), (
-            f"with a learning rate of 0, step {step} has changed weights: they were written to by the method itself "
-            "(step.weights is not to be changed)"
+            f"with a learning rate of 0, step {step} has changed weights: the method must not write to step.weights"
         )
 
 
@@ -175,7 +174,7 @@ def restores_after_exceptions(case: Case) -> None:
         with suppress(kind):
             case.run(max_steps=case.interval, learning_rate=0.0, at_pass=partial(_interrupt, interrupted, number, kind))
         assert interrupted, (
-            f"two runs from the same seed make other passes: {direction} {number} of the first is missing"
+            f"two runs from the same seed run different passes: {direction} {number} of the first is missing"
         )
         assert torch.equal(flat(interrupted[0].trainer.model), interrupted[0].initial), (
             f"{kind.__name__} in the {direction} pass of step {step} leaves perturbed weights behind"
@@ -193,22 +192,22 @@ def _interrupt(interrupted: list[Run], number: int, kind: type[BaseException], s
 
 
 def vanishes(case: Case) -> None:
-    """At rho = 1e-30 the run is the stock Trainer's."""
+    """At rho = 1e-30 the run equals that of the stock Trainer."""
     if case.needs & Needs.SUBSET:
-        raise LeftOut("the method descends on some of the examples")
+        raise LeftOut("the method descends on a subset of the examples")
     changes = {"rho": 1e-30, "rho_min": None}
     changes |= {"interval": 1} if case.config.interval else {}
     changes |= {"replay_rng": True} if case.config.replay_rng is not None else {}
     changes |= {"ascent_fraction": 1.0} if case.config.ascent_fraction is not None else {}
     config = case.config.changed(**changes)
-    sees_all = not chooses_examples(case.config)  # else passes draw different dropout masks from the whole batch
-    # Not logged, because a log would warn that such a small perturbation is lost to rounding.
+    sees_all = not chooses_examples(case.config)  # otherwise passes draw other dropout masks than the whole batch
+    # Without logging, which would warn that such a small perturbation is lost to rounding.
     options = {"dropout": case.dropout if sees_all else 0.0, "max_steps": 3, "logging_strategy": "no"}
     assert_equal(
         case.run(config, **options),
         case.run(stock=True, **options),
-        "at rho = 1e-30 the run is not the stock Trainer's: eps must vanish with step.rho, and what Descent.gradient returns must "
-        "be g where g_s = g",
+        "at rho = 1e-30 the run differs from the stock Trainer's: eps must vanish with step.rho, and Descent.gradient must return g "
+        "if g_s = g",
         1e-10,
     )
 
@@ -226,8 +225,8 @@ def accumulates(case: Case) -> None:
     assert_equal(
         case.run(config, per_device_train_batch_size=1, gradient_accumulation_steps=8),
         case.run(config, per_device_train_batch_size=8),
-        "8 micro-batches of 1 example and 1 of 8 differ: the method takes something from single micro-batches, or counts calls of "
-        "eps; step.index counts steps",
+        "8 micro-batches of 1 example and 1 of 8 differ: the method must not depend on single micro-batches or count calls of eps; "
+        "step.index counts steps",
         TOLERANCE,
     )
 
@@ -243,7 +242,7 @@ def counts_passes(case: Case) -> None:
     case.report.passes = by_step[2 * case.interval]
     for step, counted in enumerate(by_step):
         expected = seen.trainer._sam.schedule.passes(step)
-        # A fraction of a batch is a whole number of examples. Without eps there is no second pass.
+        # The tolerance: a fraction of a batch is rounded to whole examples. Without eps there is no second pass.
         may_be_fewer = case.parts.ascent.may_skip or step == 0
         assert counted <= expected + 0.2, wrong_passes(step, counted, expected)
         assert may_be_fewer or counted >= expected - 0.2, wrong_passes(step, counted, expected)
@@ -251,21 +250,21 @@ def counts_passes(case: Case) -> None:
 
 def wrong_passes(step: int, counted: float, expected: float) -> str:
     return (
-        f"step {step} takes {counted:.3g} passes over the batch, and config.passes_per_step leads to {expected:.3g}: "
-        "correct ascent_steps, needs, or the descent's extra_passes; an ascent that returns None in some steps declares "
+        f"step {step} takes {counted:.3g} passes over the batch, but config.passes_per_step promises {expected:.3g}: correct "
+        "ascent_steps, needs or the extra_passes of the descent; an ascent that returns None in some steps must declare "
         "may_skip = True"
     )
 
 
 def holds_its_copies(case: Case) -> None:
-    """At the end of every backward pass, at most `config.parts.copies` copies of the weights are held."""
+    """At the end of every backward pass, at most `config.parts.copies` extra copies of the weights are held."""
     if case.needs & Needs.ATTACHMENT:
-        raise LeftOut("attached modules have a size of their own")
+        raise LeftOut("the size of attached modules is not known")
     stock, ours = (peak_copies(case, is_stock) for is_stock in (True, False))
     case.report.copies = ours - stock
     assert case.report.copies <= case.parts.copies + 0.1, (
-        f"{case.report.copies:.2f} copies of the weights are held, and {case.parts.copies} follow from memory and needs: use "
-        "in-place forms (g -= ..., g *= ...) on what is not needed again, or declare the memory"
+        f"{case.report.copies:.2f} copies of the weights are held, but memory and needs allow {case.parts.copies}: use in-place "
+        "operations (g -= ..., g *= ...) on Vectors that are not needed again, or declare the memory"
     )
 
 
@@ -287,9 +286,9 @@ class Wide(nn.Module):
 
 def peak_copies(case: Case, is_stock: bool) -> float:
     torch.manual_seed(0)
-    model, weighed = Wide(), []
+    model, measured = Wide(), []
     data = [{"x": torch.randn(256), "labels": i % 3} for i in range(8)]
-    model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: weighed.append(live_bytes(model)))
+    model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: measured.append(live_bytes(model)))
     before = live_bytes(model)
     steps = {"max_steps": case.interval + 1, "per_device_train_batch_size": 1}
     common = {"model": model, "args": arguments(case.folder / "wide", case.needs, **steps), "train_dataset": data}
@@ -297,12 +296,12 @@ def peak_copies(case: Case, is_stock: bool) -> float:
     trainer = Trainer(**common) if is_stock else SAMTrainer(sam_config=config, **common)
     trainer.log = lambda *args, **kwargs: None
     trainer.train()
-    return (max(weighed) - before) / sum(p.nbytes for p in model.parameters())
+    return (max(measured) - before) / sum(p.nbytes for p in model.parameters())
 
 
 def live_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct storages that tensors refer to, including gradients that have been accessed."""
-    gradients = [p.grad for p in model.parameters()]
+    """Bytes of all distinct storages of live tensors, including gradients."""
+    gradients = [p.grad for p in model.parameters()]  # makes them visible to gc
     sizes = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter):
@@ -337,10 +336,10 @@ def survives_overflows(case: Case) -> None:
         before, after = seen.memories[at - 1], seen.memories[at]
         if torch.equal(seen.trajectory[at], seen.trajectory[at - 1]):  # the step was skipped
             same = before.keys() == after.keys() and all(torch.allclose(before[k], after[k]) for k in before)
-            assert same, f"step.memory has changed {what}, although the optimizer left the step out"
+            assert same, f"step.memory has changed {what}, although the optimizer skipped the step"
         else:
             assert lost != "every", f"the weights have changed {what}"
-        assert not torch.equal(seen.trajectory[-1], seen.trajectory[at]), f"the run does not go on {what}"
+        assert not torch.equal(seen.trajectory[-1], seen.trajectory[at]), f"the weights no longer change {what}"
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
@@ -360,18 +359,18 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-# --- comparing ----------------------------------------------------------------------------------------------------------
+# --- comparing -------------------------------------------------------------------------------------------------------
 
 
 def assert_equal(one: Run, other: Run, message: str, tolerance: float = 0.0) -> None:
-    """Two runs have the same weights after every step."""
+    """Assert that two runs have the same weights after every step."""
     for step, (mine, theirs) in enumerate(zip(one.trajectory, other.trajectory, strict=True)):
         distance = (mine - theirs).abs().max().item()
         assert distance <= tolerance, f"{message} (step {step}, by {distance:.2g})"
 
 
 def assert_finite(seen: Run, when: str) -> None:
-    """Weights and memory never hold NaN or infinity."""
+    """Assert that weights and memory are always finite."""
     for step, (weights, memory) in enumerate(zip(seen.trajectory, seen.memories, strict=True)):
         assert torch.isfinite(weights).all(), f"the weights are not finite in step {step}, {when}"
         for name, value in memory.items():

@@ -1,4 +1,4 @@
-"""`check_method`: run every check on a method, here and on several processes, and report."""
+"""`check_method`: run all checks on a method, in this process and on several ones."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Report:
 
     Attributes:
         method (`str`): The method's name.
-        passes (`float`, *optional*): Forward-backward passes over the batch in a perturbed step, counted in the network.
-        copies (`float`, *optional*): Copies of the perturbed weights in addition to the stock Trainer's, at the peak.
+        passes (`float`, *optional*): Counted forward-backward passes over the batch in a perturbed step.
+        copies (`float`, *optional*): Peak copies of the perturbed weights in addition to the stock Trainer.
         checked (`list[str]`): The checks that passed.
         left_out (`dict[str, str]`): The checks that were left out, and why.
     """
@@ -45,17 +45,17 @@ PROCESSES = "two processes"
 
 
 def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[str] = ()) -> Report:
-    """Check that a method keeps the promises of the package; takes seconds and needs no network.
+    """Check that a method keeps the guarantees of the package; takes seconds and needs no network access.
 
         check_method(SAMConfig(ascent=MyAscent(), descent=MyDescent()))
 
     Args:
         config (`SAMConfig`): The method, given by name or by custom objects.
         processes (`int`, *optional*, defaults to 2): Number of processes for a distributed run; 1 leaves it out.
-        leave_out (`Sequence[str]`, *optional*): Names of checks that the method is not meant to pass.
+        leave_out (`Sequence[str]`, *optional*): Names of checks to leave out.
 
     Returns:
-        `Report`: What a step costs, what was checked, what was left out and why.
+        `Report`: The cost of a step, and the checks that passed or were left out.
 
     Raises:
         AssertionError: The method fails a check; the message says which one and what to do.
@@ -66,7 +66,7 @@ def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[s
     unknown = set(leave_out).difference([*CHECKS, PROCESSES])
     if unknown:
         raise ValueError(
-            f"leave_out: there is no check {', '.join(sorted(unknown))}. Known: {', '.join([*CHECKS, PROCESSES])}."
+            f"leave_out={list(leave_out)!r}: unknown check {', '.join(sorted(unknown))}. Allowed: {', '.join([*CHECKS, PROCESSES])}."
         )
     report = Report(config.name)
     with tempfile.TemporaryDirectory() as folder, frozen_garbage():
@@ -81,7 +81,7 @@ def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[s
                 report.left_out[name] = str(reason)
             except AssertionError as error:
                 raise AssertionError(f"{config.name}, {name!r}: {error}.") from None
-            except Exception as error:  # raised by the method, or by the package about a mistake in it
+            except Exception as error:  # raised by the method, or by the package for a mistake in it
                 raise AssertionError(f"{config.name}, {name!r}: failed with {type(error).__name__}: {error}") from error
             else:
                 report.checked.append(name)
@@ -96,19 +96,19 @@ def check_method(config: SAMConfig, *, processes: int = 2, leave_out: Sequence[s
 
 
 def check_on_processes(configs: Mapping[str, SAMConfig], processes: int = 2) -> dict[str, dict[str, str]]:
-    """The part of `check_method` that needs several processes, for many methods in one launch.
+    """Run the checks of `check_method` that need several processes, for many methods in one launch.
 
-    Ranks must hold the same weights after every step, and `scope="global"` must equal the run on one process.
+    Ranks must hold the same weights after every step, and `scope="global"` must give the same run as one process.
 
     Args:
         configs (`Mapping[str, SAMConfig]`): The methods, under arbitrary names.
         processes (`int`, *optional*, defaults to 2): Number of processes.
 
     Returns:
-        `dict[str, dict[str, str]]`: What was left out for each method, and why.
+        `dict[str, dict[str, str]]`: For each method, the checks that were left out, and why.
 
     Raises:
-        AssertionError: Ranks differ or deadlock.
+        AssertionError: Ranks differ, fail or deadlock.
     """
     left_out: dict[str, dict[str, str]] = {name: {} for name in configs}
     runs: dict[tuple[str, str], tuple[SAMConfig, dict]] = {}
@@ -120,7 +120,7 @@ def check_on_processes(configs: Mapping[str, SAMConfig], processes: int = 2) -> 
         if chooses_examples(config):
             left_out[name]["global scope"] = "examples are chosen on each process"
         elif needs & Needs.ATTACHMENT:
-            left_out[name]["global scope"] = "what is attached is each process's own"
+            left_out[name]["global scope"] = "attached modules differ between processes"
         else:
             runs[name, "global"] = with_scope(short, "global"), options
     with tempfile.TemporaryDirectory() as folder, frozen_garbage():
@@ -131,15 +131,15 @@ def check_on_processes(configs: Mapping[str, SAMConfig], processes: int = 2) -> 
             for rank in ranks[1:]:
                 for step, (one, other) in enumerate(zip(ranks[0], rank, strict=True)):
                     assert torch.equal(one, other), (
-                        f"{name}, {PROCESSES!r}: ranks hold other weights after step {step}."
+                        f"{name}, {PROCESSES!r}: ranks hold different weights after step {step}."
                     )
             if scope == "global":
                 config, options = runs[name, scope]
                 alone = run(config, Path(folder) / "alone", **{**options, "per_device_train_batch_size": 8})
                 for step, (one, other) in enumerate(zip(ranks[0], alone.trajectory, strict=True)):
                     assert (one - other).abs().max() <= TOLERANCE, (
-                        f"{name}, {PROCESSES!r}: with scope='global' step {step} on {processes} processes is not the one on one "
-                        "process: eps has to be the same on every rank (no rank number, no random numbers but step.generator's "
-                        "and step.shared_random's)."
+                        f"{name}, {PROCESSES!r}: with scope='global', step {step} differs between {processes} processes and one: "
+                        "eps must be the same on every rank. Do not use the rank, and draw random numbers only from "
+                        "step.generator or step.shared_random."
                     )
     return left_out

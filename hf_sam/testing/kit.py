@@ -15,12 +15,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..config import SAMConfig
 from ..methods.base import Needs
 from ..trainer import SAMTrainer
+from ..update.step import RETRY_KEY
 
 CLASSES = 3
 
 
 class Network(nn.Module):
-    """Two layers with normalisation and dropout in between, and one parameter that never affects the loss.
+    """Two linear layers with normalisation and dropout in between, and one unused parameter.
 
     Attributes:
         factor (`Callable[[], float]`): Returns a factor of the loss; called in every forward pass.
@@ -42,7 +43,7 @@ class Network(nn.Module):
 
 
 def network(needs: Needs, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The network, as a PEFT model with LoRA layers for methods that need them."""
+    """The network; a PEFT model with LoRA layers for methods that need one."""
     set_seed(0)
     model = Network(dropout).to(dtype)
     if needs & Needs.ATTACHMENT:
@@ -54,7 +55,7 @@ def network(needs: Needs, dropout: float = 0.0, dtype: torch.dtype = torch.float
 
 
 def examples(count: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
-    """Labelled random vectors, always the same."""
+    """Labelled random vectors from a fixed seed."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, 5, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(CLASSES, (count,), generator=generator)
@@ -74,8 +75,8 @@ class Run(TrainerCallback):
         initial (`Tensor`): The weights before the run.
         trajectory (`list[Tensor]`): The weights after each optimizer step.
         memories (`list[dict[str, Tensor]]`): The method's state after each step.
-        passes (`list[tuple[int, str, int]]`): Step, `"forward"` or `"backward"`, and examples of every pass through the
-            inside of the network.
+        passes (`list[tuple[int, str, int]]`): Step, `"forward"` or `"backward"`, and number of examples of every pass
+            through the normalisation layer.
     """
 
     at_pass: Callable[[Run, str], None] | None = None
@@ -114,11 +115,11 @@ class Run(TrainerCallback):
         self.trajectory.append(flat(model))
         update = getattr(self.trainer, "_sam", None)
         state = {} if update is None else update.state_dict()
-        self.memories.append({name: value.clone() for name, value in state.items() if name != "_looks_again"})
+        self.memories.append({name: value.clone() for name, value in state.items() if name != RETRY_KEY})
 
 
 def arguments(folder: Path, needs: Needs, **options) -> TrainingArguments:
-    """Arguments of a short run on the CPU that visits the examples in order and writes nothing."""
+    """Arguments of a short run on the CPU, with examples in order and without checkpoints."""
     has_state = bool(needs & Needs.OPTIMIZER_STATE)
     defaults = {
         "per_device_train_batch_size": 4,
@@ -160,7 +161,7 @@ def prepared(
         stock (`bool`): Use the stock Trainer instead.
         dropout (`float`): Dropout of the network.
         dtype (`torch.dtype`): The dtype of weights and data.
-        scaled (`bool`): Scale the loss, as fp16=True does on a GPU.
+        scaled (`bool`): Scale the loss as `fp16=True` does on a GPU.
         at_pass (`Callable`): Called in every forward and backward pass.
         at_step (`Callable`): Called before every step.
         factor (`Callable`): Returns the factor of the loss.
@@ -189,7 +190,7 @@ def prepared(
 
 
 def run(config: SAMConfig, folder: Path, *, resume: Path | None = None, **options) -> Run:
-    """The observations of such a trainer's run; `resume` is a checkpoint to resume from."""
+    """Train with a trainer of `prepared` and return the observations; `resume` is a checkpoint to resume from."""
     seen = prepared(config, folder, **options)
     seen.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return seen
@@ -197,7 +198,7 @@ def run(config: SAMConfig, folder: Path, *, resume: Path | None = None, **option
 
 @contextlib.contextmanager
 def frozen_garbage() -> Iterator[None]:
-    """Inside, skip the garbage collection at the start of each run, which would visit every imported module."""
+    """Exclude existing objects from garbage collection, which the Trainer runs at the start of training."""
     import gc
 
     is_ours = gc.get_freeze_count() == 0

@@ -1,4 +1,4 @@
-"""Runs of methods on several local processes, including custom classes."""
+"""Run methods, including custom classes, on several local processes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from torch import Tensor
 from ..config import SAMConfig
 from ..methods.base import Ascent, Descent
 
-# Timeouts after which processes count as deadlocked: to start, and for each run.
+# Seconds after which processes count as deadlocked: for the start, and per run.
 SECONDS, SECONDS_PER_RUN = 60, 10
-# For one process, after another has ended.
+# Seconds that a process may run after another has ended.
 SECONDS_ALONE = 30
 _SCRIPT = "__hf_sam_script__"
 Key = tuple[str, str]
@@ -35,7 +35,7 @@ class CannotSend(Exception):
 
 @dataclasses.dataclass
 class Sent:
-    """An object of a custom class for another process: the location of the class, and the fields."""
+    """A custom object in a form for other processes: the location of its class, and its fields."""
 
     module: str
     file: str | None
@@ -44,7 +44,11 @@ class Sent:
 
     @classmethod
     def of(cls, part: Ascent | Descent) -> Sent:
-        """Raise `CannotSend` if the class is not defined at module level of a file."""
+        """Describe an object.
+
+        Raises:
+            CannotSend: The class is not defined at module level of a file.
+        """
         kind = type(part)
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         if "<locals>" in kind.__qualname__:
@@ -55,8 +59,8 @@ class Sent:
         return cls(kind.__module__, str(Path(file).resolve()), kind.__qualname__, fields)
 
     def make(self) -> Ascent | Descent:
-        """The object."""
-        if self.module == "__main__":  # a script, imported under another name, as in multiprocessing
+        """Create the object."""
+        if self.module == "__main__":  # import the script under another name, as multiprocessing does
             module = sys.modules.get(_SCRIPT) or _import_file(_SCRIPT, self.file)
         else:
             try:
@@ -78,17 +82,17 @@ def _import_file(name: str, file: str) -> Any:
 
 
 def packed(config: SAMConfig) -> bytes:
-    """A configuration, for `unpacked` in another process.
+    """Serialise a configuration for another process.
 
     Raises:
-        CannotSend: A custom class, or the value of a field, cannot be sent.
+        CannotSend: A custom class or the value of a field cannot be serialised.
     """
     values = {name: getattr(config, name) for name in config.fields() if getattr(config, name) is not None}
     values |= {name: Sent.of(values[name]) for name in ("ascent", "descent") if name in values}
     try:
         return pickle.dumps(values)
     except Exception as error:
-        raise CannotSend(f"a field cannot be sent to another process ({error})") from error
+        raise CannotSend(f"a field cannot be pickled ({error})") from error
 
 
 def unpacked(text: bytes) -> SAMConfig:
@@ -100,13 +104,13 @@ def unpacked(text: bytes) -> SAMConfig:
 def run_on_processes(
     runs: Mapping[Key, tuple[SAMConfig, dict]], folder: Path, processes: int
 ) -> tuple[dict[Key, list[list[Tensor]]], dict[str, str]]:
-    """Do every run on `processes` processes, with gloo.
+    """Execute every run on `processes` processes, with gloo.
 
     Returns:
-        By run, the weights after each step for each rank; and the reasons for runs that could not be sent.
+        For each run, the weights after each step on each rank; and by method, why a run could not be sent.
 
     Raises:
-        AssertionError: A process ended with an error, or the processes deadlock.
+        AssertionError: A process failed, or the processes deadlocked.
     """
     jobs, unsent = {}, {}
     for key, (config, options) in runs.items():
@@ -143,18 +147,18 @@ def run_on_processes(
 
 
 def _wait(started: list[subprocess.Popen], seconds: float) -> str | None:
-    """Wait until all have ended; return what went wrong."""
+    """Wait until all processes have ended; return the failure, if any."""
     deadline = time.monotonic() + seconds
     while True:
         codes = [process.poll() for process in started]
         if all(code == 0 for code in codes):
             return None
         if any(codes):
-            return "a process ended with an error"
+            return "a process failed"
         if 0 in codes:
             deadline = min(deadline, time.monotonic() + SECONDS_ALONE)
         if time.monotonic() > deadline:
-            return "processes wait for each other"
+            return "the processes deadlocked"
         time.sleep(0.05)
 
 
@@ -165,6 +169,6 @@ def _explained(folder: Path, processes: int, failure: str) -> str:
         log = (folder / f"{rank}.log").read_text().strip().splitlines()
         lines += [f"rank {rank}: {line}" for line in log[-12:]]
     return (
-        f"{', '.join(sorted(names))}: {failure}. Every rank has to make the same passes; an ascent that returns None on some of "
-        "them declares may_skip = True.\n" + "\n".join(lines)
+        f"{', '.join(sorted(names))}: {failure}. Every rank must run the same passes; an ascent that returns None on some of "
+        "them must declare may_skip = True.\n" + "\n".join(lines)
     )

@@ -1,4 +1,4 @@
-"""One process of `run_on_processes`."""
+"""The script that each process of `run_on_processes` runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .processes import unpacked
 
 
 def main(folder: Path) -> None:
-    """Do every job of `folder` and write the weights after each step to `RANK.pt`."""
+    """Execute all jobs in `folder` and write the weights after each step to `RANK.pt`."""
     rank, found = os.environ["RANK"], {}
     with frozen_garbage():
         for key, (config, options) in pickle.loads((folder / "jobs").read_bytes()).items():

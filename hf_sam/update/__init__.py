@@ -1,1 +1,1 @@
-"""One sharpness-aware step, whatever the method."""
+"""One sharpness-aware optimizer step, independent of method and engine."""

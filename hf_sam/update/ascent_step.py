@@ -1,4 +1,4 @@
-"""From the gradient at `w` to the perturbation: computed by the method, checked, applied, and measured."""
+"""The ascent step: compute eps from the gradient at `w`, check it, apply it and measure it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class AscentStep:
     Args:
         parts (`Parts`): The ascent and descent, as resolved for the run.
         config (`SAMConfig`): The user's choices.
-        engine (`Engine`): Memory layout, and whether steps may be skipped.
+        engine (`Engine`): Knows the memory layout and whether steps may be skipped.
         parameters (`TrainedParameters`): The perturbed parameters.
         space (`Space`): The space of the Vectors.
         optimizer (`torch.optim.Optimizer`): The optimizer, whose weight decay may be added.
-        telemetry (`Telemetry`): Where sizes are recorded.
-        model (`nn.Module`): The model, whose modules are grouped.
+        telemetry (`Telemetry`): Records norms.
+        model (`nn.Module`): The model, whose parameters are grouped by the role of their module.
 
     Attributes:
-        is_measured (`bool`): Whether the current step's values are about to be logged.
-        has_overflowed (`Tensor`, *optional*): Whether an ascent pass of this step has overflowed, under fp16.
+        is_measured (`bool`): Whether the values of the current step are about to be logged.
+        has_overflowed (`Tensor`, *optional*): Whether an ascent pass of this step overflowed in fp16.
     """
 
     def __init__(
@@ -57,30 +57,31 @@ class AscentStep:
         self._model = model
         self.is_measured = False
         self.has_overflowed: Tensor | None = None
-        self._notes_overflows = engine.may_skip_steps and parts.carries_on
+        self._tracks_overflows = engine.may_skip_steps and parts.carries_on
         self._observed: Vector | None = None
         self._has_checked_shapes = False
 
     def weights(self, step: Step) -> Perturbation:
-        """A context in which weights can be perturbed, and after which they are restored bitwise."""
+        """A context that perturbs weights and restores them bitwise on exit."""
         generator = step.generator if self._config.stochastic_rounding else None
         is_on_cpu = self._parameters.trainable[0].device.type == "cpu"
         swaps_memory = is_on_cpu and not self._engine.parameters_are_views and not self._space.in_buckets
         return Perturbation(generator, self._engine.renew_copies, swaps_memory, self._space.in_buckets)
 
     def eps(self, g: Vector, step: Step, rho: float, is_first: bool = True) -> Vector | None:
-        """The method's perturbation for `g`, which is consumed.
+        """Compute the method's perturbation.
 
         Args:
+            g (`Vector`): The ascent gradient; it is consumed.
             step (`Step`): The current inner ascent step.
-            rho (`float`): The size of all inner steps together.
+            rho (`float`): The total size of all inner steps.
             is_first (`bool`): Whether `g` is the gradient at `w`.
         """
-        if not len(g):  # no perturbed parameter took part in this pass
+        if not len(g):  # no perturbed parameter has a gradient
             return None
         ascent = self._ascent
         norm = g.norm()
-        if self._notes_overflows:
+        if self._tracks_overflows:
             overflows = ~(norm < math.inf)
             self.has_overflowed = overflows if self.has_overflowed is None else self.has_overflowed | overflows
         if is_first and self.is_measured and self._wants_copy:
@@ -95,7 +96,7 @@ class AscentStep:
         return eps
 
     def checked(self, eps: Vector | None, norm: Tensor | None = None) -> Vector | None:
-        """`eps` restricted to the perturbed parameters, and 0 if it or the gradient is not finite.
+        """Restrict `eps` to the perturbed parameters, and set it to 0 if it or the gradient is not finite.
 
         Raises:
             ValueError: `eps` is not a Vector, or does not have the shape of the weights.
@@ -132,7 +133,7 @@ class AscentStep:
 
     @property
     def _wants_copy(self) -> bool:
-        """Whether `g` must be copied for the cosine: the descent does not keep it, and it cannot be read off eps."""
+        """Whether `g` must be copied for the cosine: the descent does not keep it, and it does not follow from eps."""
         return not (self._needs & Needs.CLEAN_GRADIENT) and copies_for_cosine(self._ascent)
 
     @cached_property
@@ -141,7 +142,7 @@ class AscentStep:
         return {p: by_name.get(name, "other") for p, name in self._parameters.names.items()}
 
     def observe(self, weights: Perturbation, clean: Vector | None, perturbed: Gradients) -> None:
-        """Record the realised size of the perturbation, and the cosine between `g` and `g_s` if `g` is available."""
+        """Record the realised norm of the perturbation, and `cos(g, g_s)` if `g` is available."""
         g = self._observed if clean is None else clean
         self._observed = None
         shares_of = (

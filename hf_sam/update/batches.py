@@ -1,4 +1,4 @@
-"""A micro-batch for a pass: inputs, loss normalisation and the initial state of the pass, whole or in parts."""
+"""A micro-batch or a part of one: inputs, loss normalisation and the state in which its pass starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .replay import Snapshot
 
-# How the losses of parts combine to the loss of the whole batch: as a sum, or as a mean weighted by examples or by labelled
-# items.
-ADDING_UP = ("sum", "examples", "labelled")
+# How the losses of parts combine to the loss of the batch: as a sum, or as a mean weighted by the number of examples or
+# of labelled items.
+LOSS_COMBINATIONS = ("sum", "examples", "labelled")
 
 
 @dataclass
@@ -26,15 +26,15 @@ class MicroBatch:
 
     Args:
         inputs (`Mapping[str, Any]`): The data collator's output.
-        num_items_in_batch (`Tensor` or `int`, *optional*): Labelled items in the whole window; divides the loss of
-            models that accept it.
-        accumulation_steps (`float`): Divides the loss of all other models.
-        before (`Snapshot`, *optional*): The state that the clean pass started from.
-        fraction (`float`, *optional*, defaults to 1.0): Its share of the Trainer's micro-batch.
-        weights (`Mapping[str, float | Tensor]`, *optional*): For each way in which losses of parts combine, the factor
-            of the loss with which a part counts as its share of the whole, or stands for the whole.
-        kept (`Any`): What the clean pass keeps for a descent with a changed loss: the loss of each example, or the
-            result of `Descent.keep`.
+        num_items_in_batch (`Tensor` or `int`, *optional*): Labelled items in the whole window; the divisor of the loss
+            for models that accept it.
+        accumulation_steps (`float`): The divisor of the loss for all other models.
+        before (`Snapshot`, *optional*): The state in which the clean pass started.
+        fraction (`float`, *optional*, defaults to 1.0): The share of the Trainer's micro-batch.
+        weights (`Mapping[str, float | Tensor]`, *optional*): The factor of the loss of this part for each of
+            `LOSS_COMBINATIONS`.
+        kept (`Any`): Output of the clean pass for the descent: the loss of each example, or the result of
+            `Descent.keep`.
     """
 
     inputs: Mapping[str, Any]
@@ -42,37 +42,37 @@ class MicroBatch:
     accumulation_steps: float
     before: Snapshot | None = None
     fraction: float = 1.0
-    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(ADDING_UP, 1.0))
+    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: dict.fromkeys(LOSS_COMBINATIONS, 1.0))
     kept: Any = field(default=None, repr=False)
 
     def fresh_inputs(self) -> Any:
-        """Inputs in new containers with the same tensors, so that a pass that pops labels does not change the original."""
+        """A copy of the containers with the same tensors, so that a pass may pop labels."""
         return _copied(self.inputs)
 
     def without(self, name: str | None) -> MicroBatch:
-        """The same batch without the entry `name`, which the model does not take."""
+        """The batch without the input `name`, which the model does not accept."""
         if name is None:
             return self
         return dataclasses.replace(self, inputs={key: value for key, value in self.inputs.items() if key != name})
 
     @property
     def size(self) -> int | None:
-        """Number of examples: the most common length of its tensors, or else of its lists; None if there is none."""
+        """Number of examples: the most common length of tensors, or else of lists; None if there are neither."""
         return batch_size(self.inputs)
 
     def chunks(self, m: int) -> list[Tensor]:
-        """Indices of parts of `m` examples each; the last part may be smaller."""
+        """Indices of consecutive parts of `m` examples; the last may be smaller."""
         return list(torch.arange(self.size or 0).split(m))
 
     def part(self, indices: Tensor) -> MicroBatch:
-        """The examples at `indices`, shape `(k,)`, weighted so that the losses of parts add up to that of the whole."""
-        return self._taken(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
+        """The examples at `indices`, shape `(k,)`, weighted so that the losses of all parts sum to the batch's."""
+        return self._select(indices, lambda share, labelled: {"sum": 1.0, "examples": share, "labelled": labelled})
 
     def sample(self, indices: Tensor) -> MicroBatch:
-        """The examples at `indices`, with the loss scaled to represent the whole batch."""
-        return self._taken(indices, lambda share, labelled: {"sum": 1 / labelled, "examples": 1.0, "labelled": 1.0})
+        """The examples at `indices`, weighted so that the loss estimates that of the whole batch."""
+        return self._select(indices, lambda share, labelled: {"sum": 1 / labelled, "examples": 1.0, "labelled": 1.0})
 
-    def _taken(self, indices: Tensor, weights: Callable[[float, Any], dict[str, Any]]) -> MicroBatch:
+    def _select(self, indices: Tensor, weights: Callable[[float, Any], dict[str, Any]]) -> MicroBatch:
         inputs = self.fresh_inputs()
         _take(inputs, indices, self.size)
         share = len(indices) / self.size
@@ -81,29 +81,29 @@ class MicroBatch:
         return dataclasses.replace(self, inputs=inputs, fraction=self.fraction * share, weights=weights)
 
     def times(self, factor: float) -> MicroBatch:
-        """The same batch with its loss multiplied by `factor`."""
+        """The batch with its loss multiplied by `factor`."""
         weights = {way: weight * factor for way, weight in self.weights.items()}
         return dataclasses.replace(self, weights=weights)
 
 
 class ChangedInputs:
-    """Whether passes change batches in place: normalise pixels, count, ask for gradients of inputs.
+    """Protect batches from passes that change them in place, for example by normalising pixels.
 
-    The first batch of each layout is copied as a whole and compared afterwards. Batches of a layout that has changed are
-    always copied, others never. Tensors' version counters show whether an unchanged layout changes later after all.
+    The first batch of each layout is copied and compared after its pass. From then on, batches of layouts that passes
+    change are always copied, others never. For the latter, version counters of tensors reveal later changes.
     """
 
     def __init__(self):
         self._changes: dict[tuple, bool] = {}
 
     def protect(self, batch: MicroBatch) -> Callable[[], bool]:
-        """Call this before the clean pass and its result after the pass: that restores the inputs, or returns False."""
+        """Call before the clean pass and its result afterwards, which restores the inputs, or returns False."""
         layout, tensors = _layout(batch.inputs), list(_tensors(batch.inputs))
         kept = _deep_copy(batch.inputs) if self._changes.get(layout, True) else None
-        traces = [_trace(t) for t in tensors]
+        fingerprints = [_fingerprint(t) for t in tensors]
 
-        def mend() -> bool:
-            changed = [_trace(t) for t in tensors] != traces
+        def restore_inputs() -> bool:
+            changed = [_fingerprint(t) for t in tensors] != fingerprints
             if layout not in self._changes:
                 changed = changed or not _same(batch.inputs, kept)
             self._changes[layout] = self._changes.get(layout, False) or changed
@@ -112,10 +112,10 @@ class ChangedInputs:
                 return True
             return not changed
 
-        return mend
+        return restore_inputs
 
     def protected(self, batch: MicroBatch) -> Any:
-        """Inputs for a pass that may change them, if another pass follows."""
+        """Inputs for a pass that other passes follow."""
         return _deep_copy(batch.inputs) if self._changes.get(_layout(batch.inputs)) else batch.fresh_inputs()
 
 
@@ -124,13 +124,13 @@ def _layout(inputs: Any) -> tuple:
     return names, tuple((t.dtype, t.dim()) for t in _tensors(inputs))
 
 
-def _trace(tensor: Tensor) -> tuple:
-    """A value that changes with most in-place changes."""
+def _fingerprint(tensor: Tensor) -> tuple:
+    """A value that most in-place changes of the tensor change."""
     return tensor._version if not tensor.is_inference() else 0, tensor.requires_grad, tensor.grad is None
 
 
 def _deep_copy(inputs: Any) -> Any:
-    """A copy in which entries that share memory still do; entries that cannot be copied are kept as they are."""
+    """A deep copy that preserves shared memory; entries that cannot be copied are kept."""
     memo: dict = {}
 
     def copied(value: Any) -> Any:
@@ -143,7 +143,7 @@ def _deep_copy(inputs: Any) -> Any:
             return new
         try:
             return copy.deepcopy(value, memo)
-        except Exception:  # an open file, a lock, a tensor with a history
+        except Exception:  # an open file, a lock, a tensor with a graph
             return value.detach().clone() if isinstance(value, Tensor) else value
 
     return copied(inputs)
@@ -173,23 +173,23 @@ def batch_size(inputs: Any) -> int | None:
 
 
 def labelled_share(whole: Mapping[str, Any], part: Mapping[str, Any], share: float) -> Tensor | float:
-    """A part's share of the labelled items; if labels are not a tensor, `share`, its share of the examples."""
+    """The part's share of the labelled items, or `share` (of the examples) if labels are not a tensor."""
     labels, own = (inputs.get("labels") if isinstance(inputs, Mapping) else None for inputs in (whole, part))
     if not isinstance(labels, Tensor) or not isinstance(own, Tensor) or labels.dim() < 1:
         return share
     return own.ne(-100).sum().double() / labels.ne(-100).sum()
 
 
-def how_losses_add_up(
+def infer_loss_combination(
     whole: float, parts: list[float], shares: Mapping[str, list[float]], tolerance: float
 ) -> str | None:
-    """The entry of `ADDING_UP` that best gives the loss of the whole from those of its parts; None if none does.
+    """The entry of `LOSS_COMBINATIONS` that gives the loss of the batch from those of its parts; None if none does.
 
     Args:
         whole (`float`): The loss of the batch.
-        parts (`list[float]`): The loss of each of its parts.
-        shares (`Mapping[str, list[float]]`): For each way to combine losses, the weight of each part.
-        tolerance (`float`): Relative difference that rounding may cause.
+        parts (`list[float]`): The loss of each part.
+        shares (`Mapping[str, list[float]]`): The weight of each part, for each combination to try.
+        tolerance (`float`): Maximum relative difference, for rounding.
     """
     errors = {
         way: abs(sum(w * loss for w, loss in zip(weights, parts, strict=True)) - whole)
@@ -212,7 +212,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _copied(value: Any) -> Any:
-    """Copy containers, but not what they hold."""
+    """Copy containers, but not their entries."""
     if isinstance(value, MutableMapping):
         new = copy.copy(value)
         for key, entry in value.items():
@@ -224,7 +224,7 @@ def _copied(value: Any) -> Any:
 
 
 def _take(inputs: Any, indices: Tensor, size: int) -> None:
-    """Keep the examples at `indices` of every entry that has `size` of them, in place."""
+    """Keep only the examples at `indices` in every entry of length `size`, in place."""
     for name, value in list(inputs.items()) if isinstance(inputs, MutableMapping) else []:
         inputs[name] = _taken(value, indices, size)
 

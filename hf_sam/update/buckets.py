@@ -1,4 +1,4 @@
-"""Operations on whole lists of tensors: one per bucket, whatever the number of tensors."""
+"""Operations on lists of tensors with one kernel launch per bucket, whatever the number of tensors."""
 
 from __future__ import annotations
 
@@ -10,50 +10,49 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-# Temporary copies have at most this size at a time, counted in float32.
+# Maximum size of a temporary copy, counted in float32.
 BUCKET_BYTES = 64 * 2**20
-# A bucket is at most this share of a list, but at least this size: in a model of a few tens of millions of weights, 64 MiB
-# are most of them.
+# A bucket holds at most 1/BUCKET_SHARE of a list, since 64 MiB are most of a small model, but at least SMALLEST_BUCKET.
 BUCKET_SHARE, SMALLEST_BUCKET = 4, 2**16
-# A piece of a tensor, copied to a wider type, has this share of a list, but at least this many numbers.
+# A piece, copied to a wider dtype, holds 1/PIECE_SHARE of the elements of a list, but at least SMALLEST_PIECE.
 PIECE_SHARE, SMALLEST_PIECE = 32, 2**12
-# Devices and types for which a kernel adds a multiple to a whole list, reading the factor, and whether to add at all, from
-# the device. (On a CPU it leaves most of a tensor of 16 bits unmoved; elsewhere its factor is float32.)
+# Devices and dtypes for which the fused SGD kernel adds a multiple to a whole list; it reads the factor and a flag that
+# disables it on the device. (On the CPU it skips most of a 16-bit tensor; elsewhere its factor is float32.)
 _FUSED = {
     "cpu": (torch.float32, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-# Sizes with which it is tried: below and above the width of vector instructions, and not multiples of it.
-_TRIED_SIZES = (1, 7, 1000, 4099)
+# Tensor sizes on which the kernel is tested: below and above the SIMD width, and not multiples of it.
+_PROBE_SIZES = (1, 7, 1000, 4099)
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
-# --- in groups -----------------------------------------------------------------------------------------------------
+# --- grouping --------------------------------------------------------------------------------------------------------
 
 
-def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequence[int] = ()) -> list[list[int]]:
-    """Indices of tensors of one device and type each, in groups of at most `most_bytes` of the first list.
+def grouped(*lists: Sequence[Tensor], max_bytes: int | None = None, apart: Sequence[int] = ()) -> list[list[int]]:
+    """Group the indices of the lists such that each group has one device and one dtype per list.
 
     Args:
-        most_bytes (`int`, *optional*): Counted in float32; None for groups of any size.
-        apart (`Sequence[int]`, *optional*): One number per tensor; tensors with different numbers are kept apart.
+        max_bytes (`int`, *optional*): Maximum size of a group in the first list, counted in float32.
+        apart (`Sequence[int]`, *optional*): A label per tensor; tensors with different labels are kept apart.
     """
     first = lists[0]
     if not first:
         return []
-    sizes = [] if most_bytes is None else [4 * t.numel() for t in first]
+    sizes = [] if max_bytes is None else [4 * t.numel() for t in first]
     is_alike = not any(apart) and all(len({*map(_dtype, ts)}) == 1 == len({*map(_device, ts)}) for ts in lists)
-    if is_alike and (most_bytes is None or sum(sizes) <= most_bytes):
+    if is_alike and (max_bytes is None or sum(sizes) <= max_bytes):
         return [list(range(len(first)))]
     groups: dict[tuple, list[int]] = {}
     filled: dict[tuple, int] = {}
     complete = []
     for i, tensor in enumerate(first):
         key = (tensor.device, *(tensors[i].dtype for tensors in lists), apart[i] if apart else 0)
-        if most_bytes is not None:
-            if key in groups and filled[key] + sizes[i] > most_bytes:
+        if max_bytes is not None:
+            if key in groups and filled[key] + sizes[i] > max_bytes:
                 complete.append(groups.pop(key))
                 filled[key] = 0
             filled[key] = filled.get(key, 0) + sizes[i]
@@ -62,24 +61,24 @@ def grouped(*lists: Sequence[Tensor], most_bytes: int | None = None, apart: Sequ
 
 
 def buckets(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same groups of every list, each of one device and type, with at most `bucket_bytes` of the first list."""
-    for group in grouped(*lists, most_bytes=bucket_bytes(lists[0])):
-        yield tuple(taken(tensors, group) for tensors in lists)
+    """Yield corresponding buckets of all lists, of one device and dtype each, limited by the size of the first list."""
+    for group in grouped(*lists, max_bytes=bucket_bytes(lists[0])):
+        yield tuple(pick(tensors, group) for tensors in lists)
 
 
 def bucket_bytes(tensors: Iterable[Tensor]) -> int:
-    """The size of a bucket of these tensors, counted in float32, such that a few copies are smaller than the whole."""
+    """Maximum bytes of a bucket, counted in float32: a few copies of it are small compared with all tensors."""
     return min(BUCKET_BYTES, max(4 * sum(map(Tensor.numel, tensors)) // BUCKET_SHARE, SMALLEST_BUCKET))
 
 
 def piece_size(tensors: Iterable[Tensor], share: int = PIECE_SHARE) -> int:
-    """How many numbers of these tensors to copy at a time, such that all copies are small compared with the whole."""
+    """Number of elements to copy at a time, such that the copies are small compared with all tensors."""
     share = sum(map(Tensor.numel, tensors)) // share
     return min(max(share, SMALLEST_PIECE), BUCKET_BYTES // 4)
 
 
 def pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of tensors of one shape, split alike along the first dimension into parts of about `size` numbers."""
+    """Yield views of equally shaped tensors, split along the first dimension into pieces of about `size` elements."""
     numel = tensors[0].numel()
     if numel <= size or not tensors[0].dim():
         yield tensors
@@ -88,39 +87,39 @@ def pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(t.split(rows) for t in tensors), strict=True)
 
 
-def taken(entries: Sequence, group: list[int]) -> list:
-    """The entries at the indices of one group, which are sorted."""
+def pick(entries: Sequence, group: list[int]) -> list:
+    """The entries at the sorted indices of a group."""
     return list(entries) if len(group) == len(entries) else [entries[i] for i in group]
 
 
 def for_each(
-    function: Callable[..., Sequence[Tensor]], *lists: Sequence[Tensor], most_bytes: int | None = None
+    function: Callable[..., Sequence[Tensor]], *lists: Sequence[Tensor], max_bytes: int | None = None
 ) -> list[Tensor]:
-    """The results of `function` for each group of the lists, in the order of the lists."""
-    groups = grouped(*lists, most_bytes=most_bytes)
+    """Apply `function` to each group of the lists and return the results in the order of the lists."""
+    groups = grouped(*lists, max_bytes=max_bytes)
     if len(groups) == 1:
         return list(function(*map(list, lists)))
     made: list[Tensor] = [None] * len(lists[0])
     for group in groups:
-        for i, tensor in zip(group, function(*(taken(tensors, group) for tensors in lists)), strict=True):
+        for i, tensor in zip(group, function(*(pick(tensors, group) for tensors in lists)), strict=True):
             made[i] = tensor
     return made
 
 
 def flattened(tensors: list[Tensor]) -> Tensor:
-    """One bucket as one vector, copied unless it is a single tensor."""
+    """A bucket as one 1-dim tensor, copied unless it is a single tensor."""
     return tensors[0].reshape(-1) if len(tensors) == 1 else _flatten_dense_tensors(tensors)
 
 
 def in_float32(tensors: list[Tensor]) -> list[Tensor]:
-    """One bucket in float32 or better, read-only: copied if it is in 16 bits."""
+    """A bucket in float32 or better, copied only if it has 16 bits; do not change it."""
     exact = torch.promote_types(tensors[0].dtype, torch.float32)
     if tensors[0].dtype == exact:
         return tensors
     return list(_unflatten_dense_tensors(flattened(tensors).to(exact), tensors))
 
 
-# --- arithmetic ----------------------------------------------------------------------------------------------------
+# --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -129,34 +128,34 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def multiplied(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """`factor` times every tensor, in new memory, rounded once."""
+    """`factor * t` for every tensor, in new memory, rounded once."""
 
     def one_group(group: list[Tensor]) -> Sequence[Tensor]:
         if isinstance(factor, Tensor) and group[0].dtype.itemsize == 2:
             return multiply_(torch._foreach_mul(group, 1), factor)
-        return torch._foreach_mul(group, _for(group[0], factor))
+        return torch._foreach_mul(group, _scalar_like(group[0], factor))
 
     return for_each(one_group, tensors)
 
 
 def multiply_(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """The same in place."""
-    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+    """Multiply in place."""
+    for group in (pick(tensors, indices) for indices in grouped(tensors)):
         if isinstance(factor, Tensor) and group[0].dtype.itemsize == 2:
-            # The kernel of gradient scalers keeps the factor in float32; a product in 16 bits would round it.
+            # The kernel of gradient scalers keeps the factor in float32; a 16-bit product would round it.
             unused = torch.zeros((), device=group[0].device)
             scale = factor.to(group[0].device, torch.float32)
             torch._amp_foreach_non_finite_check_and_unscale_(group, unused, scale)
         else:
-            torch._foreach_mul_(group, _for(group[0], factor))
+            torch._foreach_mul_(group, _scalar_like(group[0], factor))
     return tensors
 
 
 def add_number_(tensors: list[Tensor], number: float | Tensor) -> None:
     """Add a number to every entry, in place."""
-    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+    for group in (pick(tensors, indices) for indices in grouped(tensors)):
         if isinstance(number, Tensor):  # `torch._foreach_add_` would read it on the host
-            torch.ops.aten._foreach_add_.Tensor(group, _for(group[0], number))
+            torch.ops.aten._foreach_add_.Tensor(group, _scalar_like(group[0], number))
         else:
             torch._foreach_add_(group, number)
 
@@ -172,11 +171,11 @@ def add_(mine: list[Tensor], theirs: list[Tensor], factor: float | Tensor | None
 
 def divide_(tensors: list[Tensor], divisor: float | Tensor) -> None:
     """Divide in place."""
-    for group in (taken(tensors, indices) for indices in grouped(tensors)):
+    for group in (pick(tensors, indices) for indices in grouped(tensors)):
         if isinstance(divisor, Tensor) and group[0].dtype.itemsize == 2:
             multiply_(group, 1 / divisor.float())
         else:
-            torch._foreach_div_(group, _for(group[0], divisor))
+            torch._foreach_div_(group, _scalar_like(group[0], divisor))
 
 
 def add_multiple_(
@@ -186,11 +185,11 @@ def add_multiple_(
     unless: Tensor | None = None,
     rounded: Callable[[Tensor, torch.dtype], Tensor] | None = None,
 ) -> None:
-    """`mine += factor * theirs` for one bucket, computed in float32 or better, without waiting for the factor.
+    """`mine += factor * theirs` for one bucket, computed in float32 or better, without synchronising with the device.
 
     Args:
-        unless (`Tensor`, *optional*): A 0-dim flag, 0 or 1: if it is 1, nothing is added, whatever `theirs` holds.
-        rounded (`Callable`, *optional*): How to round sums to the type of `mine`, if not to the nearest.
+        unless (`Tensor`, *optional*): A 0-dim flag; if it is 1, nothing is added even if `theirs` has NaNs.
+        rounded (`Callable`, *optional*): Rounds sums to the dtype of `mine`; the default is round-to-nearest.
     """
     weight = mine[0]
     exact = torch.promote_types(weight.dtype, torch.float32)
@@ -198,11 +197,11 @@ def add_multiple_(
         factor = torch.full((), factor, dtype=exact, device=weight.device)
     factor = factor.to(weight.device, exact)
     rounds = rounded is not None and weight.dtype != exact
-    if not rounds and _lie_alike(mine, theirs):
-        # The optimizers' own kernel with the opposite sign: one launch for the list, which reads factor and flag on the device.
+    if not rounds and _have_same_layout(mine, theirs):
+        # The fused SGD kernel, maximising: one launch for the list, which reads factor and flag on the device.
         _add_fused_(mine, theirs, factor, None if unless is None else unless.to(weight.device, torch.float32))
         return
-    if len(mine) == 1 and weight.numel() > 4 * SMALLEST_PIECE:  # copies in float32 take twice the memory
+    if len(mine) == 1 and weight.numel() > 4 * SMALLEST_PIECE:  # float32 copies take twice the memory
         parts = list(pieces(max(SMALLEST_PIECE, weight.numel() // (64 if rounds else 16)), weight, theirs[0]))
     else:
         parts = []
@@ -235,15 +234,15 @@ def _add_fused_(mine: list[Tensor], theirs: list[Tensor], factor: Tensor, unless
     )
 
 
-def _for(tensor: Tensor, factor: float | Tensor) -> float | Tensor:
+def _scalar_like(tensor: Tensor, factor: float | Tensor) -> float | Tensor:
     return factor.to(tensor.device, tensor.dtype) if isinstance(factor, Tensor) else factor
 
 
-def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    """Whether both lists of one bucket have the same dense memory layout, and a kernel exists for them."""
+def _have_same_layout(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether the fused kernel applies: both lists of the bucket have the same dtype and dense memory layout."""
     if mine[0].dtype != theirs[0].dtype or mine[0].dtype not in _FUSED.get(mine[0].device.type, ()):
         return False
-    if not _moves_everything(mine[0].device, mine[0].dtype):
+    if not _fused_kernel_is_correct(mine[0].device, mine[0].dtype):
         return False
     if all(map(Tensor.is_contiguous, mine)) and all(map(Tensor.is_contiguous, theirs)):
         return True
@@ -251,49 +250,49 @@ def _lie_alike(mine: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 @cache
-def _moves_everything(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether that kernel moves all numbers of tensors of any size; tried once, which waits for the device once."""
-    tensors = [torch.ones(size, device=device, dtype=dtype) for size in _TRIED_SIZES]
+def _fused_kernel_is_correct(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused kernel updates every element for all probe sizes; tested once, which synchronises once."""
+    tensors = [torch.ones(size, device=device, dtype=dtype) for size in _PROBE_SIZES]
     _add_fused_(tensors, [tensor.clone() for tensor in tensors], torch.full((), 2.0, device=device), None)
     return all(bool((tensor == 3).all()) for tensor in tensors)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its numbers fill a contiguous range of memory, each place once."""
+    """Whether the elements fill a contiguous range of memory without overlap."""
     if tensor.is_contiguous():
         return True
     steps = [(size - 1, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     return all(stride > 0 for _, stride in steps) and sum(n * s for n, s in steps) + 1 == tensor.numel()
 
 
-# --- functions of lists --------------------------------------------------------------------------------------------
+# --- functions of lists ----------------------------------------------------------------------------------------------
 
 
 def in_pairs_(
     function: Callable[[list[Tensor], list[Tensor]], object], mine: list[Tensor], theirs: list[Tensor]
 ) -> None:
-    """Call a function of two lists that changes the first, for each type and device."""
+    """Call a function that changes the first of two lists in place, once per dtype and device."""
     for group in grouped(mine, theirs):
-        function(taken(mine, group), taken(theirs, group))
+        function(pick(mine, group), pick(theirs, group))
 
 
 def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """The elementwise results of a function of the lists of each type and device."""
+    """Apply an elementwise function of a list, once per dtype and device."""
     return for_each(function, tensors)
 
 
 def map_lists(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """The results of a function of lists of at most one bucket each."""
-    return for_each(function, tensors, most_bytes=BUCKET_BYTES)
+    """Apply a function of lists, once per bucket."""
+    return for_each(function, tensors, max_bytes=BUCKET_BYTES)
 
 
 def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]) -> None:
-    """The same in place."""
+    """As `map_lists`, with a function that works in place."""
     for (bucket,) in buckets(tensors):
         function(bucket)
 
 
-# --- one number for each tensor ------------------------------------------------------------------------------------
+# --- one scalar per tensor -------------------------------------------------------------------------------------------
 
 
 def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
@@ -301,17 +300,17 @@ def norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[T
 
     def one_group(group: list[Tensor]) -> list[Tensor]:
         is_widened = order in (1, 2) and group[0].device.type == "cpu" and group[0].dtype != dtype
-        if is_widened and any(t.numel() > 4 * SMALLEST_PIECE for t in group):  # there it is taken of a wider copy
+        if is_widened and any(t.numel() > 4 * SMALLEST_PIECE for t in group):  # the CPU computes it from a wider copy
             return [_norm(t, order, dtype) for t in group]
         if order in (1, 2, float("inf")):
             return torch._foreach_norm(group, order, dtype=dtype)
-        powers = torch._foreach_abs(in_float32(group))  # for other orders there is no kernel for lists
+        powers = torch._foreach_abs(in_float32(group))  # there is no list kernel for other orders
         torch._foreach_pow_(powers, order)
         return torch._foreach_pow(torch._foreach_norm(powers, 1, dtype=dtype), 1 / order)
 
     filled = [t for t in tensors if t.numel()]
-    most_bytes = None if order in (1, 2, float("inf")) else BUCKET_BYTES
-    found = for_each(one_group, filled, most_bytes=most_bytes) if filled else []
+    max_bytes = None if order in (1, 2, float("inf")) else BUCKET_BYTES
+    found = for_each(one_group, filled, max_bytes=max_bytes) if filled else []
     if len(filled) == len(tensors):
         return found
     of_filled = iter(found)
@@ -327,7 +326,7 @@ def _norm(tensor: Tensor, order: float, dtype: torch.dtype) -> Tensor:
 def dots(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The inner product of each pair, 0-dim, computed in float32 or better.
 
-    For lists, torch has no sum per tensor but a norm per tensor: for products x, `sum x = 2 sum max(x, 0) - sum |x|`.
+    torch has list kernels for norms but not for sums, so with products `x`: `sum x = 2 sum max(x, 0) - sum |x|`.
     """
 
     def one_group(a: list[Tensor], b: list[Tensor]) -> Sequence[Tensor]:
@@ -339,4 +338,4 @@ def dots(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) ->
         torch._foreach_sub_(positive, sizes)
         return positive
 
-    return for_each(one_group, left, right, most_bytes=BUCKET_BYTES)
+    return for_each(one_group, left, right, max_bytes=BUCKET_BYTES)

@@ -1,4 +1,4 @@
-"""The contents of values that change in place: containers, arrays, generators, objects of custom classes."""
+"""Snapshots of mutable values: containers, arrays, random generators and objects of custom classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .namespaces import are_identical
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-# Objects of these packages are not inspected; those of custom classes are.
+# Objects of these packages are not inspected, only those of other (custom) classes.
 _LIBRARIES = frozenset(
     [
         "torch",
@@ -42,18 +42,18 @@ _LIBRARIES = frozenset(
         "threading",
     ]
 )
-_DEEPEST = 4
+_MAX_DEPTH = 4
 _version = attrgetter("_version")
-# These have no contents.
+# Immutable types.
 _ATOMS = frozenset([str, int, float, bool, type(None), bytes])
 
 
 class Contents:
-    """A snapshot of the contents of a value and, recursively, of what it holds.
+    """A recursive snapshot of the contents of a value.
 
     Args:
-        value (`Any`): A value for which `is_looked_into` holds.
-        is_deep (`bool`): Also copy tensors and arrays inside, whose numbers may change in place.
+        value (`Any`): A value for which `is_mutable` holds.
+        is_deep (`bool`): Also copy the tensors and arrays inside, which may change in place.
     """
 
     def __init__(self, value: Any, is_deep: bool, depth: int = 0):
@@ -73,14 +73,12 @@ class Contents:
             self._copy = value.copy() if is_deep else None
         else:
             self._keys, self._values = _keys_and_values(value)
-            if depth < _DEEPEST:
-                inner = (
-                    v for v in self._values if type(v) not in _ATOMS and (is_looked_into(v) or _is_plain_tensor(v))
-                )
+            if depth < _MAX_DEPTH:
+                inner = (v for v in self._values if type(v) not in _ATOMS and (is_mutable(v) or _is_plain_tensor(v)))
                 self._inner = [Contents(v, is_deep, depth + 1) for v in inner]
 
     def has_changed(self) -> bool:
-        """Whether anything inside has changed, as far as this can be checked; always False for generators."""
+        """Whether the contents have changed, as far as this can be checked; always False for generators."""
         value = self.value
         if not self._is_generator and not self._is_data:
             return not self._has_the_same_entries() or any(inner.has_changed() for inner in self._inner)
@@ -91,7 +89,7 @@ class Contents:
         return self._copy is not None and not np.array_equal(value, self._copy)
 
     def restore(self) -> None:
-        """Restore everything in place, so that all holders of the value see it."""
+        """Restore the contents in place, so that every reference to the value sees them."""
         value = self.value
         if self._is_generator:
             _set_state(value, self._copy)
@@ -115,17 +113,17 @@ class Contents:
         )
 
     def nested(self) -> Iterator[Contents]:
-        """Itself, and the snapshots of everything inside."""
+        """Yield this snapshot and all nested ones."""
         yield self
         for inner in self._inner:
             yield from inner.nested()
 
 
 class ShallowContents:
-    """Snapshots that copy no numbers, and whether anything in them has changed since, without a loop in Python.
+    """Shallow snapshots with a fast joint check for changes, whose loops run in C.
 
     Args:
-        contents (`Sequence[Contents]`): The snapshots, none of them deep or of a generator.
+        contents (`Sequence[Contents]`): Snapshots that are neither deep nor of generators.
     """
 
     def __init__(self, contents: Sequence[Contents]):
@@ -136,11 +134,11 @@ class ShallowContents:
         self._attributes = list(map(vars, self._objects))
         self._containers = [v for v in values if isinstance(v, _CONTAINERS)] + self._attributes
         self._dicts = [v for v in self._containers if isinstance(v, dict)]
-        self._then = self._lengths_and_versions(), self._entries()
+        self._captured = self._lengths_and_versions(), self._entries()
 
     def are_unchanged(self) -> bool:
-        """Whether every container and object has the very same entries, and no tensor another version."""
-        lengths_and_versions, entries = self._then
+        """Whether containers and objects hold the same entries, and tensors have the same version counters."""
+        lengths_and_versions, entries = self._captured
         return (
             self._lengths_and_versions() == lengths_and_versions
             and are_identical(map(vars, self._objects), self._attributes)
@@ -159,8 +157,8 @@ def is_generator(value: Any) -> bool:
     return isinstance(value, _GENERATORS)
 
 
-def is_looked_into(value: Any) -> bool:
-    """Whether a pass may change the contents of this value in a way that must be undone."""
+def is_mutable(value: Any) -> bool:
+    """Whether changes of the contents of this value must be undone: containers, arrays, generators, custom objects."""
     if isinstance(value, (*_CONTAINERS, *_GENERATORS, np.ndarray)):
         return True
     return (
@@ -171,27 +169,27 @@ def is_looked_into(value: Any) -> bool:
 
 
 def entries(value: Any, depth: int = 0) -> int:
-    """The number of its entries, including those of containers and arrays inside."""
+    """The number of entries, including those of nested containers and arrays."""
     if isinstance(value, np.ndarray):
         return value.size
     if is_generator(value):
         return 1
     values = _keys_and_values(value)[1]
-    inner = [v for v in values if is_looked_into(v)] if depth < _DEEPEST and len(values) <= 10_000 else []
+    inner = [v for v in values if is_mutable(v)] if depth < _MAX_DEPTH and len(values) <= 10_000 else []
     return len(values) + sum(entries(v, depth + 1) for v in inner)
 
 
 def modules_in(values: Iterable[Any], depth: int = 0) -> Iterator[nn.Module]:
-    """The modules among values, and in containers among them."""
+    """Yield the modules among the values and inside containers among them."""
     for value in values:
         if isinstance(value, nn.Module):
             yield value
-        elif isinstance(value, dict | list | tuple) and depth < _DEEPEST and len(value) <= 1000:
+        elif isinstance(value, dict | list | tuple) and depth < _MAX_DEPTH and len(value) <= 1000:
             yield from modules_in(value.values() if isinstance(value, dict) else value, depth + 1)
 
 
 def named_modules_in(values: dict[str, Any]) -> dict[str, nn.Module]:
-    """The modules among named values and in containers among them, by unique names."""
+    """The modules among named values and inside containers among them, under unique names."""
     found = {name: list(modules_in([value])) for name, value in values.items()}
     return {
         name if len(modules) == 1 else f"{name}.{i}": module
@@ -201,7 +199,7 @@ def named_modules_in(values: dict[str, Any]) -> dict[str, nn.Module]:
 
 
 def parts_of(function: Any) -> list[Any]:
-    """What a function uses in addition to its arguments: its own object, bound arguments, and closed-over values."""
+    """The objects that a callable uses besides its arguments: itself, its `self`, bound and closed-over values."""
     if function is None:
         return []
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
@@ -229,7 +227,7 @@ def _refill(value: Any, keys: list[Any], values: list[Any]) -> None:
     container = value if isinstance(value, _CONTAINERS) else vars(value)
     container.clear()
     if isinstance(container, dict):
-        dict.update(container, zip(keys, values, strict=True))  # Counter.update would count
+        dict.update(container, zip(keys, values, strict=True))  # Counter.update would add counts
     elif isinstance(container, set):
         container.update(values)
     else:

@@ -1,4 +1,4 @@
-"""The information that a method gets about the current optimizer step: see `hf_sam.methods.Step`."""
+"""The implementation of `hf_sam.methods.Step`: the view that a method has of the current optimizer step."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class CurrentStep:
         optimizer (`torch.optim.Optimizer`): Read only.
         space (`Space`): The space of the Vectors.
         memory (`Memory`): The method's state.
-        seed (`tuple`): What random numbers depend on, besides `index`: the run's seed, the rank, the micro-batch.
-        telemetry (`Telemetry`): Where `record` writes.
+        seed (`tuple`): Seed of the run, rank and micro-batch; with `index`, these determine all random numbers.
+        telemetry (`Telemetry`): The target of `record`.
         attached (`Any`): What `Ascent.attach` returned.
-        loss_scale (`Tensor` or `float`): The factor by which gradients outside Vectors are scaled up.
-        hessian_product (`Callable`, *optional*): For descents that need it.
+        loss_scale (`Tensor` or `float`): The fp16 loss scale, by which gradients outside Vectors are multiplied.
+        hessian_product (`Callable`, *optional*): Hessian-vector product, for descents that need it.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CurrentStep:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """A generator that depends only on seed, step, rank and micro-batch, so that a resumed run draws the same numbers."""
+        """A generator that depends only on seed, step, rank and micro-batch: a resumed run draws the same numbers."""
         seed, rank, micro = self._seed
         key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "")
         return torch.Generator(self._selected[0].device).manual_seed(random.Random(key).getrandbits(63))
@@ -86,7 +86,7 @@ class CurrentStep:
         return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
 
     def optimizer_state(self, *names: str) -> Vector | None:
-        """The first of the states `names` that the optimizer keeps of each perturbed parameter; None if there are none.
+        """The first existing optimizer state among `names`, over the perturbed parameters; None if there are none.
 
         A quantized state (torchao's 8-bit and 4-bit optimizers) is returned dequantized.
         """

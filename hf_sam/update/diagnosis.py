@@ -1,4 +1,4 @@
-"""Warn when the logged values of a run show a problem with the perturbation: once per kind and run, with the fix."""
+"""Warn about problems with the perturbation that the logged values show: once per run and problem, with the fix."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ..config import SAMConfig
 
 logger = logging.get_logger(__name__)
 
-# The largest difference between two losses, relative to the loss, that rounding alone can cause. Losses are means over
-# examples, so their rounding errors partly cancel.
+# Largest relative difference between two losses that rounding alone can cause. Losses are means over examples, so their
+# rounding errors partly cancel.
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 5e-4}
-# Relative deviation of the realised from the intended norm of the perturbation, in either direction.
+# Relative deviation of the realised norm of the perturbation from the intended one, in either direction.
 _ROUNDED_AWAY = 0.1
-# A share of ||eps||^2, and the share of the perturbed weights below which size does not explain it.
+# Share of ||eps||^2 in one module group, and the share of weights below which the group's size does not explain it.
 _NEARLY_ALL, _MINORITY = 0.9, 0.75
-# A condition counts as lasting if every entry over this many steps shows it.
+# A condition persists if every log entry over this many steps shows it.
 _STEPS = 10
-# Sharpness relative to the loss, and the perturbed loss relative to the first loss of the run. DINOv2-S, which loses
-# twenty points of accuracy at rho 0.05, has 0.6 and 1.5 there, and 0.1 and 1.0 at the harmless default.
-_MANY_TIMES, _LOST = 1 / 3, 1.25
-# Relative to the first loss of the run: below this, the model has fitted its training data.
+# Sharpness relative to the loss, and perturbed loss relative to the first loss of the run. For DINOv2-S they are 0.6
+# and 1.5 at rho 0.05, where it loses twenty points of accuracy, and 0.1 and 1.0 at the harmless default.
+_LARGE_SHARPNESS, _LOST = 1 / 3, 1.25
+# Loss relative to the first loss of the run, below which the model has fitted its training data.
 _LEARNED = 0.01
 
 
 @dataclass
 class Diagnosis:
-    """Read the entries that a run logs and warn about problems. Compute nothing and wait for nothing beyond what is logged.
+    """Check the log entries of a run and warn about problems. Needs no computation or synchronisation beyond logging.
 
     Args:
         config (`SAMConfig`): The user's choices.
@@ -38,7 +38,7 @@ class Diagnosis:
         computed_in (`torch.dtype`): The dtype in which losses are computed, autocast included.
         stored_in (`Iterable[torch.dtype]`): The dtypes of the perturbed weights.
         group_sizes (`dict[str, float]`): Each module group's share of the perturbed weights.
-        first_loss (`float`, *optional*): The first loss of a run that is resumed.
+        first_loss (`float`, *optional*): The first loss of the run, if it is resumed.
     """
 
     config: SAMConfig
@@ -49,30 +49,30 @@ class Diagnosis:
     first_loss: float | None = None
 
     def __post_init__(self):
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._since: dict[str, int] = {}
-        self._step = 0  # of the previous entry
+        self._step = 0  # step of the previous entry
 
-    def look(self, means: dict[str, float], loss: float, step: int) -> None:
-        """Read one entry.
+    def check(self, means: dict[str, float], loss: float, step: int) -> None:
+        """Check one log entry.
 
         Args:
             means (`dict[str, float]`): The means of `Telemetry`.
-            loss (`float`): The training loss of the entry.
+            loss (`float`): The logged training loss.
             step (`int`): Optimizer steps taken so far.
         """
         if self.first_loss is None:
             self.first_loss = loss
-        self._look_at_rounding(means)
-        self._look_at_groups(means, step)
+        self._check_rounding(means)
+        self._check_groups(means, step)
         sharpness = means.get("sam_sharpness")
         if sharpness is not None:
-            # The clean loss over perturbed steps only, not rounded for the log.
-            self._look_at_sharpness(sharpness, means["sam_perturbed_loss"] - sharpness, means, step)
+            # The clean loss: over perturbed steps only, and without the rounding of the log.
+            self._check_sharpness(sharpness, means["sam_perturbed_loss"] - sharpness, means, step)
         self._step = step
 
     def end(self, steps: int, has_perturbed: bool) -> None:
-        """Read the end of the run, after `steps` optimizer steps."""
+        """Check the whole run when it ends after `steps` optimizer steps."""
         if steps and not has_perturbed:
             self._warn(
                 "never perturbed",
@@ -82,7 +82,7 @@ class Diagnosis:
                 "after the warm-up.",
             )
 
-    def _look_at_rounding(self, means: dict[str, float]) -> None:
+    def _check_rounding(self, means: dict[str, float]) -> None:
         intended, realised = means.get("_intended_norm", 0.0), means.get("sam_perturbation_norm", 0.0)
         if not (intended > 0 and abs(realised / intended - 1) > _ROUNDED_AWAY):
             return
@@ -96,13 +96,13 @@ class Diagnosis:
             f"{'set stochastic_rounding=True, ' if is_lost else ''}or choose a larger rho.",
         )
 
-    def _look_at_groups(self, means: dict[str, float], step: int) -> None:
+    def _check_groups(self, means: dict[str, float], step: int) -> None:
         for group, selector in (("embeddings", "no-embeddings"), ("head", "no-embeddings-no-head")):
             share = means.get(f"sam_share/{group}")
             if share is None:
                 continue
             takes_all = share > _NEARLY_ALL and self.group_sizes.get(group, 1.0) < _MINORITY
-            if self._lasts(group, takes_all, step):
+            if self._persists(group, takes_all, step):
                 self._warn(
                     group,
                     f"{share:.0%} of the perturbation's squared norm lies in the {group}, which "
@@ -112,11 +112,11 @@ class Diagnosis:
                     + "; log_shares=True logs sam_share/... for every group.",
                 )
 
-    def _look_at_sharpness(self, sharpness: float, loss: float, means: dict[str, float], step: int) -> None:
+    def _check_sharpness(self, sharpness: float, loss: float, means: dict[str, float], step: int) -> None:
         rho, perturbed = means.get("sam_rho", self.config.rho), means["sam_perturbed_loss"]
-        # A well-trained model has a small loss, and any sharpness is many times that: require a large perturbed loss, too.
-        is_lost = sharpness > _MANY_TIMES * loss > 0 and perturbed > _LOST * self.first_loss
-        if self._lasts("too large", is_lost, step):
+        # A well-trained model has a tiny loss, which any sharpness exceeds: require a large perturbed loss, too.
+        is_lost = sharpness > _LARGE_SHARPNESS * loss > 0 and perturbed > _LOST * self.first_loss
+        if self._persists("too large", is_lost, step):
             self._warn(
                 "too large",
                 f"sam_sharpness={sharpness:.3g} is {sharpness / loss:.2g} times the loss ({loss:.3g}), and the loss at the "
@@ -125,8 +125,8 @@ class Diagnosis:
                 f"rho={self._better_rho(rho, sharpness, loss)}.",
             )
         rounding = _ROUNDING.get(self.computed_in, _ROUNDING[torch.float32])
-        # A direction along which the loss is flat to first order says nothing about rho.
-        if self._lasts("too small", loss > 0 and abs(sharpness) < rounding * loss, step):
+        # The sharpness says nothing about rho if the loss is flat to first order.
+        if self._persists("too small", loss > 0 and abs(sharpness) < rounding * loss, step):
             name = str(self.computed_in).removeprefix("torch.")
             self._warn(
                 "too small",
@@ -135,7 +135,7 @@ class Diagnosis:
                 "few hundredths of the loss.",
             )
         has_learned = min(loss, perturbed) >= 0 and max(loss, perturbed) < _LEARNED * self.first_loss
-        if self._lasts("learned", has_learned, step) and step < self.max_steps:
+        if self._persists("learned", has_learned, step) and step < self.max_steps:
             self._warn(
                 "learned",
                 f"The training loss ({loss:.3g}) and the loss at the perturbed weights ({perturbed:.3g}) are below a hundredth of "
@@ -145,19 +145,19 @@ class Diagnosis:
             )
 
     def _better_rho(self, rho: float, sharpness: float, loss: float) -> str:
-        """A rho that aims at a rise of a tenth of the loss, which rises at least in proportion to rho."""
+        """A rho that aims at a sharpness of a tenth of the loss; sharpness grows at least in proportion to rho."""
         return f"{rho * max(0.1 * loss / sharpness, 0.01):.1g}"
 
-    def _lasts(self, kind: str, holds: bool, step: int) -> bool:
-        """Whether the condition holds now and has held in every entry of the last `_STEPS` steps."""
+    def _persists(self, kind: str, holds: bool, step: int) -> bool:
+        """Whether the condition has held in every entry of the last `_STEPS` steps, including this one."""
         if not holds:
             self._since.pop(kind, None)
             return False
         return step - self._since.setdefault(kind, self._step) >= _STEPS
 
     def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger.warning(message)
 
 

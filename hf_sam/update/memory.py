@@ -1,4 +1,4 @@
-"""The state that a method keeps from step to step."""
+"""The state of a method: Vectors and scalars that persist between steps."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from .vector import Space, Vector
 
 
 class Memory(MutableMapping[str, Vector]):
-    """Vectors under declared names. If a step may be skipped later (fp16), they are kept only once it was not.
+    """Vectors and scalars under declared names.
+
+    If a step may be skipped after its gradients overflowed (fp16), new values are committed only if it was not.
 
     Args:
         names (`Sequence[str]`): The declared names.
-        owner (`str`): The method's label, for messages.
-        scalars (`Sequence[str]`, *optional*): Names that hold 0-dim tensors instead.
-        waits (`bool`, *optional*, defaults to `False`): Keep new values separate until `settle`.
+        owner (`str`): The label of the method, for messages.
+        scalars (`Sequence[str]`, *optional*): Names of 0-dim tensors.
+        defers_commit (`bool`, *optional*, defaults to `False`): Keep new values pending until `commit`.
     """
 
-    def __init__(self, names: Sequence[str], owner: str, waits: bool = False, scalars: Sequence[str] = ()):
-        self.names, self._owner, self._waits, self._scalars = (*names, *scalars), owner, waits, frozenset(scalars)
+    def __init__(self, names: Sequence[str], owner: str, defers_commit: bool = False, scalars: Sequence[str] = ()):
+        self.names, self._owner, self._defers_commit, self._scalars = (
+            (*names, *scalars),
+            owner,
+            defers_commit,
+            frozenset(scalars),
+        )
         self._kept: dict[str, Vector] = {}
         self._pending: dict[str, Vector] = {}
 
@@ -34,7 +41,7 @@ class Memory(MutableMapping[str, Vector]):
 
     def __setitem__(self, name: str, vector: Vector) -> None:
         self._check(name)
-        store = self._pending if self._waits else self._kept
+        store = self._pending if self._defers_commit else self._kept
         if name in self._scalars:
             store[name] = torch.as_tensor(vector).detach()
             return
@@ -68,14 +75,14 @@ class Memory(MutableMapping[str, Vector]):
         """Whether every declared name has a value."""
         return all(name in self for name in self.names)
 
-    def settle(self, was_skipped: bool) -> None:
-        """Keep the Vectors written in the step that has ended, or drop them if it was skipped."""
+    def commit(self, was_skipped: bool) -> None:
+        """Keep the values written in the previous step, or drop them if it was skipped."""
         if not was_skipped:
             self._kept.update(self._pending)
         self._pending.clear()
 
     def state_dict(self, names: dict[Parameter, str]) -> dict[str, Tensor]:
-        """One tensor for each name and parameter, as `name/parameter`."""
+        """One tensor per name and parameter, under `name/parameter`, and one per scalar, under `name/`."""
         scalars = {f"{name}/": self[name] for name in self if name in self._scalars}
         return scalars | {
             f"{name}/{names[p]}": tensor
@@ -86,10 +93,10 @@ class Memory(MutableMapping[str, Vector]):
         }
 
     def load_state_dict(self, state: dict[str, Tensor], parameters: dict[str, Parameter], space: Space) -> None:
-        """The inverse of `state_dict`; also of one whose only name was left out.
+        """Load a `state_dict`. Keys without a name belong to the first declared name.
 
         Raises:
-            ValueError: A part does not have the shape of this process's part of its parameter.
+            ValueError: A tensor does not have the shape of this process's shard of its parameter.
         """
         found: dict[str, dict[Parameter, Tensor]] = {}
         for key, tensor in state.items():
@@ -102,13 +109,12 @@ class Memory(MutableMapping[str, Vector]):
             here = local(parameters[parameter]).shape
             if tensor.shape != here:
                 raise ValueError(
-                    f"The checkpoint holds a part of {parameter} of shape {list(tensor.shape)}, and this process one of shape "
+                    f"The checkpoint holds a shard of {parameter} of shape {list(tensor.shape)}, but this process has one of shape "
                     f"{list(here)}. Resume a sharded run with the same number of processes and the same sharding."
                 )
             found.setdefault(name, {})[parameters[parameter]] = tensor
         for name, tensors in found.items():
-            ordered = sorted(
-                tensors, key=lambda p: space.position[p]
-            )  # so that norms are summed in the same order as before
+            # In the order of the model, so that norms are summed in the same order as before.
+            ordered = sorted(tensors, key=lambda p: space.position[p])
             self[name] = Vector(ordered, [tensors[p] for p in ordered], space)
-        self.settle(was_skipped=False)
+        self.commit(was_skipped=False)

@@ -1,7 +1,7 @@
-"""What many dictionaries and containers hold, read and compared without a loop in Python.
+"""Fast comparison of the attributes of many modules.
 
-A step looks at everything that modules keep several times, and almost always finds that nothing has changed. So what there
-is to read is listed once, and each look is a few calls that loop in C.
+Every step checks the attributes of all modules several times and almost always finds them unchanged. The names to read
+are therefore listed once, and each check is a few calls whose loops run in C.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import Any
 
 Values = list[tuple[Any, ...]]
 
-_joined = chain.from_iterable
+_flatten = chain.from_iterable
 
 
 def are_identical(left: Iterable[Any], right: Iterable[Any]) -> bool:
-    """Whether two iterables of the same length hold the very same objects in the same order."""
+    """Whether two iterables of the same length hold the same objects (`is`, not `==`) in the same order."""
     return all(map(is_, left, right))
 
 
 class Namespaces:
-    """The values of the names that some dictionaries have now.
+    """The current values of a fixed set of dictionaries, such as the `__dict__` of each module.
 
     Args:
         dictionaries (`Iterable[dict]`): The dictionaries.
-        left_out (`frozenset[str]`, *optional*): Names whose values are not read.
+        excluded (`frozenset[str]`, *optional*): Keys to ignore.
     """
 
-    def __init__(self, dictionaries: Iterable[dict[str, Any]], left_out: frozenset[str] = frozenset()):
-        self.dictionaries, self._left_out = list(dictionaries), left_out
+    def __init__(self, dictionaries: Iterable[dict[str, Any]], excluded: frozenset[str] = frozenset()):
+        self.dictionaries, self._excluded = list(dictionaries), excluded
         self._lengths = list(map(len, self.dictionaries))
-        self._names = [tuple(name for name in d if name not in left_out) for d in self.dictionaries]
-        # The last name is read twice, because an `itemgetter` of a single name returns no tuple.
-        self._getters = [itemgetter(*names, names[-1]) if names else _nothing for names in self._names]
+        self._names = [tuple(name for name in d if name not in excluded) for d in self.dictionaries]
+        # The last name is read twice because `itemgetter` with a single name does not return a tuple.
+        self._getters = [itemgetter(*names, names[-1]) if names else _no_values for names in self._names]
 
     def read(self) -> Values | None:
-        """All values; None if one of the dictionaries now has other names."""
+        """Read all values; None if the keys of a dictionary have changed since construction."""
         if list(map(len, self.dictionaries)) != self._lengths:
             return None
         try:
@@ -45,26 +45,26 @@ class Namespaces:
         except KeyError:
             return None
 
-    def have(self, values: Values) -> bool:
-        """Whether the dictionaries have the names that they had at first, with these values."""
+    def match(self, values: Values) -> bool:
+        """Whether the keys are those at construction and the values are these objects."""
         now = self.read()
-        return now is not None and are_identical(_joined(now), _joined(values))
+        return now is not None and are_identical(_flatten(now), _flatten(values))
 
     def changed(self, values: Values) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """The dictionaries that have other names or values, each with what it had."""
+        """Yield each dictionary whose keys or values have changed, with its previous content."""
         for dictionary, names, then in zip(self.dictionaries, self._names, values, strict=True):
-            before, now = dict(zip(names, then, strict=False)), self.own(dictionary)
+            before, now = dict(zip(names, then, strict=False)), self.included(dictionary)
             if before.keys() != now.keys() or not are_identical(map(now.get, before), before.values()):
                 yield dictionary, before
 
-    def without(self, known: set[int]) -> Namespaces:
-        """The dictionaries whose ids are not known yet, read anew."""
-        return Namespaces((d for d in self.dictionaries if id(d) not in known), self._left_out)
+    def excluding(self, known: set[int]) -> Namespaces:
+        """The dictionaries whose ids are not in `known`, with their current keys."""
+        return Namespaces((d for d in self.dictionaries if id(d) not in known), self._excluded)
 
-    def own(self, dictionary: dict[str, Any]) -> dict[str, Any]:
-        """What a dictionary has now, without the names that are left out."""
-        return {name: value for name, value in dictionary.items() if name not in self._left_out}
+    def included(self, dictionary: dict[str, Any]) -> dict[str, Any]:
+        """The current content of a dictionary, without excluded keys."""
+        return {name: value for name, value in dictionary.items() if name not in self._excluded}
 
 
-def _nothing(dictionary: dict[str, Any]) -> tuple[()]:
+def _no_values(dictionary: dict[str, Any]) -> tuple[()]:
     return ()

@@ -1,4 +1,4 @@
-"""Values measured at the perturbed weights: the realised size of eps, and the cosine between both gradients."""
+"""Values measured at the perturbed weights: the realised norm of eps, and the cosine between g and g_s."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from . import buckets
 from .parameters import Gradients, local
 from .perturbation import Perturbation
+from .reductions import stack_scalars
 from .roles import GROUPS
 from .telemetry import Telemetry
 from .vector import Space, Vector
@@ -27,16 +28,16 @@ def record_displacement(
     groups: Mapping[Parameter, str],
     shares_of: Sequence[str] = GROUPS,
 ) -> None:
-    """Record the realised `||(w + eps) - w||`, and `cos(g, g_s)` over the perturbed parameters.
+    """Record the realised `||(w + eps) - w||` and `cos(g, g_s)` over the perturbed parameters.
 
     Args:
         perturbation (`Perturbation`): The current perturbation, while the weights are moved.
         perturbed (`Gradients`): `g_s`.
         clean (`Vector`, *optional*): `g`, if it was kept.
-        gradient_in (`Callable`): Otherwise gives `g` up to a factor, read off the displacement; if it returns None, there
-            is no cosine.
-        groups (`Mapping[Parameter, str]`): The group of modules that each parameter belongs to.
-        shares_of (`Sequence[str]`): Record these groups' shares of the squared norm.
+        gradient_in (`Callable`): Recovers `g` up to a factor from the displacement if `g` was not kept. If it returns
+            None, no cosine is recorded.
+        groups (`Mapping[Parameter, str]`): The module group of each parameter.
+        shares_of (`Sequence[str]`): The groups whose shares of the squared norm are recorded.
     """
     kept = {} if clean is None else dict(zip(clean.parameters, clean.tensors, strict=True))
     moved, norms, common, dots, g, g_s = [], [], [], [], [], []
@@ -45,11 +46,11 @@ def record_displacement(
         norms += torch._foreach_norm(displacements)
         directions, seconds = [], []
         for p, displacement in zip(parameters, displacements, strict=True):
-            direction = _cut(kept[p], rows) if p in kept else gradient_in(displacement) if p in perturbed else None
+            direction = _rows_of(kept[p], rows) if p in kept else gradient_in(displacement) if p in perturbed else None
             if p in perturbed and direction is not None:
                 common.append(p)
                 directions.append(direction)
-                seconds.append(_cut(local(perturbed[p]), rows))
+                seconds.append(_rows_of(local(perturbed[p]), rows))
         if not directions:
             continue
         if space.in_buckets:
@@ -63,18 +64,18 @@ def record_displacement(
                 g.append(torch.linalg.vector_norm(direction))
                 g_s.append(torch.linalg.vector_norm(second.to(direction.dtype)))
     if norms:
-        squares = _stack(norms) ** 2
+        squares = stack_scalars(norms) ** 2
         total = _total(space, moved, squares)
         telemetry.record(sam_perturbation_norm=total.sqrt())
         for group in shares_of:
             own = torch.tensor([groups.get(p) == group for p in moved]).to(squares.device)
             telemetry.record(**{f"sam_share/{group}": _total(space, moved, squares * own) / total})
     if dots:
-        squares = [_total(space, common, _stack(parts) ** 2) for parts in (g, g_s)]
-        telemetry.record(sam_cosine=_total(space, common, _stack(dots)) / (squares[0] * squares[1]).sqrt())
+        squares = [_total(space, common, stack_scalars(parts) ** 2) for parts in (g, g_s)]
+        telemetry.record(sam_cosine=_total(space, common, stack_scalars(dots)) / (squares[0] * squares[1]).sqrt())
 
 
-def _cut(tensor: Tensor, rows: slice) -> Tensor:
+def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if rows == slice(None) else tensor[rows]
 
 
@@ -82,13 +83,8 @@ def _total(space: Space, parameters: list[Parameter], parts: Tensor) -> Tensor:
     return space.layout(parameters).reductions.sum(parts)
 
 
-def _stack(parts: list[Tensor]) -> Tensor:
-    device = parts[0].device  # a model split over several devices has scalars on each of them
-    return torch.stack([part if part.device == device else part.to(device) for part in parts])
-
-
 def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, float]:
-    """The means to log: without the intended size, and without an undefined cosine."""
+    """The means to log: without internal values and undefined cosines, and without shares unless `log_shares`."""
     return {
         name: value
         for name, value in means.items()

@@ -1,4 +1,4 @@
-"""Which parameters train and which are perturbed; moving gradients out of `p.grad` and back."""
+"""Select the trained and the perturbed parameters; move gradients out of `p.grad` and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from transformers.utils import logging
 
-from .roles import embedding_parameters, head_parameters
+from ..config import SELECTORS
+from .roles import embedding_parameters, head_parameters, norm_parameters
 
 Gradients = dict[Parameter, Tensor]
 
@@ -22,22 +23,20 @@ logger = logging.get_logger(__name__)
 # For `map`, which loops over parameters in C.
 _grad, _trains, _nbytes = attrgetter("grad"), attrgetter("requires_grad"), attrgetter("nbytes")
 
-SELECTORS = ("all", "norm", "no-norm-no-bias", "no-embeddings", "no-embeddings-no-head")
 
-
-# --- which ---------------------------------------------------------------------------------------------------------
+# --- selection -------------------------------------------------------------------------------------------------------
 
 
 class TrainedParameters:
-    """The trained and perturbed parameters, updated in every step because callbacks freeze and unfreeze layers.
+    """The trained and perturbed parameters, updated in every step because callbacks may freeze and unfreeze layers.
 
     Args:
-        model (`nn.Module`): The model, not wrapped for distributed training, so that names are those the user knows.
+        model (`nn.Module`): The model, not wrapped for distributed training, so that parameters have their usual names.
         perturb (`str` or `list[str]`): `SAMConfig.perturb`.
-        optimizer (`torch.optim.Optimizer`, *optional*): Its groups define what is trained, if they hold the model's own
-            parameters; None if they do not (DeepSpeed): then `requires_grad` alone decides.
+        optimizer (`torch.optim.Optimizer`, *optional*): Its groups define the trained parameters. None if they do not
+            hold the model's parameters (DeepSpeed): then `requires_grad` alone decides.
         others (`Mapping[str, nn.Module]`, *optional*): Modules outside the model whose parameters the optimizer may
-            hold, such as a loss with weights, by the prefix of their names.
+            hold, such as a loss with weights, by name prefix.
 
     Attributes:
         names (`dict[Parameter, str]`): The names of all parameters, trained or not.
@@ -65,7 +64,7 @@ class TrainedParameters:
             )
 
     def refresh(self) -> bool:
-        """Update the lists; return whether anything has changed."""
+        """Update the lists; return whether they have changed."""
         if self._seen is not None and self._seen == self._state():
             return False
         is_first = self._seen is None
@@ -96,7 +95,7 @@ class TrainedParameters:
         return list(map(_trains, self._all)), list(groups)
 
     def _waits_for_thawing(self) -> bool:
-        """Whether the patterns name frozen parameters, which a callback may unfreeze; if so, warn."""
+        """Whether the patterns select frozen parameters, which a callback may unfreeze; warn in that case."""
         named = select(self._model, self._perturb, {name: p for p, name in self.names.items()})
         logger.warning(
             f"perturb={self._perturb!r} selects frozen parameters only ({', '.join(list(named)[:3])}): nothing is perturbed "
@@ -111,10 +110,10 @@ class TrainedParameters:
 
 
 def refuse_unmatched(perturb: str | Sequence[str], names: Iterable[str], trainable: Mapping[str, Parameter]) -> None:
-    """Refuse a shell pattern that matches no parameter at all.
+    """Raise an error for a shell pattern that matches no parameter.
 
     Raises:
-        ValueError: Names the pattern.
+        ValueError: A pattern matches no parameter; the message names it.
     """
     if isinstance(perturb, str) and perturb in SELECTORS:
         return
@@ -128,17 +127,11 @@ def refuse_unmatched(perturb: str | Sequence[str], names: Iterable[str], trainab
 
 
 def select(model: nn.Module, perturb: str | Sequence[str], trainable: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """The perturbed ones among the parameters `trainable`, given by name."""
+    """The parameters that `perturb` selects among `trainable`, by name."""
     if perturb == "all":
         return dict(trainable)
     if perturb in ("norm", "no-norm-no-bias"):
-        norms = {
-            p
-            for module in model.modules()
-            if "norm" in type(module).__name__.lower()
-            for p in module._parameters.values()
-            if p is not None
-        }
+        norms = norm_parameters(model)
         if perturb == "norm":
             return {name: p for name, p in trainable.items() if p in norms}
         return {n: p for n, p in trainable.items() if p not in norms and n.rpartition(".")[2] != "bias"}
@@ -161,56 +154,55 @@ def _head_of(model: nn.Module) -> set[str]:
     return head
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------
+# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter or gradient, sharing its memory: the whole unless it is sharded."""
+    """This process's shard of a parameter or gradient, sharing its memory; the whole tensor if it is not sharded."""
     kind = type(tensor)
     if kind is Tensor or (kind is Parameter and "ds_tensor" not in vars(tensor)):
         return tensor.detach()
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             return tensor.to_local()
-    return getattr(tensor, "ds_tensor", tensor).detach()  # under DeepSpeed's ZeRO-3 one flat part
+    return getattr(tensor, "ds_tensor", tensor).detach()  # the flat shard of DeepSpeed's ZeRO-3
 
 
 def parts_of_gradients(gradients: Gradients, parameters: Sequence[Parameter]) -> list[Tensor]:
-    """This process's part of each parameter's gradient, sharing its memory; `parameters` in the order of `gradients`."""
+    """This process's shard of each gradient, sharing its memory; `parameters` are in the order of `gradients`."""
     found = gradients.values() if len(parameters) == len(gradients) else [gradients[p] for p in parameters]
     return [g if type(g) is Tensor and not g.requires_grad else local(g) for g in found]
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether `local` returns the whole of it."""
+    """Whether the tensor is not sharded."""
     return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_tensor")
 
 
-def laid_out_as(p: Parameter, gradient: Tensor) -> Tensor:
-    """The gradient, sharded like its parameter."""
+def sharded_like(p: Parameter, gradient: Tensor) -> Tensor:
+    """The gradient, with the placements of its parameter."""
     if type(gradient) is not Tensor and isinstance(gradient, DTensor) and gradient.placements != p.placements:
         return gradient.redistribute(placements=p.placements)
     return gradient
 
 
 def take_gradients(parameters: Sequence[Parameter], *, are_views: bool = False) -> Gradients:
-    """Move the gradients out of `p.grad`, which is set to None, as after `zero_grad`.
+    """Move the gradients out of `p.grad`, which becomes None as after `zero_grad`.
 
-    The caller owns the result: a gradient inside another buffer (`are_views`, or a storage larger than itself) is
-    copied.
+    The caller owns the result: gradients that are views of a larger buffer are copied.
     """
     taken = existing_gradients(parameters)
     for p in taken:
         p.grad = None
     gradients = taken.values()
-    if are_plain(gradients) and not are_views:
+    if are_plain_tensors(gradients) and not are_views:
         storages = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, gradients))
         if not any(map(gt, storages, map(_nbytes, gradients))):
             return taken
     for p, gradient in taken.items():
         is_plain = type(gradient) is Tensor or not isinstance(gradient, DTensor)
         is_view = is_plain and (are_views or gradient.untyped_storage().nbytes() > gradient.nbytes)
-        taken[p] = gradient.clone() if is_view else laid_out_as(p, gradient)
+        taken[p] = gradient.clone() if is_view else sharded_like(p, gradient)
     return taken
 
 
@@ -219,8 +211,8 @@ def existing_gradients(parameters: Sequence[Parameter]) -> Gradients:
     return {p: g for p, g in zip(parameters, map(_grad, parameters), strict=True) if g is not None}
 
 
-def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are tensors of torch's own class: neither sharded nor of any other kind."""
+def are_plain_tensors(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are of class `Tensor`, not of a subclass such as `DTensor`."""
     return {*map(type, tensors)} <= {Tensor}
 
 
@@ -232,7 +224,7 @@ def put_gradients(gradients: Gradients) -> None:
 
 @contextlib.contextmanager
 def gradients_only_for(chosen: Sequence[Parameter], trainable: Sequence[Parameter]) -> Iterator[None]:
-    """Inside, backward passes compute no gradients of the other trainable parameters."""
+    """A context in which backward passes compute gradients of the `chosen` among the `trainable` parameters only."""
     if chosen is trainable:
         yield
         return

@@ -17,20 +17,20 @@ from .vector import Scalar, Vector
 class Perturbation:
     """Perturb weights and restore them bitwise: `with Perturbation() as weights: weights.add(eps)`.
 
-    Saved and perturbed weights share two memories, that of the weights and that of the perturbation (for the plain method,
-    of the ascent gradient), so that only one copy of the perturbed parameters is held in addition to stock training.
-    Weights are restored, never recomputed by subtraction, whatever the block raises.
+    The original weights are saved in the memory of eps (for plain SAM, that of the ascent gradient), so that only one
+    copy of the perturbed parameters is held in addition to stock training. They are restored from this copy, also after
+    an exception, and never recomputed by subtraction.
 
     Args:
         generator (`torch.Generator`, *optional*):
             Round `w + eps` stochastically to the parameters' 16-bit type with this generator.
         renew_copies (`Callable[[], None]`, *optional*, defaults to `torch.clear_autocast_cache`):
-            Called whenever weights have changed, because values derived from them are stale.
+            Called after every change of the weights to invalidate values derived from them.
         swaps_memory (`bool`, *optional*, defaults to `False`):
-            Let parameters point to the perturbed weights and back instead of copying in both directions. This halves the
-            memory traffic, which dominates on a CPU; wrong if something else refers to their addresses (CUDA graphs,
-            flat buffers).
-        in_buckets (`bool`, *optional*, defaults to `False`): If memory is not swapped, work on whole lists.
+            Point `p.data` to the perturbed weights and back instead of copying. This halves the memory traffic, which
+            dominates on a CPU, but is wrong if anything else holds the addresses of the weights (CUDA graphs, flat
+            buffers).
+        in_buckets (`bool`, *optional*, defaults to `False`): Work on whole lists if memory is not swapped.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Perturbation:
         swaps_memory: bool = False,
         in_buckets: bool = False,
     ):
-        # Parameters, their weights, and copies of the original weights, in the order in which they were moved.
+        # Parameters, their weights, and copies of the original weights, in the order in which they were perturbed.
         self._saved: list[tuple[Sequence[Parameter], list[Tensor], list[Tensor]]] = []
         self._moved: set[int] = set()  # ids of parameters
         self._generator = generator
         self._renew_copies = renew_copies
         self._swaps_memory = swaps_memory
         self._in_buckets = in_buckets
-        self._piece = 0  # how many numbers may be copied at a time
+        self._piece = 0  # elements to copy at a time
 
     def __enter__(self) -> Perturbation:
         return self
@@ -55,7 +55,7 @@ class Perturbation:
     def __exit__(self, *_) -> None:
         try:
             self._restore()
-        except BaseException:  # a second Ctrl-C, while restoring
+        except BaseException:  # a second Ctrl-C during the restore
             self._restore()
             raise
         finally:
@@ -65,9 +65,8 @@ class Perturbation:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        for parameters, weights, originals in reversed(
-            self._saved
-        ):  # of two that share memory, the first was saved completely
+        # In reverse: of weights that share memory, the copy saved first is unperturbed.
+        for parameters, weights, originals in reversed(self._saved):
             if self._swaps_memory:
                 parameters[0].data = originals[0]
             elif len(weights) == 1:
@@ -77,15 +76,15 @@ class Perturbation:
 
     @property
     def is_applied(self) -> bool:
-        """Whether any weight has been moved."""
+        """Whether any weight is perturbed."""
         return bool(self._saved)
 
     @torch.no_grad()
     def add(self, eps: Vector) -> None:
         """Set `w <- w + eps`, reusing the memory of `eps` unless it is shared.
 
-        If the factor of `eps` is 0, as from `Vector.where`, no weight changes, even if a direction is NaN or infinite; a
-        factor that is a tensor is not read on the host.
+        If the factor of `eps` is 0, as from `Vector.where`, no weight changes, even if its tensors are not finite. A
+        tensor factor is not read on the host.
         """
         factor = 1.0 if eps.factor is None else eps.factor
         if not isinstance(factor, Tensor) and factor == 0:
@@ -94,7 +93,7 @@ class Perturbation:
         if self._in_buckets and not self._swaps_memory:
             self._add_in_buckets(eps, factor)
         else:
-            # Tensor by tensor, so that each one stays in the CPU's cache during its few operations.
+            # Tensor by tensor, so that each stays in the CPU's cache during its few operations.
             for p, direction in zip(eps.parameters, eps.tensors, strict=True):
                 self._add_one(p, direction, factor, eps.is_shared)
         self._renew_copies()
@@ -104,7 +103,7 @@ class Perturbation:
         if id(p) in self._moved:
             weight.copy_(self._sum(weight, direction, factor))
         elif self._swaps_memory:
-            self._save([p], [weight], [p.data])  # from here on an interruption is undone
+            self._save([p], [weight], [p.data])  # from here on, an interruption restores the weight
             fits = not is_shared and direction.dtype == weight.dtype
             out = direction if fits else torch.empty_like(weight)
             p.data = self._sum(weight, direction, factor, out=out)
@@ -112,49 +111,51 @@ class Perturbation:
             moved = self._sum(weight, direction, factor)
             keeps_all = not is_shared and direction.dtype == weight.dtype
             self._save([p], [weight], [direction.copy_(weight) if keeps_all else weight.clone()])
-            weight.copy_(moved)  # an interruption from here on is undone
+            weight.copy_(moved)
 
     def _save(self, parameters: Sequence[Parameter], weights: list[Tensor], originals: list[Tensor]) -> None:
         self._saved.append((parameters, weights, originals))
         self._moved.update(map(id, parameters))
 
     def _add_in_buckets(self, eps: Vector, factor: Scalar) -> None:
-        """Use one operation per bucket, whatever the number of tensors."""
+        """Perturb with one operation per bucket, whatever the number of tensors."""
         if not isinstance(factor, Tensor):
             factor = torch.full((), factor, dtype=torch.float32, device=eps.tensors[0].device)
         parameters, directions, weights_of_all = eps.parameters, eps.tensors, eps.layout.weights
-        is_zero = (factor == 0).float()  # then directions may be NaN
+        is_zero = (factor == 0).float()  # in that case, directions may be NaN
         rounded = None if self._generator is None else partial(round_stochastically, generator=self._generator)
-        groups = eps.layout.groups(directions)  # weights that share memory one after the other, not within one kernel
-        if self._moved:  # weights that are saved already apart from others
+        groups = eps.layout.groups(directions)  # no two weights of a group share memory
+        if self._moved:  # split groups by whether weights have been saved
             are_saved = [id(p) in self._moved for p in parameters]
             groups = [[i for i in group if are_saved[i] is saved] for group in groups for saved in (False, True)]
         for group in filter(None, groups):
             owners, weights, along = (
-                buckets.taken(entries, group) for entries in (parameters, weights_of_all, directions)
+                buckets.pick(entries, group) for entries in (parameters, weights_of_all, directions)
             )
             if id(owners[0]) in self._moved:
                 buckets.add_multiple_(weights, along, factor, is_zero, rounded)
                 continue
-            self._save(owners, weights, torch._foreach_mul(weights, 1))  # an interruption from here on is undone
+            self._save(
+                owners, weights, torch._foreach_mul(weights, 1)
+            )  # from here on, an interruption restores the weights
             buckets.add_multiple_(weights, along, factor, is_zero, rounded)
             if not eps.is_shared and along[0].dtype == weights[0].dtype:
-                torch._foreach_copy_(along, self._saved[-1][2])  # so that only one bucket is held twice
+                torch._foreach_copy_(along, self._saved[-1][2])  # so that at most one bucket is held twice
                 self._saved[-1] = (owners, weights, along)
 
     def displacement(self) -> Iterator[tuple[Parameter, Tensor]]:
-        """The displacement after rounding, `(w + eps) - w`, one part of one parameter at a time."""
+        """Yield the realised displacement `(w + eps) - w` of each parameter, or of some rows of a large one."""
         for parameters, moved, _ in self.displacements():
             yield from zip(parameters, moved, strict=True)
 
     def displacements(self) -> Iterator[tuple[Sequence[Parameter], list[Tensor], slice]]:
-        """The displacement of several parameters at a time, or of some rows of a large one."""
+        """Yield the displacements of several parameters at a time, or of some rows of a large one."""
         size = buckets.piece_size((t for _, _, originals in self._saved for t in originals), 4 * buckets.PIECE_SHARE)
         for parameters, weights, originals in self._saved:
             if self._swaps_memory:
                 weights = [local(p) for p in parameters]
-            for group in buckets.grouped(weights, originals, most_bytes=4 * size):
-                owners, moved, saved = (buckets.taken(entries, group) for entries in (parameters, weights, originals))
+            for group in buckets.grouped(weights, originals, max_bytes=4 * size):
+                owners, moved, saved = (buckets.pick(entries, group) for entries in (parameters, weights, originals))
                 if len(owners) > 1:
                     yield owners, list(torch._foreach_sub(*map(buckets.in_float32, (moved, saved)))), slice(None)
                     continue
@@ -176,9 +177,8 @@ class Perturbation:
         if weight.dtype == exact and out is None:
             return self._exact_sum(weight, direction, factor)
         out = torch.empty_like(weight) if out is None else out
-        for part, along, target in buckets.pieces(
-            self._piece, weight, direction, out
-        ):  # float32 takes twice the memory
+        # In pieces, because float32 takes twice the memory.
+        for part, along, target in buckets.pieces(self._piece, weight, direction, out):
             moved = self._exact_sum(part, along, factor)
             if self._generator is not None and weight.dtype != exact:
                 moved = round_stochastically(moved, weight.dtype, self._generator)

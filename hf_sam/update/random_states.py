@@ -1,4 +1,4 @@
-"""The states of all global generators that a forward pass may draw from."""
+"""Capture and restore the global random number generators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STATE_BYTES = 624 * 4 + 4
 
 
 class RandomStates:
-    """The state of every global generator that a forward pass may draw from: torch's on each device, numpy's, python's."""
+    """The state of all global random number generators: torch's on each device, numpy's and Python's."""
 
     def __init__(self, devices: Iterable[torch.device]):
         self._torch = torch.get_rng_state()
@@ -27,7 +27,7 @@ class RandomStates:
         self._python = random.getstate()
 
     def restore(self) -> None:
-        """Set every generator to the state captured."""
+        """Restore the captured state of every generator."""
         torch.set_rng_state(self._torch)
         for device, state in self._accelerators:
             torch.get_device_module(device).set_rng_state(state, device)
@@ -36,14 +36,17 @@ class RandomStates:
 
 
 class _NumpyState:
-    """Numpy's global state. Getting and setting it takes longer than all others together, so it is done only after a draw.
+    """The state of numpy's global generator, read and set only if numbers were drawn since.
 
-    The generator's memory shows whether something was drawn, unless the second of a pair of normal numbers is pending:
-    then the state is always read and set.
+    Reading and setting it take longer than for all other generators together. Comparing the generator's memory shows
+    whether numbers were drawn, unless the second of a pair of normal numbers is cached: then the state is always read
+    and set.
     """
 
     _latest: _NumpyState | None = None
-    _of_a_pair: bytes | None = None  # the last memory seen with a pending number; it may occur without one, too
+    _of_a_pair: bytes | None = (
+        None  # memory of the last state with a cached number; the same memory may occur without one
+    )
 
     def __init__(self, memory: bytes | None):
         self._state = np.random.get_state(legacy=False)
@@ -64,7 +67,7 @@ class _NumpyState:
 
 
 def _memory() -> bytes | None:
-    """The generator's memory, if it is numpy's default generator."""
+    """The memory of numpy's global generator; None if it is not the default Mersenne twister."""
     generator = np.random.get_bit_generator()
     return (
         ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES) if type(generator) is np.random.MT19937 else None

@@ -1,4 +1,4 @@
-"""Let the second pass start as the first one did: random states, and all else that a forward pass reads and writes."""
+"""Start the second pass from the same state as the first: random states and all else that a forward pass changes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .contents import Contents, ShallowContents, entries, is_generator, is_looked_into, modules_in
+from .contents import Contents, ShallowContents, entries, is_generator, is_mutable, modules_in
 from .namespaces import Namespaces, Values, are_identical
 from .random_states import RandomStates
 
-# What `nn.Module` itself keeps in `__dict__`; tensors are found through `_buffers` and `_parameters`.
+# The attributes of `nn.Module` itself; tensors are found through `_buffers` and `_parameters`.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _version, _mode = attrgetter("_version"), attrgetter("training")
 # A container with more entries than this counts as data, not state.
-_MOST_ENTRIES = 10_000
-# Tensors whose numbers can be copied and compared, unlike sharded and quantized ones.
+_MAX_ENTRIES = 10_000
+# Tensor classes whose values can be copied and compared, unlike sharded and quantized ones.
 _PLAIN = (Tensor, nn.Parameter)
-# Number of optimizer steps in which passes are watched by value, at the start of a run and after modules have changed.
+# Number of optimizer steps in which values are compared, at the start of a run and after modules have changed.
 _WATCHED_STEPS = 2
 
 
@@ -34,15 +34,15 @@ class Snapshot:
     Attributes:
         random_states (`RandomStates`, *optional*): None if random numbers are not replayed.
         namespaces (`list`): Dictionaries of modules, and their values.
-        own (`tuple`, *optional*): The same for the owner's plain attributes.
+        own (`tuple`): The same for the plain attributes of the owner.
         tensors (`list[Tensor]`): Tensors that a pass may change in place.
-        versions (`list[int]`): The version of each.
-        copies (`dict[int, Tensor]`): Copies of the numbers of some of them, by position.
-        addresses (`list[int]`): Addresses of the tensors' memory, while passes are watched by value.
-        contents (`list[Contents]`): Contents that are copied, and those of generators.
-        shallow (`ShallowContents`): Contents of all other containers, arrays and objects.
-        is_watched (`bool`): Whether everything that can be copied is, for comparison.
-        is_whole (`bool`): Whether everything that the following pass has changed can be restored.
+        versions (`list[int]`): The version counter of each.
+        copies (`dict[int, Tensor]`): Copies of some of them, by position in `tensors`.
+        addresses (`list[int]`): Memory addresses of the tensors; only if `is_watched`.
+        contents (`list[Contents]`): Copied contents of containers, arrays, objects and generators.
+        shallow (`ShallowContents`): Contents of the others, which are not copied.
+        is_watched (`bool`): Whether everything that can be copied is copied, to detect changes by value.
+        is_restorable (`bool`): Whether everything that the following pass changed can be restored.
     """
 
     random_states: RandomStates | None
@@ -55,30 +55,31 @@ class Snapshot:
     contents: list[Contents]
     shallow: ShallowContents
     is_watched: bool
-    is_whole: bool = True
+    is_restorable: bool = True
 
 
 class PassState:
-    """Everything that a forward pass reads and writes apart from trained weights, found by watching clean passes.
+    """The state that a forward pass reads and writes, apart from trained weights, found by observing clean passes.
 
     This covers:
 
-    - buffers and parameters without gradient, changed in place or replaced;
-    - modules that are replaced;
-    - numbers, tensors, arrays, containers, generators and objects of custom classes that modules keep as plain attributes;
-    - the same for modules and plain attributes of `owner`, the trainer.
+    - buffers and frozen parameters, changed in place or replaced;
+    - replaced modules;
+    - plain attributes of modules: numbers, tensors, arrays, containers, generators and objects of custom classes;
+    - the modules and plain attributes of `owner`, the trainer.
 
-    What a pass reassigns is restored by reference. What it changes in place must be copied before: for a few steps, passes
-    are watched by value; afterwards only what has been seen to change is copied, and tensors' version counters show
-    whether anything else changes.
+    Reassigned attributes are restored by reference. Values changed in place must have been copied beforehand:
+
+    - during the first few steps everything is copied, and compared after the clean pass;
+    - afterwards only values that were seen to change are copied, and version counters of tensors reveal other changes.
 
     Args:
         roots (`Sequence[nn.Module]`): The model, and modules outside it.
         owner (`object`, *optional*): An object whose plain attributes are restored, too.
-        ignored (`Iterable[str]`, *optional*): Attributes of `owner` that are not.
-        watches_parameters (`bool`, *optional*, defaults to `True`): Watch parameters without gradient. This is impossible
-            if the engine moves their memory.
-        looked_into (`Sequence[Any]`, *optional*): More objects that a pass may change.
+        ignored (`Iterable[str]`, *optional*): Attributes of `owner` to leave alone.
+        watches_parameters (`bool`, *optional*, defaults to `True`): Also restore frozen parameters. Must be False if
+            the engine moves their memory.
+        also_tracked (`Sequence[Any]`, *optional*): Further objects that a pass may change.
     """
 
     def __init__(
@@ -87,28 +88,28 @@ class PassState:
         owner: object | None = None,
         ignored: Iterable[str] = (),
         watches_parameters: bool = True,
-        looked_into: Sequence[Any] = (),
+        also_tracked: Sequence[Any] = (),
     ):
-        self._more = looked_into
+        self._also_tracked = also_tracked
         self._roots = list(roots)
         self._owner, self._ignored = owner, frozenset(ignored)
         self._watches_parameters = watches_parameters
-        self._moving: set[int] = set()  # ids of what passes change in place
-        self._is_listed = False
+        self._mutated: set[int] = set()  # ids of the values that passes change in place
+        self._is_scanned = False
         self._step: int | None = None
         self._is_watching, self._steps_to_watch = False, 0
-        # Of this step: copies of parameters that were left alone so far, so that several snapshots share one.
+        # Copies of parameters that have not changed in this step, shared by its snapshots.
         self._unchanged: dict[int, tuple[int, Tensor]] = {}
 
-    # --- what there is -----------------------------------------------------------------------------------------------
+    # --- finding the state -------------------------------------------------------------------------------------------
 
-    def _list(self) -> None:
-        """List everything that may change; repeated when modules have been added, removed or changed their mode."""
+    def _scan(self) -> None:
+        """List everything that may change; repeated when modules were added, removed or changed their mode."""
         roots = [*self._roots, *modules_in(self._own_attributes().values())]
         self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
         self._inner = [m._modules for m in self._modules]
         self._modes, self._children = self._modes_and_children()
-        # torch's own layers keep no state in attributes, and walking them would cost most.
+        # torch's own layers keep no state in plain attributes, and reading them would take most of the time.
         custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules")]
         self._attributes = list(map(vars, custom))
         self._members = [m._modules for m in custom if m._modules] + [m._buffers for m in self._modules if m._buffers]
@@ -118,31 +119,31 @@ class PassState:
             )
             self._members += [m._parameters for m in frozen]
         self._list_names()
-        self._always = {  # BatchNorm's kernels change its buffers without changing their versions
+        self._always_copied = {  # BatchNorm's kernels update buffers without incrementing their version counters
             id(b) for m in self._modules if isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
         }
         found: dict[int, Tensor] = {}
-        looked_into: dict[int, Any] = {}
+        tracked: dict[int, Any] = {}
         attributes = [{k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE} for m in self._modules]
         for values in (*attributes, *(m._buffers for m in self._modules), self._own_attributes()):
             found.update((id(v), v) for v in values.values() if _is_state(v))
-            looked_into.update((id(v), v) for v in values.values() if is_looked_into(v) and entries(v) <= _MOST_ENTRIES)
-        looked_into.update((id(v), v) for v in self._more if is_looked_into(v))
+            tracked.update((id(v), v) for v in values.values() if is_mutable(v) and entries(v) <= _MAX_ENTRIES)
+        tracked.update((id(v), v) for v in self._also_tracked if is_mutable(v))
         if self._watches_parameters:
             found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
-        self._tensors, self._looked_into = list(found.values()), list(looked_into.values())
-        self._list_moving()
-        self._is_listed, self._steps_to_watch = True, _WATCHED_STEPS
+        self._tensors, self._tracked = list(found.values()), list(tracked.values())
+        self._choose_copies()
+        self._is_scanned, self._steps_to_watch = True, _WATCHED_STEPS
 
     def _list_names(self) -> None:
-        """List the names to read, which anyone may change between two passes."""
+        """List the attribute names; repeated whenever they have changed."""
         owner = [] if self._owner is None else [vars(self._owner)]
         self._namespaces = [Namespaces(self._attributes, _OF_EVERY_MODULE), Namespaces(self._members)]
         self._own = Namespaces(owner, self._ignored)
 
-    def _list_moving(self) -> None:
-        """List what must always be copied, and what need not be."""
-        copied = self._moving | self._always
+    def _choose_copies(self) -> None:
+        """Choose which values to copy from now on."""
+        copied = self._mutated | self._always_copied
         self._copied = [i for i, t in enumerate(self._tensors) if id(t) in copied]
         self._shallow: ShallowContents | None = None
 
@@ -152,19 +153,18 @@ class PassState:
     def _own_attributes(self) -> dict[str, Any]:
         return {} if self._owner is None else {k: v for k, v in vars(self._owner).items() if k not in self._ignored}
 
-    # --- putting aside ------------------------------------------------------------------------------------------------
+    # --- capture -----------------------------------------------------------------------------------------------------
 
     def capture(self, random_states: RandomStates | None, step: int, budget: int | None = None) -> Snapshot:
         """Take a snapshot of the current state.
 
         Args:
-            random_states (`RandomStates`, *optional*): Random states to keep with it.
+            random_states (`RandomStates`, *optional*): Random states to include.
             step (`int`): The optimizer step.
-            budget (`int`, *optional*): Bytes of parameters without gradient that may be copied while passes are watched
-                by value, the smallest first.
+            budget (`int`, *optional*): Maximum bytes of frozen parameters to copy for comparison, smallest first.
         """
-        if not self._is_listed:
-            self._list()
+        if not self._is_scanned:
+            self._scan()
         if step != self._step:
             self._step, self._is_watching = step, self._steps_to_watch > 0
             self._unchanged.clear()
@@ -189,7 +189,7 @@ class PassState:
         )
 
     def _read(self) -> tuple[list[tuple[Namespaces, Values]], tuple[Namespaces, Values]]:
-        """The values of all names."""
+        """Read all attributes."""
         listed = (*self._namespaces, self._own)
         values = [namespaces.read() for namespaces in listed]
         if None in values:
@@ -199,24 +199,24 @@ class PassState:
         return of_modules, own
 
     def _contents(self) -> tuple[list[Contents], ShallowContents]:
-        """Snapshots of contents; those that copy nothing are reused as long as nothing has changed."""
+        """Snapshots of contents; shallow ones are reused while nothing has changed."""
         if self._is_watching:
-            return [Contents(value, is_deep=True) for value in self._looked_into], ShallowContents([])
+            return [Contents(value, is_deep=True) for value in self._tracked], ShallowContents([])
         if self._shallow is None or not self._shallow.are_unchanged():
-            quiet = [Contents(v, is_deep=False) for v in self._looked_into if id(v) not in self._moving]
+            quiet = [Contents(v, is_deep=False) for v in self._tracked if id(v) not in self._mutated]
             self._shallow = ShallowContents([one for one in quiet if not any(map(_holds_generator, one.nested()))])
             known = {id(one.value) for one in self._shallow.contents}
-            self._copied_contents = [v for v in self._looked_into if id(v) not in known]
-        copied = [Contents(value, is_deep=id(value) in self._moving) for value in self._copied_contents]
+            self._contents_to_copy = [v for v in self._tracked if id(v) not in known]
+        copied = [Contents(value, is_deep=id(value) in self._mutated) for value in self._contents_to_copy]
         return copied, self._shallow
 
     def _copy(self, tensor: Tensor) -> Tensor:
         version, value = self._unchanged.get(id(tensor), (None, None))
-        return value if version == tensor._version and id(tensor) not in self._moving else tensor.detach().clone()
+        return value if version == tensor._version and id(tensor) not in self._mutated else tensor.detach().clone()
 
-    def look_again(self, snapshot: Snapshot, budget: int | None = None) -> None:
-        """Between the trainer's `model.train()` and the forward: include modules that are new or have changed their mode."""
-        if self._is_listed:
+    def refresh_snapshot(self, snapshot: Snapshot, budget: int | None = None) -> None:
+        """Add modules that are new or changed their mode; called between `model.train()` and the forward."""
+        if self._is_scanned:
             modes, children = self._modes_and_children()
             if (
                 modes == self._modes
@@ -224,16 +224,16 @@ class PassState:
                 and are_identical(children, self._children)
             ):
                 return
-        self._is_listed, self._step = False, None
+        self._is_scanned, self._step = False, None
         now = self.capture(None, -1, budget)
         known = {id(d) for namespaces, _ in snapshot.namespaces for d in namespaces.dictionaries}
-        snapshot.namespaces += [(n.without(known), n.without(known).read()) for n, _ in now.namespaces]
+        snapshot.namespaces += [(n.excluding(known), n.excluding(known).read()) for n, _ in now.namespaces]
         snapshot.tensors, snapshot.versions, snapshot.copies = now.tensors, now.versions, now.copies
         snapshot.contents, snapshot.shallow = now.contents, now.shallow
         snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses
 
     def _affordable(self, budget: int | None) -> Iterator[int]:
-        """The ids of buffers and attributes, and of parameters without gradient within the budget."""
+        """Yield the ids of buffers and attributes, and of frozen parameters within the budget."""
         for tensor in sorted(self._tensors, key=Tensor.numel):
             if isinstance(tensor, nn.Parameter) and budget is not None:
                 if tensor.nbytes > budget:
@@ -242,56 +242,60 @@ class PassState:
             if type(tensor) in _PLAIN and tensor.device.type != "meta":
                 yield id(tensor)
 
-    def learn(self, before: Snapshot) -> None:
-        """After the clean pass that `before` was captured for: note what it has changed in place."""
-        known = len(self._moving)
+    def detect_changes(self, before: Snapshot) -> None:
+        """Find out what the clean pass changed in place.
+
+        Args:
+            before (`Snapshot`): The snapshot taken before the pass.
+        """
+        known = len(self._mutated)
         if before.is_watched or list(map(_version, before.tensors)) != before.versions:
-            self._learn_tensors(before)
+            self._detect_changed_tensors(before)
         shallow = [] if before.shallow.are_unchanged() else before.shallow.contents
         for contents in (*before.contents, *shallow):
-            if id(contents.value) not in self._moving and contents.has_changed():
-                self._moving.add(id(contents.value))
-                before.is_whole &= contents.is_deep
-        if len(self._moving) != known:
-            self._list_moving()
+            if id(contents.value) not in self._mutated and contents.has_changed():
+                self._mutated.add(id(contents.value))
+                before.is_restorable &= contents.is_deep
+        if len(self._mutated) != known:
+            self._choose_copies()
         for namespaces, values in before.namespaces:
-            if not namespaces.have(values) and any(
-                namespaces.own(now).keys() != then.keys() or _modules_differ(now, then)
+            if not namespaces.match(values) and any(
+                namespaces.included(now).keys() != then.keys() or _modules_differ(now, then)
                 for now, then in namespaces.changed(values)
             ):
-                self._is_listed = False  # a new attribute or module: list again
+                self._is_scanned = False  # a new attribute or module: list again
 
-    def _learn_tensors(self, before: Snapshot) -> None:
+    def _detect_changed_tensors(self, before: Snapshot) -> None:
         for i, (tensor, version) in enumerate(zip(before.tensors, before.versions, strict=True)):
-            if id(tensor) in self._moving:
+            if id(tensor) in self._mutated:
                 continue
             value = before.copies.get(i)
             has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
-                self._moving.add(id(tensor))
-                before.is_whole &= value is not None  # otherwise the previous value is lost
+                self._mutated.add(id(tensor))
+                before.is_restorable &= value is not None  # otherwise the previous value is lost
             elif before.is_watched and value is not None and isinstance(tensor, nn.Parameter):
                 self._unchanged[id(tensor)] = version, value
 
-    # --- putting back -------------------------------------------------------------------------------------------------
+    # --- restore -----------------------------------------------------------------------------------------------------
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Restore everything to the state of the snapshot."""
+        """Restore the state of the snapshot."""
         if snapshot.random_states is not None:
             snapshot.random_states.restore()
         for namespaces, values in snapshot.namespaces:
-            if not namespaces.have(values):
+            if not namespaces.match(values):
                 for namespace, before in namespaces.changed(values):
-                    _put_back(namespaces, namespace, before)
+                    _restore_names(namespaces, namespace, before)
         attributes, values = snapshot.own
-        if not attributes.have(values):
+        if not attributes.match(values):
             for own, before in attributes.changed(values):
-                for name in attributes.own(own).keys() - before.keys():
+                for name in attributes.included(own).keys() - before.keys():
                     del own[name]
                 own.update(before)
         for i, value in snapshot.copies.items():
             tensor = snapshot.tensors[i]
-            if tensor.requires_grad:  # unfrozen since, and perturbed
+            if tensor.requires_grad:  # unfrozen in the meantime: now a trained weight
                 continue
             if tensor.shape == value.shape:
                 tensor.detach().copy_(value)
@@ -304,9 +308,9 @@ class PassState:
                 contents.restore()
 
 
-def _put_back(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in [name for name, value in namespaces.own(now).items() if name not in before and _is_data(value)]:
-        del now[name]  # except what is set up once, such as the mark of installed hooks
+def _restore_names(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name, value in namespaces.included(now).items() if name not in before and _is_data(value)]:
+        del now[name]  # flags and callables stay: they often mark a one-time setup, such as installed hooks
     now.update(before)
 
 
@@ -323,7 +327,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether a pass may change this tensor in place in a way that must be undone."""
+    """Whether in-place changes of this tensor must be undone."""
     return isinstance(value, Tensor) and not value.requires_grad and not value.is_inference()
 
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model are embeddings, and which are its head: by the type and role of their modules."""
+"""Classify parameters as embeddings, head and other groups by the type and role of their modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Modules that turn raw input into hidden states, by the name of their class: BertEmbeddings, ViTPatchEmbeddings, Qwen2VLPatchEmbed,
+# Class names of modules that turn raw input into hidden states: BertEmbeddings, ViTPatchEmbeddings, Qwen2VLPatchEmbed,
 # MobileNetV2Stem, Wav2Vec2FeatureEncoder. Not SwinPatchMerging, which divides hidden states; rotary embeddings have no parameters.
 _INPUT_KIND = re.compile(r"(Embeddings?|Embed|Embedder|Stem|FeatureEncoder)$")
 _TASK = re.compile(r"For[A-Z]|Head")  # BertForMaskedLM, GPT2LMHeadModel; not BertModel, MaskFormerModel
@@ -32,11 +32,17 @@ def embedding_parameters(model: nn.Module) -> set[str]:
         is_input, is_in_layer = bool(_INPUT_KIND.search(type(module).__name__)), module in in_layers
         if "norm" in type(module).__name__.lower():
             norms.update(bare.values())
-        elif module in inputs or (is_input and not is_in_layer) or _is_table_or_reads_pictures(module):
+        elif module in inputs or (is_input and not is_in_layer) or _is_embedding_or_image_stem(module):
             found.update(_own(module))
         elif not type(module).__module__.startswith("torch."):
             found.update(p for name, p in bare.items() if is_input or _is_token(name, p, is_in_layer))
     return {name for name, p in model.named_parameters() if p in found and p not in norms}
+
+
+def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of normalisation layers, recognised by the name of their class."""
+    norms = (module for module in model.modules() if "norm" in type(module).__name__.lower())
+    return {p for module in norms for p in module._parameters.values() if p is not None}
 
 
 def head_parameters(model: nn.Module) -> set[str]:
@@ -50,9 +56,9 @@ def head_parameters(model: nn.Module) -> set[str]:
 
 
 def groups_of(model: nn.Module) -> dict[str, str]:
-    """For each parameter name, its group of modules, one of `GROUPS`."""
+    """The module group of each parameter name, one of `GROUPS`."""
     embeddings, head = embedding_parameters(model), head_parameters(model)
-    norms = {p for m in model.modules() if "norm" in type(m).__name__.lower() for p in m._parameters.values()}
+    norms = norm_parameters(model)
 
     def group(name: str, p: Tensor) -> str:
         if name in embeddings:
@@ -66,14 +72,14 @@ def groups_of(model: nn.Module) -> dict[str, str]:
     return {name: group(name, p) for name, p in model.named_parameters()}
 
 
-def _is_table_or_reads_pictures(module: nn.Module) -> bool:
+def _is_embedding_or_image_stem(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d | nn.Conv3d):  # 1 x 1: not a stem but squeeze-and-excitation
         return module.in_channels <= 4 and module.groups == 1 and max(module.kernel_size) > 1
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def _is_token(name: str, p: Tensor, is_in_layer: bool) -> bool:
-    """A bare parameter that is a token or a position: by its name, or broadcast over the batch outside the stack of layers."""
+    """Whether a bare parameter is a token or position: by name or, outside the layers, if broadcast over the batch."""
     shape = getattr(p, "ds_shape", p.shape)
     if "token" in name or is_in_layer or not shape:
         return "token" in name
@@ -81,7 +87,7 @@ def _is_token(name: str, p: Tensor, is_in_layer: bool) -> bool:
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module and its children, but not those of a whole model inside (a backbone as patch embedding)."""
+    """Yield the parameters of a module, but not those of a whole model inside it (a backbone as patch embedding)."""
     yield from (p for p in module._parameters.values() if p is not None)
     for child in module.children():
         if not isinstance(child, PreTrainedModel):
@@ -89,14 +95,14 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _outermost(model: nn.Module) -> list[nn.Module]:
-    """The transformers models in `model`, but not those inside them; PEFT's wrappers are unwrapped."""
+    """The outermost transformers models in `model`, without PEFT's wrappers."""
     if hasattr(model, "get_base_model"):
         return _outermost(model.get_base_model())
     return [model] if isinstance(model, PreTrainedModel) else [m for c in model.children() for m in _outermost(c)]
 
 
 def _body(model: nn.Module) -> list[nn.Module]:
-    """The part of a transformers model below its head: its base model, or the models that it combines."""
+    """The parts of a transformers model below its head: its base model, or the models that it combines."""
     if not _TASK.search(type(model).__name__):
         return [model]
     if model.base_model is not model and isinstance(model.base_model, PreTrainedModel):
@@ -108,5 +114,5 @@ def _body(model: nn.Module) -> list[nn.Module]:
 def _asked(module: nn.Module, question: str) -> Any:
     try:
         return getattr(module, question)()
-    except Exception:  # this may be custom code, and only a name is needed
+    except Exception:  # custom code may raise anything; the classification falls back to other rules
         return None

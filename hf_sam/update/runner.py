@@ -1,4 +1,4 @@
-"""The passes of a step: clean passes, and passes that start from the same state and leave no trace."""
+"""Run the passes of a step: clean passes, and passes that repeat them from the same state without side effects."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Passes(Protocol):
-    """How the trainer runs one pass: forward, loss, backward."""
+    """The trainer's implementation of one pass: forward, loss, backward."""
 
     def run(self, model: nn.Module, batch: MicroBatch, *, synced: bool, is_ascent: bool) -> Tensor:
-        """Run one forward and backward, adding gradients up in `p.grad`; return the detached loss."""
+        """Run one forward and backward, accumulating gradients in `p.grad`; return the detached loss."""
 
     def losses_of_examples(self, batch: MicroBatch) -> Tensor:
         """Run one forward; return the loss of every example, shape `(batch,)`."""
@@ -35,29 +35,30 @@ class Passes(Protocol):
     def add_hessian_product(self, batch: MicroBatch, vector: Gradients, product: Gradients) -> None:
         """Add `H vector` of the batch's loss to `product`."""
 
-    def how_parts_add_up(self, batch: MicroBatch, size: int) -> str:
-        """How the losses of parts of `size` examples make up the batch's: one of `batches.ADDING_UP`."""
+    def find_loss_combination(self, batch: MicroBatch, size: int) -> str:
+        """How the losses of parts of `size` examples combine to the loss of the batch: one of `LOSS_COMBINATIONS`."""
 
     def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was skipped after an overflow in fp16."""
+        """Whether the optimizer skipped its last step because of an fp16 overflow."""
 
 
 class PassRunner:
-    """Run the passes of all steps, each from the state in which the clean pass of its micro-batch started.
+    """Run passes; every repetition starts from the state in which the clean pass of its micro-batch started.
 
     Args:
-        passes (`Passes`): How the trainer runs one.
+        passes (`Passes`): Runs one pass of the trainer.
         config (`SAMConfig`): The user's choices.
         parts (`Parts`): The ascent and descent, as resolved for the run.
-        engine (`Engine`): Which gradients are computed and synchronised.
+        engine (`Engine`): Decides which gradients are computed and synchronised.
         parameters (`TrainedParameters`): The trained parameters.
-        state (`PassState`): What passes read and write apart from weights.
-        telemetry (`Telemetry`), cost (`Cost`): Where losses and passes are counted.
+        state (`PassState`): The state that passes read and write, apart from weights.
+        telemetry (`Telemetry`): Records losses.
+        cost (`Cost`): Counts passes.
 
     Attributes:
         index (`int`): The current optimizer step.
         is_repeating (`bool`): Whether the current pass follows the clean one, so that its logs and counts are dropped.
-        adding_up (`str`, *optional*): How losses of parts combine to a batch's; known once parts are first used.
+        loss_combination (`str`, *optional*): How losses of parts combine to the batch's; None until parts are used.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class PassRunner:
         self.parts, self.state, self.changed_inputs = parts, state, ChangedInputs()
         self._needs = parts.needs
         self.index, self.is_repeating = 0, False
-        self.adding_up: str | None = None
-        self.adding_up_is_settled = False
+        self.loss_combination: str | None = None
+        self.is_loss_combination_known = False
         self._passes, self._config, self._engine, self._parameters = passes, config, engine, parameters
         self._telemetry, self._cost = telemetry, cost
         self._devices = list(dict.fromkeys(p.device for p in parameters.names))
@@ -83,8 +84,8 @@ class PassRunner:
 
     def parameters_changed(self) -> None:
         """React to a change of the trained parameters."""
-        # Limit on copies of frozen parameters while passes are watched: no more memory than gradients take anyway.
-        self._most_bytes = sum(p.nbytes for p in self._parameters.trainable)
+        # Copies of frozen parameters may take as much memory as the gradients.
+        self._snapshot_budget = sum(p.nbytes for p in self._parameters.trainable)
 
     @property
     def sees_all(self) -> bool:
@@ -106,20 +107,20 @@ class PassRunner:
     def ascend(
         self, model: nn.Module, batch: MicroBatch, chosen: Sequence[Parameter], step: Step, *, synced: bool
     ) -> Tensor:
-        """Run the clean pass, the only one with lasting side effects, adding the gradients of `chosen` up in `p.grad`."""
-        seen = self._seen(batch, step)
-        batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._most_bytes)
-        mend = self.changed_inputs.protect(batch)
+        """Run the clean pass, the only one with lasting side effects; accumulate gradients of `chosen` in `p.grad`."""
+        seen = self._ascent_examples(batch, step)
+        batch.before = seen.before = self.state.capture(self._random_states(), self.index, self._snapshot_budget)
+        restore_inputs = self.changed_inputs.protect(batch)
         with self._engine.gradients_only_for(chosen, self._parameters.trainable):
             loss = self._passes.run(model, seen, synced=synced, is_ascent=True)
-        batch.before.is_whole &= mend()
-        self.state.learn(batch.before)
+        batch.before.is_restorable &= restore_inputs()
+        self.state.detect_changes(batch.before)
         batch.kept = seen.kept
         self._telemetry.add(clean_loss=loss)
         self._cost.ascent_passes += seen.fraction
         return loss
 
-    def _seen(self, batch: MicroBatch, step: Step) -> MicroBatch:
+    def _ascent_examples(self, batch: MicroBatch, step: Step) -> MicroBatch:
         """The part of the batch that the ascent pass sees."""
         size, fraction = batch.size, self._config.ascent_fraction or 1.0
         indices = self.parts.ascent.examples(batch.inputs, step)
@@ -127,33 +128,34 @@ class PassRunner:
             indices = torch.arange(math.ceil(fraction * (size or 0)))
         if indices is None or (size and len(indices) == size):
             return batch
-        self.find_how_parts_add_up(batch, max(1, int(fraction * (size or 0))))
+        self.find_loss_combination(batch, max(1, int(fraction * (size or 0))))
         return batch.sample(indices)
 
-    def find_how_parts_add_up(self, batch: MicroBatch, size: int) -> None:
-        """Before parts of `size` examples are taken for the first time: set `adding_up`."""
-        if not self.adding_up_is_settled:
-            self.adding_up_is_settled = True
-            self.adding_up = self._passes.how_parts_add_up(batch, size)
+    def find_loss_combination(self, batch: MicroBatch, size: int) -> None:
+        """Set `loss_combination` before parts of `size` examples are used for the first time."""
+        if not self.is_loss_combination_known:
+            self.is_loss_combination_known = True
+            self.loss_combination = self._passes.find_loss_combination(batch, size)
 
     def descend(self, model: nn.Module, window: list[MicroBatch], *, synced: bool) -> Tensor:
-        """Run the passes at `w + eps`, with the examples and the loss that the method descends on."""
+        """Run the passes at `w + eps`, on the examples and the loss that the method chooses."""
         if self.descends_on_part:
             window = [self._chosen_examples(batch) for batch in window]
         return self.run_all(model, window, synced=synced)
 
     def _chosen_examples(self, batch: MicroBatch) -> MicroBatch:
-        self.find_how_parts_add_up(batch, max(1, (batch.size or 0) // 2))
+        self.find_loss_combination(batch, max(1, (batch.size or 0) // 2))
         self.state.restore(batch.before)
         after = self._passes.losses_of_examples(batch)
         self._cost.ascent_passes += FORWARD_SHARE * batch.fraction
         return batch.sample(self.parts.descent.examples(batch.kept, after))
 
     def run_all(self, model: nn.Module, window: list[MicroBatch], *, synced: bool, is_ascent: bool = False) -> Tensor:
-        """Run the window as the clean pass saw it, if there was one; return the sum of its losses.
+        """Run one pass per micro-batch of the window, from the state of its clean pass if any; return the summed loss.
 
-        With `synced`, synchronisation after the last one is as the trainer has set it; otherwise there is none.
-        With `is_ascent`, the gradients determine the perturbation; otherwise the optimizer steps along them.
+        Args:
+            synced (`bool`): Synchronise gradients after the last pass if the trainer would; otherwise never.
+            is_ascent (`bool`): The gradients determine the perturbation; otherwise the optimizer steps along them.
         """
         losses = []
         for batch in window:
@@ -172,9 +174,9 @@ class PassRunner:
             self._cost.ascent_passes += HESSIAN_PASSES * batch.fraction
 
     @contextlib.contextmanager
-    def leaving_no_trace(self) -> Iterator[Snapshot]:
-        """Passes inside are repetitions: afterwards everything is as the clean pass left it, which this yields."""
-        now = self.state.capture(self._random_states(), self.index, self._most_bytes)
+    def preserving_state(self) -> Iterator[Snapshot]:
+        """Run repeated passes inside; afterwards restore the state that the clean pass left, which this yields."""
+        now = self.state.capture(self._random_states(), self.index, self._snapshot_budget)
         was_repeating, self.is_repeating = self.is_repeating, True
         try:
             yield now
@@ -182,12 +184,12 @@ class PassRunner:
             self.is_repeating = was_repeating
             self.state.restore(now)
 
-    def look_again(self, before: Snapshot) -> None:
-        """Called between the trainer's `model.train()` and the forward of a clean pass."""
-        self.state.look_again(before, self._most_bytes)
+    def refresh_snapshot(self, before: Snapshot) -> None:
+        """Add what `model.train()` has changed; called before the forward of a clean pass."""
+        self.state.refresh_snapshot(before, self._snapshot_budget)
 
     def was_skipped(self) -> bool:
-        """Whether the optimizer's last step was left out, after an overflow in fp16."""
+        """Whether the optimizer skipped its last step because of an fp16 overflow."""
         return self._engine.may_skip_steps and self._passes.was_skipped()
 
     def _random_states(self) -> RandomStates | None:

@@ -11,27 +11,27 @@ import torch
 
 from ..config import SAMConfig
 
-# Number of samples of a learning rate given as a function of the step, to find its peak.
-_LOOKS = 1000
+# Number of steps at which a learning rate schedule is evaluated to find its peak.
+_LR_SAMPLES = 1000
 
 
 class Kind(Enum):
     """The kinds of optimizer steps."""
 
     PLAIN = "the stock step"
-    BETWEEN = "one pass at w, whose gradient the descent changes"
+    BETWEEN = "one pass at w; the descent modifies its gradient"
     ONE_PASS = "one pass, at w + eps"
     TWO_PASSES = "a pass at w, then one at w + eps"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`SAMConfig`'s `interval`, `start`, `end`, `rho_schedule` resolved for the number of steps that are run.
+    """The schedule of a `SAMConfig` (`interval`, `start`, `end`, `rho_schedule`) for a given number of steps.
 
     Args:
         config (`SAMConfig`): The user's choices.
         start (`int`): First step that may be perturbed.
-        end (`int`): First step that no longer is.
+        end (`int`): End of the perturbed range, exclusive.
     """
 
     config: SAMConfig
@@ -40,7 +40,7 @@ class Schedule:
 
     @classmethod
     def resolve(cls, config: SAMConfig, max_steps: int, warmup_steps: int = 0) -> Schedule:
-        """Turn fractions into steps of a run of `max_steps`; momentum is used only after `warmup_steps`.
+        """Convert fractions to steps of a run of `max_steps`; ascents with `after_warmup` start after `warmup_steps`.
 
         Raises:
             ValueError: No step of this run would be perturbed.
@@ -62,35 +62,35 @@ class Schedule:
         return self.is_due(step) or (self.is_inside(step) and self.config.parts.ascent.perturbs_between)
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` is one of every `interval` between start and end."""
+        """Whether `step` lies between start and end and is a multiple of `interval` after start."""
         return self.is_inside(step) and self.age(step) == 0
 
     def next_perturbed(self, step: int) -> int | None:
-        """The first perturbed step from `step` on; None if there is none."""
+        """The first perturbed step at or after `step`; None if there is none."""
         step = max(step, self.start)
         if not self.config.parts.ascent.perturbs_between:
             step += -(step - self.start) % (self.config.interval or 1)
         return step if self.is_inside(step) else None
 
     def age(self, step: int) -> int:
-        """Steps since the last one that was due; 0 in such a step."""
+        """Number of steps since the last due step; 0 if this one is due."""
         return (step - self.start) % (self.config.interval or 1)
 
     def passes(self, step: int) -> float:
-        """Forward-backward passes over the batch in optimizer step `step`."""
+        """Number of forward-backward passes over the batch in optimizer step `step`."""
         return self.config.passes_per_step if self.is_due(step) else 1.0
 
     def is_inside(self, step: int) -> bool:
-        """Whether `step` lies between start and end, whether it is perturbed or not."""
+        """Whether `step` lies between start and end."""
         return self.config.rho > 0 and self.start <= step < self.end
 
     def rho(self, step: int, lr_fraction: float = 1.0) -> float:
-        """Size of the perturbation at `step`, always in [rho_min, rho].
+        """The perturbation size at `step`, in [rho_min, rho].
 
         Args:
             step (`int`): Optimizer step, counted from 0.
-            lr_fraction (`float`): Learning rate relative to its peak, see `lr_fraction`, for `rho_schedule="lr"` (Zhuang
-                et al. 2022, arXiv 2203.08065, Section 4.3).
+            lr_fraction (`float`): Learning rate relative to its peak, for `rho_schedule="lr"` (Zhuang et al. 2022,
+                arXiv 2203.08065, Section 4.3).
         """
         config = self.config
         if config.rho_schedule == "constant":
@@ -105,10 +105,10 @@ class Schedule:
 
 
 def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) -> float:
-    """The highest learning rate that any group of the optimizer will have in a run of `max_steps`.
+    """The highest learning rate of any parameter group in a run of `max_steps`.
 
-    It is `max_lr` if a cyclic schedule has one, the base rate times the largest factor if the schedule is a function of the
-    step, and otherwise the group's initial rate.
+    For each group: `max_lr` of a cyclic schedule; the base rate times the largest factor, if the schedule is a function
+    of the step; otherwise the initial rate.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # inside Accelerate's wrapper
     peaks = list(getattr(scheduler, "max_lrs", None) or ())  # of CyclicLR
@@ -117,12 +117,12 @@ def peak_lr(optimizer: torch.optim.Optimizer, scheduler: Any, max_steps: int) ->
     for group, factor in zip(optimizer.param_groups, factors, strict=False):
         base = group.get("initial_lr", default if default is not None else group["lr"])
         if factor is not None:
-            every = max(1, max_steps // _LOOKS)
+            every = max(1, max_steps // _LR_SAMPLES)
             base *= max(factor(step) for step in {*range(0, max_steps, every), max_steps - 1})
         peaks.append(float(group.get("max_lr", base)))
     return max(peaks)
 
 
 def lr_fraction(optimizer: torch.optim.Optimizer, peak: float) -> float:
-    """The current learning rate of the group with the largest one, relative to the peak."""
+    """The largest current learning rate of any group, relative to the peak."""
     return max(float(group["lr"]) for group in optimizer.param_groups) / peak if peak > 0 else 0.0

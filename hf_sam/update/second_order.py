@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """Use the attention kernel of plain matrix products, which has a second derivative.
+    """A context that uses the attention kernel based on matrix products, which can be differentiated twice.
 
     Raises:
-        ValueError: The model uses an attention implementation that cannot be switched from outside.
+        ValueError: The model uses an attention implementation other than eager and sdpa.
     """
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation not in (None, "eager", "sdpa"):
@@ -33,8 +33,8 @@ def add_hessian_vector_product(loss: Tensor, vector: dict[Parameter, Tensor], pr
 
     Args:
         loss (`Tensor`): Scalar, with its graph.
-        vector (`dict[Parameter, Tensor]`): `v`; missing parameters count as 0.
-        product (`dict[Parameter, Tensor]`): One tensor for every parameter to differentiate with respect to.
+        vector (`dict[Parameter, Tensor]`): `v`; zero for missing parameters.
+        product (`dict[Parameter, Tensor]`): Accumulator of `H v`, one tensor per parameter.
     """
     directions = list(vector)
     gradients = torch.autograd.grad(loss, directions, create_graph=True, allow_unused=True)

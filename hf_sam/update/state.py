@@ -1,4 +1,4 @@
-"""SAM's part of the Trainer's checkpoints: the configuration of the run, and the state of its method."""
+"""SAM's part of the Trainer's checkpoints: the configuration of the run and the state of its method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_config(folder: str, config: SAMConfig) -> None:
 
 
 def check_config(folder: str, config: SAMConfig) -> bool:
-    """Whether a SAM trainer wrote the checkpoint; one of a stock Trainer is a valid start and returns False.
+    """Check that a checkpoint has this configuration; return False if a stock Trainer wrote it, which is allowed.
 
     Raises:
         ValueError: The configuration differs (the message names every difference and the fix), or the file is damaged.
@@ -40,12 +40,12 @@ def check_config(folder: str, config: SAMConfig) -> bool:
         values = json.loads(path.read_text(encoding="utf-8"))
         for name, own in json.loads(config.to_json()).items():
             if name in ("ascent", "descent") and values.get(name) == own:
-                values[name] = getattr(config, name)  # a class defined in a function cannot be found by a path
+                values[name] = getattr(config, name)  # a class defined in a function cannot be found by its path
         before = SAMConfig.from_dict(values).to_dict()
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} cannot be read as a SAM configuration ({error}). Restore it, or delete it to resume the checkpoint as if "
-            "a stock Trainer had written it."
+            f"{path} is not a valid SAM configuration ({error}). Restore it, or delete it to resume the checkpoint as if a "
+            "stock Trainer had written it."
         ) from error
     now = config.to_dict()
     differences = [
@@ -62,9 +62,9 @@ def check_config(folder: str, config: SAMConfig) -> bool:
 
 
 def save_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
-    """Write this rank's `sam_state_{rank}.safetensors`; nothing for a method without state.
+    """Write `sam_state_{rank}.safetensors` unless the method has no state.
 
-    If every rank perturbs on its own, ranks have different states, so each writes a file.
+    Every rank writes a file because ranks with perturbations of their own have different states.
     """
     tensors = {name: tensor.contiguous() for name, tensor in update.state_dict().items()}
     if tensors:
@@ -73,9 +73,9 @@ def save_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
 
 
 def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
-    """The inverse of `save_state`. With more ranks than the checkpoint has, the states of the first ones are reused.
+    """Load the state written by `save_state`; extra ranks reuse the states of the first ones.
 
-    All ranks proceed alike: if one finds no state, none loads any.
+    If any rank finds no state, no rank loads one.
     """
     files = sorted(Path(folder).glob(STATE_NAME.format(rank="*")))
     if not update.engine.agree(bool(files)):
@@ -90,11 +90,11 @@ def load_state(folder: str, update: SharpnessAwareUpdate, rank: int) -> None:
 
 
 def reload_renamed_weights(model: nn.Module, folder: str) -> None:
-    """Load the weights that `Trainer` has missed, if any.
+    """Load the weights that `Trainer` did not find in the checkpoint, if any.
 
-    `save_pretrained` writes some architectures (ViT and DINOv2 among them) under the names of their original release,
-    and `Trainer` reads checkpoints by the model's current names, leaving the rest at their initial values with a
-    warning. `from_pretrained` knows both names.
+    `save_pretrained` writes some architectures (such as ViT and DINOv2) under the parameter names of their original
+    release. `Trainer` reads checkpoints by the current names and leaves other weights at their initial values with a
+    warning, while `from_pretrained` knows both names.
     """
     if not isinstance(model, PreTrainedModel) or (Path(folder) / "adapter_config.json").exists():
         return

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Whether to work on whole lists, as on an accelerator; None depends on the device. Tests set it.
+# Whether to work on whole lists of tensors, as on an accelerator; None decides by device. Tests set it.
 IN_BUCKETS: bool | None = None
+# The key in checkpoints of a skipped step whose ascent the next step repeats.
+RETRY_KEY = "_looks_again"
 
 
 class SharpnessAwareUpdate:
@@ -42,16 +44,17 @@ class SharpnessAwareUpdate:
         config (`SAMConfig`): The user's choices.
         model (`nn.Module`): The model, not wrapped for distributed training.
         optimizer (`torch.optim.Optimizer`): The base optimizer; read, never stepped here.
-        engine (`Engine`): How gradients are synchronised and norms are computed.
-        passes (`Passes`): How the trainer runs one pass.
+        engine (`Engine`): Synchronises gradients and computes norms.
+        passes (`Passes`): Runs one pass of the trainer.
         max_steps (`int`): Optimizer steps of the whole run.
-        seed (`int`): Seed of the method's random numbers; the same on every rank, so that ranks decide alike.
-        warmup_steps (`int`, *optional*, defaults to 0): Steps in which the learning rate warms up.
+        seed (`int`): Seed of the method's random numbers; must be the same on every rank.
+        warmup_steps (`int`, *optional*, defaults to 0): Learning rate warm-up steps.
         scheduler (*optional*): The learning rate scheduler.
-        others (`dict[str, nn.Module]`, *optional*): Modules outside the model that take part in its loss, by name.
+        others (`dict[str, nn.Module]`, *optional*): Modules outside the model that the loss uses, by name.
         train_dataset (*optional*): The training data, for methods that need it.
-        owner (`object`, *optional*): The object whose plain attributes, except `ignored`, are restored for the second pass.
-        looked_into (`Sequence[Any]`, *optional*): More objects whose contents are restored.
+        owner (`object`, *optional*): An object whose plain attributes are restored for the second pass.
+        ignored (`Iterable[str]`, *optional*): Attributes of `owner` that are not restored.
+        also_tracked (`Sequence[Any]`, *optional*): Further objects whose contents are restored.
 
     Raises:
         ValueError: `config.perturb` selects nothing, or no step of the run would be perturbed.
@@ -72,7 +75,7 @@ class SharpnessAwareUpdate:
         others: dict[str, nn.Module] | None = None,
         owner: object | None = None,
         ignored: Iterable[str] = (),
-        looked_into: Sequence[Any] = (),
+        also_tracked: Sequence[Any] = (),
         train_dataset: Any = None,
     ):
         ascent, descent = config.parts
@@ -89,9 +92,9 @@ class SharpnessAwareUpdate:
         self.attached = self.parts.ascent.attach(model, seed)
         self.memory = Memory((*ascent.memory, *descent.memory), config.label, engine.may_skip_steps, ascent.scalars)
         roots = [model, *(others or {}).values()]
-        state = PassState(roots, owner, ignored, not engine.parameters_move, looked_into)
+        state = PassState(roots, owner, ignored, not engine.parameters_move, also_tracked)
         self.runner = PassRunner(passes, config, self.parts, engine, self.parameters, state, self.telemetry, self.cost)
-        self.outgoing = OptimizerGradient(
+        self.optimizer_gradient = OptimizerGradient(
             descent, engine, self.parameters, self.space, self.runner, self.scope, self.device
         )
         self.ascent_step = AscentStep(
@@ -102,32 +105,32 @@ class SharpnessAwareUpdate:
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
-        self._begins, self._micro, self._is_unsettled, self._looks_again = True, 0, False, False
+        self._is_new_step, self._micro, self._has_uncommitted_memory, self._retries_ascent = True, 0, False, False
 
-    # --- Algorithm 1 -----------------------------------------------------------------------------------------------
+    # --- Algorithm 1 -------------------------------------------------------------------------------------------------
 
     def run(
         self, model: nn.Module, batch: MicroBatch, index: int, is_last: bool, measured: Callable[[], bool]
     ) -> Tensor:
         """Run one micro-batch of optimizer step `index` and return its loss.
 
-        Weights are never perturbed after this call: if the perturbation needs the whole accumulation window, all but its
-        last micro-batch run only the ascent pass, and the last one runs the descent passes of the window.
+        Weights are unperturbed when this returns. If one perturbation serves the whole accumulation window, every
+        micro-batch runs its ascent pass, and the last one also runs the descent passes of the window.
 
         Args:
             model (`nn.Module`): The model as wrapped by the trainer.
             batch (`MicroBatch`): The micro-batch.
-            index (`int`): Optimizer steps before this one.
-            is_last (`bool`): Whether gradients are synchronised and the optimizer steps after this micro-batch.
-            measured (`Callable[[], bool]`): Whether this step's values are about to be logged.
+            index (`int`): The optimizer step, from 0.
+            is_last (`bool`): Whether this is the last micro-batch, after which the optimizer steps.
+            measured (`Callable[[], bool]`): Returns whether the values of this step are about to be logged.
         """
-        if self._begins:
+        if self._is_new_step:
             self._begin(model, index, measured())
         step = {
             Kind.PLAIN: self._plain_step,
-            Kind.BETWEEN: self._step_between,
+            Kind.BETWEEN: self._between_step,
             Kind.ONE_PASS: self._one_pass_step,
-            Kind.TWO_PASSES: self._two_pass_steps,
+            Kind.TWO_PASSES: self._sharpness_aware_step,
         }[self.kind]
         if self.kind is not Kind.TWO_PASSES:
             batch = batch.without(getattr(self.parts.ascent, "part", None))
@@ -135,29 +138,30 @@ class SharpnessAwareUpdate:
             loss = step(model, batch, is_last)
             if is_last and self.kind in (Kind.ONE_PASS, Kind.TWO_PASSES):
                 self._finish()
-        self._begins, self._micro = is_last, 0 if is_last else self._micro + 1
-        self._is_unsettled = True
+        self._is_new_step, self._micro = is_last, 0 if is_last else self._micro + 1
+        self._has_uncommitted_memory = True
         if is_last:
             self.engine.finish_step()
         return loss
 
-    def _two_pass_steps(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+    def _sharpness_aware_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """Run the two-pass step on the micro-batch, on its parts of `m` examples, or on chosen examples."""
         if self.needs & Needs.UNEVEN_PASSES:
-            return self._step_on_part(model, batch, is_last)
+            return self._step_with_perturbed_examples(model, batch, is_last)
         m = self.config.m
         if m is None or (batch.size is not None and batch.size <= m):
             return self._two_pass_step(model, batch, is_last)
-        self.runner.find_how_parts_add_up(batch, m)
+        self.runner.find_loss_combination(batch, m)
         parts = [batch.part(indices) for indices in batch.chunks(m)]
         return torch.stack([self._two_pass_step(model, part, is_last and part is parts[-1]) for part in parts]).sum()
 
     def _two_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        if self.scope == "micro" or not self._window:  # else p.grad holds the ascent gradient of this window so far
+        """Run Algorithm 1: on this micro-batch, or on the accumulation window once its last micro-batch is here."""
+        if self.scope == "micro" or not self._window:  # otherwise p.grad holds the ascent gradient of the window so far
             self._accumulated = take_gradients(self.parameters.trainable)
+        # g = grad L(w), in p.grad
         synced = is_last and self.scope == "global"
-        clean_loss = self.runner.ascend(
-            model, batch, self._chosen, self._step(), synced=synced
-        )  # g = grad L(w), in p.grad
+        clean_loss = self.runner.ascend(model, batch, self._ascent_parameters, self._step(), synced=synced)
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
             return clean_loss if self.runner.sees_all else torch.zeros_like(clean_loss)
@@ -165,61 +169,63 @@ class SharpnessAwareUpdate:
         accumulated, self._accumulated = self._accumulated, {}
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
-        g = self.outgoing.vector(gradients, self.parameters.selected)
+        g = self.optimizer_gradient.vector(gradients, self.parameters.selected)
         clean = self._copy(g, gradients) if self.needs & Needs.CLEAN_GRADIENT else None
         can_repeat = self._can_repeat(window)
         with (
-            self.runner.leaving_no_trace(),
+            self.runner.preserving_state(),
             self.ascent_step.weights(self._step()) as weights,
             self.parts.ascent.applied(self._step()),
         ):
             eps = self._eps(g) if can_repeat else None
             del g
-            if eps is None and self._is_complete:  # this step follows g
-                self.outgoing.hand_over(self.outgoing.vector(gradients), gradients, accumulated, is_last)
+            if eps is None and self._is_complete:  # no perturbation: step along g
+                self.optimizer_gradient.assign(
+                    self.optimizer_gradient.vector(gradients), gradients, accumulated, is_last
+                )
                 return clean_loss
-            gradients.clear()  # eps does not use their memory, and g is no longer needed
+            gradients.clear()  # frees those that eps does not use; g is no longer needed
             if eps is not None:
                 weights.add(eps)  # w + eps
-                eps = None  # its memory is released with the saved weights, before gradients are combined
-                self._climb_on(model, weights, window, is_last)
+                eps = None  # so that its memory is freed when the weights are restored
+                self._take_inner_ascent_steps(model, weights, window, is_last)
             if not self.parts.combines:
                 put_gradients(accumulated)
-            # g_s = grad L(w + eps), in p.grad; not averaged over ranks if the result computed from it is averaged later
+            # g_s = grad L(w + eps), in p.grad; not averaged over ranks if a gradient built from it is averaged later.
             synced = is_last and (self.scope == "global" or not (self.parts.combines or self.parts.ascent.may_skip))
             perturbed_loss = self.runner.descend(model, window, synced=synced)
             if self.ascent_step.is_measured:
-                # If gradients of other micro-batches were added to g_s, there is no cosine.
+                # Without a cosine if g_s includes gradients of other micro-batches.
                 is_alone = self.parts.combines or not accumulated
                 perturbed = self.engine.gradients(self.parameters.selected) if is_alone else {}
                 self.ascent_step.observe(weights, clean, perturbed)
-        if self.parts.combines:  # w again
-            with self.runner.leaving_no_trace():
+        if self.parts.combines:  # at w again
+            with self.runner.preserving_state():
                 step = self._step(window=window if self.needs & Needs.HVP else None)
-                self.outgoing.combine(clean, accumulated, step, is_last)
+                self.optimizer_gradient.combine(clean, accumulated, step, is_last)
         elif self.parts.ascent.may_skip:
-            self.outgoing.average(is_last)
+            self.optimizer_gradient.average(is_last)
         self.telemetry.add(perturbed_loss=perturbed_loss)
         return clean_loss if self.runner.sees_all else perturbed_loss
 
     def _copy(self, g: Vector, gradients: Gradients) -> Vector:
-        """A copy of the whole gradient; if it is `g`, its norm is computed once for both."""
+        """A copy of the whole gradient; if `g` is the whole gradient, its norm is computed once for both."""
         if self.parameters.selected is not self.parameters.trainable:
-            return self.outgoing.vector(gradients).clone()
+            return self.optimizer_gradient.vector(gradients).clone()
         g.norm()
         return g.clone()
 
     def _eps(self, g: Vector, is_first: bool = True) -> Vector | None:
         return self.ascent_step.eps(g, self._step(self.rho / self.parts.ascent.ascent_steps), self.rho, is_first)
 
-    def _step_on_part(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """Take the examples that the method names at `w + eps`, with eps from their own gradient, and the others at `w`."""
+    def _step_with_perturbed_examples(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """Run the chosen examples at `w + eps`, with eps from their own gradient, and the others at `w`."""
         ascent = self.parts.ascent
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
         batch = batch.without(ascent.part)
         others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
         if len(chosen) and len(others):
-            self.runner.find_how_parts_add_up(batch, max(1, batch.size // 2))
+            self.runner.find_loss_combination(batch, max(1, batch.size // 2))
         losses = []
         if len(others):
             rest = batch.part(others) if len(chosen) else batch
@@ -228,36 +234,39 @@ class SharpnessAwareUpdate:
             part = (batch.part(chosen) if len(others) else batch).times(ascent.tail_weight)
             losses.append(self._two_pass_step(model, part, is_last))
         else:
-            self.outgoing.average(is_last)
+            self.optimizer_gradient.average(is_last)
         return torch.stack(losses).sum()
 
     def _can_repeat(self, window: list[MicroBatch]) -> bool:
-        """Whether the second pass can start as the first did, or must run in any case."""
-        if all(part.before.is_whole for part in window):
+        """Whether the second pass may run: from the same state as the first, or because the step requires it."""
+        if all(part.before.is_restorable for part in window):
             return True
-        without_eps = (
-            self._is_complete and self.engine.optimizer_holds_parameters
-        )  # DeepSpeed ignores assignments to p.grad
+        # DeepSpeed ignores assignments to p.grad, so its optimizer cannot step along g.
+        without_eps = self._is_complete and self.engine.optimizer_holds_parameters
         logger.warning_once(
-            "A pass changed something in place that earlier passes had not changed (a buffer, a parameter without gradient, or "
-            "its inputs), and its previous value is lost. From now on it is saved; this one step is "
-            + ("taken without perturbation." if without_eps else "taken from the state that the first pass left.")
+            "A pass changed a buffer, a frozen parameter or its inputs in place for the first time, so the previous value is lost. "
+            "It will be saved from now on; this one step "
+            + ("is not perturbed." if without_eps else "runs its second pass from the state after the first.")
         )
         return not without_eps
 
-    def _climb_on(self, model: nn.Module, weights: Perturbation, window: list[MicroBatch], is_last: bool) -> None:
-        """The inner ascent steps after the first one."""
+    def _take_inner_ascent_steps(
+        self, model: nn.Module, weights: Perturbation, window: list[MicroBatch], is_last: bool
+    ) -> None:
+        """Take the inner ascent steps after the first one."""
         for _ in range(1, self.parts.ascent.ascent_steps):
             self.runner.run_all(model, window, synced=is_last and self.scope == "global", is_ascent=True)
-            g = self.outgoing.vector(self.engine.take_gradients(self.parameters.trainable), self.parameters.selected)
+            g = self.optimizer_gradient.vector(
+                self.engine.take_gradients(self.parameters.trainable), self.parameters.selected
+            )
             eps = self._eps(g, is_first=False)
             if eps is not None:
                 weights.add(eps)
 
     def _one_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """Run a step whose perturbation is known without a clean pass; the returned loss is the perturbed one."""
+        """Run a step whose perturbation needs no clean pass; return the perturbed loss."""
         if callable(getattr(self._optimizer, "train", None)):
-            self._optimizer.train()  # schedule-free optimizers move the weights here, which must happen before eps is added
+            self._optimizer.train()  # schedule-free optimizers switch weights here, so before eps is added
         step = self._step()
         with self.ascent_step.weights(self._step()) as weights, self.parts.ascent.applied(step):
             eps = self.ascent_step.checked(self.parts.ascent.eps(None, step))
@@ -270,21 +279,22 @@ class SharpnessAwareUpdate:
         self.telemetry.add(perturbed_loss=loss)
         return loss
 
-    def _step_between(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
-        """Run a plain pass, whose gradient the descent combines with what it has kept."""
+    def _between_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """Run a plain pass; the descent combines its gradient with its memory."""
         loss = self.runner.run_all(model, [batch], synced=self.scope == "global")
         if is_last:
-            self.outgoing.between(self._step(), is_last)
+            self.optimizer_gradient.between(self._step(), is_last)
         return loss
 
     def _plain_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
+        """Run the pass of the stock Trainer."""
         return self.runner.run_all(model, [batch], synced=True)
 
-    # --- what kind of step -------------------------------------------------------------------------------------------
+    # --- the kind of step --------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, index: int, measured: bool) -> None:
-        """Update the schedule, the trained parameters, and the outcome of the previous step."""
-        self.settle()
+        """Commit the memory of the previous step, and update the trained parameters and the schedule."""
+        self.commit_memory()
         if self.parameters.refresh():
             self.runner.parameters_changed()
             self.space.changed(list(self.parameters.names))
@@ -292,8 +302,8 @@ class SharpnessAwareUpdate:
         self.ascent_step.is_measured = measured
         self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
         self.kind = self._kind()
-        looks = self.kind is Kind.TWO_PASSES
-        self._chosen = self._ascent_parameters() if looks else self.parameters.trainable
+        has_ascent_pass = self.kind is Kind.TWO_PASSES
+        self._ascent_parameters = self._parameters_for_ascent() if has_ascent_pass else self.parameters.trainable
 
     def _kind(self) -> Kind:
         if not self.schedule.is_inside(self.index) or not self.parameters.selected:
@@ -301,14 +311,14 @@ class SharpnessAwareUpdate:
         ascent, descent = self.parts
         has_between = overrides(descent, "between")
         is_missing = has_between and not self.memory.is_complete
-        looks = bool(self.needs & Needs.GRADIENT)
-        if self.schedule.is_due(self.index) or self._looks_again or is_missing:
-            return Kind.TWO_PASSES if looks else Kind.ONE_PASS
+        has_ascent_pass = bool(self.needs & Needs.GRADIENT)
+        if self.schedule.is_due(self.index) or self._retries_ascent or is_missing:
+            return Kind.TWO_PASSES if has_ascent_pass else Kind.ONE_PASS
         if ascent.perturbs_between:
             return Kind.ONE_PASS if ascent.ready(self._step()) else Kind.TWO_PASSES
         return Kind.BETWEEN if has_between else Kind.PLAIN
 
-    def _ascent_parameters(self) -> list[Parameter]:
+    def _parameters_for_ascent(self) -> list[Parameter]:
         """The parameters whose gradients the ascent pass must compute."""
         if self.parts.combines or self.parts.ascent.may_skip:
             return self.parameters.trainable
@@ -319,24 +329,24 @@ class SharpnessAwareUpdate:
 
     @property
     def _is_complete(self) -> bool:
-        """Whether the gradient of the ascent pass is complete, so that the optimizer could step along it."""
-        return self.runner.sees_all and len(self._chosen) == len(self.parameters.trainable)
+        """Whether the optimizer could step along the ascent gradient: all examples, all trainable parameters."""
+        return self.runner.sees_all and len(self._ascent_parameters) == len(self.parameters.trainable)
 
-    def settle(self) -> None:
-        """Between two steps: keep what the last one wrote to memory, unless one of its passes overflowed."""
-        if not self._is_unsettled:
+    def commit_memory(self) -> None:
+        """Keep what the previous step wrote to memory, unless one of its passes overflowed."""
+        if not self._has_uncommitted_memory:
             return
-        self._is_unsettled = False
+        self._has_uncommitted_memory = False
         was_skipped = self.runner.was_skipped()
         overflow, self.ascent_step.has_overflowed = self.ascent_step.has_overflowed, None
-        if overflow is not None:  # the optimizer may still have stepped along a finite g_s
+        if overflow is not None:  # the optimizer may have stepped along a finite g_s nevertheless
             was_skipped |= bool(overflow)
-        self.memory.settle(was_skipped)
-        # What a skipped step should have computed is computed in the next step, not an interval later.
-        self._looks_again = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
+        self.memory.commit(was_skipped)
+        # The next step computes what the skipped step should have computed, rather than an interval later.
+        self._retries_ascent = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
 
     def _step(self, rho: float | None = None, window: list[MicroBatch] | None = None) -> CurrentStep:
-        """The `Step` for the method; it offers Hessian products if the micro-batches of the `window` are given."""
+        """The `Step` for the method; with Hessian-vector products if the micro-batches of the `window` are given."""
         rank = self.engine.rank if self.scope != "global" else 0
         return CurrentStep(
             index=self.index,
@@ -352,15 +362,15 @@ class SharpnessAwareUpdate:
             telemetry=self.telemetry,
             attached=self.attached,
             loss_scale=self.engine.loss_scale(self.device),
-            hessian_product=None if window is None else partial(self.outgoing.hessian_product, window),
+            hessian_product=None if window is None else partial(self.optimizer_gradient.hessian_product, window),
         )
 
     # --- the end of a step -------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Call the method's `after` hook, now that the gradient that the optimizer is about to step along is known."""
+        """Call the method's `after` hook with the gradient that the optimizer is about to step along; record losses."""
         if self.needs & Needs.STEP_GRADIENT:
-            gradient = self.outgoing.vector(self.engine.gradients(self.parameters.selected)).share()
+            gradient = self.optimizer_gradient.vector(self.engine.gradients(self.parameters.selected)).share()
             self.parts.ascent.after(gradient, self._step())
         losses = self.telemetry.close_step()
         if "perturbed_loss" not in losses:
@@ -371,15 +381,15 @@ class SharpnessAwareUpdate:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state, by name, for a checkpoint."""
-        self.settle()
+        self.commit_memory()
         state = self.memory.state_dict(self.parameters.names)
         if self.attached is not None:
             state |= self.attached.state_dict()
-        return state | ({"_looks_again": torch.ones(1)} if self._looks_again else {})
+        return state | ({RETRY_KEY: torch.ones(1)} if self._retries_ascent else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self._looks_again = state.pop("_looks_again", None) is not None
+        self._retries_ascent = state.pop(RETRY_KEY, None) is not None
         if self.attached is not None:
             self.attached.load_state_dict(state)
         else:
@@ -387,7 +397,7 @@ class SharpnessAwareUpdate:
             self.memory.load_state_dict(state, by_name, self.space)
 
     def effective_m(self, batch_size: int, accumulation_steps: int) -> int:
-        """Number of examples that share one perturbation if every micro-batch is full."""
+        """Number of examples per perturbation if every micro-batch is full."""
         if self.scope == "micro":
             return min(self.config.m or batch_size, batch_size)
         return batch_size * accumulation_steps * (self.engine.batches if self.scope == "global" else 1)

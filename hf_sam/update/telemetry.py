@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .roles import GROUPS
 
-# Maximum number of events not yet added up; a device finishes them long before as many new ones exist.
-MOST_PENDING = 64
+# Maximum number of pending events; a device finishes them long before this number is reached again.
+MAX_PENDING = 64
 
 
 class Telemetry:
-    """Means of scalars between two log entries.
+    """The means of scalars since the last log entry.
 
     Args:
         device (`torch.device`): The device on which tensors are summed.
@@ -26,7 +26,7 @@ class Telemetry:
         has_recorded (`set[str]`): The names recorded in this run.
     """
 
-    # All names that can be recorded, in the order in which ranks exchange them; `_intended_norm` is read, not logged.
+    # All names, in the order in which ranks exchange them; `_intended_norm` is used by `Diagnosis` and not logged.
     NAMES = (
         "sam_rho",
         "sam_ascent_grad_norm",
@@ -61,7 +61,7 @@ class Telemetry:
             self._step[name] = self._step[name] + value if name in self._step else value
 
     def close_step(self) -> dict[str, Tensor]:
-        """Record the sums of the step that ends."""
+        """Return the sums of the finished step and reset them."""
         sums, self._step = self._step, {}
         return sums
 
@@ -77,13 +77,13 @@ class Telemetry:
 
     @classmethod
     def means(cls, tables: Tensor) -> dict[str, float]:
-        """The means over all ranks' tables, shape `(2 * ranks, n)`, of the recorded values; waits for the device."""
+        """The means of recorded values over all ranks' tables, shape `(2 * ranks, n)`; synchronises with the device."""
         sums, counts = tables.reshape(-1, 2, len(cls.NAMES)).sum(0).tolist()
         return {name: total / count for name, total, count in zip(cls.NAMES, sums, counts, strict=True) if count}
 
 
 class Stopwatch:
-    """Sum the time of enclosed blocks: on the host for the CPU, elsewhere by events that need no waiting.
+    """Sum the time of enclosed blocks: by the host's clock for the CPU, otherwise by events without synchronisation.
 
     Args:
         device (`torch.device`): The device that does the work.
@@ -103,9 +103,9 @@ class Stopwatch:
             self._seconds += self._now() - self._start
             return
         self._pending.append((self._start, self._now()))
-        if len(self._pending) >= MOST_PENDING:  # read finished events; wait only for a device that lags far behind
+        if len(self._pending) >= MAX_PENDING:  # read finished events; wait only if the device lags far behind
             running = (i for i, (_, end) in enumerate(self._pending) if not end.query())
-            self._read(max(next(running, len(self._pending)), MOST_PENDING // 2))
+            self._read(max(next(running, len(self._pending)), MAX_PENDING // 2))
 
     def reset(self) -> None:
         """Reset the sum."""
@@ -113,7 +113,7 @@ class Stopwatch:
         self._pending.clear()
 
     def seconds(self) -> float:
-        """The sum so far; waits for the last event."""
+        """The sum so far, in seconds; waits for the last event."""
         self._read(len(self._pending))
         return self._seconds
 
@@ -161,7 +161,7 @@ class Cost:
 
     @contextlib.contextmanager
     def full_pass(self, fraction: float) -> Iterator[None]:
-        """Enclose a forward and backward over `fraction` of a micro-batch, all trainable parameters' gradients taken."""
+        """Enclose a forward and backward over `fraction` of a micro-batch for all trainable parameters."""
         with self._pass_clock:
             yield
         self.full_passes += fraction

@@ -1,4 +1,4 @@
-"""Many tensors as one vector, so that methods can be written as formulas."""
+"""Lists of tensors with the arithmetic of one vector, so that methods read like formulas."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Scalar = float | Tensor
 
 
 class _Data:
-    """Tensors that several Vectors may scale: one for each parameter, and their known norms."""
+    """The tensors of one or more Vectors with different factors, and their cached norms."""
 
     __slots__ = ("_layout", "norms", "parameters", "shared", "space", "tensors")
 
     def __init__(self, parameters: Sequence[Parameter], tensors: list[Tensor], space: Space, is_shared: bool):
         self.parameters, self.tensors, self.space = tuple(parameters), tensors, space
-        self.shared = [is_shared]  # one cell, common to a whole and its parts
+        self.shared = [is_shared]  # a cell that a Vector and its parts share
         self.norms: dict[float, Tensor] = {}
         self._layout: Layout | None = None
 
@@ -34,30 +34,30 @@ class _Data:
             self._layout = self.space.layout(self.parameters)
         return self._layout
 
-    def is_over(self, other: _Data) -> bool:
-        """Whether both have the same parameters in the same order."""
-        return self.is_list(other.parameters)
+    def has_same_parameters(self, other: _Data) -> bool:
+        """Whether both are over the same parameters in the same order."""
+        return self.has_parameters(other.parameters)
 
-    def is_list(self, parameters: Sequence[Parameter]) -> bool:
-        """Whether these are its parameters, in this order."""
+    def has_parameters(self, parameters: Sequence[Parameter]) -> bool:
+        """Whether it is over these parameters in this order."""
         mine = self.parameters
         return mine is parameters or (len(mine) == len(parameters) and all(map(is_, mine, parameters)))
 
 
 class Vector:
-    """This process's part of many tensors, one for each of some parameters, as one long vector.
+    """One tensor per parameter (this process's shards), treated as one long vector.
 
-    Arithmetic with numbers, 0-dim tensors and other Vectors reads like a formula; a parameter that only one of two Vectors
-    has counts as zero in the other. `norm` and `dot` run over all processes, in float32 or better, and their results stay
-    on the device. Multiplication by a scalar costs nothing until the result is added to something, and the result shares
-    memory with the original: an in-place form (`-=`, `map_`) consumes both. Values of `Step.memory` are copied first.
+    - Operands are numbers, 0-dim tensors and other Vectors; parameters missing in one of two Vectors count as zero.
+    - `norm` and `dot` are global: over all processes, in float32 or better. Their results stay on the device.
+    - Multiplication by a scalar is lazy, and the result shares memory with the original: an in-place operation (`-=`,
+      `map_`) consumes both. Values of `Step.memory` are copied first.
 
     Args:
         parameters (`Sequence[Parameter]`): The parameters.
-        tensors (`list[Tensor]`): One local part for each parameter.
+        tensors (`list[Tensor]`): One local shard per parameter.
         space (`Space`, *optional*): The space in which norms are computed.
         factor (`float` or `Tensor`, *optional*): A pending factor of all tensors.
-        is_shared (`bool`, *optional*, defaults to `False`): The tensors are in use elsewhere: never overwrite them.
+        is_shared (`bool`, *optional*, defaults to `False`): The tensors are used elsewhere and must not be overwritten.
     """
 
     __slots__ = ("_data", "_factor")
@@ -83,13 +83,13 @@ class Vector:
 
     @property
     def _lists(self) -> ModuleType:
-        """The functions that work on its tensors."""
+        """The list operations for its tensors."""
         return self._data.space.lists
 
     def _new(self, tensors: Iterable[Tensor]) -> Vector:
         return Vector(self._data.parameters, list(tensors), self._data.space)
 
-    # --- access ----------------------------------------------------------------------------------------------------
+    # --- access ------------------------------------------------------------------------------------------------------
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -98,7 +98,7 @@ class Vector:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The parts before multiplication by `factor`; do not change them."""
+        """The tensors before multiplication by `factor`; do not change them."""
         return self._data.tensors
 
     @property
@@ -108,12 +108,12 @@ class Vector:
 
     @property
     def factor(self) -> Scalar | None:
-        """The pending factor of the parts; None for 1."""
+        """The pending factor of the tensors; None for 1."""
         return self._factor
 
     @property
     def is_shared(self) -> bool:
-        """Whether the tensors are in use elsewhere."""
+        """Whether the tensors are used elsewhere, so that in-place operations copy them first."""
         return self._data.shared[0]
 
     def shares_memory_with(self, other: Vector) -> bool:
@@ -121,19 +121,19 @@ class Vector:
         return self._data is other._data
 
     def share(self) -> Vector:
-        """Itself, with its tensors protected from in-place forms from now on."""
+        """Mark the tensors as shared, so that in-place operations copy them first; return self."""
         self._data.shared[0] = True
         return self
 
     def view(self) -> Vector:
-        """A Vector of the same tensors; if they are shared, an in-place form of one does not change the other."""
+        """A Vector of the same tensors; if they are shared, in-place operations on one do not affect the other."""
         return Vector._of(self._data, self._factor)
 
     def over(self, other: Vector | Iterable[Parameter]) -> Vector:
-        """The part over the parameters of `other`, sharing memory."""
+        """The restriction to the parameters of `other`, sharing memory."""
         if not isinstance(other, Vector):
             other = list(other)
-        if self._data.is_list(other.parameters if isinstance(other, Vector) else other):
+        if self._data.has_parameters(other.parameters if isinstance(other, Vector) else other):
             return self
         wanted = set(other.parameters if isinstance(other, Vector) else other)
         if wanted.issuperset(self._data.parameters):
@@ -144,12 +144,12 @@ class Vector:
         return part
 
     def widened(self, other: Vector) -> Vector:
-        """Itself, with zeros for the parameters that only `other` has."""
+        """Add the parameters that only `other` has, as zeros; return self."""
         self._widen(other)
         return self
 
     def where(self, condition: Tensor) -> Vector:
-        """Itself if a 0-dim condition holds, else with a factor of exactly 0; does not wait for the device."""
+        """Self if the 0-dim `condition` holds, else with a factor of 0; does not synchronise with an accelerator."""
         if condition.device.type == "cpu" and not self._data.space.in_buckets:
             return self if condition else Vector._of(self._data, 0.0)
         factor = torch.ones_like(condition, dtype=torch.float32) if self._factor is None else self._factor
@@ -162,13 +162,13 @@ class Vector:
         return f"Vector of {sum(t.numel() for t in self._data.tensors):,} numbers in {len(self)} tensors"
 
     def size(self) -> int:
-        """How many numbers it has, over all processes; the first call waits for these."""
+        """Number of elements over all processes; the first call synchronises with them."""
         layout = self._data.layout
         if layout.size is None:
             layout.size = layout.reductions.count(self._data.tensors)
         return layout.size
 
-    # --- reductions ------------------------------------------------------------------------------------------------
+    # --- reductions --------------------------------------------------------------------------------------------------
 
     def norm(self, p: float = 2.0) -> Tensor:
         """`||v||_p`, 0-dim, for p in [1, inf]."""
@@ -181,7 +181,7 @@ class Vector:
         """`<v, u>`, 0-dim."""
         mine, theirs = self._data, other._data
         if mine is theirs and mine.space.in_buckets:
-            product = Vector._of(mine, None).norm() ** 2  # the norm may be known
+            product = Vector._of(mine, None).norm() ** 2  # the norm may be cached
         else:
             product = self._dot_unscaled(mine, theirs)
         for factor in (self._factor, other._factor):
@@ -192,7 +192,7 @@ class Vector:
     @staticmethod
     def _dot_unscaled(mine: _Data, theirs: _Data) -> Tensor:
         left, right, in_buckets = mine.tensors, theirs.tensors, mine.space.in_buckets
-        if mine.is_over(theirs):
+        if mine.has_same_parameters(theirs):
             return mine.layout.reductions.dot(left, right, in_buckets)
         there = dict(zip(theirs.parameters, right, strict=True))
         common = [(p, t, there[p]) for p, t in zip(mine.parameters, left, strict=True) if p in there]
@@ -201,7 +201,7 @@ class Vector:
         parameters, left, right = ([entry[i] for entry in common] for i in range(3))
         return mine.space.layout(parameters).reductions.dot(left, right, in_buckets)
 
-    # --- arithmetic ------------------------------------------------------------------------------------------------
+    # --- arithmetic --------------------------------------------------------------------------------------------------
 
     def clone(self) -> Vector:
         """A copy in its own memory."""
@@ -247,7 +247,7 @@ class Vector:
         if not isinstance(other, Vector):
             self._factor = other if self._factor is None else self._factor * other
             return self
-        other = self._apart(other)
+        other = self._unaliased(other)
         self._lists.in_pairs_(torch._foreach_mul_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(other._factor)
 
@@ -256,7 +256,7 @@ class Vector:
             tensors = self._owned()
             self._lists.divide_(tensors, other)
             return self
-        other = self._apart(other)
+        other = self._unaliased(other)
         self._lists.in_pairs_(torch._foreach_div_, self._owned(), self._aligned(other))
         return self if other._factor is None else self.__imul__(1 / other._factor)
 
@@ -265,10 +265,10 @@ class Vector:
             tensors = self._owned()
             self._lists.add_number_(tensors, other)
             return self
-        other = self._apart(other)
+        other = self._unaliased(other)
         self._widen(other)
         mine, theirs = self._owned(), other._data.tensors
-        if not self._data.is_over(other._data):
+        if not self._data.has_same_parameters(other._data):
             position = {p: i for i, p in enumerate(self._data.parameters)}
             mine = [mine[position[p]] for p in other._data.parameters]
         self._lists.add_(mine, theirs, other._factor)
@@ -277,7 +277,7 @@ class Vector:
     def __isub__(self, other: Scalar | Vector) -> Vector:
         return self.__iadd__(-other)
 
-    # --- number by number ------------------------------------------------------------------------------------------
+    # --- elementwise -------------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Vector:
         """Apply `function`, which returns a new tensor of the same shape, to each tensor."""
@@ -290,37 +290,37 @@ class Vector:
         return self
 
     def map_lists(self, function: Callable[[list[Tensor]], Sequence[Tensor]]) -> Vector:
-        """As `map`, with a function of a list of tensors of one device and type: one call per bucket on an accelerator."""
+        """As `map`, with a function of a list of tensors of one device and dtype: on an accelerator, one bucket."""
         return self._new(self._lists.map_lists(function, self._multiplied_out()))
 
     def map_lists_(self, function: Callable[[list[Tensor]], object]) -> Vector:
-        """The same in place."""
+        """As `map_lists`, with a function that works in place."""
         self._lists.map_lists_(function, self._owned())
         return self
 
     def abs(self) -> Vector:
-        """The absolute value of every number."""
+        """Elementwise absolute value."""
         return self._new(self._lists.each(torch._foreach_abs, self._multiplied_out()))
 
     def sqrt(self) -> Vector:
-        """The square root of every number."""
+        """Elementwise square root."""
         return self._new(self._lists.each(torch._foreach_sqrt, self._multiplied_out()))
 
     def sign(self) -> Vector:
-        """-1, 0 or 1 for every number."""
+        """Elementwise sign: -1, 0 or 1."""
         return self._new(self._lists.each(torch._foreach_sign, self._multiplied_out()))
 
-    # --- memory ----------------------------------------------------------------------------------------------------
+    # --- memory ------------------------------------------------------------------------------------------------------
 
     def _multiplied_out(self) -> list[Tensor]:
-        """The multiplied tensors, read-only."""
+        """The tensors times the factor; do not change them."""
         return self._data.tensors if self._factor is None else self._multiplied()
 
     def _multiplied(self) -> list[Tensor]:
         return self._lists.multiplied(self._data.tensors, self._factor)
 
     def _owned(self) -> list[Tensor]:
-        """The multiplied tensors, in memory that may be overwritten."""
+        """The tensors times the factor, in memory that may be overwritten."""
         if self.is_shared:
             self._data, self._factor = self.clone()._data, None
         elif self._factor is not None:
@@ -334,19 +334,19 @@ class Vector:
         return self._multiplied_out()
 
     def materialise(self) -> list[Tensor]:
-        """The multiplied tensors, in the Vector's own memory unless it is shared."""
+        """The tensors times the factor, in the memory of this Vector unless that is shared."""
         return self._data.tensors if self._factor is None and not self.is_shared else self._owned()
 
-    def _apart(self, other: Vector) -> Vector:
-        """`other`, or a copy if applying this Vector's factor would change it."""
-        if self.is_shared or self._factor is None:  # no factor is applied before `other` is read
+    def _unaliased(self, other: Vector) -> Vector:
+        """`other`, or a copy if it shares tensors to which this Vector's factor will be applied."""
+        if self.is_shared or self._factor is None:  # its tensors are not changed before `other` is read
             return other
         mine = {id(t) for t in self._data.tensors}
         return other if mine.isdisjoint(map(id, other._data.tensors)) else other.clone()
 
     def _aligned(self, other: Vector) -> list[Tensor]:
         """The tensors of `other` for this Vector's parameters, zeros for missing ones."""
-        if self._data.is_over(other._data):
+        if self._data.has_same_parameters(other._data):
             return other._data.tensors
         there = dict(zip(other._data.parameters, other._data.tensors, strict=True))
         mine = zip(self._data.parameters, self._data.tensors, strict=True)
@@ -354,7 +354,7 @@ class Vector:
 
     def _widen(self, other: Vector) -> None:
         """Add the parameters that only `other` has, as zeros."""
-        if self._data.is_over(other._data):
+        if self._data.has_same_parameters(other._data):
             return
         known = set(self._data.parameters)
         extra = [

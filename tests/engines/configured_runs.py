@@ -11,7 +11,7 @@ from engines.sharded_runs import as_if_on_accelerators
 from integration import tiny
 
 from hf_sam import SAMConfig, SAMTrainer
-from hf_sam.engines.base import kind_of
+from hf_sam.engines import kind_of
 
 
 def trained(folder: Path) -> dict[str, Any]:

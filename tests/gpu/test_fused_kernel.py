@@ -24,7 +24,7 @@ def weights_and_directions(device, dtype):
 def test_the_kernel_itself_moves_every_number_on_cuda(dtype):
     weights, directions = weights_and_directions("cuda", DTYPES[dtype])
     expected = [(w.float() + 0.5 * d.float()).to(w.dtype) for w, d in zip(weights, directions, strict=True)]
-    assert buckets._moves_everything(weights[0].device, weights[0].dtype)
+    assert buckets._fused_kernel_is_correct(weights[0].device, weights[0].dtype)
     buckets._add_fused_(weights, directions, torch.full((), 0.5, device="cuda"), torch.zeros((), device="cuda"))
     for moved, right in zip(weights, expected, strict=True):
         torch.testing.assert_close(moved, right)
@@ -52,13 +52,13 @@ def test_a_kernel_that_leaves_part_of_a_tensor_unmoved_is_not_used(monkeypatch):
         )
 
     monkeypatch.setattr(torch, "_fused_sgd_", moves_only_whole_vectors)
-    buckets._moves_everything.cache_clear()
+    buckets._fused_kernel_is_correct.cache_clear()
     try:
         weights, directions = weights_and_directions("cpu", torch.float32)
         expected = [w + 0.5 * d for w, d in zip(weights, directions, strict=True)]
         buckets.add_multiple_(weights, directions, 0.5)
-        assert not buckets._moves_everything(weights[0].device, torch.float32)
+        assert not buckets._fused_kernel_is_correct(weights[0].device, torch.float32)
     finally:
-        buckets._moves_everything.cache_clear()
+        buckets._fused_kernel_is_correct.cache_clear()
     for moved, right in zip(weights, expected, strict=True):
         torch.testing.assert_close(moved, right)

@@ -90,6 +90,6 @@ def test_the_stock_trainer_is_not_watched(warnings, tmp_path):
 
 @pytest.mark.parametrize("rho", [0.05, 20.0])
 def test_a_run_that_does_not_log_reads_nothing(rho, warnings, monkeypatch, tmp_path):
-    monkeypatch.setattr(diagnosis.Diagnosis, "look", lambda *_: pytest.fail("nothing was logged"))
+    monkeypatch.setattr(diagnosis.Diagnosis, "check", lambda *_: pytest.fail("nothing was logged"))
     train(tiny.vit(), tiny.images(), tmp_path, {"rho": rho}, logging_strategy="no")
     assert warnings == []

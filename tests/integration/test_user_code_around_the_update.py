@@ -92,7 +92,7 @@ def test_a_penalty_on_the_outputs_changes_the_run(tmp_path):
 
 def test_a_mean_beside_a_sum_over_tokens_is_refused_where_parts_are_taken(tmp_path):
     """The losses of the parts do not add up to that of the batch in any one way."""
-    with pytest.raises(ValueError, match="losses of the parts do not make up that of the whole"):
+    with pytest.raises(ValueError, match="do not combine to that of the batch"):
         trained_as(Penalised, "esam", tmp_path)
 
 

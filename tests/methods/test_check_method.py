@@ -120,7 +120,7 @@ def test_a_class_that_cannot_be_sent_is_checked_on_one_process():
 def test_checks_can_be_left_out():
     report = check_method(SAMConfig(), processes=1, leave_out=["copies"])
     assert report.left_out["copies"] == "by leave_out"
-    with pytest.raises(ValueError, match=r"no check copy\. Known: trains, fresh runs agree"):
+    with pytest.raises(ValueError, match=r"unknown check copy\. Allowed: trains, fresh runs agree"):
         check_method(SAMConfig(), leave_out=["copy"])
 
 
@@ -284,14 +284,14 @@ class RaisesOnOneRank(Ascent):
 BROKEN = {
     StateInAnAttribute: r"two runs from the same seed differ.*step\.memory.*declared as memory",
     StateOfOneRun: r"resumed after step 1 differs.*step\.memory.*declared as memory",
-    GlobalNoise: r"other global random numbers make another run.*step\.generator",
-    ReadsWhatIsConsumed: r"read after an in-place form has consumed it.*[Cc]lone",
+    GlobalNoise: r"the run depends on global random number generators.*step\.generator",
+    ReadsWhatIsConsumed: r"read after an in-place operation has consumed it.*[Cc]lone",
     WritesToTheWeights: r"learning rate of 0, step 0 has changed weights",
-    IgnoresRho: r"at rho = 1e-30 the run is not the stock Trainer's: eps must vanish with step\.rho",
-    TwiceTheGradient: r"what Descent\.gradient returns must be g where g_s = g",
-    WrongExtraPasses: r"takes 2 passes over the batch, and config\.passes_per_step leads to 3.*extra_passes",
-    SkipsWithoutSaying: r"takes 1 passes over the batch, .* leads to 2.*may_skip = True",
-    ManyCopies: r"6\.\d\d copies of the weights are held, and 2 follow",
+    IgnoresRho: r"at rho = 1e-30 the run differs from the stock Trainer's: eps must vanish with step\.rho",
+    TwiceTheGradient: r"Descent\.gradient must return g if g_s = g",
+    WrongExtraPasses: r"takes 2 passes over the batch, but config\.passes_per_step promises 3.*extra_passes",
+    SkipsWithoutSaying: r"takes 1 passes over the batch, .* promises 2.*may_skip = True",
+    ManyCopies: r"6\.\d\d copies of the weights are held, but memory and needs allow 2",
     Undeclared: r"ValueError: .*step\.memory\['mean'\] without declaring it: write memory = \('mean',\)",
     WrongShape: r"WrongShape\.eps must have the shape of the weights: for first\.weight its shape is \[20\] instead of \[4, 5\]",
     WrongType: r"WrongType\.eps must return a Vector.*not list",
@@ -314,9 +314,9 @@ def test_a_broken_method_fails_and_the_message_says_what_to_do(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (OtherOnEachRank, r"with scope='global' step 0 on 2 processes is not the one on one process"),
+        (OtherOnEachRank, r"with scope='global', step 0 differs between 2 processes and one"),
         (SkipsOnOneRank, r"SkipsOnOneRank, 'two processes': .*"),
-        (RaisesOnOneRank, r"a process ended with an error.*the model is on fire"),
+        (RaisesOnOneRank, r"a process failed.*the model is on fire"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

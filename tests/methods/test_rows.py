@@ -217,7 +217,7 @@ def test_esam_descends_on_the_hardest_hit_examples(tmp_path):
 
 def test_esam_perturbs_a_random_share_of_tensors_by_eps_over_beta(tmp_path):
     trainer = train(tmp_path, SAMConfig(method="esam", rho=0.2, beta=0.5, gamma=1.0), max_steps=1)
-    chosen = {id(p) for p in trainer._sam._chosen}
+    chosen = {id(p) for p in trainer._sam._ascent_parameters}
     model = tiny_classifier()
     loss = oracles.loss_function(model, stack(examples(8)[:4]))
     is_chosen = {name: id(p) in chosen for name, p in trainer.model.named_parameters()}

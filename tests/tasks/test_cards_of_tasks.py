@@ -32,7 +32,7 @@ SECTION = """\
 
 | | |
 |---|---|
-| method | `sam`: Step along the gradient at w + eps, eps = rho g / \\|\\|g\\|\\|. |
+| method | `sam`: Step along the gradient at w + eps, with eps = rho g / \\|\\|g\\|\\|. |
 | paper | [Foret et al. 2021, arXiv 2010.01412, Algorithm 1](https://arxiv.org/abs/2010.01412) |
 | perturbation size rho | 0.1 |
 | norm p | 2 |

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sam.methods.base import Needs
-from hf_sam.update.batches import ADDING_UP, ChangedInputs, MicroBatch, how_losses_add_up
+from hf_sam.update.batches import LOSS_COMBINATIONS, ChangedInputs, MicroBatch, infer_loss_combination
 from hf_sam.update.step import SharpnessAwareUpdate
 
 
@@ -57,13 +57,13 @@ def test_no_m_or_a_large_one_is_the_whole_batch(m):
         config=SimpleNamespace(m=m),
         _two_pass_step=lambda model, part, is_last: seen.append(part),
     )
-    SharpnessAwareUpdate._two_pass_steps(update, None, whole, True)
+    SharpnessAwareUpdate._sharpness_aware_step(update, None, whole, True)
     assert seen == [whole]
     if m is not None:
         (part,) = parts_of(whole, m)
         assert part.inputs["names"] == whole.inputs["names"]
         assert part.fraction == 1
-        assert part.weights == dict.fromkeys(ADDING_UP, 1.0)
+        assert part.weights == dict.fromkeys(LOSS_COMBINATIONS, 1.0)
 
 
 def test_a_share_estimates_the_whole_loss():
@@ -102,7 +102,7 @@ def test_popping_from_fresh_inputs_leaves_the_batch_alone():
 
 
 def test_a_factor_multiplies_the_loss_however_it_adds_up():
-    assert batch().times(2.0).weights == dict.fromkeys(ADDING_UP, 2.0)
+    assert batch().times(2.0).weights == dict.fromkeys(LOSS_COMBINATIONS, 2.0)
 
 
 def test_an_entry_that_is_not_the_models_is_left_out_of_a_copy():
@@ -115,18 +115,18 @@ def test_an_entry_that_is_not_the_models_is_left_out_of_a_copy():
 SHARES = {"sum": [1.0, 1.0], "examples": [0.5, 0.5], "labelled": [0.25, 0.75]}
 
 
-@pytest.mark.parametrize("way", ADDING_UP)
+@pytest.mark.parametrize("way", LOSS_COMBINATIONS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_way_in_which_losses_add_up_is_found(way, sign):
     parts = [sign * 1.0, sign * 3.0]
     whole = sum(weight * loss for weight, loss in zip(SHARES[way], parts, strict=True))
-    assert how_losses_add_up(whole, parts, SHARES, 1e-6) == way
-    assert how_losses_add_up(whole * (1 + 1e-7), parts, SHARES, 1e-6) == way
+    assert infer_loss_combination(whole, parts, SHARES, 1e-6) == way
+    assert infer_loss_combination(whole * (1 + 1e-7), parts, SHARES, 1e-6) == way
 
 
 @pytest.mark.parametrize("whole", [3.1, 0.0, float("nan")])
 def test_losses_that_do_not_add_up_are_told(whole):
-    assert how_losses_add_up(whole, [1.0, 3.0], SHARES, 1e-6) is None
+    assert infer_loss_combination(whole, [1.0, 3.0], SHARES, 1e-6) is None
 
 
 # --- inputs that a pass changes -------------------------------------------------------------------------------------
@@ -137,9 +137,9 @@ def passes_that(change, rounds=3):
     changed_inputs, found = ChangedInputs(), []
     for _ in range(rounds):
         whole = batch(pixels=torch.ones(5, 2))
-        mend = changed_inputs.protect(whole)
+        restore_inputs = changed_inputs.protect(whole)
         change(changed_inputs.protected(whole))
-        found.append((whole, mend()))
+        found.append((whole, restore_inputs()))
     return changed_inputs, found
 
 
@@ -173,7 +173,7 @@ def test_a_batch_that_is_changed_for_the_first_time_is_lost_and_the_next_one_is_
     outcomes = []
     for _ in range(2):
         whole = batch(pixels=torch.ones(5, 2))
-        mend = changed_inputs.protect(whole)
+        restore_inputs = changed_inputs.protect(whole)
         double_pixels(changed_inputs.protected(whole))
-        outcomes.append((mend(), bool((whole.inputs["pixels"] == 1).all())))
+        outcomes.append((restore_inputs(), bool((whole.inputs["pixels"] == 1).all())))
     assert outcomes == [(False, False), (True, True)]

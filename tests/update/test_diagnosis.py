@@ -30,7 +30,7 @@ def run(entries, every=5, loss=2.0, **options):
     """Entries of a run that began at `loss`."""
     mine = diagnosis(**options)
     for i, means in enumerate(entries, 1):
-        mine.look(means, loss, i * every)
+        mine.check(means, loss, i * every)
     return mine
 
 

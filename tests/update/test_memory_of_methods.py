@@ -93,49 +93,49 @@ def test_a_scalar_is_a_tensor_without_a_history():
 
 @pytest.mark.parametrize("was_skipped", [False, True])
 def test_what_is_written_counts_once_the_step_was_not_skipped(was_skipped):
-    mine = memory("mean", "square", waits=True)
+    mine = memory("mean", "square", defers_commit=True)
     first, second = vector(0), vector(1)
     mine["mean"] = first
     assert torch.equal(flat(mine["mean"]), flat(first)), "within its step it can be read"
-    mine.settle(was_skipped=False)
+    mine.commit(was_skipped=False)
     mine["mean"] = second
     mine["square"] = second
     assert torch.equal(flat(mine["mean"]), flat(second))
-    mine.settle(was_skipped)
+    mine.commit(was_skipped)
     assert torch.equal(flat(mine["mean"]), flat(first if was_skipped else second))
     assert ("square" in mine) == (not was_skipped)
-    mine.settle(was_skipped=True)  # of a step that wrote nothing
+    mine.commit(was_skipped=True)  # of a step that wrote nothing
     assert torch.equal(flat(mine["mean"]), flat(first if was_skipped else second))
 
 
 @pytest.mark.parametrize("was_skipped", [False, True])
 def test_scalars_wait_as_vectors_do(was_skipped):
-    mine = memory(waits=True, scalars=("norm",))
+    mine = memory(defers_commit=True, scalars=("norm",))
     mine["norm"] = 1.0
-    mine.settle(was_skipped=False)
+    mine.commit(was_skipped=False)
     mine["norm"] = 2.0
-    mine.settle(was_skipped)
+    mine.commit(was_skipped)
     assert mine["norm"] == (1.0 if was_skipped else 2.0)
 
 
 def test_without_waiting_a_skipped_step_changes_nothing():
     mine = memory()
     mine["mean"] = vector()
-    mine.settle(was_skipped=True)
+    mine.commit(was_skipped=True)
     assert "mean" in mine
 
 
-@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("defers_commit", [False, True])
 @pytest.mark.parametrize("factor", [None, 2.0, torch.tensor(0.5)])
-def test_a_checkpoint_holds_all_of_it(waits, factor):
-    mine = memory("mean", "square", waits=waits, scalars=("norm",))
+def test_a_checkpoint_holds_all_of_it(defers_commit, factor):
+    mine = memory("mean", "square", defers_commit=defers_commit, scalars=("norm",))
     mine["mean"], mine["square"], mine["norm"] = vector(0, factor=factor), vector(1, "ac"), 3.0
-    mine.settle(was_skipped=False)
+    mine.commit(was_skipped=False)
     state = mine.state_dict(NAMES)
     assert set(state) == {"mean/a", "mean/b", "mean/c", "square/a", "square/c", "norm/"}
     assert all(isinstance(t, torch.Tensor) for t in state.values())
 
-    other = memory("mean", "square", waits=waits, scalars=("norm",))
+    other = memory("mean", "square", defers_commit=defers_commit, scalars=("norm",))
     shuffled = {name: state[name].clone() for name in sorted(state, reverse=True)}
     other.load_state_dict(shuffled, PARAMETERS, space())
     assert other.is_complete
@@ -144,7 +144,7 @@ def test_a_checkpoint_holds_all_of_it(waits, factor):
         assert [id(p) for p in other[name].parameters] == [id(p) for p in mine[name].parameters], "norms alike"
         assert torch.equal(other[name].norm(), Vector(other[name].parameters, mine[name].numbers()).norm())
     assert other["norm"] == 3.0
-    other.settle(was_skipped=True)
+    other.commit(was_skipped=True)
     assert other.is_complete, "what was loaded does not wait"
 
 
@@ -171,5 +171,7 @@ def test_a_parameter_that_is_gone_is_left_out():
 
 
 def test_a_part_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"a part of b of shape \[5\], and this process one of shape \[4\]\. Resume"):
+    with pytest.raises(
+        ValueError, match=r"a shard of b of shape \[5\], but this process has one of shape \[4\]\. Resume"
+    ):
         memory().load_state_dict({"mean/b": torch.ones(5)}, PARAMETERS, space())

@@ -43,9 +43,9 @@ class Statistics(nn.Module):
 def clean_pass(state, model, step, x=None):
     """A first pass of a step, and what it started from."""
     before = state.capture(RandomStates([CPU]), step)
-    state.look_again(before)  # after the trainer's `model.train()`
+    state.refresh_snapshot(before)  # after the trainer's `model.train()`
     model(torch.randn(8, 3) if x is None else x)
-    state.learn(before)
+    state.detect_changes(before)
     return before
 
 
@@ -56,8 +56,8 @@ class Runner(SimpleNamespace):
         return None
 
 
-def leaving_no_trace(state, step=0):
-    return PassRunner.leaving_no_trace(Runner(state=state, index=step, _random_states=lambda: None))
+def preserving_state(state, step=0):
+    return PassRunner.preserving_state(Runner(state=state, index=step, _random_states=lambda: None))
 
 
 def buffers(model):
@@ -75,7 +75,7 @@ def test_statistics_move_with_the_clean_pass_only():
     state, at_first = PassState([model]), buffers(model)
     before = clean_pass(state, model, 0, x)
     after_clean = buffers(model)
-    with leaving_no_trace(state):
+    with preserving_state(state):
         state.restore(before)
         assert_same(buffers(model), at_first)
         model(x + 1)
@@ -90,7 +90,7 @@ def test_statistics_are_kept_when_the_pass_raises():
     state = PassState([model])
     clean_pass(state, model, 0)
     before = buffers(model)
-    with pytest.raises(RuntimeError), leaving_no_trace(state):
+    with pytest.raises(RuntimeError), preserving_state(state):
         model(torch.randn(8, 3))
         raise RuntimeError
     assert_same(buffers(model), before)
@@ -124,8 +124,8 @@ def test_what_hangs_on_the_owner_goes_back_even_when_changed_in_place():
         host._metrics["train"]["accuracy"].append(2.0)
         host._missing = 1
         host.ignored = step
-        state.learn(before)
-        assert before.is_whole
+        state.detect_changes(before)
+        assert before.is_restorable
         state.restore(before)
         assert host._metrics == {"train": {"accuracy": [1.0]}}
         assert not hasattr(host, "_missing")
@@ -274,8 +274,8 @@ def test_the_second_pass_starts_as_the_first_did_and_leaves_no_trace(kind):
         before = clean_pass(state, module, step)
         after_clean = picture(module)
         assert after_clean != at_first
-        assert before.is_whole
-        with leaving_no_trace(state, step):
+        assert before.is_restorable
+        with preserving_state(state, step):
             for _ in range(2):
                 state.restore(before)
                 assert picture(module) == at_first
@@ -291,7 +291,7 @@ def test_what_no_pass_changes_costs_no_copies_later():
     module.array, module.tensor = np.zeros(3), torch.zeros(3)
     state = PassState([module])
     for step in range(WATCHED):
-        assert clean_pass(state, module, step).is_whole
+        assert clean_pass(state, module, step).is_restorable
     snapshot = state.capture(None, WATCHED)
     assert not copied(snapshot)
     assert not snapshot.contents
@@ -331,8 +331,8 @@ def test_frozen_parameters_that_a_pass_changes_are_put_back(change):
         at_first = p.detach().clone()
         before = clean_pass(state, model, step)
         after_clean = p.detach().clone()
-        assert before.is_whole
-        with leaving_no_trace(state, step):
+        assert before.is_restorable
+        with preserving_state(state, step):
             state.restore(before)
             assert torch.equal(p, at_first)
             model(None)
@@ -346,7 +346,7 @@ def test_a_frozen_parameter_that_is_replaced_is_put_back():
     state, original = PassState([model]), model.teacher.weight
     before = state.capture(None, 0)
     model.teacher.weight = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
-    state.learn(before)
+    state.detect_changes(before)
     state.restore(before)
     assert model.teacher.weight is original
 
@@ -377,7 +377,7 @@ def test_frozen_parameters_are_not_looked_at_where_the_engine_moves_them():
     model = Frozen(lambda p: p.mul_(2))
     state = PassState([model], watches_parameters=False)
     before = clean_pass(state, model, 0)
-    assert before.is_whole
+    assert before.is_restorable
     assert not before.tensors
 
 
@@ -389,8 +389,8 @@ def test_the_smallest_frozen_parameters_are_copied_within_the_budget():
     state = PassState([changing])
     before = state.capture(None, 0, budget=0)
     changing(None)
-    state.learn(before)
-    assert not before.is_whole, "told by its version"
+    state.detect_changes(before)
+    assert not before.is_restorable, "told by its version"
     before = state.capture(None, 0, budget=0)
     assert id(changing.teacher.weight) in copied(before)
 
@@ -410,13 +410,13 @@ def test_statistics_of_a_layer_that_is_released_later_are_put_back(looks_again):
     before = state.capture(None, WATCHED + 2)
     model.norm.train()  # by the trainer's `model.train()`
     if looks_again:
-        state.look_again(before)
+        state.refresh_snapshot(before)
     model(x)
-    state.learn(before)
+    state.detect_changes(before)
     after_clean = buffers(model)
-    assert before.is_whole
+    assert before.is_restorable
     assert after_clean["norm.num_batches_tracked"] == at_first["norm.num_batches_tracked"] + 1
-    with leaving_no_trace(state, WATCHED + 2):
+    with preserving_state(state, WATCHED + 2):
         state.restore(before)
         assert_same(buffers(model), at_first)
         assert model.norm.training, "the mode is the trainer's to set"
@@ -460,11 +460,11 @@ def test_what_begins_to_change_later_is_lost_once_and_kept_from_then_on(what):
         at_first = model.picture()
         before = clean_pass(state, model, step)
         after_clean = model.picture()
-        with leaving_no_trace(state, step):
+        with preserving_state(state, step):
             state.restore(before)
-            assert not before.is_whole or model.picture() == at_first
+            assert not before.is_restorable or model.picture() == at_first
         assert model.picture() == after_clean
-        outcomes.append(before.is_whole)
+        outcomes.append(before.is_restorable)
     assert outcomes == [True] * (WATCHED + 1) + [False] + [True] * 2
 
 
@@ -479,10 +479,10 @@ def test_a_module_that_appears_is_watched_from_then_on():
         at_first = picture(other)
         before = clean_pass(state, other, step)
         after_clean = picture(other)
-        with leaving_no_trace(state, step):
+        with preserving_state(state, step):
             state.restore(before)
             assert picture(other) == at_first
-        assert before.is_whole
+        assert before.is_restorable
         assert picture(other) == after_clean
 
 
@@ -495,9 +495,9 @@ def test_a_module_that_comes_before_the_forward_is_taken_in():
         clean_pass(state, model.kept, step)
     before = state.capture(None, WATCHED + 2)
     model.kept.other = other = Keeps(torch.zeros(3), changed_tensor)
-    state.look_again(before)
+    state.refresh_snapshot(before)
     other(None)
-    state.learn(before)
-    assert before.is_whole
+    state.detect_changes(before)
+    assert before.is_restorable
     state.restore(before)
     assert torch.equal(other.kept, torch.zeros(3))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_sam.update.reductions import Reductions
-from hf_sam.update.space import Space, turns
+from hf_sam.update.space import Space, alias_groups
 
 
 def test_tensors_that_share_memory_take_turns_and_others_do_not():
@@ -18,8 +18,8 @@ def test_tensors_that_share_memory_take_turns_and_others_do_not():
         flat[10:],
         torch.zeros(2),
     )
-    assert turns([alone, left, right]) == [0, 0, 0]
-    found = turns([whole, view, left, right, alone, torch.zeros(0)])
+    assert alias_groups([alone, left, right]) == [0, 0, 0]
+    found = alias_groups([whole, view, left, right, alone, torch.zeros(0)])
     assert len({found[0], found[1], found[2]}) == 3
     assert found[3:] == [0, 0, 0]
 
@@ -29,10 +29,10 @@ def test_weights_that_were_given_other_memory_are_noticed():
     layout = Space().layout([p, q])
     assert layout.weights[0].data_ptr() == p.data_ptr()
     assert layout.weights is layout.weights
-    assert layout.turns == [0, 0]
+    assert layout.alias_groups == [0, 0]
     p.data = q.data
     assert layout.weights[0].data_ptr() == q.data_ptr()
-    assert sorted(layout.turns) == [0, 1]
+    assert sorted(layout.alias_groups) == [0, 1]
     assert not layout.weights[0].requires_grad
 
 

@@ -1,4 +1,4 @@
-"""The functions of `buckets` that Vectors use, for a CPU: tensor by tensor if that keeps a tensor in the cache."""
+"""The list operations of `buckets` for the CPU: tensor by tensor where that keeps each tensor in the cache."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def multiplied(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """`factor` times every tensor, in new memory."""
+    """`factor * t` for every tensor, in new memory."""
     if not isinstance(factor, Tensor) or all(t.device == factor.device for t in tensors):
         return list(torch._foreach_mul(tensors, factor))
     return [t * factor.to(t.device) for t in tensors]
 
 
 def multiply_(tensors: list[Tensor], factor: float | Tensor) -> None:
-    """The same in place."""
+    """Multiply in place."""
     for group, here in _by_device(tensors, factor):
         torch._foreach_mul_(group, here)
 
@@ -46,7 +46,9 @@ def add_(mine: list[Tensor], theirs: list[Tensor], factor: float | Tensor | None
         torch._foreach_add_(mine, theirs, alpha=1 if factor is None else factor)
         return
     size = piece_size(mine)
-    for pair in zip(mine, theirs, strict=True):  # not addcmul in 16 bits, which would round the factor to them
+    for pair in zip(
+        mine, theirs, strict=True
+    ):  # not addcmul, which would round the factor to 16 bits for 16-bit tensors
         for left, right in pieces(size, *pair):
             torch._foreach_add_([left], torch._foreach_mul([right], factor.to(left.device)))
 
@@ -54,28 +56,28 @@ def add_(mine: list[Tensor], theirs: list[Tensor], factor: float | Tensor | None
 def in_pairs_(
     function: Callable[[list[Tensor], list[Tensor]], object], mine: list[Tensor], theirs: list[Tensor]
 ) -> None:
-    """Call a function of two lists that changes the first."""
+    """Call a function that changes the first of two lists in place."""
     function(mine, theirs)
 
 
 def each(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """The elementwise results of a function of a list."""
+    """Apply an elementwise function of a list."""
     return list(function(tensors))
 
 
 def map_lists(function: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """The results of a function of lists of at most one bucket each."""
+    """Apply a function of lists to each tensor."""
     return [new for tensor in tensors for new in function([tensor])]
 
 
 def map_lists_(function: Callable[[list[Tensor]], object], tensors: list[Tensor]) -> None:
-    """The same in place."""
+    """As `map_lists`, with a function that works in place."""
     for tensor in tensors:
         function([tensor])
 
 
 def _by_device(tensors: list[Tensor], scalar: float | Tensor) -> Iterator[tuple[list[Tensor], float | Tensor]]:
-    """The tensors of each device, with the scalar on that device."""
+    """Yield the tensors of each device with the scalar on that device."""
     if not isinstance(scalar, Tensor) or all(t.device == scalar.device for t in tensors):
         yield tensors, scalar
         return
