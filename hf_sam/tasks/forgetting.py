@@ -8,8 +8,9 @@
 A name given more than once, as in `sam=outputs/b0 sam=outputs/b1`, has several checkpoints. These are replicates,
 paired in order with those of the other names; so are the folders of a pattern, `'sam=outputs/b*'`. The data of the
 first task come from the run record of the first checkpoint, or from `--first '{"dataset": ...}'`. The main result is
-the test loss of the first task at matched training loss of the second. Running the same command again completes missing runs. --workers 4 makes four runs at a
-time on this machine; --executor ray or slurm hands them to a cluster (docs/clusters.md).
+the test loss of the first task at matched training loss of the second. Running the same command again completes
+missing runs. --workers 4 makes four runs at a time on this machine; --executor ray or slurm hands them to a cluster
+(docs/clusters.md).
 """
 
 # ruff: noqa: RUF009 - `option` returns a dataclass field

@@ -39,7 +39,7 @@ def test_a_dry_run_measures_all_that_a_card_is_asked_for(tmp_path):
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
     assert stock["launches"] < periodic["launches"] < sam["launches"] < 4 * stock["launches"]
     assert sam["synchronisations"] <= 2 * stock["synchronisations"]
-    assert 0 < sam["bookkeeping"] < 1
+    assert -1 < sam["bookkeeping"] < 1  # a difference of times, which may be negative on a busy machine
     page = (tmp_path / "bench.md").read_text()
     assert "- `sam` costs at most" in page
     assert page.count("| sam |") == 1

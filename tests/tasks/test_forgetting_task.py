@@ -178,7 +178,10 @@ def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(deco
         (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is not valid JSON"),
         (["--recipe=causal_lm", "--workers=0"], "workers=0 must be at least 1"),
         (["--recipe=causal_lm", "--executor=slurn"], "executor='slurn' is unknown"),
-        (["--recipe=causal_lm", "--executor_options", "quue=3"], r"executor\.local\.quue is no option"),
+        (
+            ["--recipe=causal_lm", "--executor_options", "quue=3"],
+            r"executor\.local\.quue is unknown\. Allowed: workers",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words, message):
