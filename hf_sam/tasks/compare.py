@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from hf_sam.config import SAMConfig
 
-from ..experiments.driver import cancel_all, drive
+from ..experiments.driver import drive
 from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
 from ..experiments.executors import Choice, choose
 from ..experiments.external_runs import find_external_runs
@@ -41,7 +41,7 @@ from ..experiments.plan import (
 )
 from ..experiments.plan_file import read_plan
 from ..experiments.records import ENDED, RECORD_NAME, write_json
-from ..experiments.standing import describe_standing, progress, reason, standing_of
+from ..experiments.standing import progress, reason
 from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report
 from ..reporting.statistics import detectable_effect, established_effect
@@ -50,6 +50,7 @@ from .command_line.arguments import parse_arguments, read_layers
 from .command_line.errors import UserError, as_user_error, one_line
 from .command_line.help import command_again
 from .command_line.parsers import check_recipe, parse_study
+from .studies import cancelled_or_shown, interruptible
 
 PLAN_NAME = "comparison.json"
 MAX_REASONS = 5
@@ -63,11 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     plan = plan_of(args)
     choice = choose(plan.executor, args.executor, args.workers, args.executor_options)
     workshop = open_workshop(plan)
-    if args.cancel:
-        print(f"Cancelled {cancel_all(workshop, choice)} jobs. Repeat the command without --cancel to resume.")
-        return None
-    if args.status:
-        print(describe_standing(standing_of(workshop, choice)))
+    if cancelled_or_shown(workshop, choice, args.cancel, args.status):
         return None
     workshop.check_unchanged()
     print_plan(workshop, choice.options.get("workers", 1))
@@ -236,13 +233,8 @@ def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) ->
                 now = time.monotonic()
                 due = now + max(REPORT_SECONDS, (now - started) / REPORT_SHARE)
 
-    try:
-        with bar:
-            drive(workshop, choice, tell)
-    except KeyboardInterrupt:
-        stays = "" if choice.kind == "local" else "Submitted jobs continue; see --status, or end them with --cancel. "
-        print(f"\nInterrupted. {stays}Repeat the command to resume.", file=sys.stderr)
-        sys.exit(130)
+    with interruptible(choice), bar:
+        drive(workshop, choice, tell)
 
 
 def print_plan(workshop: Workshop, workers: int) -> None:

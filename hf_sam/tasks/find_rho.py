@@ -37,6 +37,7 @@ from .command_line.errors import UserError, as_user_error
 from .command_line.help import command_again
 from .command_line.parsers import parse_search
 from .compare import argument_types
+from .studies import interruptible
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
 VALIDATION_SIZE = 0.2
@@ -214,11 +215,8 @@ def make_all(workshop: RhoWorkshop, choice: Choice) -> None:
     def tell(phase: Phase, what: str) -> None:
         print(f"{what:>10}  rho {phase.rho:g}, seed {phase.seed}, steps {phase.begin} to {phase.end}", flush=True)
 
-    try:
+    with interruptible(choice):
         drive(workshop, choice, tell)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Repeat the command to resume.", file=sys.stderr)
-        sys.exit(130)
 
 
 def next_command(recipe: str, words: Sequence[str], rho: float) -> str:
@@ -226,12 +224,12 @@ def next_command(recipe: str, words: Sequence[str], rho: float) -> str:
     return command_again(recipe, [*words, f"--sam_rho={rho:g}"])
 
 
-def controls_without_score(workshop: RhoWorkshop) -> list[Phase]:
-    """Return runs with `rho = 0` whose failure leaves no answer: the first one, and those whose pair has none either."""
+def failed_control(workshop: RhoWorkshop) -> Phase | None:
+    """Return a run with `rho = 0` whose failure leaves no answer: the first of all, or both runs of a pair failed."""
     stages, plan = workshop.stages(), workshop.search.plan
     confirmation = stages[-1] if len(stages) > len(plan.rungs) else []
-    broken = [p.control for p in confirmation if p.rho and workshop.score(p) is None]
-    return [p for p in (stages[0][0], *broken) if workshop.score(p) is None]
+    broken = [phase.control for phase in confirmation if phase.rho and workshop.score(phase) is None]
+    return next((phase for phase in (stages[0][0], *broken) if workshop.score(phase) is None), None)
 
 
 def report(workshop: RhoWorkshop, budget: float, again: str) -> dict[str, Any]:
@@ -242,7 +240,7 @@ def report(workshop: RhoWorkshop, budget: float, again: str) -> dict[str, Any]:
         UserError: Runs with `rho = 0` failed, so there is nothing to compare with.
     """
     search = workshop.search
-    for phase in controls_without_score(workshop):
+    if (phase := failed_control(workshop)) is not None:
         raise UserError(
             f"The run with rho=0 and seed {phase.seed} failed or diverged, so there is no answer: "
             f"{_error_in(workshop.folder(phase))} Fix the cause and repeat the command with --retry_failed."

@@ -29,31 +29,27 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 import transformers
-from torch.utils.data import DataLoader
 
-from ..evaluation.merging import check_same_shapes, mergeable_state
-from ..evaluation.weights import replaced
-from ..experiments.driver import cancel_all, drive
+from ..experiments.driver import drive
 from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS, read_json
 from ..experiments.executors import Choice, choose
 from ..experiments.plan import command_line, slug
 from ..experiments.records import RECORD_NAME, RunRecord, plain, read_record, write_json
-from ..experiments.standing import describe_standing, reason, standing_of
+from ..experiments.standing import reason
 from ..experiments.workshop import Workshop, retry_failed
 from ..reporting.document import write_document
 from ..reporting.forgetting import make_forgetting_document
 from ..reporting.results import natural
-from ..reporting.survival import scores_of
 from ..suggestions import did_you_mean
 from . import TRAINING, report, sharpness
 from .command_line.arguments import parse_arguments
 from .command_line.config_files import split_command_line
 from .command_line.errors import UserError, as_user_error
-from .command_line.options import DataArguments, ModelArguments, option
+from .command_line.options import option
+from .forgetting_first import FirstTask
 from .models import adapter_base
-from .survival import body_of, check_data
+from .studies import cancelled_or_shown, interruptible
 
 RESULT_NAME = "forgetting.json"
 GIVEN = ("model_name_or_path", "learning_rate", "seed", "output_dir")  # set here for each run
@@ -135,7 +131,7 @@ class ForgettingArguments:
 def _expanded(text: str) -> list[str]:
     """Return the folders that `name=pattern` matches, each with the name; `text` itself if it is not a pattern."""
     name, equals, pattern = text.partition("=") if "=" in text else ("", "", text)
-    if glob.escape(pattern) == pattern:
+    if glob.escape(pattern) == pattern or Path(pattern).exists():
         return [text]
     found = sorted((path for path in glob.glob(pattern) if Path(path).is_dir()), key=natural)
     if not found:
@@ -179,11 +175,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     workshop = ForgettingWorkshop(args)
     with as_user_error(ValueError):
         choice = choose({}, args.executor, args.workers, args.executor_options)
-    if args.cancel:
-        print(f"Cancelled {cancel_all(workshop, choice)} jobs. Repeat the command without --cancel to resume.")
-        return None
-    if args.status:
-        print(describe_standing(standing_of(workshop, choice)))
+    if cancelled_or_shown(workshop, choice, args.cancel, args.status):
         return None
     first, folder, runs = FirstTask(args), workshop.plan.output_dir, workshop.runs
     before = first_scores_before(args, first, folder)
@@ -215,41 +207,6 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 
 # --- the first task ----------------------------------------------------------------------------------------------------
-
-
-class FirstTask:
-    """The test examples of the first task, and the evaluation of models on them."""
-
-    def __init__(self, args: ForgettingArguments):
-        self.args = args
-        argv = ["--checkpoints", args.checkpoints[0], *command_line(None, args.first, Path("-"))[:-1]]
-        self.task = sharpness.TASKS[sharpness.find_task(argv)]
-        words = [*argv[2:], *sharpness.recorded_data(argv)]
-        if not any(word.startswith(("--dataset", "--glue_task")) for word in words):
-            raise UserError(
-                f"{args.checkpoints[0]} has no run record with its data set: give --first '{{\"dataset\": ...}}'."
-            )
-        self.data_args, self.task_args = parse_arguments([DataArguments, self.task.arguments], words)
-        splits, *self.columns = self.task.read_data(self.data_args, self.task_args)
-        check_data(splits, self.columns, "test")
-        self.rows = sharpness.fixed_rows(splits["test"], args.max_examples or len(splits["test"]), 0)
-
-    def scores(self, start_path: str, tuned_path: Path | None = None) -> dict[str, float]:
-        """Evaluate a starting checkpoint, or the fine-tuned model with the starting head (for classifiers)."""
-        model_args = ModelArguments(model_name_or_path=start_path, trust_remote_code=self.args.trust_remote_code)
-        model, processor_args = sharpness.load_checkpoint(self.task.auto_class, model_args, self.columns, "merged")
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        model.to(device).eval()
-        examples, collator = self.task.prepare({"test": self.rows}, self.columns, processor_args, self.task_args, model)
-        loader = DataLoader(examples["test"], self.args.batch_size, collate_fn=collator)
-        body = {}
-        if tuned_path is not None:
-            body = body_of(self.task, str(tuned_path), self.args)
-            with as_user_error(ValueError):
-                check_same_shapes(mergeable_state(model), body, str(tuned_path))
-        with replaced(model, body):
-            scores = scores_of(report.predictions_of(model, loader))
-        return {"loss": scores["nll"], **scores} if "nll" in scores else scores
 
 
 def first_scores_before(args: ForgettingArguments, first: FirstTask, folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -395,11 +352,8 @@ def make_all(workshop: ForgettingWorkshop, choice: Choice) -> list[str]:
 
     done = sum(map(workshop.has_ended, workshop.runs))
     print(f"{done} of {len(workshop.runs)} runs are finished.", flush=True)
-    try:
+    with interruptible(choice):
         drive(workshop, choice, tell)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues from here.", file=sys.stderr)
-        sys.exit(130)
     failed = [(run, record) for run in workshop.runs if (record := workshop.record(run)) and record.status == "failed"]
     return [f"{workshop.folder(run)}: {reason(record)} (see {LOG_NAME} there)" for run, record in failed]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -27,6 +28,11 @@ from .command_line.options import ModelArguments
 
 BYTES = "bytes"  # a tokenizer's name
 IMAGE_BACKEND = "torchvision" if is_torchvision_available() else "pil"
+
+
+def device() -> torch.device:
+    """Return the accelerator to evaluate on, or the CPU if there is none."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def load_config(args: ModelArguments, labels: Sequence[str] | None = None, **values: Any) -> PretrainedConfig:

@@ -45,6 +45,7 @@ from .command_line.options import DataArguments, ModelArguments, option
 from .data.images import open_image, undecoded
 from .data.language import sequence_nll
 from .data.text_to_text import SOURCE, TARGET
+from .models import device
 from .per_token import label_nll
 
 THUMBNAIL = 96  # pixels of the longer side
@@ -119,8 +120,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for name, path in named.items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
         model, processor_args = sharpness.load_checkpoint(task.auto_class, model_args, columns, "merged")
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        model.to(device).eval()
+        model.to(device()).eval()
 
         def predict(split: Dataset, what: str, model=model, processor_args=processor_args):
             examples, collator = task.prepare({args.split: split}, columns, processor_args, task_args, model)

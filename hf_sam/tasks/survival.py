@@ -38,7 +38,7 @@ from . import report, sharpness
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
 from .command_line.options import DataArguments, ModelArguments, option
-from .models import adapter_base
+from .models import adapter_base, device
 
 
 @dataclass
@@ -88,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, path in sharpness.CheckpointArguments(args.checkpoints).named.items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
         model, processor_args = sharpness.load_checkpoint(task.auto_class, model_args, columns, "merged")
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        model.to(device).eval()
+        model.to(device()).eval()
         examples, collator = task.prepare({args.split: rows}, columns, processor_args, task_args, model)
         loader = DataLoader(examples[args.split], args.batch_size, collate_fn=collator)
 
