@@ -1,11 +1,13 @@
 """The documentation says what the code does. `python tests/test_docs.py write` renews what is generated."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from integration import tiny
 from transformers import Trainer
@@ -202,3 +204,21 @@ def test_mixin_in_the_wrong_place_gives_the_error_of_the_troubleshooting_page():
 
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:
     write()
+
+
+def test_the_tables_of_the_survival_study_are_those_of_its_raw_data():
+    page = (ROOT / "docs/results/survival.md").read_text()
+    path = ROOT / "docs/results/survival_language/table.py"
+    spec = importlib.util.spec_from_file_location("survival_language_table", path)
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    losses = pd.read_csv(table.LOSSES)
+    assert set(losses.seed) == set(range(8))
+    for row in table.primary_outcome(losses).itertuples():
+        budget = row.budget.replace("passes", "gradients")
+        assert f"| {row.treatment}, {budget} | {row.difference:+.3f} [{row.low:.3f}, {row.high:.3f}] |" in page
+    means = losses.groupby(["budget", "arm", "treatment"])["loss"].mean().round(3)
+    for arm in ("adamw", "adamw-high", "short-annealing", "random", "flatten"):
+        for budget in table.BUDGETS.values():
+            cells = [f"{means[budget, arm, name]:.3f}" for name in ("as trained", "4 bits", "3 bits", "2 bits")]
+            assert f"| {arm} | {' | '.join(cells)} |" in page.replace("**", "")

@@ -248,6 +248,7 @@ class Method:
         ascent (`type[Ascent]`): Where to perturb.
         descent (`type[Descent]`): What the optimizer gets.
         defaults (`Mapping[str, Any]`): `SAMConfig` fields with a different default for this method.
+        rho_is_from_scratch (`bool`): Whether the paper chose the default rho for training from scratch.
     """
 
     name: str
@@ -256,6 +257,7 @@ class Method:
     ascent: type[Ascent]
     descent: type[Descent] = Descent
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    rho_is_from_scratch: bool = False
 
     @property
     def classes(self) -> tuple[type[Ascent], type[Descent]]:

@@ -29,6 +29,7 @@ _ROWS = [
         "SAM in coordinates scaled by the weights: eps = rho T^2 g / ||T g||, with T = |w| + eta.",
         Steepest,
         defaults={"rho": 0.5, "adaptive": True},
+        rho_is_from_scratch=True,
     ),
     Method(
         "gsam",
@@ -37,6 +38,7 @@ _ROWS = [
         Steepest,
         SurrogateGap,
         defaults={"rho": 0.6, "rho_min": 0.1, "rho_schedule": "lr"},
+        rho_is_from_scratch=True,
     ),
     Method(
         "wsam",
@@ -73,6 +75,7 @@ _ROWS = [
         "One pass, at w - rho v / ||v||, with v the optimizer's momentum; no perturbation during warm-up.",
         Momentum,
         defaults={"rho": 3.0},
+        rho_is_from_scratch=True,
     ),
     Method(
         "periodic",
@@ -101,6 +104,7 @@ _ROWS = [
         "Perturb only the normalization layers, with a larger rho (SAM-ON).",
         Steepest,
         defaults={"rho": 0.5, "perturb": "norm"},
+        rho_is_from_scratch=True,
     ),
     Method(
         "functional",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,10 @@ class RhoWorkshop(Workshop):
                 return {}
             kept = pd.read_parquet(folder / PREDICTIONS_NAME)
             self._scores[folder] = example_scores(kept)
-            self._floors[folder] = self._untrained_scores() if "tokens" in kept else constant_scores(kept)
+            self._floors[folder] = constant_scores(kept) or self._untrained_scores
         return self._scores[folder]
 
+    @cached_property
     def _untrained_scores(self) -> dict[str, ExampleScores]:
         """Scores of the model before its first step, which is what a language model has to beat."""
         path = self.search.output_dir / UNTRAINED / PREDICTIONS_NAME
@@ -233,7 +235,7 @@ class RhoWorkshop(Workshop):
             constant = self._floors[self.folder(run)][self.metric]
             moved = scores.influence() - constant.influence()
             # Models from scratch start at slightly different losses with other seeds.
-            margin = 0.01 * constant.value if self.metric == "nll_per_token" else 0.0
+            margin = 0.01 * constant.value if self._floor_is_untrained else 0.0
             if sign * (scores.value - constant.value) > margin + 1.645 * moved.std() / len(moved) ** 0.5:
                 return True
         return False
@@ -255,7 +257,11 @@ class RhoWorkshop(Workshop):
     @property
     def floor_in_words(self) -> str:
         """A description of the floor."""
-        return "the model before its first step" if self.metric == "nll_per_token" else "always giving the same answer"
+        return "the model before its first step" if self._floor_is_untrained else "always giving the same answer"
+
+    @property
+    def _floor_is_untrained(self) -> bool:
+        return self.metric == "nll_per_token"
 
     @property
     def metric(self) -> str:

@@ -227,7 +227,8 @@ class PassState:
         self._is_scanned, self._step = False, None
         now = self.capture(None, -1, budget)
         known = {id(d) for namespaces, _ in snapshot.namespaces for d in namespaces.dictionaries}
-        snapshot.namespaces += [(n.excluding(known), n.excluding(known).read()) for n, _ in now.namespaces]
+        added = [namespaces.excluding(known) for namespaces, _ in now.namespaces]
+        snapshot.namespaces += [(namespaces, namespaces.read()) for namespaces in added]
         snapshot.tensors, snapshot.versions, snapshot.copies = now.tensors, now.versions, now.copies
         snapshot.contents, snapshot.shallow = now.contents, now.shallow
         snapshot.is_watched, snapshot.addresses = now.is_watched, now.addresses

@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from hf_sam import SAMConfig
+from hf_sam.experiments.records import RECORD_NAME, RunRecord
 from hf_sam.rho_search.halving import (
     ExampleScores,
     Rung,
@@ -17,7 +18,16 @@ from hf_sam.rho_search.halving import (
     search_passes,
     survivors,
 )
-from hf_sam.rho_search.phases import constant_scores, example_scores, pass_counter
+from hf_sam.rho_search.phases import (
+    PREDICTIONS_NAME,
+    UNTRAINED,
+    Phase,
+    RhoWorkshop,
+    Search,
+    constant_scores,
+    example_scores,
+    pass_counter,
+)
 from hf_sam.update.schedule import Schedule
 
 
@@ -217,6 +227,22 @@ def test_the_floor_is_the_best_answer_that_looks_at_nothing():
     several = pd.DataFrame({"label": [np.array([0.0, 1.0]), np.array([1.0, 1.0])], "probabilities": [[0.2, 0.9]] * 2})
     assert constant_scores(several)["subset_accuracy"].value == 0.5
     assert constant_scores(pd.DataFrame({"nll": [2.0, 9.0], "tokens": [1, 10]})) == {}
+
+
+@pytest.mark.parametrize(("columns", "expected"), [({}, 4.0), ({"answers": 1, "correct": 1, "most_frequent": 0}, 0.0)])
+def test_the_untrained_model_is_the_floor_only_where_there_is_no_constant_answer(columns, expected, tmp_path):
+    """A language model, and a text-to-text classifier, whose predictions also hold tokens."""
+    workshop = RhoWorkshop(Search(tmp_path, [], "seq2seq", (), {}, (0.1,), 0, None, None))
+    phase = Phase(0, 0.0, 0, 0, 1)
+    for folder, nll in ((tmp_path / UNTRAINED, 4.0), (workshop.folder(phase), 1.0)):
+        folder.mkdir(parents=True)
+        kept = pd.DataFrame(
+            {"nll": [nll, nll], "tokens": [1, 1], **{name: [value] * 2 for name, value in columns.items()}}
+        )
+        kept.to_parquet(folder / PREDICTIONS_NAME)
+    RunRecord(task="t", arm="a", status="finished").write(workshop.folder(phase) / RECORD_NAME)
+    assert workshop.floor([phase]) == expected
+    assert workshop.has_learnt([phase])
 
 
 def test_scores_of_kept_predictions_by_hand():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from hf_sam.experiments.driver import make_one, prepare
 from hf_sam.experiments.execution import execute
 from hf_sam.experiments.executors import LocalExecutor
-from hf_sam.experiments.records import RECORD_NAME
+from hf_sam.experiments.records import RECORD_NAME, read_record
 from hf_sam.reporting.document import escape_markdown
 from hf_sam.rho_search.halving import Rung, SearchPlan
 from hf_sam.rho_search.phases import Phase, RhoWorkshop, Search, passes_spent
@@ -147,6 +147,25 @@ def test_a_language_model_has_learned_once_it_beats_the_model_before_its_first_s
     assert found["learnt"] == learned
     assert found["floor"] == pytest.approx(5.56, abs=0.05)  # log 259: nothing is known of the next byte
     assert ("better than the model before its first step" in found["sentence"]) == (not learned)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_confirmation_in_which_runs_without_sam_failed_has_no_answer_until_they_are_retried(forked, tmp_path):
+    words = ["image_classification", DIGITS, *TINY, f"--output_dir={tmp_path}", "--rhos", "0.01", "--seeds=2"]
+    words += ["--budget=1"]
+    before = find_rho.main(words)
+    made, pair = forked["made"], list((tmp_path / "find_rho/runs").glob("*/seed-44/*/run_record.json"))
+    assert len(pair) == 2
+    for path in pair:
+        record = read_record(path)
+        record.fail(RuntimeError("the disk was full"))
+        record.write()
+    with pytest.raises(UserError, match=r"rho=0 and seed 44 failed.* no answer: the disk was full.*--retry_failed"):
+        find_rho.main(words)
+    assert forked["made"] == made
+    after = find_rho.main([*words, "--retry_failed"])
+    assert forked["made"] == made + 2
+    assert (after["recommended_rho"], after["gain"]) == (before["recommended_rho"], before["gain"])
 
 
 @pytest.mark.slow

@@ -56,6 +56,9 @@ def test_a_pattern_names_replicates_in_the_order_of_their_numbers(tmp_path):
     common = {"recipe": "causal_lm", "learning_rates": [1e-3]}
     args = forgetting.ForgettingArguments(checkpoints=[f"sam={tmp_path}/seed-*", "adamw=some/hub-id"], **common)
     assert args.starts == {"sam": [f"{tmp_path}/seed-9", f"{tmp_path}/seed-10"], "adamw": ["some/hub-id"]}
+    (tmp_path / "run[1]").mkdir()  # a name, not a pattern
+    args = forgetting.ForgettingArguments(checkpoints=[f"a={tmp_path}/run[1]"], **common)
+    assert args.starts == {"a": [f"{tmp_path}/run[1]"]}
     with pytest.raises(ValueError, match=r"checkpoints: .*/sede-\* matches no folder"):
         forgetting.ForgettingArguments(checkpoints=[f"sam={tmp_path}/sede-*"], **common)
 

@@ -1,9 +1,10 @@
-"""The tables of the language-model part of the survival study, from the records of its runs.
+"""The tables of the language-model part of the survival study.
 
-    python docs/results/survival_language/table.py outputs/comparison/survival_language
+    python docs/results/survival_language/table.py                                        # from losses.csv
+    python docs/results/survival_language/table.py outputs/comparison/survival_language   # from the records of the runs
 
-Writes `losses.csv` (test NLL per byte of every run under every treatment) next to this file, and prints the means over
-seeds and the tests of the plan: paired t-tests of `sam` minus `adamw` at 3 and 2 bits in both budgets, adjusted after
+`losses.csv`, next to this file, has the test NLL per byte of every run under every treatment, and is written anew from
+records. Prints the means over seeds and the tests of the plan: paired t-tests of `sam` minus `adamw` at 3 and 2 bits in both budgets, adjusted after
 Holm, and the same differences from every other arm, which are not adjusted.
 """
 
@@ -18,6 +19,7 @@ from scipy import stats
 from hf_sam.experiments.records import find_records
 from hf_sam.reporting.statistics import holm
 
+LOSSES = Path(__file__).with_name("losses.csv")
 BUDGETS = {"steps": "equal steps", "passes": "equal passes"}
 TREATMENTS = ("as trained", "8 bits", "4 bits", "3 bits", "2 bits")
 PRIMARY = ("3 bits", "2 bits")
@@ -53,17 +55,22 @@ def tested(losses: pd.DataFrame, treated: str, control: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["treatment", "budget", "seeds", "difference", "low", "high", "p"])
 
 
-def main(folder: str) -> None:
-    losses = read(folder)
-    losses.to_csv(Path(__file__).with_name("losses.csv"), index=False, float_format="%.6g")
+def primary_outcome(losses: pd.DataFrame) -> pd.DataFrame:
+    """The four tests of the plan."""
+    table = tested(losses, "sam", "adamw")
+    return table.assign(**{"p, Holm": holm(table.p.tolist())})
+
+
+def main(folders: list[str]) -> None:
+    if folders:
+        read(folders[0]).to_csv(LOSSES, index=False, float_format="%.6g")
+    losses = pd.read_csv(LOSSES)
     for budget in BUDGETS.values():
         cell = losses[losses.budget == budget]
         for name, function in (("mean", "mean"), ("standard deviation", "std")):
             table = cell.pivot_table(index="arm", columns="treatment", values="loss", aggfunc=function, sort=False)
             print(f"\n{budget}, {name} over seeds\n{table[list(TREATMENTS)].round(3).to_string()}")
-    primary = tested(losses, "sam", "adamw")
-    primary["p, Holm"] = holm(primary.p.tolist())
-    print(f"\nsam minus adamw\n{primary.to_string(index=False, float_format='%.4g')}")
+    print(f"\nsam minus adamw\n{primary_outcome(losses).to_string(index=False, float_format='%.4g')}")
     for treated in ("sam", "flatten"):
         for control in losses.arm.unique():
             if control not in (treated, "adamw" if treated == "sam" else treated):
@@ -72,4 +79,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -126,9 +126,6 @@ class _Parser(HfArgumentParser):
 # --- SAM fields, generated from SAMConfig --------------------------------------------------------------------------
 
 
-FROM_SCRATCH = ("asam", "gsam", "msam", "norm-only")  # papers that chose their rho for training from scratch
-
-
 class _SAMArguments:
     """The fields of `SAMConfig` with the prefix `sam_`."""
 
@@ -142,7 +139,7 @@ class _SAMArguments:
     @property
     def has_rho_for_training_from_scratch(self) -> bool:
         """Whether rho is the default of a method whose paper trained from scratch, and not chosen by the user."""
-        return self.sam_rho is None and self.sam_method in FROM_SCRATCH
+        return self.sam_rho is None and self.to_config().row.rho_is_from_scratch
 
     def to_config(self) -> SAMConfig:
         """
