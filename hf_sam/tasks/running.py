@@ -404,7 +404,9 @@ def perplexity_table(predictions: np.ndarray, labels: np.ndarray) -> dict[str, A
 
 
 def save(trainer: Trainer) -> None:
-    """Save the model, its tokenizer or processor, and the Trainer's state in `output_dir`."""
+    """Save the model, its tokenizer or processor, and the Trainer's state in `output_dir`, if it has been trained."""
+    if trainer.state.global_step == 0:
+        return
     trainer.save_model()
     trainer.save_state()
 

@@ -299,14 +299,18 @@ def test_slurm_finds_the_same_with_a_run_and_the_driver_killed_and_jobs_cancelle
     assert not ask(slurm_variables, "squeue", "-h").strip()
 
 
-@pytest.mark.parametrize("kind", ["ray", "slurm"])
-def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(kind, home, request):
+@pytest.fixture
+def cluster(kind, request):
+    """The environment and the options of the executor `kind`."""
     if kind == "ray":
         pytest.importorskip("ray", reason="Ray is missing: pip install 'hf-sam[ray]'")
-        variables, options = RAY_SETTINGS, ["num_cpus=1", "patience=1"]
-    else:
-        variables = request.getfixturevalue("slurm_variables")
-        options = ["partition=main", "poll=0.5", "patience=1"]
+        return RAY_SETTINGS, ["num_cpus=1", "patience=1"]
+    return request.getfixturevalue("slurm_variables"), ["partition=main", "poll=0.5", "patience=1"]
+
+
+@pytest.mark.parametrize("kind", ["ray", "slurm"])
+def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(cluster, kind, home):
+    variables, options = cluster
     path = home / "digits.yaml"
     study = {
         "recipe": "image_classification",
@@ -333,13 +337,8 @@ def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(kind, home, request
 
 
 @pytest.mark.parametrize("kind", ["ray", "slurm"])
-def test_a_search_for_rho_is_the_same_on_a_cluster(kind, home, request):
-    if kind == "ray":
-        pytest.importorskip("ray", reason="Ray is missing: pip install 'hf-sam[ray]'")
-        variables, options = RAY_SETTINGS, ["num_cpus=1", "patience=1"]
-    else:
-        variables = request.getfixturevalue("slurm_variables")
-        options = ["partition=main", "poll=0.5", "patience=1"]
+def test_a_search_for_rho_is_the_same_on_a_cluster(cluster, kind, home):
+    variables, options = cluster
     config = str(ROOT / "configs/image_classification/digits.yaml")
     words = [sys.executable, str(ROOT / "recipes/find_rho.py"), "image_classification", config, "--train_samples=64"]
     words += ["--max_steps=24", "--use_cpu=true", "--rhos", "0.01", "--seeds=2", "--budget=1"]

@@ -145,6 +145,7 @@ def test_a_language_model_has_learned_once_it_beats_the_model_before_its_first_s
     words += [f"--learning_rate={learning_rate}", "--lr_scheduler_type=constant", f"--output_dir={tmp_path / 'out'}"]
     found = find_rho.main([*words, "--rhos", "0.01", "--seeds=2", "--budget=1"])
     assert found["learnt"] == learned
+    assert not (tmp_path / "out/find_rho/untrained/trainer_state.json").exists()  # nothing trained, nothing saved
     assert found["floor"] == pytest.approx(5.56, abs=0.05)  # log 259: nothing is known of the next byte
     assert ("better than the model before its first step" in found["sentence"]) == (not learned)
 

@@ -394,6 +394,12 @@ def test_the_card_of_a_model_from_a_folder_names_it_and_no_path_of_this_machine(
     assert "(https://huggingface.co/)" not in text
 
 
+@pytest.mark.parametrize(("words", "is_said"), [([], True), (["--sam_rho=0.1"], False)], ids=["default", "chosen"])
+def test_fine_tuning_with_a_rho_from_training_from_scratch_is_pointed_out(encoder, tmp_path, capsys, words, is_said):
+    texts({"text": SENTENCES * 2, "label": [0, 1] * 8}, encoder, tmp_path, "--sam_method=asam", *words)
+    assert ("note: rho 0.5 is from the paper of asam" in capsys.readouterr().out) == is_said
+
+
 def test_several_labels_each(encoder, tmp_path):
     rows = {"text": SENTENCES * 2, "label": [["a"], ["a", "b"], [], ["b"]] * 4}
     trainer = texts(rows, encoder, tmp_path)
