@@ -105,7 +105,7 @@ class SharpnessAwareUpdate:
         self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
-        self._is_new_step, self._micro, self._has_uncommitted_memory, self._retries_ascent = True, 0, False, False
+        self._micro, self._has_uncommitted_memory, self._retries_ascent = 0, False, False
 
     # --- Algorithm 1 -------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class SharpnessAwareUpdate:
             is_last (`bool`): Whether this is the last micro-batch, after which the optimizer steps.
             measured (`Callable[[], bool]`): Returns whether the values of this step are about to be logged.
         """
-        if self._is_new_step:
+        if self._micro == 0:
             self._begin(model, index, measured())
         step = {
             Kind.PLAIN: self._plain_step,
@@ -138,7 +138,7 @@ class SharpnessAwareUpdate:
             loss = step(model, batch, is_last)
             if is_last and self.kind in (Kind.ONE_PASS, Kind.TWO_PASSES):
                 self._finish()
-        self._is_new_step, self._micro = is_last, 0 if is_last else self._micro + 1
+        self._micro = 0 if is_last else self._micro + 1
         self._has_uncommitted_memory = True
         if is_last:
             self.engine.finish_step()
