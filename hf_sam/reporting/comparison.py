@@ -32,7 +32,8 @@ from .setup import provenance_blocks, setup_blocks
 from .study import Study, make_study
 from .sufficiency import next_steps, warnings
 from .survival import TITLE as SURVIVAL
-from .survival import has_survival, survival_blocks
+from .survival_of_arms import SurvivalCell, survival_blocks, survival_cells
+from .survival_of_arms import answers as survival_answers
 from .validity import threats
 
 MAX_ANSWERS = 12
@@ -81,9 +82,9 @@ def write_report(
 def make_document(study: Study, title: str, folder: Path, seed: int = 0, command: str | None = None) -> Document:
     """Build the report; paths of records in its tables are relative to `folder`."""
     question, rng = study.question, np.random.default_rng(seed)
-    several = question.treatment != question.control
+    several, survival = question.treatment != question.control, survival_cells(study, rng)
     sections = [
-        Section("Answer", _answer_blocks(study)),
+        Section("Answer", _answer_blocks(study, survival)),
         Section("What to do next", _next_blocks(study, command) if several else []),
         Section("All arms", [block for budget in BUDGETS for block in _result_blocks(study, budget)]),
         Section("Curves", curve_blocks(study)),
@@ -91,7 +92,7 @@ def make_document(study: Study, title: str, folder: Path, seed: int = 0, command
         Section("Calibration", calibration_blocks(study)),
         Section("Label noise", noise_blocks(study)),
         Section("Sharpness", sharpness_blocks(study)),
-        Section(SURVIVAL, survival_blocks(study, rng) if has_survival(study.records) else []),
+        Section(SURVIVAL, survival_blocks(study, survival)),
         Section("Limits of this comparison", threats(study)),
         Section("Set-up", setup_blocks(study), folded=True),
         Section("Statistics", _statistics_blocks(study, rng), folded=True),
@@ -113,7 +114,7 @@ def make_document(study: Study, title: str, folder: Path, seed: int = 0, command
     return Document(title, lead, sections, tables, numbers, warnings(study) if several else [])
 
 
-def _answer_blocks(study: Study) -> list[Block]:
+def _answer_blocks(study: Study, survival: Sequence[SurvivalCell]) -> list[Block]:
     question, asked = study.question, study.asked
     if question.treatment == question.control:
         done = any(run.status == "finished" for run in study.records)
@@ -129,7 +130,11 @@ def _answer_blocks(study: Study) -> list[Block]:
         below.append(Text(f"{len(asked) - MAX_ANSWERS} more are in the tables below."))
     caption = f"Mean difference; thin line: 95 % interval, thick line: 90 %.{_margin_words(study)}"
     figure = _forest("answer", caption, shown)
-    return [Text(headline(asked), "verdict"), Columns([_answer_table(study, shown), *below], figure)]
+    after = survival_answers(survival, question)
+    blocks: list[Block] = [Text(headline(asked), "verdict"), Columns([_answer_table(study, shown), *below], figure)]
+    if after:
+        blocks += [Text(f"After treatments of the trained models (below: {SURVIVAL}):"), Listing(after)]
+    return blocks
 
 
 def _margin_words(study: Study) -> str:

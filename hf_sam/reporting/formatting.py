@@ -33,7 +33,7 @@ def value_and_spread(values: Sequence[float], metric_name: str) -> str:
 def signed(value: float, metric_name: str) -> str:
     """Format a difference with its sign in the metric's unit."""
     metric = metric_of(metric_name)
-    return f"{value * metric.scale:+.{metric.digits}f}"
+    return f"{round(value * metric.scale, metric.digits) + 0.0:+.{metric.digits}f}"  # never -0.0
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, metric_name: str) -> str:
@@ -115,6 +115,7 @@ def headline(entries: Sequence[Comparison]) -> str:
     if len(entries) == 1:
         return answer(entries[0])
     first, count = entries[0], len(entries)
+    everywhere = "both comparisons" if count == 2 else f"all {count} comparisons"
     arm, control, label = first.arm, first.control, metric_of(first.metric).label
     found = Counter(entry.verdict for entry in entries)
     settled = [entry for entry in entries if entry.verdict in ("better", "worse")]
@@ -125,14 +126,12 @@ def headline(entries: Sequence[Comparison]) -> str:
     if found["one seed"] == count:
         return f"No verdict: one seed shows nothing about {arm} against {control}."
     if found["better"] == count:
-        return f"Yes: {arm} is better than {control} in all {count} comparisons, in {label}{by}."
+        return f"Yes: {arm} is better than {control} in {everywhere}, in {label}{by}."
     if found["worse"] == count:
-        return f"No: {arm} is worse than {control} in all {count} comparisons, in {label}{by}."
+        return f"No: {arm} is worse than {control} in {everywhere}, in {label}{by}."
     if found["equivalent"] == count:
         margin = size(first.margin, first.metric)
-        return (
-            f"Equivalent: in all {count} comparisons {arm} and {control} are within ±{margin} of each other in {label}."
-        )
+        return f"Equivalent: in {everywhere} {arm} and {control} are within ±{margin} of each other in {label}."
     if found["undecided"] == count:
         return (
             f"Undecided: none of the {count} comparisons shows a difference in {label} between {arm} and {control}, and none "

@@ -44,6 +44,7 @@ STYLE = {
 MAX_PANELS = 12
 MAX_DRAWN_POINTS = 200  # of one arm in one panel: more are indistinguishable and make the page slow
 MAX_LABEL = 40  # characters of a name that fit into a drawing
+LEGEND_MARK, LEGEND_LETTER = 0.6, 0.065  # inches of a legend's entry beside its name, and of a letter of the name
 PHONE_WIDTH = 3.8  # inches, about 365 CSS pixels
 
 Drawing = tuple[Canvas, pd.DataFrame]
@@ -374,7 +375,8 @@ def _legend(canvas: Canvas, arms: Sequence[str], drawn: Collection[str] | None =
     if not arms:
         return
     handles = [Line2D([], [], **look) if markers else Line2D([], [], color=look["color"]) for look in looks]
-    columns = 2 if _narrow.get() else 5
+    longest = max(len(_short(arm)) for arm in arms)
+    columns = int(canvas.get_figwidth() / (LEGEND_MARK + LEGEND_LETTER * longest)) or 1
     legend = canvas.legend(handles, ["."] * len(arms), loc="outside lower center", ncols=min(len(arms), columns))
     for text, arm in zip(legend.get_texts(), arms, strict=True):
         text.set_text(_short(arm))  # set afterwards: a label that starts with an underscore would be left out

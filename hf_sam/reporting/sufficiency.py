@@ -62,7 +62,7 @@ def next_steps(study: Study) -> list[str]:
             f"random perturbation of the same size, of another learning rate, and of the same number of gradients without SAM."
         )
     if verdicts & {"worse", "leans worse"}:
-        steps.append(f"Try a smaller rho: recipes/find_rho.py searches for the best one for {treatment}, 0 included.")
+        steps.append(f"Try a smaller rho: hf-sam find-rho searches for the best one for {treatment}, 0 included.")
     if verdicts and verdicts <= {"equivalent"}:
         steps.append(f"Use {control}: {treatment} costs more and is equivalent here.")
     return steps

@@ -1,4 +1,4 @@
-"""Report section on survival: scores of checkpoints or arms after quantization, pruning, noise and merging."""
+"""Scores after quantization, pruning, noise and merging, as a record keeps them; the section of a report on checkpoints."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from ..evaluation.classification import CLASSIFICATION
 from ..evaluation.metrics import metric_of
 from ..evaluation.predictions import LanguagePredictions, Predictions
 from ..evaluation.survival import NONE, Outcome, Treatment
-from ..experiments.plan import BUDGETS, Question
-from ..experiments.records import RunRecord
 from . import plots
 from .document import Block, Section, Table, Text
-from .formatting import NOTHING, number, p_value, signed, with_interval
-from .results import Cell, is_trial
-from .statistics import Estimate, PairedComparison, bootstrap_examples, compare_paired, holm
-from .study import Study
+from .formatting import NOTHING, number, signed, with_interval
+from .statistics import Estimate, bootstrap_examples
 
 FORMAT, VERSION = "hf_sam.survival", 1
 TITLE = "What survives"
 SIDE_METRICS = ("nll", "ece")  # accuracy alone hides changes of confidence
-HEADLINE = Treatment("bits per channel", 4)  # the treatment of the headline, fixed before any result
 CAVEAT = (
     "Compare the scores first, then the changes in brackets: a checkpoint that has learned less has less to lose. Biases and "
     "normalization layers are never altered. Merging includes the embeddings, and the head only for language models."
@@ -110,11 +105,11 @@ def survival_section(record: Mapping[str, Any]) -> Section:
     blocks: list[Block] = [Text(_what_was_done(record)), Text(CAVEAT)]
     blocks.append(_checkpoint_table(frame, names, metric))
     curves = frame.rename(columns={"checkpoint": "name"})
-    if _has_curves(curves):
+    if has_curves(curves):
         words = f"{metric_of(metric).label.capitalize()} after each treatment, with bootstrap intervals over test examples shaded."
         blocks.append(plots.figure("survival", words, plots.draw_survival, curves, names, metric))
     blocks += _side_tables(record["checkpoints"], names)
-    blocks += _problems({name: entry["rows"] for name, entry in record["checkpoints"].items()})
+    blocks += problem_blocks({name: entry["rows"] for name, entry in record["checkpoints"].items()})
     return Section(TITLE, blocks)
 
 
@@ -138,7 +133,7 @@ def _what_was_done(record: Mapping[str, Any]) -> str:
 def _checkpoint_table(frame: pd.DataFrame, names: Sequence[str], metric: str) -> Table:
     by_name = {name: _by_treatment(frame[frame.checkpoint == name]) for name in names}
     rows = []
-    for treatment in _order(frame):
+    for treatment in treatments_in(frame):
         cells = []
         for name in names:
             row, plain = by_name[name].get(treatment), by_name[name].get(Treatment(NONE))
@@ -146,7 +141,7 @@ def _checkpoint_table(frame: pd.DataFrame, names: Sequence[str], metric: str) ->
         for name in names[1:]:
             row = by_name[name].get(treatment)
             ends = [row.get(key) for key in ("difference", "difference_low", "difference_high")] if row else []
-            cells.append(with_interval(*map(_finite, ends), metric) if row else NOTHING)
+            cells.append(with_interval(*map(finite, ends), metric) if row else NOTHING)
         rows.append([treatment.label, *cells])
     unit = f" ({metric_of(metric).unit})" if metric_of(metric).unit else ""
     better = "higher" if metric_of(metric).higher_is_better else "lower"
@@ -163,12 +158,12 @@ def _score_and_change(value: float | None, plain: float, treatment: Treatment, m
 
 
 def _side_tables(checkpoints: Mapping[str, Any], names: Sequence[str]) -> list[Block]:
-    frames = {name: _mean_over_draws(checkpoints[name]["rows"]) for name in names}
+    frames = {name: mean_over_draws(checkpoints[name]["rows"]) for name in names}
     kept = [metric for metric in SIDE_METRICS if all(metric in frame for frame in frames.values())]
     if not kept:
         return []
     rows = []
-    for treatment in _order(pd.concat(frames.values())):
+    for treatment in treatments_in(pd.concat(frames.values())):
         cells = []
         for metric in kept:
             for name in names:
@@ -184,214 +179,38 @@ def _side_tables(checkpoints: Mapping[str, Any], names: Sequence[str]) -> list[B
     return [Table(["treatment", *columns], rows, "Loss and calibration, changes in brackets; lower is better")]
 
 
-# --- comparisons ---------------------------------------------------------------------------------------------------
-
-
-def survival_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
-    """Build a comparison's section: per task and budget, scores of all arms and paired differences from the control."""
-    blocks: list[Block] = []
-    for index, cell in enumerate(study.cells):
-        frame = cell_frame(cell, study.arms)
-        if not frame.empty:
-            blocks += _cell_blocks(study, cell, frame, index, rng)
-    if not blocks:
-        return [Text("Not measured. Set `survival: true` in the YAML of the comparison to measure it.")]
-    without = [run for run in study.records if run.status == "finished" and not run.survival and not is_trial(run)]
-    missing = f" {len(without)} finished runs lack these scores." if without else ""
-    blocks += _problems({f"{run.arm}, seed {run.seed}": run.survival for run in study.records})
-    what = (
-        "Each run's final model, altered without further training and evaluated again. Quantization rounds weights to the nearest of "
-        "2^bits levels, pruning sets the smallest weights of each matrix to zero, noise is Gaussian, in units of the standard deviation of "
-        "each matrix. Embeddings and head are not altered unless the plan says so."
-    )
-    return [Text(what + missing), Text(CAVEAT), *blocks]
-
-
-def cell_frame(cell: Cell, arms: Sequence[str]) -> pd.DataFrame:
-    """Tabulate a cell: one row per arm, seed and treatment, draws averaged, one column per metric."""
-    frames = [
-        _mean_over_draws(run.survival).assign(name=arm, seed=run.seed)
-        for arm in arms
-        for run in cell.runs.get(arm, [])
-        if run.survival and run.seed is not None
-    ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
-def _cell_blocks(study: Study, cell: Cell, frame: pd.DataFrame, index: int, rng: np.random.Generator) -> list[Block]:
-    metric = _metric_in(frame, study.question)
-    arms = [arm for arm in study.arms if (frame.name == arm).any()]
-    where = f"{cell.title}, {BUDGETS.get(cell.budget, cell.budget)}"
-    paired = paired_survival(frame, study.question.control, metric, rng)
-    blocks: list[Block] = [Text(sentence, "answer") for sentence in _headline(paired, study.question, metric, where)]
-    rows = []
-    for treatment in _order(frame):
-        cells = []
-        for arm in arms:
-            values = _values(frame, arm, treatment, metric)
-            plain = _values(frame, arm, Treatment(NONE), metric)
-            changes = [values[seed] - plain[seed] for seed in values.keys() & plain.keys()]
-            score = _mean_and_spread(list(values.values()), metric)
-            change = f" ({signed(float(np.mean(changes)), metric)})" if changes and treatment.kind != NONE else ""
-            cells.append(score + change)
-        rows.append([treatment.label, *cells])
-    unit = f" ({metric_of(metric).unit})" if metric_of(metric).unit else ""
-    caption = f"{where}: {metric_of(metric).label}{unit}, mean ± sd over seeds, mean change from the model as trained in brackets"
-    blocks.append(Table(["treatment", *arms], rows, caption))
-    curves = _band_over_seeds(frame, arms, metric)
-    if _has_curves(curves):
-        words = f"{where}: {metric_of(metric).label} after each treatment, mean over seeds, range over seeds shaded."
-        blocks.append(plots.figure(f"survival-{index + 1}", words, plots.draw_survival, curves, arms, metric))
-    side = [name for name in SIDE_METRICS if name in frame and name != metric]
-    rows = [
-        [
-            treatment.label,
-            arm,
-            *(_mean_and_spread(list(_values(frame, arm, treatment, name).values()), name) for name in side),
-        ]
-        for treatment in _order(frame)
-        for arm in arms
-    ]
-    if side:
-        labels = [f"{metric_of(name).label}{' (%)' if metric_of(name).unit else ''}" for name in side]
-        title = f"{where}: loss and calibration after each treatment, mean ± sd"
-        blocks.append(Table(["treatment", "arm", *labels], rows, title, 2, folded=True))
-    rows = [
-        [
-            entry["treatment"].label,
-            entry["arm"],
-            str(len(entry["score"].seeds)),
-            *(_difference(entry[what], metric) for what in ("score", "change")),
-            *(p_value(entry[key]) for key in ("p", "p_holm")),
-        ]
-        for entry in paired
-    ]
-    if rows:
-        columns = ["treatment", "arm", "seeds", f"score minus {study.question.control}'s [Student]"]
-        columns += ["change minus the control's [Student]", "t-test p of the score", "Holm"]
-        title = f"{where}: paired over seeds; Holm's adjustment over the treatments of an arm"
-        blocks.append(Table(columns, rows, title, 2, folded=True))
-    return blocks
-
-
-def paired_survival(frame: pd.DataFrame, control: str, metric: str, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """
-    Compare every arm with the control under every treatment, paired over seeds.
-
-    Returns:
-        A list of `treatment`, `arm`, `score` and `change` (`PairedComparison`, of the score itself and of its change from the
-        model as trained), `p` of the score's paired t-test, and `p_holm`, adjusted over the treatments of the arm.
-    """
-    entries = []
-    for arm in dict.fromkeys(frame.name):
-        if arm == control:
-            continue
-        own = []
-        for treatment in _order(frame):
-            score = compare_paired(
-                _values(frame, arm, treatment, metric), _values(frame, control, treatment, metric), rng
-            )
-            change = compare_paired(
-                _changes(frame, arm, treatment, metric), _changes(frame, control, treatment, metric), rng
-            )
-            if score is not None and change is not None:
-                own.append({"treatment": treatment, "arm": arm, "score": score, "change": change, "p": score.t_p})
-        of_treatments = [entry["p"] if entry["treatment"].kind != NONE else None for entry in own]
-        for entry, p_holm in zip(own, holm(of_treatments), strict=True):
-            entries.append({**entry, "p_holm": p_holm})
-    return entries
-
-
-def _headline(paired: Sequence[Mapping[str, Any]], question: Question, metric: str, where: str) -> list[str]:
-    found = {entry["treatment"]: entry for entry in paired if entry["arm"] == question.treatment}
-    if HEADLINE not in found:
-        return []
-    altered, plain = found[HEADLINE], found.get(Treatment(NONE))
-    sentence = (
-        f"{where}: at {HEADLINE.label}, {metric_of(metric).label} of {question.treatment} minus that of {question.control} is "
-        f"{_difference(altered['score'], metric)}"
-    )
-    sentence += f", as trained {_difference(plain['score'], metric)}" if plain else ""
-    seeds = len(altered["score"].seeds)
-    if altered["p"] is None:
-        return [f"{sentence}; one seed gives no interval and says nothing about other seeds."]
-    return [
-        f"{sentence} ({seeds} seeds, paired t-test p {p_value(altered['p'])}, Holm over {len(found) - (plain is not None)} treatments {p_value(altered['p_holm'])})."
-    ]
-
-
-def _difference(paired: PairedComparison, metric: str) -> str:
-    return with_interval(paired.difference.value, paired.t_low, paired.t_high, metric)
-
-
-def _values(frame: pd.DataFrame, name: str, treatment: Treatment, metric: str) -> dict[int, float]:
-    """Map seeds to scores."""
-    at = frame[(frame.name == name) & (frame.kind == treatment.kind) & _at_level(frame, treatment)]
-    return {int(row.seed): float(row[metric]) for _, row in at.iterrows() if _finite(row[metric]) is not None}
-
-
-def _changes(frame: pd.DataFrame, name: str, treatment: Treatment, metric: str) -> dict[int, float]:
-    values, plain = _values(frame, name, treatment, metric), _values(frame, name, Treatment(NONE), metric)
-    return {seed: values[seed] - plain[seed] for seed in values.keys() & plain.keys()}
-
-
-def _band_over_seeds(frame: pd.DataFrame, arms: Sequence[str], metric: str) -> pd.DataFrame:
-    rows = []
-    for arm in arms:
-        for treatment in _order(frame):
-            values = list(_values(frame, arm, treatment, metric).values())
-            if values:
-                rows.append(
-                    (arm, treatment.kind, treatment.level, np.mean(values), min(values), max(values), len(values))
-                )
-    return pd.DataFrame(rows, columns=["name", "kind", "level", "value", "low", "high", "n"])
-
-
-def _metric_in(frame: pd.DataFrame, question: Question) -> str:
-    asked = "loss" if question.metric == "perplexity" else question.metric  # perplexity explodes at few bits
-    return next(name for name in (asked, "accuracy", "loss") if name in frame)
-
-
-def _mean_and_spread(values: Sequence[float], metric: str) -> str:
-    if not values:
-        return NOTHING
-    digits, scale = metric_of(metric).digits, metric_of(metric).scale
-    text = number(float(np.mean(values)) * scale, digits)
-    return text if len(values) < 2 else f"{text} ± {number(float(np.std(values, ddof=1)) * scale, digits)}"
-
-
 # --- both ----------------------------------------------------------------------------------------------------------
 
 
-def _mean_over_draws(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def mean_over_draws(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Average the metrics over draws: one row per treatment with a result, in order."""
     frame = pd.DataFrame([row for row in rows if "problem" not in row])
     frame = frame.astype({"level": float})
     return frame.groupby(["kind", "level"], sort=False, dropna=False).mean().reset_index().drop(columns="draw")
 
 
-def _order(frame: pd.DataFrame) -> list[Treatment]:
+def treatments_in(frame: pd.DataFrame) -> list[Treatment]:
+    """Return the distinct treatments of a table, in order."""
     pairs = frame[["kind", "level"]].itertuples(index=False)
-    return list(dict.fromkeys(Treatment(kind, _finite(level)) for kind, level in pairs))
+    return list(dict.fromkeys(Treatment(kind, finite(level)) for kind, level in pairs))
 
 
 def _by_treatment(frame: pd.DataFrame) -> dict[Treatment, dict[str, Any]]:
-    return {Treatment(row["kind"], _finite(row["level"])): row for row in frame.to_dict("records")}
+    return {Treatment(row["kind"], finite(row["level"])): row for row in frame.to_dict("records")}
 
 
-def _at_level(frame: pd.DataFrame, treatment: Treatment) -> pd.Series:
-    return frame.level.isna() if treatment.level is None else frame.level == treatment.level
-
-
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """Return `value` as a float, or `None` if it is missing, infinite or NaN."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _has_curves(frame: pd.DataFrame) -> bool:
+def has_curves(frame: pd.DataFrame) -> bool:
+    """Whether some kind of treatment has several levels to draw a curve over."""
     return bool(frame.groupby("kind")["level"].nunique().max() > 1)
 
 
-def _problems(rows_by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Block]:
+def problem_blocks(rows_by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Block]:
+    """Warn of treatments that could not be measured, each problem once, with the first names that had it."""
     told: dict[str, list[str]] = {}
     for name, rows in rows_by_name.items():
         for row in rows:
@@ -400,8 +219,3 @@ def _problems(rows_by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[B
     return [
         Text(f"Could not be measured ({', '.join(names[:4])}): {problem}", "warning") for problem, names in told.items()
     ]
-
-
-def has_survival(records: Sequence[RunRecord]) -> bool:
-    """Whether any run kept scores after treatments."""
-    return any(run.survival for run in records)

@@ -1,4 +1,5 @@
-"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU.
+"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU: as trained,
+and with the weights rounded to 3 and 2 bits.
 
     hf-sam demo --output_dir outputs/demo
 
@@ -39,6 +40,7 @@ ARMS = {
     "ASAM, rho 1": ["--sam_method", "asam", "--sam_rho", "1"],
 }
 NOISE = [0.0, 0.4]
+BITS = [3, 2]  # the trained models are also evaluated with their weights rounded, `hf-sam survival`
 FIRST = next(iter(ARMS))
 
 
@@ -70,18 +72,27 @@ def train(run: Run, folder: Path) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    from . import image_classification
+    from . import image_classification, survival
 
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             image_classification.main(run.argv(folder))
+            survived = survival.main(survival_argv(folder / run.name))
     finally:
         (folder / run.name).mkdir(parents=True, exist_ok=True)
         (folder / run.name / "log.txt").write_text(printed.getvalue(), encoding="utf-8")
     results = json.loads((folder / run.name / "all_results.json").read_text(encoding="utf-8"))
     kept = ("test_accuracy", "test_f1_macro", "test_nll", "test_ece", "train_runtime", "sam_passes", "sam_cost")
-    return asdict(run) | {key: results.get(key) for key in kept}
+    rounded = {f"accuracy_{row['level']}_bits": row["value"] for row in survived["scores"] if row["level"] in BITS}
+    return asdict(run) | {key: results.get(key) for key in kept} | rounded
+
+
+def survival_argv(folder: Path) -> list[str]:
+    """Return the command line that evaluates a run with its weights rounded, and adds the scores to its record."""
+    bits = ["--bits", *map(str, BITS), "--group_sizes", "0"]
+    where = ["--output_dir", str(folder / "survival"), "--disable_tqdm", "true"]
+    return [str(folder), "--treatments", "quantize", *bits, *where]
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -97,6 +108,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
                 "accuracy": f"{accuracy.mean():.1f}{_spread(accuracy)}",
                 f"minus {FIRST}": "" if arm == FIRST else f"{(d := accuracy - first).mean():+.1f}{_spread(d)}",
                 "ECE": f"{group.test_ece.mean():.3f}",
+                **{f"at {bits} bits": f"{100 * group[f'accuracy_{bits}_bits'].mean():.1f}" for bits in BITS},
                 "seconds": f"{group.train_runtime.mean():.0f}",
             }
         )

@@ -19,7 +19,7 @@ from hf_sam.experiments.records import RECORD_NAME, find_records, read_record
 from hf_sam.reporting.comparison import write_report
 from hf_sam.reporting.statistics import holm
 from hf_sam.reporting.study import make_study
-from hf_sam.reporting.survival import cell_frame, paired_survival
+from hf_sam.reporting.survival_of_arms import cell_frame, paired_survival
 from hf_sam.tasks import causal_lm, compare, image_classification, report, survival
 from hf_sam.tasks.command_line import early
 from hf_sam.tasks.command_line.errors import UserError
@@ -182,10 +182,11 @@ def records_with_survival(folder, seeds):
 def test_the_report_of_a_comparison_pairs_scores_over_seeds(tmp_path):
     written = write_report(records_with_survival(tmp_path, range(4)), tmp_path / "report", control="adamw")
     text = written.with_name("report.md").read_text()
-    sentence = (
-        "at 4 bits per channel, accuracy of sam minus that of adamw is +2.0 [+1.7, +2.3], as trained +0.0 [-0.3, +0.3]"
-    )
-    assert sentence in text.replace("\\", "")
+    answer, _, section = text.replace("\\", "").partition("## What survives")
+    for part in (answer, section):  # in the answer of the report, and again where the numbers are
+        assert "sam against adamw, by accuracy: better after 4 bits per channel (+2.0); undecided after" in part
+    assert "| 4 bits per channel | 80.3 ± 0.3 | 82.3 ± 0.3 | +2.0 [+1.7, +2.3] | better |" in section
+    assert "| as trained | 90.3 ± 0.3 | 90.3 ± 0.3 | +0.0 [-0.3, +0.3] | undecided |" in section
     assert "| as trained | 90.3 ± 0.3 | 90.3 ± 0.3 |" in text
     assert "| 4 bits per channel | 80.3 ± 0.3 (-10.0) | 82.3 ± 0.3 (-8.0) |" in text
     assert "| noise of 0.2 sd | 60.3 ± 0.3 (-30.0) |" in text  # the mean of its two draws
@@ -195,10 +196,10 @@ def test_the_report_of_a_comparison_pairs_scores_over_seeds(tmp_path):
     assert set(drawn.kind) == {"none", "bits per channel"}
     frame = cell_frame(make_study(find_records(tmp_path)[0], control="adamw").cells[0], ["adamw", "sam"])
     entries = paired_survival(frame, "adamw", "accuracy", np.random.default_rng(0))
-    four = next(entry for entry in entries if entry["treatment"].level == 4)
-    assert four["score"].difference.value == pytest.approx(0.02)
-    assert four["change"].difference.value == pytest.approx(0.02)
-    assert [entry["p_holm"] for entry in entries] == [None, *holm([entry["p"] for entry in entries[1:]])]
+    four = next(entry for entry in entries if entry.treatment.level == 4)
+    assert four.score.difference.value == pytest.approx(0.02)
+    assert four.change.difference.value == pytest.approx(0.02)
+    assert [entry.p_holm for entry in entries[1:]] == holm([entry.score.t_p for entry in entries[1:]])
 
 
 def test_one_seed_gives_no_interval_and_runs_without_scores_are_counted(tmp_path):
@@ -206,7 +207,7 @@ def test_one_seed_gives_no_interval_and_runs_without_scores_are_counted(tmp_path
     extra = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("asam",), seeds=[0])
     written = write_report([*records, *extra], tmp_path / "report", control="adamw", treatment="sam")
     text = written.with_name("report.md").read_text()
-    assert "one seed gives no interval and says nothing about other seeds" in text
+    assert "one seed says nothing about sam against adamw" in text
     assert "1 finished runs lack these scores" in text
 
 
@@ -238,8 +239,7 @@ def test_a_comparison_keeps_only_scores_and_pairs_them(tmp_path):
         assert run.survival[0]["accuracy"] == pytest.approx(run.metrics["accuracy"])
     text = written.with_name("report.md").read_text()
     assert "## What survives" in text
-    assert "at 4 bits per channel, accuracy of sam minus that of adamw is" in text
-    assert "(3 seeds, paired t-test p" in text
+    assert "sam against adamw, by accuracy: " in text
     assert "| 2 bits per channel | sam | 3 |" in text
 
 
