@@ -62,7 +62,7 @@ def _read_run(run: Path, folder: Path, task: str) -> RunRecord:
         task=task,
         arm=arm,
         seed=seed,
-        status="foreign",
+        status="external",
         metrics=_metrics(last),
         steps=_number(state.get("global_step")),
         seconds=_number(last.get("train_runtime")),

@@ -32,7 +32,7 @@ from .provenance import describe_data, describe_environment, describe_model, pea
 FORMAT = "hf_sam.run_record"
 VERSION = 1
 RECORD_NAME = "run_record.json"
-STATUSES = ("running", "interrupted", "finished", "failed", "foreign")
+STATUSES = ("running", "interrupted", "finished", "failed", "external")
 ENDED = ("finished", "failed")
 OPEN = ("running", "interrupted")  # left behind by a run that was killed or stopped, and can be resumed
 
@@ -62,7 +62,7 @@ class RunRecord:
         seed (`int`, *optional*): The seed; runs of different arms with the same seed are pairs.
         status (`str`, *optional*, defaults to `"running"`):
             `"running"` (also after the run was killed), `"interrupted"` (by Ctrl-C), `"finished"`, `"failed"`, or
-            `"foreign"` for a run that hf_sam did not record.
+            `"external"` for a run that hf_sam did not record.
         config (`dict`, *optional*):
             `"recipe"` (the script's arguments), `"training_arguments"` and `"sam"` (`None`: no SAM).
         model, data, environment (`dict`, *optional*):

@@ -34,7 +34,7 @@ from .sufficiency import next_steps, warnings
 from .survival import TITLE as SURVIVAL
 from .survival_of_arms import SurvivalCell, survival_blocks, survival_cells
 from .survival_of_arms import answers as survival_answers
-from .validity import threats
+from .validity import limits
 
 MAX_ANSWERS = 12
 MAX_DRAWN = 40
@@ -93,13 +93,13 @@ def make_document(study: Study, title: str, folder: Path, seed: int = 0, command
         Section("Label noise", noise_blocks(study)),
         Section("Sharpness", sharpness_blocks(study)),
         Section(SURVIVAL, survival_blocks(study, survival)),
-        Section("Limits of this comparison", threats(study)),
+        Section("Limits of this comparison", limits(study)),
         Section("Set-up", setup_blocks(study), folded=True),
         Section("Statistics", _statistics_blocks(study, rng), folded=True),
         Section("Every run", _run_blocks(study), folded=True),
         Section("Provenance", provenance_blocks(study), folded=True),
     ]
-    done = sum(run.status in ("finished", "foreign") for run in study.records)
+    done = sum(run.status in ("finished", "external") for run in study.records)
     lead = (
         f"{done} of {len(study.records) + study.missing} runs of {', '.join(study.arms)}. A difference is an arm minus "
         f"{question.control} with the same seed, on the test split, at the last checkpoint."

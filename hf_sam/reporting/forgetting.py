@@ -64,7 +64,7 @@ def make_forgetting_document(
         Section("Answer", _answer(found, differences, names)),
         Section("Frontier", [plots.figure("frontier", caption, plots.draw_frontier, frame, names, found.target)]),
         Section("Every learning rate", [_rates_table(runs, before, names)]),
-        Section("Limits of this comparison", [Listing(_threats(runs, names))]),
+        Section("Limits of this comparison", [Listing(_limits(runs, names))]),
         Section("Set-up", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)], folded=True),
     ]
     lead = (
@@ -170,7 +170,7 @@ def _labelled(metric: str) -> str:
     return metric_of(metric).label + (f" ({metric_of(metric).unit})" if metric_of(metric).unit else "")
 
 
-def _threats(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+def _limits(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     found = [
         "The comparison is at equal training loss, so a start is not rewarded for learning the second task more slowly. Between "
         "two learning rates, the path is interpolated linearly.",

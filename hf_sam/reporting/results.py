@@ -180,10 +180,10 @@ def uses_sam(run: RunRecord) -> bool:
 
 
 def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
-    """Group finished and foreign runs by task, condition and budget."""
+    """Group finished and external runs by task, condition and budget."""
     groups: dict[tuple[str, str, str], dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
     for run in records:
-        if run.status in ("finished", "foreign") and not is_trial(run):
+        if run.status in ("finished", "external") and not is_trial(run):
             for budget in run.budget.split("+"):
                 groups[run.task, run.condition, budget][run.arm].append(run)
     keys = sorted(
@@ -207,7 +207,7 @@ def guess_question(
     Raises:
         ValueError: If no record has the named arm or metric.
     """
-    done = [run for run in records if run.status in ("finished", "foreign") and not is_trial(run)]
+    done = [run for run in records if run.status in ("finished", "external") and not is_trial(run)]
     arms = arm_order(done)
     for name, arm in (("control", control), ("treatment", treatment)):
         if arm is not None and arms and arm not in arms:

@@ -16,8 +16,8 @@ FEW_SEEDS = 10
 MAX_LISTED = 10
 
 
-def threats(study: Study) -> list[Block]:
-    """List the threats to validity of this set of runs, not of comparisons in general."""
+def limits(study: Study) -> list[Block]:
+    """List the limits of this set of runs, not of comparisons in general."""
     found = [
         *_about_seeds(study),
         *_about_tuning(study),
@@ -97,9 +97,9 @@ def _about_runs(study: Study) -> list[str]:
         found.append(
             f"{_count(unfinished, 'run')} unfinished and {study.missing} not started: this comparison is incomplete."
         )
-    if status["foreign"]:
+    if status["external"]:
         found.append(
-            f"{_count(status['foreign'], 'run')} not written by hf_sam: shown with the others but not paired "
+            f"{_count(status['external'], 'run')} not written by hf_sam: shown with the others but not paired "
             f"or tested, since nothing shows that the head, order, noise and splits were the same."
         )
     resumed = [run for run in study.records if run.resumed_from is not None]

@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     command = command_again("compare", [word for word in argv if word not in ("--report", "--retry_failed")])
     if not args.report:
         write_json(plan.output_dir / PLAN_NAME, describe(plan))
-        make_all(workshop, choice, lambda: report_on(workshop, args.foreign, command=command))
+        make_all(workshop, choice, lambda: report_on(workshop, args.external, command=command))
     failures = describe_failures(workshop)
-    report = report_on(workshop, args.foreign, failures, command)
+    report = report_on(workshop, args.external, failures, command)
     print(f"\nReport: {report}")
     if failures and not args.report:
         raise UserError(failures)
@@ -281,7 +281,9 @@ def describe_power(plan: Plan) -> str:
     )
 
 
-def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = "", command: str | None = None) -> Path:
+def report_on(
+    workshop: Workshop, external: Sequence[Path] = (), failures: str = "", command: str | None = None
+) -> Path:
     """
     Write the report on the runs so far.
 
@@ -290,13 +292,13 @@ def report_on(workshop: Workshop, foreign: Sequence[Path] = (), failures: str = 
     """
     plan, records = workshop.plan, records_of(workshop)
     problems: list[str] = []
-    for folder in foreign:
+    for folder in external:
         found, messages = find_external_runs(folder, task=next(iter(plan.tasks)))
         records, problems = records + found, problems + messages
     paths = {workshop.folder(run) / RECORD_NAME for run in workshop.runs}
     final = [record for record in records if record.path in paths]
     done = {entry.arm for entry in final if entry.status == "finished"}
-    if not any(record.status in ("finished", "foreign") for record in records):
+    if not any(record.status in ("finished", "external") for record in records):
         raise UserError(failures or f"No run has finished in {plan.output_dir}, so there is nothing to report.")
     question = dataclasses.asdict(plan.question)
     if not {question["control"], question["treatment"]} <= done:  # too early for the question: show the runs so far

@@ -5,7 +5,7 @@
     hf-sam flatten outputs/lora --task causal-lm --output_dir outputs/lora-flat
 
 The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It
-is trained on its own task, with defaults that depend on the task; any option, such as `--learning_rate` or `--sam_rho`,
+is trained on its own task, with the defaults of `configs/flatten`; any option, such as `--learning_rate` or `--sam_rho`,
 overrides them. Run record and model card say that this was a flatten phase. `hf-sam survival BEFORE AFTER` measures
 whether it helped.
 """
@@ -22,22 +22,11 @@ from ..experiments.execution import load_task
 from ..experiments.plan import command_line
 from . import sharpness
 from .command_line.arguments import wants_help
+from .command_line.config_files import CONFIGS
 from .command_line.errors import UserError
 from .models import adapter_base
 
-PHASE = "flatten"
-COMMON = {
-    **{"phase": PHASE, "arm": PHASE, "num_train_epochs": 1, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
-    **{"weight_decay": 0.0, "save_strategy": "no", "logging_steps": 10, "report_to": "none"},
-}
-# A tenth to a half of the learning rate of the fine-tuning, and a rho larger than the default, because the phase is
-# short and not meant to learn anything new.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "text-classification": {"learning_rate": 2e-5, "sam_rho": 0.02, "per_device_train_batch_size": 32},
-    "image-classification": {"learning_rate": 1e-5, "sam_rho": 0.02, "per_device_train_batch_size": 16},
-    "causal-lm": {"learning_rate": 2e-5, "sam_rho": 0.05, "per_device_train_batch_size": 8},
-}
-ADAPTER = {"learning_rate": 1e-4, "sam_rho": 0.05}
+DEFAULTS = CONFIGS / "flatten"
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> Any:
@@ -53,18 +42,13 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> An
     path = known.checkpoint
     named = ["--checkpoints", path, *rest]
     name = sharpness.find_task([*named, *(["--task", known.task] if known.task else [])])
-    settings = {
-        **COMMON,
-        **DEFAULTS[name],
-        **(ADAPTER if adapter_base(path) else {}),
-        "model_name_or_path": path,
-    }
+    recipe = sharpness.TASKS[name].recipe
+    files = [DEFAULTS / f"{recipe}.yaml", *([DEFAULTS / "lora.yaml"] if adapter_base(path) else [])]
     folder = (
         Path(f"{path.rstrip('/')}-flat") if Path(path).exists() else Path("outputs") / f"{path.split('/')[-1]}-flat"
     )
     data = sharpness.recorded_data(named)
     if not data and not any(word.split("=")[0] in ("--dataset", "--glue_task") for word in rest):
         raise UserError(f"{path} has no run record with its data set: give --dataset, the data it was trained on.")
-    return load_task(sharpness.TASKS[name].recipe).main(
-        [*command_line(None, settings, folder), *data, *rest], callbacks
-    )
+    words = command_line(None, {"model_name_or_path": path}, folder)
+    return load_task(recipe).main([*map(str, files), *words, *data, *rest], callbacks)

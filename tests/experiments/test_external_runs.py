@@ -17,7 +17,7 @@ def test_outputs_of_a_real_trainer_are_read(make_trainer, tmp_path):
     trainer.save_state()
     (record,), problems = find_external_runs(tmp_path, task="toy")
     assert not problems
-    assert (record.task, record.arm, record.seed, record.status) == ("toy", "plain", 5, "foreign")
+    assert (record.task, record.arm, record.seed, record.status) == ("toy", "plain", 5, "external")
     assert record.steps == 4
     assert record.seconds > 0
     assert set(record.metrics) == {"loss"}
@@ -68,13 +68,13 @@ def test_broken_outputs_are_a_message(tmp_path, text):
     assert str(tmp_path) in problems[0]
 
 
-def test_runs_of_ours_are_not_foreign(tmp_path):
+def test_runs_of_ours_are_not_external(tmp_path):
     (tmp_path / "trainer_state.json").write_text("{}")
     RunRecord(task="t", arm="a").write(tmp_path / RECORD_NAME)
     assert find_external_runs(tmp_path, task="toy") == ([], [])
 
 
-def test_foreign_runs_stand_beside_ours_and_are_never_paired(tmp_path):
+def test_external_runs_stand_beside_ours_and_are_never_paired(tmp_path):
     ours = fabricate(tmp_path / "ours", conditions=("clean",), budgets=("steps",), arms=("adamw", "sam"))
     for seed in range(5):
         folder = tmp_path / "theirs" / f"plain-seed{seed}"

@@ -187,11 +187,11 @@ def test_outputs_of_a_plain_trainer_stand_beside(study, tmp_path):
     (theirs / "trainer_state.json").write_text('{"global_step": 6, "log_history": [{"loss": 1.0, "step": 6}]}')
     (theirs / "all_results.json").write_text('{"eval_accuracy": 0.5, "train_runtime": 3.0}')
     path = study(seeds=[0])
-    folders = ["--foreign", str(tmp_path / "theirs")]
+    folders = ["--external", str(tmp_path / "theirs")]
     text = compare.main([path, "--output_dir", str(tmp_path / "out"), *folders]).with_name("report.md").read_text()
     assert re.search(r"\| adafactor \| 1 \| 50.0 .*not paired", text)
-    with pytest.raises(UserError, match=r"foreign=.*nowhere is not a folder"):
-        compare.main([path, "--output_dir", str(tmp_path / "out"), "--foreign", str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"external=.*nowhere is not a folder"):
+        compare.main([path, "--output_dir", str(tmp_path / "out"), "--external", str(tmp_path / "nowhere")])
 
 
 def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(study, tmp_path, monkeypatch, capsys):

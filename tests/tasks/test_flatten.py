@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_an_encoder_is_flattened_on_the_data_of_its_record(encoder, data, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
-def test_an_adapter_is_flattened_by_its_own_factors(decoder, data, tmp_path):
+def test_an_adapter_is_flattened_by_its_own_factors(decoder, data, tmp_path, capsys):
     finished, flat = tmp_path / "lora", tmp_path / "flat"
     lora = ["--lora_r=2", "--lora_target_modules", "q_proj", f"--model_name_or_path={decoder}"]
     causal_lm.main([data("corpus"), *lora, *LM, *TRAINED, f"--output_dir={finished}"])
@@ -56,7 +57,8 @@ def test_an_adapter_is_flattened_by_its_own_factors(decoder, data, tmp_path):
     trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
-    assert trainer.sam_config.rho == flatten.ADAPTER["sam_rho"]
+    assert trainer.sam_config.rho == 0.05  # of lora.yaml
+    assert re.search(r"rho 0.05 \((.*/)?lora.yaml\)", capsys.readouterr().out)
     assert (flat / "adapter_model.safetensors").is_file()
     with pytest.raises(UserError, match="is already an adapter: leave out lora_r"):
         flatten.main(

@@ -81,7 +81,7 @@ def study_parser() -> argparse.ArgumentParser:
     parser.add_argument("--status", action="store_true", help="Print the state of the runs and exit.")
     parser.add_argument("--cancel", action="store_true", help="Cancel queued and running jobs and exit.")
     parser.add_argument(
-        "--foreign", type=Path, nargs="+", default=[], help="Output folders of plain Trainers to include."
+        "--external", type=Path, nargs="+", default=[], help="Output folders of plain Trainers to include."
     )
     add_executor_arguments(parser)
     return parser
@@ -102,9 +102,9 @@ def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for word in args.set:
         if "=" not in word:
             raise UserError(f"--set takes key=value pairs, not {word!r}.")
-    for folder in args.foreign:
+    for folder in args.external:
         if not folder.is_dir():
-            raise UserError(f"foreign={folder} is not a folder; give the output folder of a Trainer.")
+            raise UserError(f"external={folder} is not a folder; give the output folder of a Trainer.")
     return args
 
 
