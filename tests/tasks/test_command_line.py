@@ -57,7 +57,12 @@ def recipe(name: str, folder: Path, request) -> list[str]:
     return words + (["--activation_checkpointing=false", "--bf16=false"] if name == "causal_lm" else [])
 
 
-@pytest.mark.parametrize("name", TRAINING)
+EVERY_TIME = ("image_classification", "causal_lm")  # the others run inside this process in their own tests
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in TRAINING]
+)
 def test_recipe_runs_as_a_program(name, tmp_path, request):
     done = finished(command(*recipe(name, tmp_path, request)))
     assert done.returncode == 0, done.stderr

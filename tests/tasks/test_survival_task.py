@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +21,6 @@ from hf_sam.tasks import causal_lm, compare, image_classification, report, survi
 from hf_sam.tasks.command_line import early
 from hf_sam.tasks.command_line.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 TINY = '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 8, "patch_size": 4}'
 DIGITS = [
     *("--dataset=digits", "--model_type=vit", f"--config_overrides={TINY}", "--train_samples=40", "--test_samples=40"),
@@ -44,7 +40,7 @@ def checkpoints(tmp_path_factory):
 
 def test_scores_of_two_checkpoints_are_written_and_recorded(checkpoints, tmp_path):
     first, second = checkpoints
-    words = [sys.executable, str(ROOT / "recipes/survival.py"), f"a={first}", f"b={second}", *FEW]
+    words = [f"a={first}", f"b={second}", *FEW]
     words += [
         "--merge_with",
         f"other={second}",
@@ -53,8 +49,7 @@ def test_scores_of_two_checkpoints_are_written_and_recorded(checkpoints, tmp_pat
         f"--output_dir={tmp_path}",
         "--disable_tqdm=true",
     ]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    survival.main(words)
     record = json.loads((tmp_path / "survival.json").read_text())
     scores = pd.DataFrame(record["scores"])
     assert list(scores[scores.checkpoint == "a"].kind) == [
