@@ -26,6 +26,7 @@ from hf_sam.experiments.records import find_records
 from hf_sam.reporting.comparison import write_report
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs/image_classification"
 pytestmark = pytest.mark.clusters
 
 # `ray start` may ask for tokens, which no driver here has. By default workers have the lowest priority, and with them
@@ -314,7 +315,7 @@ def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(cluster, kind, home
     path = home / "digits.yaml"
     study = {
         "recipe": "image_classification",
-        "config": str(ROOT / "configs/image_classification/digits.yaml"),
+        "config": str(CONFIGS / "digits.yaml"),
         "task": "digits",
         "settings": {"max_steps": 6, "train_samples": 64, "logging_steps": 2, "use_cpu": True},
         "arms": {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.05}},
@@ -322,41 +323,61 @@ def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(cluster, kind, home
     }
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     for name, words in {"digits": [], kind: ["--executor", kind, "--executor_options", *options]}.items():
-        command = [sys.executable, str(ROOT / "recipes/compare.py"), str(path), f"--output_dir={home}/{name}-digits"]
         if name == "digits" and (home / "digits-digits/report").exists():
             continue
-        result = subprocess.run(
-            [*command, *words],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
+        run_program("compare", str(path), f"--output_dir={home}/{name}-digits", *words, environment=variables)
     assert numbers(home / f"{kind}-digits") == numbers(home / "digits-digits")
 
 
 @pytest.mark.parametrize("kind", ["ray", "slurm"])
 def test_a_search_for_rho_is_the_same_on_a_cluster(cluster, kind, home):
     variables, options = cluster
-    config = str(ROOT / "configs/image_classification/digits.yaml")
-    words = [sys.executable, str(ROOT / "recipes/find_rho.py"), "image_classification", config, "--train_samples=64"]
+    words = ["image_classification", str(CONFIGS / "digits.yaml"), "--train_samples=64"]
     words += ["--max_steps=24", "--use_cpu=true", "--rhos", "0.01", "--seeds=2", "--budget=1"]
     found = {}
     for name, chosen in {"local": [], kind: ["--executor", kind, "--executor_options", *options]}.items():
         out = home / f"rho-{name}"
         path = out / "find_rho/find_rho.json"
         if not path.exists():
-            result = subprocess.run(
-                [*words, f"--output_dir={out}", *chosen],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables},
-                capture_output=True,
-                text=True,
-                timeout=1800,
-            )
-            assert result.returncode == 0, result.stdout + result.stderr
+            run_program("find_rho", *words, f"--output_dir={out}", *chosen, environment=variables)
         found[name] = json.loads(path.read_text())
         jobs = {json.loads(path.read_text())["id"].split()[0] for path in out.rglob("place.json")}
         assert jobs == {"local" if name == "local" else kind}
     for name in ("curve", "passes", "recommended_rho", "sentence"):
         assert found[kind][name] == found["local"][name]
+
+
+@pytest.mark.parametrize("kind", ["ray", "slurm"])
+def test_forgetting_is_the_same_on_a_cluster(cluster, kind, home):
+    variables, options = cluster
+    start = home / "start"
+    common = ["--train_samples=64", "--max_steps=6", "--use_cpu=true"]
+    if not start.exists():
+        run_program(
+            "image_classification",
+            str(CONFIGS / "digits.yaml"),
+            *common,
+            f"--output_dir={start}",
+            environment=variables,
+        )
+    settings = {"dataset": "digits", "label_noise": 0.5, "train_samples": 64, "max_steps": 6, "use_cpu": True}
+    words = [f"adamw={start}", "--recipe=image_classification", f"--settings={json.dumps(settings)}"]
+    words += ["--learning_rates", "0.001", "0.01", "--max_examples=64"]
+    found = {}
+    for name, chosen in {"local": [], kind: ["--executor", kind, "--executor_options", *options]}.items():
+        out = home / f"forgetting-{name}"
+        if not out.exists():
+            run_program("forgetting", *words, f"--output_dir={out}", *chosen, environment=variables)
+        results = {path.parent.relative_to(out): read_json(path) for path in out.rglob("forgetting.json")}
+        found[name] = {folder: (each["first"], each["second"]) for folder, each in results.items()}
+        jobs = {json.loads(path.read_text())["id"].split()[0] for path in out.rglob("place.json")}
+        assert jobs == {"local" if name == "local" else kind}
+    assert len(found["local"]) == 2
+    assert found[kind] == found["local"]
+
+
+def run_program(name, *words, environment):
+    command = [sys.executable, str(ROOT / f"recipes/{name}.py"), *words]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stdout + result.stderr
