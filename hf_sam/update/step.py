@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ class SharpnessAwareUpdate:
             is_last (`bool`): Whether this is the last micro-batch, after which the optimizer steps.
             measured (`Callable[[], bool]`): Returns whether the values of this step are about to be logged.
         """
-        if self._micro == 0:
+        if self._micro == 0 or index != self.index:  # the latter after an error that user code has caught
             self._begin(model, index, measured())
         step = {
             Kind.PLAIN: self._plain_step,
@@ -134,7 +135,7 @@ class SharpnessAwareUpdate:
         }[self.kind]
         if self.kind is not Kind.TWO_PASSES:
             batch = batch.without(getattr(self.parts.ascent, "part", None))
-        with self.cost.micro_batch(index):
+        with self.cost.micro_batch(index), self._gradients_kept_on_error():
             loss = step(model, batch, is_last)
             if is_last and self.kind in (Kind.ONE_PASS, Kind.TWO_PASSES):
                 self._finish()
@@ -166,7 +167,7 @@ class SharpnessAwareUpdate:
         if self.scope != "micro" and not is_last:
             return clean_loss if self.runner.sees_all else torch.zeros_like(clean_loss)
         window, self._window = self._window, []
-        accumulated, self._accumulated = self._accumulated, {}
+        accumulated = self._accumulated
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
         g = self.optimizer_gradient.vector(gradients, self.parameters.selected)
@@ -293,7 +294,9 @@ class SharpnessAwareUpdate:
     # --- the kind of step --------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, index: int, measured: bool) -> None:
-        """Commit the memory of the previous step, and update the trained parameters and the schedule."""
+        """Forget what an abandoned step left, commit the memory of the previous one, and update what a step reads."""
+        self._micro, self._window, self._accumulated = 0, [], {}
+        self.telemetry.close_step()
         self.commit_memory()
         if self.parameters.refresh():
             self.runner.parameters_changed()
@@ -364,6 +367,19 @@ class SharpnessAwareUpdate:
             loss_scale=self.engine.loss_scale(self.device),
             hessian_product=None if window is None else partial(self.optimizer_gradient.hessian_product, window),
         )
+
+    @contextlib.contextmanager
+    def _gradients_kept_on_error(self) -> Iterator[None]:
+        """A context that puts back the gradients of earlier micro-batches, in case user code skips one that fails."""
+        try:
+            yield
+        except BaseException:
+            if not self._window:  # otherwise they are still in p.grad
+                put_gradients(self._accumulated)
+            raise
+        finally:
+            if not self._window:
+                self._accumulated = {}
 
     # --- the end of a step -------------------------------------------------------------------------------------------
 
