@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .contents import is_strided
 from .replay import Snapshot
 
 # How the losses of parts combine to the loss of the batch: as a sum, or as a mean weighted by the number of examples or
@@ -152,7 +153,8 @@ def _deep_copy(inputs: Any) -> Any:
 def _same(value: Any, other: Any) -> bool:
     """Whether two entries are equal, as far as this can be checked."""
     if isinstance(value, Tensor):
-        return value.requires_grad == other.requires_grad and torch.equal(value.detach(), other.detach())
+        is_equal = not is_strided(value) or torch.equal(value.detach(), other.detach())
+        return value.requires_grad == other.requires_grad and is_equal
     if isinstance(value, Mapping):
         return value.keys() == other.keys() and all(_same(v, other[key]) for key, v in value.items())
     if isinstance(value, list | tuple):

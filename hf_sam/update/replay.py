@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .contents import Contents, ShallowContents, entries, is_generator, is_mutable, modules_in
+from .contents import Contents, ShallowContents, entries, is_checked_jointly, is_mutable, is_plain, modules_in
 from .namespaces import Namespaces, Values, are_identical
 from .random_states import RandomStates
 
@@ -21,8 +21,6 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _version, _mode = attrgetter("_version"), attrgetter("training")
 # A container with more entries than this counts as data, not state.
 _MAX_ENTRIES = 10_000
-# Tensor classes whose values can be copied and compared, unlike sharded and quantized ones.
-_PLAIN = (Tensor, nn.Parameter)
 # Number of optimizer steps in which values are compared, at the start of a run and after modules have changed.
 _WATCHED_STEPS = 2
 
@@ -65,7 +63,8 @@ class PassState:
 
     - buffers and frozen parameters, changed in place or replaced;
     - replaced modules;
-    - plain attributes of modules: numbers, tensors, arrays, containers, generators and objects of custom classes;
+    - plain attributes of modules: numbers, tensors, arrays, containers, generators and objects of custom classes,
+      including modules inside them;
     - the modules and plain attributes of `owner`, the trainer.
 
     Reassigned attributes are restored by reference. Values changed in place must have been copied beforehand:
@@ -105,12 +104,12 @@ class PassState:
 
     def _scan(self) -> None:
         """List everything that may change; repeated when modules were added, removed or changed their mode."""
-        roots = [*self._roots, *modules_in(self._own_attributes().values())]
-        self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
+        self._modules = _all_modules([*self._roots, *modules_in(self._own_attributes().values())])
         self._inner = [m._modules for m in self._modules]
         self._modes, self._children = self._modes_and_children()
-        # torch's own layers keep no state in plain attributes, and reading them would take most of the time.
-        custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules")]
+        # torch's own layers keep no state in plain attributes, unless a hook stores it there, and reading them would
+        # take most of the time.
+        custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules") or _has_hooks(m)]
         self._attributes = list(map(vars, custom))
         self._members = [m._modules for m in custom if m._modules] + [m._buffers for m in self._modules if m._buffers]
         if self._watches_parameters:
@@ -204,7 +203,9 @@ class PassState:
             return [Contents(value, is_deep=True) for value in self._tracked], ShallowContents([])
         if self._shallow is None or not self._shallow.are_unchanged():
             quiet = [Contents(v, is_deep=False) for v in self._tracked if id(v) not in self._mutated]
-            self._shallow = ShallowContents([one for one in quiet if not any(map(_holds_generator, one.nested()))])
+            self._shallow = ShallowContents(
+                [one for one in quiet if all(is_checked_jointly(inner.value) for inner in one.nested())]
+            )
             known = {id(one.value) for one in self._shallow.contents}
             self._contents_to_copy = [v for v in self._tracked if id(v) not in known]
         copied = [Contents(value, is_deep=id(value) in self._mutated) for value in self._contents_to_copy]
@@ -240,7 +241,7 @@ class PassState:
                 if tensor.nbytes > budget:
                     continue
                 budget -= tensor.nbytes
-            if type(tensor) in _PLAIN and tensor.device.type != "meta":
+            if is_plain(tensor) and tensor.device.type != "meta":
                 yield id(tensor)
 
     def detect_changes(self, before: Snapshot) -> None:
@@ -309,6 +310,22 @@ class PassState:
                 contents.restore()
 
 
+def _all_modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """All modules below the roots, including those hidden in lists or objects, as frozen teachers often are."""
+    found: dict[int, nn.Module] = {}
+    waiting = list(roots)
+    while waiting:
+        new = [m for m in waiting.pop().modules() if id(m) not in found]
+        found.update((id(m), m) for m in new)
+        plain = (value for m in new for name, value in vars(m).items() if name not in _OF_EVERY_MODULE)
+        waiting.extend(m for m in modules_in(plain) if id(m) not in found)
+    return list(found.values())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
 def _restore_names(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
     for name in [name for name, value in namespaces.included(now).items() if name not in before and _is_data(value)]:
         del now[name]  # flags and callables stay: they often mark a one-time setup, such as installed hooks
@@ -317,10 +334,6 @@ def _restore_names(namespaces: Namespaces, now: dict[str, Any], before: dict[str
 
 def _modules_differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
     return any(isinstance(value, nn.Module) and now.get(name) is not value for name, value in then.items())
-
-
-def _holds_generator(contents: Contents) -> bool:
-    return is_generator(contents.value)
 
 
 def _is_data(value: Any) -> bool:
@@ -333,4 +346,4 @@ def _is_state(value: Any) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if type(tensor) in _PLAIN else 0
+    return tensor.data_ptr() if is_plain(tensor) else 0
