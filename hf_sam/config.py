@@ -200,7 +200,7 @@ class SAMConfig:
     options: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(
                 f"method={self.method!r} is unknown.{did_you_mean(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
@@ -220,6 +220,8 @@ class SAMConfig:
         for field, check in _CHECKS.items():
             if getattr(self, field) is not None:
                 setattr(self, field, check(field, getattr(self, field)))
+        if self.rho_min is not None and "rho_min" not in self._given:
+            self.rho_min = min(self.rho_min, self.rho)  # the default must not exceed the chosen rho
         for field in self._own_hyperparameters:  # each is checked by its class
             value = next((getattr(part, field) for part in self.parts if hasattr(part, field)), None)
             if field not in _FLAT:
@@ -271,8 +273,6 @@ class SAMConfig:
                 raise ValueError(f"{field}={value!r} is used only with {switch}. Leave {field} out, or set {switch}.")
             if value is None and is_on[field] and self._uses(field):
                 setattr(self, field, defaults.get(field, 0.0))
-                if field == "rho_min" and isinstance(self.rho, int | float):
-                    self.rho_min = min(self.rho_min, self.rho)  # the default must not exceed the chosen rho
 
     def _check_combinations(self) -> None:
         if self.m is not None and self.scope not in ("auto", "micro"):
@@ -419,8 +419,18 @@ class SAMConfig:
         return cls(**{**values, **made})
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        """`to_dict` as indented JSON text.
+
+        Raises:
+            ValueError: A field of a custom object has a value that JSON cannot hold, such as a tensor.
+        """
+        try:
+            return json.dumps(self.to_dict(), indent=2) + "\n"
+        except TypeError as error:
+            raise ValueError(
+                f"{self.label} cannot be written to sam_config.json, which every checkpoint gets ({error}). Give the fields of "
+                "custom ascents and descents numbers, strings or lists of them, and build other objects from these in the class."
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> SAMConfig:

@@ -52,7 +52,8 @@ class SAMTrainerMixin:
 
     Raises:
         TypeError: `sam_config` is not a `SAMConfig`.
-        ValueError: The optimizer, engine or parameters do not work with SAM; the message says why and what to use.
+        ValueError: The optimizer, engine or parameters do not work with SAM, or checkpoints cannot hold the
+            configuration; the message says why and what to use.
     """
 
     # Further attributes of the trainer that only the clean pass may change. Custom attributes are found automatically;
@@ -71,6 +72,7 @@ class SAMTrainerMixin:
             sam_config = SAMConfig()
         if not isinstance(sam_config, SAMConfig):
             raise TypeError(f"sam_config must be a SAMConfig, not {type(sam_config).__name__}: {sam_config!r}.")
+        sam_config.to_json()  # raises now what would otherwise end the run at its first checkpoint
         self.sam_config = sam_config
         self._sam: SharpnessAwareUpdate | None = None
         self._sam_passes: TrainerPasses | None = None
