@@ -107,6 +107,7 @@ class SharpnessAwareUpdate:
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
         self._micro, self._has_uncommitted_memory, self._retries_ascent = 0, False, False
+        self._has_stepped = False
 
     # --- Algorithm 1 -------------------------------------------------------------------------------------------------
 
@@ -337,10 +338,11 @@ class SharpnessAwareUpdate:
 
     def commit_memory(self) -> None:
         """Keep what the previous step wrote to memory, unless one of its passes overflowed."""
-        if not self._has_uncommitted_memory:
+        if not self._has_uncommitted_memory or self._micro:  # in the middle of a step, nothing is decided yet
             return
         self._has_uncommitted_memory = False
         was_skipped = self.runner.was_skipped()
+        self._has_stepped |= not was_skipped
         overflow, self.ascent_step.has_overflowed = self.ascent_step.has_overflowed, None
         if overflow is not None:  # the optimizer may have stepped along a finite g_s nevertheless
             was_skipped |= bool(overflow)
@@ -356,7 +358,7 @@ class SharpnessAwareUpdate:
             progress=self.index / self._max_steps,
             rho=self.rho if rho is None else rho,
             age=0 if self.kind is Kind.TWO_PASSES else self.schedule.age(self.index),
-            is_first=self.cost.first_step in (None, self.index),
+            is_first=not self._has_stepped,
             selected=self.parameters.selected,
             optimizer=self._optimizer,
             space=self.space,
