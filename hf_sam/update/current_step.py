@@ -71,8 +71,16 @@ class CurrentStep:
     @cached_property
     def generator(self) -> torch.Generator:
         """A generator that depends only on seed, step, rank and micro-batch: a resumed run draws the same numbers."""
+        return self._generator()
+
+    @cached_property
+    def rounding_generator(self) -> torch.Generator:
+        """Another such generator, so that rounding does not depend on the method's own random numbers."""
+        return self._generator(" rounding")
+
+    def _generator(self, purpose: str = "") -> torch.Generator:
         seed, rank, micro = self._seed
-        key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "")
+        key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "") + purpose
         return torch.Generator(self._selected[0].device).manual_seed(random.Random(key).getrandbits(63))
 
     @cached_property

@@ -270,7 +270,7 @@ class SharpnessAwareUpdate:
         if callable(getattr(self._optimizer, "train", None)):
             self._optimizer.train()  # schedule-free optimizers switch weights here, so before eps is added
         step = self._step()
-        with self.ascent_step.weights(self._step()) as weights, self.parts.ascent.applied(step):
+        with self.ascent_step.weights(step) as weights, self.parts.ascent.applied(step):
             eps = self.ascent_step.checked(self.parts.ascent.eps(None, step))
             if eps is not None:
                 self.telemetry.record(sam_rho=self.parts.ascent.radius(step))
