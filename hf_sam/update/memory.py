@@ -43,11 +43,13 @@ class Memory(MutableMapping[str, Vector]):
         self._check(name)
         store = self._pending if self._defers_commit else self._kept
         if name in self._scalars:
-            store[name] = torch.as_tensor(vector).detach()
+            store[name] = torch.as_tensor(vector).detach().clone()
             return
         if not isinstance(vector, Vector):
             raise ValueError(f"step.memory[{name!r}] of {self._owner} must be a Vector, not {type(vector).__name__}.")
-        store[name] = vector.share().view()
+        # Weights, optimizer states, the gradient of the step and other values in memory are shared, and change later.
+        kept = vector.clone() if vector.is_shared else vector
+        store[name] = kept.share().view()
 
     def __delitem__(self, name: str) -> None:
         self._check(name)

@@ -210,6 +210,32 @@ def test_memory_of_a_users_class_resumes_bitwise(tmp_path):
     assert all(map(torch.equal, weights(whole), weights(resumed)))
 
 
+class AwayFromTheStart(Ascent):
+    """Keeps what it is given, without a copy: the first weights, and the last gradient before it is clipped."""
+
+    memory = ("start", "last", "same")
+
+    def eps(self, g, step):
+        if "start" not in step.memory:
+            step.memory["start"] = step.weights
+        d = step.weights - step.memory["start"] + step.memory.get("last", g)
+        return d * (step.rho / d.norm())
+
+    def after(self, gradient, step):
+        step.memory["last"] = gradient
+        step.memory["same"] = step.memory["last"]
+
+
+def test_memory_of_values_that_change_later_resumes_bitwise(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.01, "learning_rate": 1.0}
+    config = SAMConfig(ascent=AwayFromTheStart(), rho=RHO)
+    whole = trainer_for(tmp_path, config, **options)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", config, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+
+
 def test_a_file_never_imports_a_module(tmp_path, monkeypatch):
     (tmp_path / "never_imported.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
