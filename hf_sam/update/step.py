@@ -103,7 +103,9 @@ class SharpnessAwareUpdate:
         )
         self.index, self.kind = 0, Kind.PLAIN
         self._optimizer, self._seed = optimizer, seed
-        self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
+        self._max_steps = max_steps
+        # Finding the peak calls the functions of the user's schedule, which may count their calls or draw.
+        self._peak_lr = peak_lr(optimizer, scheduler, max_steps) if config.rho_schedule == "lr" else 0.0
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
         self._micro, self._has_uncommitted_memory, self._retries_ascent = 0, False, False
