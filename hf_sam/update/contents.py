@@ -6,7 +6,7 @@ import collections
 import functools
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import chain
 from operator import attrgetter
 from types import CellType, FunctionType, MemberDescriptorType
@@ -52,9 +52,10 @@ class Contents:
     Args:
         value (`Any`): A value for which `is_mutable` holds.
         is_deep (`bool`): Also copy the tensors and arrays inside, which may change in place.
+        left_alone (`Set[int]`, *optional*): Addresses of tensors that are not part of the snapshot.
     """
 
-    def __init__(self, value: Any, is_deep: bool, depth: int = 0):
+    def __init__(self, value: Any, is_deep: bool, left_alone: Set[int] = frozenset(), depth: int = 0):
         self.value, self.is_deep = value, is_deep
         self._is_generator = is_generator(value)
         self._is_data = not self._is_generator and isinstance(value, Tensor | np.ndarray)
@@ -72,7 +73,8 @@ class Contents:
         else:
             self._keys, self._values = _keys_and_values(value)
             if depth < _MAX_DEPTH:
-                self._inner = [Contents(v, is_deep, depth + 1) for v in self._values if _may_change(v)]
+                inner = (v for v in self._values if _may_change(v) and address(v) not in left_alone)
+                self._inner = [Contents(v, is_deep, left_alone, depth + 1) for v in inner]
 
     def has_changed(self) -> bool:
         """Whether the contents have changed, as far as this can be checked; always False for generators."""
@@ -292,6 +294,11 @@ def is_strided(tensor: Tensor) -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's values can be copied and compared, unlike sharded, quantized, sparse and nested ones."""
     return type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor)
+
+
+def address(value: Any) -> int | None:
+    """Where the memory of a plain tensor begins; None for other values."""
+    return value.data_ptr() if isinstance(value, Tensor) and is_plain(value) else None
 
 
 def _is_plain_tensor(value: Any) -> bool:

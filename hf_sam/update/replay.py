@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .contents import Contents, ShallowContents, entries, is_checked_jointly, is_mutable, is_plain, modules_in
+from .contents import (
+    Contents,
+    ShallowContents,
+    address,
+    entries,
+    is_checked_jointly,
+    is_mutable,
+    is_plain,
+    modules_in,
+)
 from .namespaces import Namespaces, Values, are_identical
 from .random_states import RandomStates
 
@@ -36,7 +45,7 @@ class Snapshot:
         tensors (`list[Tensor]`): Tensors that a pass may change in place.
         versions (`list[int]`): The version counter of each.
         copies (`dict[int, Tensor]`): Copies of some of them, by position in `tensors`.
-        addresses (`list[int]`): Memory addresses of the tensors; only if `is_watched`.
+        addresses (`list[int | None]`): Memory addresses of the tensors; only if `is_watched`.
         contents (`list[Contents]`): Copied contents of containers, arrays, objects and generators.
         shallow (`ShallowContents`): Contents of the others, which are not copied.
         is_watched (`bool`): Whether everything that can be copied is copied, to detect changes by value.
@@ -49,7 +58,7 @@ class Snapshot:
     tensors: list[Tensor]
     versions: list[int]
     copies: dict[int, Tensor]
-    addresses: list[int]
+    addresses: list[int | None]
     contents: list[Contents]
     shallow: ShallowContents
     is_watched: bool
@@ -128,9 +137,13 @@ class PassState:
             found.update((id(v), v) for v in values.values() if _is_state(v))
             tracked.update((id(v), v) for v in values.values() if is_mutable(v) and entries(v) <= _MAX_ENTRIES)
         tracked.update((id(v), v) for v in self._also_tracked if is_mutable(v))
+        parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         if self._watches_parameters:
-            found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
-        self._tensors, self._tracked = list(found.values()), list(tracked.values())
+            found.update((id(p), p) for p in parameters if _is_state(p))
+        # Restoring a view of a trained weight, such as its `.data`, would undo the perturbation.
+        self._trained = {address(p) for p in parameters if p.requires_grad} - {None}
+        self._tensors = [t for t in found.values() if address(t) not in self._trained]
+        self._tracked = list(tracked.values())
         self._choose_copies()
         self._is_scanned, self._steps_to_watch = True, _WATCHED_STEPS
 
@@ -181,7 +194,7 @@ class PassState:
             tensors,
             versions=list(map(_version, tensors)),
             copies={i: self._copy(tensors[i]) for i in copied},
-            addresses=list(map(_address, tensors)) if self._is_watching else [],
+            addresses=list(map(address, tensors)) if self._is_watching else [],
             contents=contents,
             shallow=shallow,
             is_watched=self._is_watching,
@@ -200,15 +213,15 @@ class PassState:
     def _contents(self) -> tuple[list[Contents], ShallowContents]:
         """Snapshots of contents; shallow ones are reused while nothing has changed."""
         if self._is_watching:
-            return [Contents(value, is_deep=True) for value in self._tracked], ShallowContents([])
+            return [Contents(v, True, self._trained) for v in self._tracked], ShallowContents([])
         if self._shallow is None or not self._shallow.are_unchanged():
-            quiet = [Contents(v, is_deep=False) for v in self._tracked if id(v) not in self._mutated]
+            quiet = [Contents(v, False, self._trained) for v in self._tracked if id(v) not in self._mutated]
             self._shallow = ShallowContents(
                 [one for one in quiet if all(is_checked_jointly(inner.value) for inner in one.nested())]
             )
             known = {id(one.value) for one in self._shallow.contents}
             self._contents_to_copy = [v for v in self._tracked if id(v) not in known]
-        copied = [Contents(value, is_deep=id(value) in self._mutated) for value in self._contents_to_copy]
+        copied = [Contents(v, id(v) in self._mutated, self._trained) for v in self._contents_to_copy]
         return copied, self._shallow
 
     def _copy(self, tensor: Tensor) -> Tensor:
@@ -272,7 +285,7 @@ class PassState:
             if id(tensor) in self._mutated:
                 continue
             value = before.copies.get(i)
-            has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
+            has_moved = tensor._version != version or (before.is_watched and address(tensor) != before.addresses[i])
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
                 self._mutated.add(id(tensor))
                 before.is_restorable &= value is not None  # otherwise the previous value is lost
@@ -343,7 +356,3 @@ def _is_data(value: Any) -> bool:
 def _is_state(value: Any) -> bool:
     """Whether in-place changes of this tensor must be undone."""
     return isinstance(value, Tensor) and not value.requires_grad and not value.is_inference()
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if is_plain(tensor) else 0

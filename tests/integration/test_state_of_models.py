@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from in_place import weights_changed_in_place
 from integration import equivalence, tiny
 from integration.equivalence import FEWER_PASSES, SETTINGS, assert_like_stock, both, trained
 from torch import Tensor, nn
@@ -942,6 +943,26 @@ def test_sparse_and_nested_tensors_of_a_model_are_no_obstacle(layout, tmp_path):
 
     ours, stock = both(tmp_path, accumulation=2, model=model)
     assert torch.equal(tiny.flat(ours.model), tiny.flat(stock.model))
+
+
+class KeepsViews(tiny.Mlp):
+    """Views of its weights, as by `detach` without a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("anchor", self.first.weight.data)
+        self.anchors = {name: p.detach() for name, p in self.named_parameters()}
+
+
+@pytest.mark.parametrize("scope", ["device", "micro"])
+def test_views_of_weights_do_not_undo_the_perturbation(scope, tmp_path):
+    def sharpness(kind):
+        tiny.set_seed(0)
+        sam = SAMConfig(rho=0.5, scope=scope)
+        return tiny.logged(tiny.trained(kind(), tiny.vectors(), tmp_path, sam), "sam_sharpness")
+
+    with weights_changed_in_place():
+        assert sharpness(KeepsViews) == sharpness(tiny.Mlp)
 
 
 def counting_by_nonlocal():
