@@ -90,7 +90,8 @@ class SAMTrainerMixin:
         """Run one micro-batch of a sharpness-aware step and return the clean loss."""
         if self.sam_config.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._sam is None:  # called outside `train`
+        # Called outside `train`, or a callback has replaced the optimizer.
+        if self._sam is None or self._sam.optimizer is not self.optimizer:
             self.start_update()
         steps = self.current_gradient_accumulation_steps
         batch = MicroBatch(inputs, num_items_in_batch, steps)

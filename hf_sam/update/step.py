@@ -85,7 +85,7 @@ class SharpnessAwareUpdate:
         self.scope = "micro" if self.needs & Needs.UNEVEN_PASSES else engine.scope(config)
         self.schedule = Schedule.resolve(config, max_steps, warmup_steps)
         groups = optimizer if engine.optimizer_holds_parameters else None
-        self.parameters = TrainedParameters(model, config.perturb or "all", groups, others)
+        self.parameters = TrainedParameters(model, config.perturb or "all", groups, others, engine.parameters_move)
         self.device = self.parameters.trainable[0].device
         in_buckets = self.device.type != "cpu" if IN_BUCKETS is None else IN_BUCKETS
         self.space = Space(engine.reductions, list(self.parameters.names), in_buckets)
@@ -102,7 +102,7 @@ class SharpnessAwareUpdate:
             self.parts, config, engine, self.parameters, self.space, optimizer, self.telemetry, model
         )
         self.index, self.kind = 0, Kind.PLAIN
-        self._optimizer, self._seed = optimizer, seed
+        self.optimizer, self._seed = optimizer, seed
         self._max_steps = max_steps
         # Finding the peak calls the functions of the user's schedule, which may count their calls or draw.
         self._peak_lr = peak_lr(optimizer, scheduler, max_steps) if config.rho_schedule == "lr" else 0.0
@@ -269,8 +269,8 @@ class SharpnessAwareUpdate:
 
     def _one_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """Run a step whose perturbation needs no clean pass; return the perturbed loss."""
-        if callable(getattr(self._optimizer, "train", None)):
-            self._optimizer.train()  # schedule-free optimizers switch weights here, so before eps is added
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers switch weights here, so before eps is added
         step = self._step()
         with self.ascent_step.weights(step) as weights, self.parts.ascent.applied(step):
             eps = self.ascent_step.checked(self.parts.ascent.eps(None, step))
@@ -306,7 +306,7 @@ class SharpnessAwareUpdate:
             self.space.changed(list(self.parameters.names))
         self.index = self.runner.index = index
         self.ascent_step.is_measured = measured
-        self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
+        self.rho = self.schedule.rho(index, lr_fraction(self.optimizer, self._peak_lr))
         self.kind = self._kind()
         has_ascent_pass = self.kind is Kind.TWO_PASSES
         self._ascent_parameters = self._parameters_for_ascent() if has_ascent_pass else self.parameters.trainable
@@ -362,7 +362,7 @@ class SharpnessAwareUpdate:
             age=0 if self.kind is Kind.TWO_PASSES else self.schedule.age(self.index),
             is_first=not self._has_stepped,
             selected=self.parameters.selected,
-            optimizer=self._optimizer,
+            optimizer=self.optimizer,
             space=self.space,
             memory=self.memory,
             seed=(self._seed, rank, self._micro if self.scope == "micro" else 0),
