@@ -229,6 +229,23 @@ class SAMConfig:
             elif getattr(self, field) is not None:
                 setattr(self, field, value)
         self._check_combinations()
+        self._is_complete = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; after construction only `rho`, since the other fields have gone into the method's objects.
+
+        Raises:
+            AttributeError: Another field is set after construction.
+            ValueError: `rho` is out of range.
+        """
+        if name in type(self).fields() and getattr(self, "_is_complete", False):
+            if name != "rho":
+                raise AttributeError(
+                    f"{name} cannot be set after construction, because other fields depend on it. Make a new configuration: "
+                    f"config.changed({name}={value!r})."
+                )
+            value = _CHECKS[name](name, value)
+        super().__setattr__(name, value)
 
     def _refuse_unused(self) -> None:
         if self.options is not None and not isinstance(self.options, Mapping):

@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -132,6 +134,18 @@ class AlongATensor(Ascent):
 def test_a_configuration_that_no_checkpoint_can_hold_is_an_error_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"AlongATensor.*cannot be written to sam_config\.json.*Tensor"):
         train(tmp_path, SAMConfig(ascent=AlongATensor(torch.ones(2))))
+
+
+def test_a_field_that_is_set_too_late_is_an_error_that_shows_the_remedy():
+    """Set after construction, it would be written to checkpoints without any effect on the run."""
+    config = SAMConfig()
+    with pytest.raises(AttributeError, match=r"p cannot be set after construction.*config\.changed\(p=1\.5\)"):
+        config.p = 1.5
+    assert config.changed(p=1.5).parts.ascent.p == 1.5
+    with pytest.raises(ValueError, match=r"rho=-1 must be a number"):
+        config.rho = -1
+    config.rho = "0.1"
+    assert copy.deepcopy(config).rho == pickle.loads(pickle.dumps(config)).rho == 0.1
 
 
 def test_every_field_is_documented():

@@ -87,6 +87,21 @@ class MicroBatch:
         return dataclasses.replace(self, weights=weights)
 
 
+def checked_indices(indices: Any, method: object, name: str) -> Tensor:
+    """The indices of examples that a method has chosen.
+
+    Raises:
+        ValueError: They are not a 1-dim tensor of whole numbers; the message names the method.
+    """
+    is_valid = isinstance(indices, Tensor) and indices.dim() == 1 and not indices.is_floating_point()
+    if not is_valid or indices.dtype == torch.bool:
+        raise ValueError(
+            f"{type(method).__name__}.{name} must return a 1-dim tensor of the examples' indices, or None, not {indices!r}. Use "
+            "torch.tensor(list_of_indices), or mask.nonzero().flatten()."
+        )
+    return indices
+
+
 class ChangedInputs:
     """Protect batches from passes that change them in place, for example by normalising pixels.
 

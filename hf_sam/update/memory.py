@@ -43,7 +43,7 @@ class Memory(MutableMapping[str, Vector]):
         self._check(name)
         store = self._pending if self._defers_commit else self._kept
         if name in self._scalars:
-            store[name] = torch.as_tensor(vector).detach().clone()
+            store[name] = torch.as_tensor(vector).detach()
             return
         if not isinstance(vector, Vector):
             raise ValueError(f"step.memory[{name!r}] of {self._owner} must be a Vector, not {type(vector).__name__}.")
@@ -84,8 +84,8 @@ class Memory(MutableMapping[str, Vector]):
         self._pending.clear()
 
     def state_dict(self, names: dict[Parameter, str]) -> dict[str, Tensor]:
-        """One tensor per name and parameter, under `name/parameter`, and one per scalar, under `name/`."""
-        scalars = {f"{name}/": self[name] for name in self if name in self._scalars}
+        """One tensor per name and parameter, under `name/parameter`, and one per scalar, under `name/`; none share memory."""
+        scalars = {f"{name}/": self[name].clone() for name in self if name in self._scalars}
         return scalars | {
             f"{name}/{names[p]}": tensor
             for name, vector in self.items()

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..config import Parts, SAMConfig
 from ..methods.base import Needs, overrides
 from .ascent_step import AscentStep
-from .batches import MicroBatch
+from .batches import MicroBatch, checked_indices
 from .current_step import CurrentStep
 from .memory import Memory
 from .optimizer_gradient import OptimizerGradient
@@ -226,6 +226,9 @@ class SharpnessAwareUpdate:
         """Run the chosen examples at `w + eps`, with eps from their own gradient, and the others at `w`."""
         ascent = self.parts.ascent
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
+        if chosen is None:
+            chosen = torch.arange(batch.size or 0)
+        chosen = checked_indices(chosen, ascent, "perturbed_examples")
         batch = batch.without(ascent.part)
         others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
         if len(chosen) and len(others):
@@ -331,7 +334,12 @@ class SharpnessAwareUpdate:
         if not overrides(self.parts.ascent, "parameters"):
             return self.parameters.selected
         by_name = {self.parameters.names[p]: p for p in self.parameters.selected}
-        return [by_name[name] for name in self.parts.ascent.parameters(list(by_name), self._step())]
+        chosen = self.parts.ascent.parameters(list(by_name), self._step())
+        if unknown := set(chosen).difference(by_name):
+            raise ValueError(
+                f"{type(self.parts.ascent).__name__}.parameters must return some of the names that it is given, not {unknown}."
+            )
+        return [by_name[name] for name in chosen]
 
     @property
     def _is_complete(self) -> bool:

@@ -316,6 +316,36 @@ class WrongShape(Ascent):
         return g.map(lambda t: t.reshape(-1))
 
 
+class ChoosesByMask(Ascent):
+    def examples(self, inputs, step):
+        return inputs["labels"] == 0
+
+    def eps(self, g, step):
+        return g * (step.rho / g.norm())
+
+
+class ChoosesByList(ChoosesByMask):
+    def examples(self, inputs, step):
+        return [0, 1]
+
+
+class PerturbsByMask(ChoosesByMask):
+    tail_weight, part = 1.0, None
+
+    def examples(self, inputs, step):
+        return None
+
+    def perturbed_examples(self, inputs, step):
+        return inputs["labels"] == 0
+
+
+class ChoosesUnknownNames(PerturbsByMask):
+    perturbed_examples = Ascent.perturbed_examples
+
+    def parameters(self, names, step):
+        return ["first.weights"]
+
+
 class Undeclared(Ascent):
     def eps(self, g, step):
         return step.memory["mean"]
@@ -327,12 +357,30 @@ class Undeclared(Ascent):
         (WrongShape(), r"WrongShape\.eps must have the shape of the weights: for first\.weight"),
         (Undeclared(), r"step\.memory\['mean'\] without declaring it: write memory = \('mean',\)"),
         (Ascent(), r"Ascent must define eps\(g, step\)"),
+        (ChoosesByMask(), r"ChoosesByMask\.examples must return a 1-dim tensor of the examples' indices.*nonzero"),
+        (ChoosesByList(), r"ChoosesByList\.examples must return a 1-dim tensor"),
+        (PerturbsByMask(), r"PerturbsByMask\.perturbed_examples must return a 1-dim tensor"),
+        (ChoosesUnknownNames(), r"ChoosesUnknownNames\.parameters must return some of the names.*first\.weights"),
     ],
-    ids=["wrong shape", "undeclared memory", "no eps"],
+    ids=lambda value: type(value).__name__ if isinstance(value, Ascent) else "",
 )
-def test_mistakes_in_eps_are_errors_that_name_them(tmp_path, ascent, message):
+def test_mistakes_of_an_ascent_are_errors_that_name_them(tmp_path, ascent, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         trained(tmp_path, SAMConfig(ascent=ascent))
+
+
+class PlainSam(ChoosesByMask):
+    examples = Ascent.examples
+
+
+class PerturbsAll(PerturbsByMask):
+    def perturbed_examples(self, inputs, step):
+        return None
+
+
+def test_an_ascent_that_may_perturb_for_some_examples_perturbs_for_all(tmp_path):
+    ours, plain = (trained(tmp_path, SAMConfig(ascent=ascent, rho=RHO)) for ascent in (PerturbsAll(), PlainSam()))
+    assert torch.equal(ours, plain)
 
 
 def test_the_realised_size_is_logged_where_gradients_have_been_accumulated_before(tmp_path):
