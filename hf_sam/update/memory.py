@@ -84,7 +84,10 @@ class Memory(MutableMapping[str, Vector]):
         self._pending.clear()
 
     def state_dict(self, names: dict[Parameter, str]) -> dict[str, Tensor]:
-        """One tensor per name and parameter, under `name/parameter`, and one per scalar, under `name/`; none share memory."""
+        """One tensor per name and parameter, under `name/parameter`, and one per scalar, under `name/`.
+
+        No two of them share memory.
+        """
         scalars = {f"{name}/": self[name].clone() for name in self if name in self._scalars}
         return scalars | {
             f"{name}/{names[p]}": tensor
