@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from .namespaces import are_identical
 
@@ -41,6 +42,8 @@ _LIBRARIES = (sys.stdlib_module_names - {"argparse", "collections", "types"}) | 
     "wandb",
 }
 _MAX_DEPTH = 4
+# A container with more entries than this counts as data, not state.
+_MAX_ENTRIES = 10_000
 _version = attrgetter("_version")
 # Immutable types.
 _ATOMS = frozenset([str, int, float, bool, type(None), bytes])
@@ -73,7 +76,7 @@ class Contents:
         else:
             self._keys, self._values = _keys_and_values(value)
             if depth < _MAX_DEPTH:
-                inner = (v for v in self._values if _may_change(v) and address(v) not in left_alone)
+                inner = (v for v in self._values if _may_change(v) and address(v) not in left_alone and not is_data(v))
                 self._inner = [Contents(v, is_deep, left_alone, depth + 1) for v in inner]
 
     def has_changed(self) -> bool:
@@ -166,14 +169,14 @@ def is_mutable(value: Any) -> bool:
     if isinstance(value, (*_CONTAINERS, *_GENERATORS, np.ndarray, CellType)):
         return True
     if isinstance(value, tuple):
-        return any(map(_may_change, value))
+        return len(value) <= _MAX_ENTRIES and any(map(_may_change, value))
     return _is_custom_object(value)
 
 
 def _is_custom_object(value: Any) -> bool:
     return (
         (hasattr(value, "__dict__") or bool(_slots(type(value))))
-        and not isinstance(value, type | nn.Module | Tensor)
+        and not isinstance(value, type | nn.Module | Tensor | Trainer)
         and type(value).__module__.partition(".")[0] not in _LIBRARIES
     )
 
@@ -189,6 +192,11 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for names in classes for name, d in names.items() if isinstance(d, MemberDescriptorType))
 
 
+def is_data(value: Any) -> bool:
+    """Whether the value has so many entries that it is not state; never for an object, whose attributes are checked."""
+    return not _is_custom_object(value) and not isinstance(value, Tensor) and entries(value) > _MAX_ENTRIES
+
+
 def entries(value: Any, depth: int = 0) -> int:
     """The number of entries, including those of nested containers and arrays."""
     if isinstance(value, np.ndarray):
@@ -196,7 +204,7 @@ def entries(value: Any, depth: int = 0) -> int:
     if is_generator(value):
         return 1
     values = _keys_and_values(value)[1]
-    inner = [v for v in values if is_mutable(v)] if depth < _MAX_DEPTH and len(values) <= 10_000 else []
+    inner = [v for v in values if is_mutable(v)] if depth < _MAX_DEPTH and len(values) <= _MAX_ENTRIES else []
     return len(values) + sum(entries(v, depth + 1) for v in inner)
 
 

@@ -16,8 +16,8 @@ from .contents import (
     Contents,
     ShallowContents,
     address,
-    entries,
     is_checked_jointly,
+    is_data,
     is_mutable,
     is_plain,
     modules_in,
@@ -28,8 +28,6 @@ from .random_states import RandomStates
 # The attributes of `nn.Module` itself; tensors are found through `_buffers` and `_parameters`.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _version, _mode = attrgetter("_version"), attrgetter("training")
-# A container with more entries than this counts as data, not state.
-_MAX_ENTRIES = 10_000
 # Number of optimizer steps in which values are compared, at the start of a run and after modules have changed.
 _WATCHED_STEPS = 2
 
@@ -135,7 +133,7 @@ class PassState:
         attributes = [{k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE} for m in self._modules]
         for values in (*attributes, *(m._buffers for m in self._modules), self._own_attributes()):
             found.update((id(v), v) for v in values.values() if _is_state(v))
-            tracked.update((id(v), v) for v in values.values() if is_mutable(v) and entries(v) <= _MAX_ENTRIES)
+            tracked.update((id(v), v) for v in values.values() if is_mutable(v) and not is_data(v))
         tracked.update((id(v), v) for v in self._also_tracked if is_mutable(v))
         parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         if self._watches_parameters:

@@ -166,6 +166,8 @@ class SharpnessAwareUpdate:
         # g = grad L(w), in p.grad
         synced = is_last and self.scope == "global"
         clean_loss = self.runner.ascend(model, batch, self._ascent_parameters, self._step(), synced=synced)
+        if self._update_parameters():  # the loss has frozen or thawed layers, as an alternating one does
+            self._ascent_parameters = self._parameters_for_ascent()
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
             return clean_loss if self.runner.sees_all else torch.zeros_like(clean_loss)
@@ -304,15 +306,21 @@ class SharpnessAwareUpdate:
         self._micro, self._window, self._accumulated = 0, [], {}
         self.telemetry.close_step()
         self.commit_memory()
-        if self.parameters.refresh():
-            self.runner.parameters_changed()
-            self.space.changed(list(self.parameters.names))
+        self._update_parameters()
         self.index = self.runner.index = index
         self.ascent_step.is_measured = measured
         self.rho = self.schedule.rho(index, lr_fraction(self.optimizer, self._peak_lr))
         self.kind = self._kind()
         has_ascent_pass = self.kind is Kind.TWO_PASSES
         self._ascent_parameters = self._parameters_for_ascent() if has_ascent_pass else self.parameters.trainable
+
+    def _update_parameters(self) -> bool:
+        """Update what depends on which parameters are trained; return whether they have changed."""
+        has_changed = self.parameters.refresh()
+        if has_changed:
+            self.runner.parameters_changed()
+            self.space.changed(list(self.parameters.names))
+        return has_changed
 
     def _kind(self) -> Kind:
         if not self.schedule.is_inside(self.index) or not self.parameters.selected:

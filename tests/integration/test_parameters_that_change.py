@@ -465,6 +465,24 @@ def test_new_layers_are_perturbed(tmp_path):
 # --- frozen -------------------------------------------------------------------------------------------------------
 
 
+class Alternating:
+    """Trains one layer in even steps and the other in odd ones, and says so in the loss, as adversarial pairs do."""
+
+    def compute_loss(self, *args, **kwargs):
+        is_even = self.state.global_step % 2 == 0
+        self.model.first.requires_grad_(is_even)
+        self.model.last.requires_grad_(not is_even)
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("perturb", ["all", "first*"])
+@pytest.mark.parametrize(("scope", "accumulation"), SETTINGS)
+def test_layers_that_the_loss_freezes_and_thaws(scope, accumulation, perturb, tmp_path):
+    sam = {"scope": scope, "perturb": perturb}
+    runs = both(tmp_path, scope, accumulation, sam=sam, body=Alternating, max_steps=5)
+    assert_like_stock(*runs, perturbs=False)
+
+
 class Freeze(TrainerCallback):
     """Freezes `layers` at the start of step `at`, and notes what is frozen at every moment it is called."""
 

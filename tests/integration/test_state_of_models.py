@@ -447,6 +447,20 @@ class ObjectWithSlots(Stateful):
         return {"meter": self.meter.state()}
 
 
+class ObjectWithData(Stateful):
+    """State beside a list that is too long to be state."""
+
+    def build(self):
+        self.memory = Memory()
+        self.memory.texts = ["a text"] * 20_000
+
+    def hidden(self, x):
+        return x + self.memory.read_and_write(x)
+
+    def state(self):
+        return {"memory": (self.memory.value, self.memory.calls)}
+
+
 class DataObject(Stateful):
     kept = ("data",)
 
@@ -614,7 +628,7 @@ KINDS = [
     TeacherParameterReplaced, TeacherModuleReplaced, TeacherMovedAfterUse,
     Center, CenterReplaced, CenterThroughData, CenterNotSaved, CenterFilledLater, Queue, QueueThatGrows, Codebook,
     CodebookThatRestartsDeadCodes,
-    TeacherInAList, TeacherInAnObject, HiddenStatesInPlace, Cache, ObjectWithSlots, DataObject, StatisticsOfAHook,
+    TeacherInAList, TeacherInAnObject, HiddenStatesInPlace, Cache, ObjectWithSlots, ObjectWithData, DataObject, StatisticsOfAHook,
     HiddenState, HiddenStateInPlace, HiddenStates, Number, History, Lists, Array, PlainObject, InASubmodule,
     CountedByTrain,
     TorchGenerator, NumpyGenerator, PythonGenerator, GeneratorInAContainer,
@@ -1006,6 +1020,31 @@ class WithTeacherInAnObject(WithTeacherOfTheTrainer):
 def test_a_teacher_in_an_object_of_the_trainer_moves_as_in_the_stock_trainer(scope, accumulation, tmp_path):
     runs = both(tmp_path, scope, accumulation, body=WithTeacherInAnObject)
     assert_like_stock(*runs, lambda trainer: dict(trainer.criterion.named_parameters()))
+
+
+class LossMeter(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer, self.losses = trainer, []
+
+
+class WithMeter:
+    """Its meter refers to the trainer, and with that to the data."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.meter = LossMeter(self)
+        self.add_callback(self.meter)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.meter.losses.append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize(("scope", "accumulation"), SETTINGS)
+def test_a_meter_that_refers_to_the_trainer_sees_each_batch_once(scope, accumulation, tmp_path):
+    runs = both(tmp_path, scope, accumulation, body=WithMeter, data=tiny.vectors(15_000))
+    assert_like_stock(*runs, lambda trainer: trainer.meter.losses)
 
 
 class WithWriter:
