@@ -95,7 +95,7 @@ class SAMConfig:
     The configuration of sharpness-aware minimization, next to the usual `TrainingArguments`.
 
     A field left at `None` takes the default of the chosen method, or else the one given here; after construction the
-    fields hold the effective values. `SAMConfig(rho=0)` is the stock Trainer.
+    fields hold the effective values, and only `rho` can still be set. `SAMConfig(rho=0)` is the stock Trainer.
 
     Args:
         method (`str`, *optional*, defaults to `"sam"`):

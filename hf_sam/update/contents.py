@@ -198,14 +198,19 @@ def is_data(value: Any) -> bool:
 
 
 def entries(value: Any, depth: int = 0) -> int:
-    """The number of entries, including those of nested containers and arrays."""
+    """The number of entries, including those of nested containers and arrays; above the maximum, not all are counted."""
     if isinstance(value, np.ndarray):
         return value.size
     if is_generator(value):
         return 1
     values = _keys_and_values(value)[1]
-    inner = [v for v in values if is_mutable(v)] if depth < _MAX_DEPTH and len(values) <= _MAX_ENTRIES else []
-    return len(values) + sum(entries(v, depth + 1) for v in inner)
+    count = len(values)
+    for inner in values if depth < _MAX_DEPTH else ():
+        if count > _MAX_ENTRIES:
+            break
+        if type(inner) not in _ATOMS and is_mutable(inner):
+            count += entries(inner, depth + 1)
+    return count
 
 
 def modules_in(values: Iterable[Any], depth: int = 0) -> Iterator[nn.Module]:
