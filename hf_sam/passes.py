@@ -195,7 +195,6 @@ class TrainerPasses:
 
     def _output_hook(self) -> Callable[[nn.Module, Any, Any], None]:
         """A hook that stores the model's output. A function, so that `copy.deepcopy(model)` does not copy the trainer."""
-
         model = self._trainer.model
 
         def store(module: nn.Module, inputs: Any, output: Any) -> None:

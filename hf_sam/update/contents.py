@@ -213,14 +213,24 @@ def entries(value: Any, depth: int = 0) -> int:
     return count
 
 
-def modules_in(values: Iterable[Any], depth: int = 0) -> Iterator[nn.Module]:
-    """Yield the modules among the values and inside containers and custom objects among them."""
+def modules_in(values: Iterable[Any], depth: int = 0, seen: dict[int, int] | None = None) -> Iterator[nn.Module]:
+    """Yield the modules among the values and inside containers and custom objects among them.
+
+    Args:
+        seen (`dict[int, int]`, *optional*): The depth at which values, by their ids, have been found: many objects refer
+            to each other.
+    """
+    seen = {} if seen is None else seen
     for value in values:
         if isinstance(value, nn.Module):
             yield value
-        elif depth < _MAX_DEPTH and (isinstance(value, (*_CONTAINERS, tuple)) or _is_custom_object(value)):
-            inner = _keys_and_values(value)[1]
-            yield from modules_in(inner if len(inner) <= 1000 else (), depth + 1)
+        elif depth < seen.get(id(value), _MAX_DEPTH) and _may_hold_modules(value):
+            seen[id(value)] = depth
+            yield from modules_in(_keys_and_values(value)[1], depth + 1, seen)
+
+
+def _may_hold_modules(value: Any) -> bool:
+    return len(value) <= 1000 if isinstance(value, (*_CONTAINERS, tuple)) else _is_custom_object(value)
 
 
 def named_modules_in(values: dict[str, Any]) -> dict[str, nn.Module]:

@@ -166,7 +166,7 @@ class SharpnessAwareUpdate:
         # g = grad L(w), in p.grad
         synced = is_last and self.scope == "global"
         clean_loss = self.runner.ascend(model, batch, self._ascent_parameters, self._step(), synced=synced)
-        if self._update_parameters():  # the loss has frozen or thawed layers, as an alternating one does
+        if self._update_parameters():  # the loss itself has frozen or thawed layers
             self._ascent_parameters = self._parameters_for_ascent()
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
