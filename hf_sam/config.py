@@ -95,7 +95,7 @@ class SAMConfig:
     The configuration of sharpness-aware minimization, next to the usual `TrainingArguments`.
 
     A field left at `None` takes the default of the chosen method, or else the one given here; after construction the
-    fields hold the effective values. `SAMConfig(rho=0)` is the stock Trainer.
+    fields hold the effective values, and only `rho` can still be set. `SAMConfig(rho=0)` is the stock Trainer.
 
     Args:
         method (`str`, *optional*, defaults to `"sam"`):
@@ -200,7 +200,7 @@ class SAMConfig:
     options: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(
                 f"method={self.method!r} is unknown.{did_you_mean(self.method, METHODS)} Allowed: {', '.join(METHODS)}."
             )
@@ -220,6 +220,8 @@ class SAMConfig:
         for field, check in _CHECKS.items():
             if getattr(self, field) is not None:
                 setattr(self, field, check(field, getattr(self, field)))
+        if self.rho_min is not None and "rho_min" not in self._given:
+            self.rho_min = min(self.rho_min, self.rho)  # the default must not exceed the chosen rho
         for field in self._own_hyperparameters:  # each is checked by its class
             value = next((getattr(part, field) for part in self.parts if hasattr(part, field)), None)
             if field not in _FLAT:
@@ -227,6 +229,23 @@ class SAMConfig:
             elif getattr(self, field) is not None:
                 setattr(self, field, value)
         self._check_combinations()
+        self._is_complete = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; after construction only `rho`, since the other fields have gone into the method's objects.
+
+        Raises:
+            AttributeError: Another field is set after construction.
+            ValueError: `rho` is out of range.
+        """
+        if name in type(self).fields() and getattr(self, "_is_complete", False):
+            if name != "rho":
+                raise AttributeError(
+                    f"{name} cannot be set after construction, because other fields depend on it. Make a new configuration: "
+                    f"config.changed({name}={value!r})."
+                )
+            value = _CHECKS[name](name, value)
+        super().__setattr__(name, value)
 
     def _refuse_unused(self) -> None:
         if self.options is not None and not isinstance(self.options, Mapping):
@@ -271,8 +290,6 @@ class SAMConfig:
                 raise ValueError(f"{field}={value!r} is used only with {switch}. Leave {field} out, or set {switch}.")
             if value is None and is_on[field] and self._uses(field):
                 setattr(self, field, defaults.get(field, 0.0))
-                if field == "rho_min" and isinstance(self.rho, int | float):
-                    self.rho_min = min(self.rho_min, self.rho)  # the default must not exceed the chosen rho
 
     def _check_combinations(self) -> None:
         if self.m is not None and self.scope not in ("auto", "micro"):
@@ -419,8 +436,18 @@ class SAMConfig:
         return cls(**{**values, **made})
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        """`to_dict` as indented JSON text.
+
+        Raises:
+            ValueError: A field of a custom object has a value that JSON cannot hold, such as a tensor.
+        """
+        try:
+            return json.dumps(self.to_dict(), indent=2) + "\n"
+        except TypeError as error:
+            raise ValueError(
+                f"{self.label} cannot be written to sam_config.json, which every checkpoint gets ({error}). Give the fields of "
+                "custom ascents and descents numbers, strings or lists of them, and build other objects from these in the class."
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> SAMConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,7 @@ class TrainerPasses:
         self._changes_losses = self._needs_logits or bool(update.needs & Needs.SUBSET)
         self._parts = LossesOfParts(self._trainer, update, lambda: self._compute_loss or self._trainer.compute_loss)
         if update.runner.takes_parts or update.needs & Needs.LOGITS:
-            self._hook = self._trainer.model.register_forward_hook(self._store_outputs)
+            self._hook = self._trainer.model.register_forward_hook(self._output_hook())
 
     def end(self) -> None:
         """Remove the hook from the model."""
@@ -168,19 +169,23 @@ class TrainerPasses:
     @contextlib.contextmanager
     def _no_generation(self) -> Iterator[None]:
         """A context in which `model.generate` raises an error, because both passes must see the same inputs."""
-        attributes = vars(self._trainer.model)
-        if not hasattr(self._trainer.model, "generate") or "generate" in attributes:
+        model = self._trainer.model
+        attributes = vars(model)
+        if not hasattr(model, "generate") or "generate" in attributes:
             yield
             return
 
-        def refuse(*args, **kwargs):
+        def refuse(module: nn.Module, *args, **kwargs) -> Any:
+            if module is not model:  # a copy made in a pass, such as a teacher
+                del module.generate
+                return module.generate(*args, **kwargs)
             raise ValueError(
                 f"SAMTrainer: {type(self._trainer).__name__} generates inside its training step, so the second pass would see "
                 "different completions from the first. Generate before training, or override SAMTrainer's `training_step`, "
                 "generate there and then call it."
             )
 
-        attributes["generate"] = refuse
+        attributes["generate"] = MethodType(refuse, model)
         try:
             yield
         finally:
@@ -188,8 +193,15 @@ class TrainerPasses:
 
     # --- logits and per-example losses -------------------------------------------------------------------------------
 
-    def _store_outputs(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._outputs = output
+    def _output_hook(self) -> Callable[[nn.Module, Any, Any], None]:
+        """A hook that stores the model's output. A function, so that `copy.deepcopy(model)` does not copy the trainer."""
+        model = self._trainer.model
+
+        def store(module: nn.Module, inputs: Any, output: Any) -> None:
+            if module is model:  # not a copy of it, such as a teacher
+                self._outputs = output
+
+        return store
 
     def _logits(self, is_needed: bool = True) -> Tensor | None:
         """The model's logits in the current pass.

@@ -52,7 +52,8 @@ class SAMTrainerMixin:
 
     Raises:
         TypeError: `sam_config` is not a `SAMConfig`.
-        ValueError: The optimizer, engine or parameters do not work with SAM; the message says why and what to use.
+        ValueError: The optimizer, engine or parameters do not work with SAM, or checkpoints cannot hold the
+            configuration; the message says why and what to use.
     """
 
     # Further attributes of the trainer that only the clean pass may change. Custom attributes are found automatically;
@@ -71,6 +72,7 @@ class SAMTrainerMixin:
             sam_config = SAMConfig()
         if not isinstance(sam_config, SAMConfig):
             raise TypeError(f"sam_config must be a SAMConfig, not {type(sam_config).__name__}: {sam_config!r}.")
+        sam_config.to_json()  # raises now what would otherwise end the run at its first checkpoint
         self.sam_config = sam_config
         self._sam: SharpnessAwareUpdate | None = None
         self._sam_passes: TrainerPasses | None = None
@@ -88,7 +90,8 @@ class SAMTrainerMixin:
         """Run one micro-batch of a sharpness-aware step and return the clean loss."""
         if self.sam_config.rho == 0:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._sam is None:  # called outside `train`
+        # Called outside `train`, or a callback has replaced the optimizer.
+        if self._sam is None or self._sam.optimizer is not self.optimizer:
             self.start_update()
         steps = self.current_gradient_accumulation_steps
         batch = MicroBatch(inputs, num_items_in_batch, steps)

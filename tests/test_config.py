@@ -1,15 +1,20 @@
+import copy
 import dataclasses
 import math
+import pickle
 
+import numpy as np
 import pytest
+import torch
 from models import tiny_classifier, train
 
-from hf_sam import METHODS, SAMConfig, SAMTrainer
+from hf_sam import METHODS, Ascent, SAMConfig, SAMTrainer
 
 # (arguments, what the message has to name)
 WRONG = [
     ({"method": "sma"}, "method.*Did you mean 'sam'"),
     ({"method": None}, "method"),
+    ({"method": ["sam"]}, r"method=\['sam'\] is unknown"),
     ({"rho": -0.1}, r"rho=-0\.1 must be a number in \[0, inf\)"),
     ({"rho": math.inf}, "rho"),
     ({"rho": math.nan}, "rho"),
@@ -106,6 +111,41 @@ def test_start_keeps_steps_and_fractions_apart():
     assert SAMConfig(start=1).start == 1
     assert isinstance(SAMConfig(start=1).start, int)
     assert isinstance(SAMConfig(start=0.5, end=1.0).end, float)
+
+
+@pytest.mark.parametrize("rho", [0.05, "5e-2", np.float64(0.05), np.float32(0.05)], ids=repr)
+def test_the_default_of_rho_min_gives_way_to_any_form_of_a_small_rho(rho):
+    config = SAMConfig(method="gsam", rho=rho)  # YAML reads 5e-2 as a string
+    assert config.rho_min == config.rho == pytest.approx(0.05)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = SAMConfig(m=np.int64(4), start=np.int64(1), end=np.float64(0.5), ascent_steps=np.int32(2))
+    assert (config.m, config.start, config.end, config.parts.ascent.ascent_steps) == (4, 1, 0.5, 2)
+    assert {type(value) for value in (config.m, config.start, config.ascent_steps)} == {int}
+    assert SAMConfig.from_json(config.to_json()) == config
+
+
+@dataclasses.dataclass(frozen=True)
+class AlongATensor(Ascent):
+    direction: torch.Tensor = None
+
+
+def test_a_configuration_that_no_checkpoint_can_hold_is_an_error_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"AlongATensor.*cannot be written to sam_config\.json.*Tensor"):
+        train(tmp_path, SAMConfig(ascent=AlongATensor(torch.ones(2))))
+
+
+def test_a_field_that_is_set_too_late_is_an_error_that_shows_the_remedy():
+    """Set after construction, it would be written to checkpoints without any effect on the run."""
+    config = SAMConfig()
+    with pytest.raises(AttributeError, match=r"p cannot be set after construction.*config\.changed\(p=1\.5\)"):
+        config.p = 1.5
+    assert config.changed(p=1.5).parts.ascent.p == 1.5
+    with pytest.raises(ValueError, match=r"rho=-1 must be a number"):
+        config.rho = -1
+    config.rho = "0.1"
+    assert copy.deepcopy(config).rho == pickle.loads(pickle.dumps(config)).rho == 0.1
 
 
 def test_every_field_is_documented():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
+
+from .checkpoints import checkpoint_folder, file_to_resume
 
 KINDS = ("swa", "ema")
 FILE_NAME = "averaged_weights.safetensors"
@@ -47,8 +48,7 @@ class WeightAveraging(TrainerCallback):
         update = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else None
         self.average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         self.average.requires_grad_(False)
-        saved = Path(str(args.resume_from_checkpoint)) / FILE_NAME
-        if state.global_step and saved.exists():
+        if saved := file_to_resume(args, state, FILE_NAME):
             load_model(self.average, saved)
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -57,7 +57,7 @@ class WeightAveraging(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            save_model(self.average, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE_NAME))
+            save_model(self.average, str(checkpoint_folder(args, state) / FILE_NAME))
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:

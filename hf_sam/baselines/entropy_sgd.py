@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
+
+from .checkpoints import checkpoint_folder, file_to_resume
 
 FILE_NAME = "entropy_sgd.safetensors"
 
@@ -61,8 +61,7 @@ class EntropySGD(TrainerCallback):
         self._means: dict[str, Tensor] = {}  # mu
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        saved = Path(str(args.resume_from_checkpoint)) / FILE_NAME
-        if state.global_step and saved.exists():
+        if saved := file_to_resume(args, state, FILE_NAME):
             tensors = load_file(saved, device=str(args.device))
             self._anchors = {name[2:]: t for name, t in tensors.items() if name.startswith("x.")}
             self._means = {name[2:]: t for name, t in tensors.items() if name.startswith("m.")}
@@ -94,7 +93,7 @@ class EntropySGD(TrainerCallback):
         if state.is_world_process_zero:
             tensors = {f"x.{name}": t for name, t in self._anchors.items()}
             tensors |= {f"m.{name}": t for name, t in self._means.items()}
-            save_file(tensors, Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE_NAME)
+            save_file(tensors, checkpoint_folder(args, state) / FILE_NAME)
 
     def _begin_walk(self, model) -> None:
         self._anchors = {name: p.detach().clone() for name, p in self._trainable(model)}

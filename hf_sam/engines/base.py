@@ -53,6 +53,8 @@ class Engine:
         self._needs_all_gradients = counts and scope == "global"
         if is_compiled(trainer) and overrides(trainer.sam_config.parts.ascent, "parameters"):
             self._needs_all_gradients = True  # each choice of parameters would trigger a recompilation
+        if checkpoints_reentrantly(trainer.model):
+            self._needs_all_gradients = True  # blocks whose input needs no gradient would compute none
         # Whether gradients are views of DDP's buckets, which its next pass overwrites.
         self._gradients_are_views = (
             isinstance(wrapper, DistributedDataParallel) and wrapper.gradient_as_bucket_view and scope == "global"
@@ -178,6 +180,12 @@ def is_compiled(trainer: Trainer) -> bool:
         for module in modules
     )
     return bool(trainer.args.torch_compile) or by_user
+
+
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Whether a transformers model recomputes activations with `use_reentrant=True`."""
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ class Step(Protocol):
         rho (`float`): Size of the perturbation: the scheduled rho, divided by the number of inner ascent steps.
         lr (`float`): The largest learning rate of the optimizer's parameter groups.
         age (`int`): Steps since the last one that was due under `interval`; 0 in a due step.
-        is_first (`bool`): Whether this is the first step since the run started or was resumed.
+        is_first (`bool`): Whether the optimizer has not stepped yet since the run started or was resumed.
         weights (`Vector`): `w` over the perturbed parameters; do not change it in place.
         memory (`MutableMapping[str, Vector]`): State that the method keeps from step to step, under its declared names.
             In-place operations never overwrite a Vector that was read from it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from ..suggestions import did_you_mean
@@ -86,9 +87,9 @@ def is_whole(low: int) -> Check:
     """An integer of at least `low`."""
 
     def check(field: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
             raise ValueError(f"{field}={value!r} must be a whole number, at least {low}.")
-        return value
+        return int(value)
 
     return check
 
@@ -115,13 +116,13 @@ def is_flag(field: str, value: Any) -> bool:
 
 def is_moment(field: str, value: Any) -> int | float:
     """A step (int) or a fraction of the run (float)."""
-    is_step = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_step = isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
     is_fraction = isinstance(value, float) and 0.0 <= value <= 1.0
     if not (is_step or is_fraction):
         raise ValueError(
             f"{field}={value!r} must be a step (a whole number, at least 0) or a fraction of the run (0.0 to 1.0)."
         )
-    return value
+    return int(value) if is_step else float(value)
 
 
 def is_selector(named: Sequence[str]) -> Check:

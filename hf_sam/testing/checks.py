@@ -70,8 +70,8 @@ def shortened(config: SAMConfig) -> SAMConfig:
     changes = {"start": 0.0, "end": 1.0}
     if (config.interval or 1) > LONGEST_INTERVAL:
         changes["interval"] = LONGEST_INTERVAL
-    if config.perturb is not None and (not isinstance(config.perturb, str) or "*" in config.perturb):
-        changes["perturb"] = "all"
+    if config.perturb is not None and config.perturb not in ("norm", "no-norm-no-bias"):
+        changes["perturb"] = "all"  # the network has neither embeddings, nor a head, nor the user's names
     return config.changed(**changes)
 
 

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from ..config import Parts, SAMConfig
 from ..methods.base import Needs, Step, copies_for_cosine
+from .current_step import CurrentStep
 from .observation import record_displacement
 from .parameters import Gradients, TrainedParameters, local
 from .perturbation import Perturbation
@@ -61,9 +62,9 @@ class AscentStep:
         self._observed: Vector | None = None
         self._has_checked_shapes = False
 
-    def weights(self, step: Step) -> Perturbation:
+    def weights(self, step: CurrentStep) -> Perturbation:
         """A context that perturbs weights and restores them bitwise on exit."""
-        generator = step.generator if self._config.stochastic_rounding else None
+        generator = step.rounding_generator if self._config.stochastic_rounding else None
         is_on_cpu = self._parameters.trainable[0].device.type == "cpu"
         swaps_memory = is_on_cpu and not self._engine.parameters_are_views and not self._space.in_buckets
         return Perturbation(generator, self._engine.renew_copies, swaps_memory, self._space.in_buckets)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .contents import is_strided
 from .replay import Snapshot
 
 # How the losses of parts combine to the loss of the batch: as a sum, or as a mean weighted by the number of examples or
@@ -86,6 +87,21 @@ class MicroBatch:
         return dataclasses.replace(self, weights=weights)
 
 
+def checked_indices(indices: Any, method: object, name: str) -> Tensor:
+    """The indices of examples that a method has chosen.
+
+    Raises:
+        ValueError: They are not a 1-dim tensor of whole numbers; the message names the method.
+    """
+    is_valid = isinstance(indices, Tensor) and indices.dim() == 1 and not indices.is_floating_point()
+    if not is_valid or indices.dtype == torch.bool:
+        raise ValueError(
+            f"{type(method).__name__}.{name} must return a 1-dim tensor of the examples' indices, or None, not {indices!r}. Use "
+            "torch.tensor(list_of_indices), or mask.nonzero().flatten()."
+        )
+    return indices
+
+
 class ChangedInputs:
     """Protect batches from passes that change them in place, for example by normalising pixels.
 
@@ -152,7 +168,8 @@ def _deep_copy(inputs: Any) -> Any:
 def _same(value: Any, other: Any) -> bool:
     """Whether two entries are equal, as far as this can be checked."""
     if isinstance(value, Tensor):
-        return value.requires_grad == other.requires_grad and torch.equal(value.detach(), other.detach())
+        is_equal = not is_strided(value) or torch.equal(value.detach(), other.detach())
+        return value.requires_grad == other.requires_grad and is_equal
     if isinstance(value, Mapping):
         return value.keys() == other.keys() and all(_same(v, other[key]) for key, v in value.items())
     if isinstance(value, list | tuple):

@@ -71,8 +71,16 @@ class CurrentStep:
     @cached_property
     def generator(self) -> torch.Generator:
         """A generator that depends only on seed, step, rank and micro-batch: a resumed run draws the same numbers."""
+        return self._generator()
+
+    @cached_property
+    def rounding_generator(self) -> torch.Generator:
+        """Another such generator, so that rounding does not depend on the method's own random numbers."""
+        return self._generator(" rounding")
+
+    def _generator(self, purpose: str = "") -> torch.Generator:
         seed, rank, micro = self._seed
-        key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "")
+        key = f"{seed} {self.index} {rank}" + (f" {micro}" if micro else "") + purpose
         return torch.Generator(self._selected[0].device).manual_seed(random.Random(key).getrandbits(63))
 
     @cached_property
@@ -86,15 +94,18 @@ class CurrentStep:
         return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
 
     def optimizer_state(self, *names: str) -> Vector | None:
-        """The first existing optimizer state among `names`, over the perturbed parameters; None if there are none.
+        """The first existing optimizer state among `names`, over the perturbed parameters that the optimizer has stepped.
 
-        A quantized state (torchao's 8-bit and 4-bit optimizers) is returned dequantized.
+        None if there are none, or if the optimizer keeps other states for some of them: Adafactor, for example, has
+        `exp_avg_sq` for vectors only. A quantized state (torchao's 8-bit and 4-bit optimizers) is returned dequantized.
         """
         found: dict[Parameter, Tensor] = {}
         states = self._optimizer.state
         for p in self._selected:
             state = states.get(p, {})
             value = next((state[name] for name in names if state.get(name) is not None), None)
+            if value is None and any(isinstance(other, Tensor) and other.dim() for other in state.values()):
+                return None
             if value is not None:
                 value = local(value)
                 found[p] = value if type(value) in (Tensor, Parameter) else value.dequantize()

@@ -47,7 +47,9 @@ class Memory(MutableMapping[str, Vector]):
             return
         if not isinstance(vector, Vector):
             raise ValueError(f"step.memory[{name!r}] of {self._owner} must be a Vector, not {type(vector).__name__}.")
-        store[name] = vector.share().view()
+        # Weights, optimizer states, the gradient of the step and other values in memory are shared, and change later.
+        kept = vector.clone() if vector.is_shared else vector
+        store[name] = kept.share().view()
 
     def __delitem__(self, name: str) -> None:
         self._check(name)
@@ -82,8 +84,11 @@ class Memory(MutableMapping[str, Vector]):
         self._pending.clear()
 
     def state_dict(self, names: dict[Parameter, str]) -> dict[str, Tensor]:
-        """One tensor per name and parameter, under `name/parameter`, and one per scalar, under `name/`."""
-        scalars = {f"{name}/": self[name] for name in self if name in self._scalars}
+        """One tensor per name and parameter, under `name/parameter`, and one per scalar, under `name/`.
+
+        No two of them share memory.
+        """
+        scalars = {f"{name}/": self[name].clone() for name in self if name in self._scalars}
         return scalars | {
             f"{name}/{names[p]}": tensor
             for name, vector in self.items()

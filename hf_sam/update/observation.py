@@ -89,6 +89,6 @@ def log_entries(means: dict[str, float], log_shares: bool = True) -> dict[str, f
         name: value
         for name, value in means.items()
         if not name.startswith("_")
-        and not (name == "sam_cosine" and math.isnan(value))
+        and (name != "sam_cosine" or math.isfinite(value))
         and (log_shares or not name.startswith("sam_share/"))
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter, gt
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -14,6 +16,7 @@ from torch.nn import Parameter
 from transformers.utils import logging
 
 from ..config import SELECTORS
+from .namespaces import are_identical
 from .roles import embedding_parameters, head_parameters, norm_parameters
 
 Gradients = dict[Parameter, Tensor]
@@ -37,6 +40,8 @@ class TrainedParameters:
             hold the model's parameters (DeepSpeed): then `requires_grad` alone decides.
         others (`Mapping[str, nn.Module]`, *optional*): Modules outside the model whose parameters the optimizer may
             hold, such as a loss with weights, by name prefix.
+        parameters_move (`bool`, *optional*, defaults to `False`): The engine replaces parameters, so that new ones do
+            not mean new weights.
 
     Attributes:
         names (`dict[Parameter, str]`): The names of all parameters, trained or not.
@@ -54,9 +59,12 @@ class TrainedParameters:
         perturb: str | Sequence[str] = "all",
         optimizer: torch.optim.Optimizer | None = None,
         others: Mapping[str, nn.Module] | None = None,
+        parameters_move: bool = False,
     ):
+        self._parameters_move = parameters_move
+        self._members: list[dict[str, Any]] = []
         self._model, self._perturb, self._optimizer, self._others = model, perturb, optimizer, dict(others or {})
-        self._seen: tuple | None = None
+        self._seen: tuple[list[bool], list[Any]] | None = None
         self.refresh()
         if not self.selected and (perturb in SELECTORS or not self._waits_for_thawing()):
             raise ValueError(
@@ -65,7 +73,7 @@ class TrainedParameters:
 
     def refresh(self) -> bool:
         """Update the lists; return whether they have changed."""
-        if self._seen is not None and self._seen == self._state():
+        if self._seen is not None and self._is_unchanged(self._state()):
             return False
         is_first = self._seen is None
         model_names = {p: name for name, p in self._model.named_parameters()}
@@ -87,12 +95,19 @@ class TrainedParameters:
         if len(self.selected) == len(self.trainable):
             self.selected = self.trainable
         self._all = list(self.names)
+        if not self._parameters_move:
+            self._members = [names for m in self._model.modules() for names in (m._parameters, m._modules) if names]
         self._seen = self._state()
         return True
 
-    def _state(self) -> tuple:
-        groups = () if self._optimizer is None else [len(group["params"]) for group in self._optimizer.param_groups]
-        return list(map(_trains, self._all)), list(groups)
+    def _state(self) -> tuple[list[bool], list[Any]]:
+        """Which parameters train; and the modules and parameters of the model, and those of the optimizer."""
+        members = chain.from_iterable(map(dict.values, self._members))
+        return list(map(_trains, self._all)), [*members, *(self._stepped() or ())]
+
+    def _is_unchanged(self, state: tuple[list[bool], list[Any]]) -> bool:
+        (trains, members), (trained, previous) = state, self._seen
+        return trains == trained and len(members) == len(previous) and are_identical(members, previous)
 
     def _waits_for_thawing(self) -> bool:
         """Whether the patterns select frozen parameters, which a callback may unfreeze; warn in that case."""
@@ -106,7 +121,7 @@ class TrainedParameters:
     def _stepped(self) -> list[Parameter] | None:
         if self._optimizer is None:
             return None
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+        return list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
 
 
 def refuse_unmatched(perturb: str | Sequence[str], names: Iterable[str], trainable: Mapping[str, Parameter]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -69,7 +70,9 @@ class Perturbation:
         for parameters, weights, originals in reversed(self._saved):
             if self._swaps_memory:
                 parameters[0].data = originals[0]
-            elif len(weights) == 1:
+                continue
+            weights = _in_current_memory(parameters, weights)
+            if len(weights) == 1:
                 weights[0].copy_(originals[0])
             else:
                 torch._foreach_copy_(weights, originals)
@@ -152,8 +155,7 @@ class Perturbation:
         """Yield the displacements of several parameters at a time, or of some rows of a large one."""
         size = buckets.piece_size((t for _, _, originals in self._saved for t in originals), 4 * buckets.PIECE_SHARE)
         for parameters, weights, originals in self._saved:
-            if self._swaps_memory:
-                weights = [local(p) for p in parameters]
+            weights = _in_current_memory(parameters, weights)
             for group in buckets.grouped(weights, originals, max_bytes=4 * size):
                 owners, moved, saved = (buckets.pick(entries, group) for entries in (parameters, weights, originals))
                 if len(owners) > 1:
@@ -189,6 +191,13 @@ class Perturbation:
     def _exact_sum(weight: Tensor, direction: Tensor, factor: Scalar) -> Tensor:
         exact = torch.promote_types(weight.dtype, torch.float32)
         return torch.nan_to_num_(direction.to(exact) * factor, nan=0.0, posinf=0.0, neginf=0.0).add_(weight)
+
+
+def _in_current_memory(parameters: Sequence[Parameter], weights: list[Tensor]) -> list[Tensor]:
+    """The weights where the parameters have them now: adversarial training, for example, replaces `p.data` in a pass."""
+    if all(map(eq, map(Tensor.data_ptr, parameters), map(Tensor.data_ptr, weights))):
+        return weights
+    return [local(p) for p in parameters]
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -12,17 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .contents import Contents, ShallowContents, entries, is_generator, is_mutable, modules_in
+from .contents import (
+    Contents,
+    ShallowContents,
+    address,
+    is_checked_jointly,
+    is_data,
+    is_mutable,
+    is_plain,
+    modules_in,
+)
 from .namespaces import Namespaces, Values, are_identical
 from .random_states import RandomStates
 
 # The attributes of `nn.Module` itself; tensors are found through `_buffers` and `_parameters`.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _version, _mode = attrgetter("_version"), attrgetter("training")
-# A container with more entries than this counts as data, not state.
-_MAX_ENTRIES = 10_000
-# Tensor classes whose values can be copied and compared, unlike sharded and quantized ones.
-_PLAIN = (Tensor, nn.Parameter)
 # Number of optimizer steps in which values are compared, at the start of a run and after modules have changed.
 _WATCHED_STEPS = 2
 
@@ -38,7 +43,7 @@ class Snapshot:
         tensors (`list[Tensor]`): Tensors that a pass may change in place.
         versions (`list[int]`): The version counter of each.
         copies (`dict[int, Tensor]`): Copies of some of them, by position in `tensors`.
-        addresses (`list[int]`): Memory addresses of the tensors; only if `is_watched`.
+        addresses (`list[int | None]`): Memory addresses of the tensors; only if `is_watched`.
         contents (`list[Contents]`): Copied contents of containers, arrays, objects and generators.
         shallow (`ShallowContents`): Contents of the others, which are not copied.
         is_watched (`bool`): Whether everything that can be copied is copied, to detect changes by value.
@@ -51,7 +56,7 @@ class Snapshot:
     tensors: list[Tensor]
     versions: list[int]
     copies: dict[int, Tensor]
-    addresses: list[int]
+    addresses: list[int | None]
     contents: list[Contents]
     shallow: ShallowContents
     is_watched: bool
@@ -65,7 +70,8 @@ class PassState:
 
     - buffers and frozen parameters, changed in place or replaced;
     - replaced modules;
-    - plain attributes of modules: numbers, tensors, arrays, containers, generators and objects of custom classes;
+    - plain attributes of modules: numbers, tensors, arrays, containers, generators and objects of custom classes,
+      including modules inside them;
     - the modules and plain attributes of `owner`, the trainer.
 
     Reassigned attributes are restored by reference. Values changed in place must have been copied beforehand:
@@ -105,12 +111,12 @@ class PassState:
 
     def _scan(self) -> None:
         """List everything that may change; repeated when modules were added, removed or changed their mode."""
-        roots = [*self._roots, *modules_in(self._own_attributes().values())]
-        self._modules = list({id(m): m for root in roots for m in root.modules()}.values())
+        self._modules = _all_modules([*self._roots, *modules_in(self._own_attributes().values())])
         self._inner = [m._modules for m in self._modules]
         self._modes, self._children = self._modes_and_children()
-        # torch's own layers keep no state in plain attributes, and reading them would take most of the time.
-        custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules")]
+        # torch's own layers keep no state in plain attributes, unless a hook stores it there, and reading them would
+        # take most of the time.
+        custom = [m for m in self._modules if not type(m).__module__.startswith("torch.nn.modules") or _has_hooks(m)]
         self._attributes = list(map(vars, custom))
         self._members = [m._modules for m in custom if m._modules] + [m._buffers for m in self._modules if m._buffers]
         if self._watches_parameters:
@@ -127,11 +133,15 @@ class PassState:
         attributes = [{k: v for k, v in vars(m).items() if k not in _OF_EVERY_MODULE} for m in self._modules]
         for values in (*attributes, *(m._buffers for m in self._modules), self._own_attributes()):
             found.update((id(v), v) for v in values.values() if _is_state(v))
-            tracked.update((id(v), v) for v in values.values() if is_mutable(v) and entries(v) <= _MAX_ENTRIES)
+            tracked.update((id(v), v) for v in values.values() if is_mutable(v) and not is_data(v))
         tracked.update((id(v), v) for v in self._also_tracked if is_mutable(v))
+        parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         if self._watches_parameters:
-            found.update((id(p), p) for m in self._modules for p in m._parameters.values() if _is_state(p))
-        self._tensors, self._tracked = list(found.values()), list(tracked.values())
+            found.update((id(p), p) for p in parameters if _is_state(p))
+        # Restoring a view of a trained weight, such as its `.data`, would undo the perturbation.
+        self._trained = {address(p) for p in parameters if p.requires_grad} - {None}
+        self._tensors = [t for t in found.values() if address(t) not in self._trained]
+        self._tracked = list(tracked.values())
         self._choose_copies()
         self._is_scanned, self._steps_to_watch = True, _WATCHED_STEPS
 
@@ -182,7 +192,7 @@ class PassState:
             tensors,
             versions=list(map(_version, tensors)),
             copies={i: self._copy(tensors[i]) for i in copied},
-            addresses=list(map(_address, tensors)) if self._is_watching else [],
+            addresses=list(map(address, tensors)) if self._is_watching else [],
             contents=contents,
             shallow=shallow,
             is_watched=self._is_watching,
@@ -201,13 +211,15 @@ class PassState:
     def _contents(self) -> tuple[list[Contents], ShallowContents]:
         """Snapshots of contents; shallow ones are reused while nothing has changed."""
         if self._is_watching:
-            return [Contents(value, is_deep=True) for value in self._tracked], ShallowContents([])
+            return [Contents(v, True, self._trained) for v in self._tracked], ShallowContents([])
         if self._shallow is None or not self._shallow.are_unchanged():
-            quiet = [Contents(v, is_deep=False) for v in self._tracked if id(v) not in self._mutated]
-            self._shallow = ShallowContents([one for one in quiet if not any(map(_holds_generator, one.nested()))])
+            quiet = [Contents(v, False, self._trained) for v in self._tracked if id(v) not in self._mutated]
+            self._shallow = ShallowContents(
+                [one for one in quiet if all(is_checked_jointly(inner.value) for inner in one.nested())]
+            )
             known = {id(one.value) for one in self._shallow.contents}
             self._contents_to_copy = [v for v in self._tracked if id(v) not in known]
-        copied = [Contents(value, is_deep=id(value) in self._mutated) for value in self._contents_to_copy]
+        copied = [Contents(v, id(v) in self._mutated, self._trained) for v in self._contents_to_copy]
         return copied, self._shallow
 
     def _copy(self, tensor: Tensor) -> Tensor:
@@ -240,7 +252,7 @@ class PassState:
                 if tensor.nbytes > budget:
                     continue
                 budget -= tensor.nbytes
-            if type(tensor) in _PLAIN and tensor.device.type != "meta":
+            if is_plain(tensor) and tensor.device.type != "meta":
                 yield id(tensor)
 
     def detect_changes(self, before: Snapshot) -> None:
@@ -271,7 +283,7 @@ class PassState:
             if id(tensor) in self._mutated:
                 continue
             value = before.copies.get(i)
-            has_moved = tensor._version != version or (before.is_watched and _address(tensor) != before.addresses[i])
+            has_moved = tensor._version != version or (before.is_watched and address(tensor) != before.addresses[i])
             if has_moved or (before.is_watched and value is not None and not torch.equal(tensor, value)):
                 self._mutated.add(id(tensor))
                 before.is_restorable &= value is not None  # otherwise the previous value is lost
@@ -309,6 +321,22 @@ class PassState:
                 contents.restore()
 
 
+def _all_modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """All modules below the roots, including those hidden in lists or objects, as frozen teachers often are."""
+    found: dict[int, nn.Module] = {}
+    waiting = list(roots)
+    while waiting:
+        new = [m for m in waiting.pop().modules() if id(m) not in found]
+        found.update((id(m), m) for m in new)
+        plain = (value for m in new for name, value in vars(m).items() if name not in _OF_EVERY_MODULE)
+        waiting.extend(m for m in modules_in(plain) if id(m) not in found)
+    return list(found.values())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
 def _restore_names(namespaces: Namespaces, now: dict[str, Any], before: dict[str, Any]) -> None:
     for name in [name for name, value in namespaces.included(now).items() if name not in before and _is_data(value)]:
         del now[name]  # flags and callables stay: they often mark a one-time setup, such as installed hooks
@@ -319,10 +347,6 @@ def _modules_differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
     return any(isinstance(value, nn.Module) and now.get(name) is not value for name, value in then.items())
 
 
-def _holds_generator(contents: Contents) -> bool:
-    return is_generator(contents.value)
-
-
 def _is_data(value: Any) -> bool:
     return not isinstance(value, bool | nn.Module) and not callable(value)
 
@@ -330,7 +354,3 @@ def _is_data(value: Any) -> bool:
 def _is_state(value: Any) -> bool:
     """Whether in-place changes of this tensor must be undone."""
     return isinstance(value, Tensor) and not value.requires_grad and not value.is_inference()
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if type(tensor) in _PLAIN else 0

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from ..config import Parts, SAMConfig
 from ..methods.base import FORWARD_SHARE, HESSIAN_PASSES, Needs, Step, overrides
-from .batches import ChangedInputs, MicroBatch
+from .batches import ChangedInputs, MicroBatch, checked_indices
 from .parameters import Gradients, TrainedParameters
 from .random_states import RandomStates
 from .replay import PassState, Snapshot
@@ -124,7 +124,9 @@ class PassRunner:
         """The part of the batch that the ascent pass sees."""
         size, fraction = batch.size, self._config.ascent_fraction or 1.0
         indices = self.parts.ascent.examples(batch.inputs, step)
-        if indices is None and fraction < 1:
+        if indices is not None:
+            indices = checked_indices(indices, self.parts.ascent, "examples")
+        elif fraction < 1:
             indices = torch.arange(math.ceil(fraction * (size or 0)))
         if indices is None or (size and len(indices) == size):
             return batch
@@ -148,7 +150,8 @@ class PassRunner:
         self.state.restore(batch.before)
         after = self._passes.losses_of_examples(batch)
         self._cost.ascent_passes += FORWARD_SHARE * batch.fraction
-        return batch.sample(self.parts.descent.examples(batch.kept, after))
+        descent = self.parts.descent
+        return batch.sample(checked_indices(descent.examples(batch.kept, after), descent, "examples"))
 
     def run_all(self, model: nn.Module, window: list[MicroBatch], *, synced: bool, is_ascent: bool = False) -> Tensor:
         """Run one pass per micro-batch of the window, from the state of its clean pass if any; return the summed loss.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from ..config import Parts, SAMConfig
 from ..methods.base import Needs, overrides
 from .ascent_step import AscentStep
-from .batches import MicroBatch
+from .batches import MicroBatch, checked_indices
 from .current_step import CurrentStep
 from .memory import Memory
 from .optimizer_gradient import OptimizerGradient
@@ -84,7 +85,7 @@ class SharpnessAwareUpdate:
         self.scope = "micro" if self.needs & Needs.UNEVEN_PASSES else engine.scope(config)
         self.schedule = Schedule.resolve(config, max_steps, warmup_steps)
         groups = optimizer if engine.optimizer_holds_parameters else None
-        self.parameters = TrainedParameters(model, config.perturb or "all", groups, others)
+        self.parameters = TrainedParameters(model, config.perturb or "all", groups, others, engine.parameters_move)
         self.device = self.parameters.trainable[0].device
         in_buckets = self.device.type != "cpu" if IN_BUCKETS is None else IN_BUCKETS
         self.space = Space(engine.reductions, list(self.parameters.names), in_buckets)
@@ -101,11 +102,14 @@ class SharpnessAwareUpdate:
             self.parts, config, engine, self.parameters, self.space, optimizer, self.telemetry, model
         )
         self.index, self.kind = 0, Kind.PLAIN
-        self._optimizer, self._seed = optimizer, seed
-        self._max_steps, self._peak_lr = max_steps, peak_lr(optimizer, scheduler, max_steps)
+        self.optimizer, self._seed = optimizer, seed
+        self._max_steps = max_steps
+        # Finding the peak calls the functions of the user's schedule, which may count their calls or draw.
+        self._peak_lr = peak_lr(optimizer, scheduler, max_steps) if config.rho_schedule == "lr" else 0.0
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
         self._micro, self._has_uncommitted_memory, self._retries_ascent = 0, False, False
+        self._has_stepped = False
 
     # --- Algorithm 1 -------------------------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class SharpnessAwareUpdate:
             is_last (`bool`): Whether this is the last micro-batch, after which the optimizer steps.
             measured (`Callable[[], bool]`): Returns whether the values of this step are about to be logged.
         """
-        if self._micro == 0:
+        if self._micro == 0 or index != self.index:  # the latter after an error that user code has caught
             self._begin(model, index, measured())
         step = {
             Kind.PLAIN: self._plain_step,
@@ -134,7 +138,7 @@ class SharpnessAwareUpdate:
         }[self.kind]
         if self.kind is not Kind.TWO_PASSES:
             batch = batch.without(getattr(self.parts.ascent, "part", None))
-        with self.cost.micro_batch(index):
+        with self.cost.micro_batch(index), self._gradients_kept_on_error():
             loss = step(model, batch, is_last)
             if is_last and self.kind in (Kind.ONE_PASS, Kind.TWO_PASSES):
                 self._finish()
@@ -162,11 +166,13 @@ class SharpnessAwareUpdate:
         # g = grad L(w), in p.grad
         synced = is_last and self.scope == "global"
         clean_loss = self.runner.ascend(model, batch, self._ascent_parameters, self._step(), synced=synced)
+        if self._update_parameters():  # the loss itself has frozen or thawed layers
+            self._ascent_parameters = self._parameters_for_ascent()
         self._window.append(batch)
         if self.scope != "micro" and not is_last:
             return clean_loss if self.runner.sees_all else torch.zeros_like(clean_loss)
         window, self._window = self._window, []
-        accumulated, self._accumulated = self._accumulated, {}
+        accumulated = self._accumulated
 
         gradients = self.engine.take_gradients(self.parameters.trainable)
         g = self.optimizer_gradient.vector(gradients, self.parameters.selected)
@@ -222,6 +228,9 @@ class SharpnessAwareUpdate:
         """Run the chosen examples at `w + eps`, with eps from their own gradient, and the others at `w`."""
         ascent = self.parts.ascent
         chosen = ascent.perturbed_examples(batch.inputs, self._step())
+        if chosen is None:
+            chosen = torch.arange(batch.size or 0)
+        chosen = checked_indices(chosen, ascent, "perturbed_examples")
         batch = batch.without(ascent.part)
         others = torch.tensor(sorted(set(range(batch.size or 0)).difference(chosen.tolist())), dtype=torch.long)
         if len(chosen) and len(others):
@@ -265,10 +274,10 @@ class SharpnessAwareUpdate:
 
     def _one_pass_step(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """Run a step whose perturbation needs no clean pass; return the perturbed loss."""
-        if callable(getattr(self._optimizer, "train", None)):
-            self._optimizer.train()  # schedule-free optimizers switch weights here, so before eps is added
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers switch weights here, so before eps is added
         step = self._step()
-        with self.ascent_step.weights(self._step()) as weights, self.parts.ascent.applied(step):
+        with self.ascent_step.weights(step) as weights, self.parts.ascent.applied(step):
             eps = self.ascent_step.checked(self.parts.ascent.eps(None, step))
             if eps is not None:
                 self.telemetry.record(sam_rho=self.parts.ascent.radius(step))
@@ -293,17 +302,25 @@ class SharpnessAwareUpdate:
     # --- the kind of step --------------------------------------------------------------------------------------------
 
     def _begin(self, model: nn.Module, index: int, measured: bool) -> None:
-        """Commit the memory of the previous step, and update the trained parameters and the schedule."""
+        """Forget what an abandoned step left, commit the memory of the previous one, and update what a step reads."""
+        self._micro, self._window, self._accumulated = 0, [], {}
+        self.telemetry.close_step()
         self.commit_memory()
-        if self.parameters.refresh():
-            self.runner.parameters_changed()
-            self.space.changed(list(self.parameters.names))
+        self._update_parameters()
         self.index = self.runner.index = index
         self.ascent_step.is_measured = measured
-        self.rho = self.schedule.rho(index, lr_fraction(self._optimizer, self._peak_lr))
+        self.rho = self.schedule.rho(index, lr_fraction(self.optimizer, self._peak_lr))
         self.kind = self._kind()
         has_ascent_pass = self.kind is Kind.TWO_PASSES
         self._ascent_parameters = self._parameters_for_ascent() if has_ascent_pass else self.parameters.trainable
+
+    def _update_parameters(self) -> bool:
+        """Update what depends on which parameters are trained; return whether they have changed."""
+        has_changed = self.parameters.refresh()
+        if has_changed:
+            self.runner.parameters_changed()
+            self.space.changed(list(self.parameters.names))
+        return has_changed
 
     def _kind(self) -> Kind:
         if not self.schedule.is_inside(self.index) or not self.parameters.selected:
@@ -325,7 +342,12 @@ class SharpnessAwareUpdate:
         if not overrides(self.parts.ascent, "parameters"):
             return self.parameters.selected
         by_name = {self.parameters.names[p]: p for p in self.parameters.selected}
-        return [by_name[name] for name in self.parts.ascent.parameters(list(by_name), self._step())]
+        chosen = self.parts.ascent.parameters(list(by_name), self._step())
+        if unknown := set(chosen).difference(by_name):
+            raise ValueError(
+                f"{type(self.parts.ascent).__name__}.parameters must return some of the names that it is given, not {unknown}."
+            )
+        return [by_name[name] for name in chosen]
 
     @property
     def _is_complete(self) -> bool:
@@ -334,10 +356,11 @@ class SharpnessAwareUpdate:
 
     def commit_memory(self) -> None:
         """Keep what the previous step wrote to memory, unless one of its passes overflowed."""
-        if not self._has_uncommitted_memory:
+        if not self._has_uncommitted_memory or self._micro:  # in the middle of a step, nothing is decided yet
             return
         self._has_uncommitted_memory = False
         was_skipped = self.runner.was_skipped()
+        self._has_stepped |= not was_skipped
         overflow, self.ascent_step.has_overflowed = self.ascent_step.has_overflowed, None
         if overflow is not None:  # the optimizer may have stepped along a finite g_s nevertheless
             was_skipped |= bool(overflow)
@@ -353,9 +376,9 @@ class SharpnessAwareUpdate:
             progress=self.index / self._max_steps,
             rho=self.rho if rho is None else rho,
             age=0 if self.kind is Kind.TWO_PASSES else self.schedule.age(self.index),
-            is_first=self.cost.first_step in (None, self.index),
+            is_first=not self._has_stepped,
             selected=self.parameters.selected,
-            optimizer=self._optimizer,
+            optimizer=self.optimizer,
             space=self.space,
             memory=self.memory,
             seed=(self._seed, rank, self._micro if self.scope == "micro" else 0),
@@ -364,6 +387,19 @@ class SharpnessAwareUpdate:
             loss_scale=self.engine.loss_scale(self.device),
             hessian_product=None if window is None else partial(self.optimizer_gradient.hessian_product, window),
         )
+
+    @contextlib.contextmanager
+    def _gradients_kept_on_error(self) -> Iterator[None]:
+        """A context that puts back the gradients of earlier micro-batches, in case user code skips one that fails."""
+        try:
+            yield
+        except BaseException:
+            if not self._window:  # otherwise they are still in p.grad
+                put_gradients(self._accumulated)
+            raise
+        finally:
+            if not self._window:
+                self._accumulated = {}
 
     # --- the end of a step -------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from hf_sam.baselines.averaging import WeightAveraging
 
@@ -48,17 +49,32 @@ def test_training_itself_is_untouched(make_trainer):
 
 
 @pytest.mark.parametrize("kind", ["swa", "ema"])
-def test_a_resumed_average_is_the_uninterrupted_one(make_trainer, tmp_path, kind):
+@pytest.mark.parametrize("is_in_arguments", [True, False])
+def test_a_resumed_average_is_the_uninterrupted_one(make_trainer, tmp_path, kind, is_in_arguments):
     def averaging():
         return WeightAveraging(kind, start=0.25, decay=0.8)
 
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole, _ = train(make_trainer, averaging(), **saving)
     trainer = make_trainer(max_steps=8, learning_rate=0.1, **saving)
-    trainer.args.resume_from_checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    trainer.args.resume_from_checkpoint = checkpoint if is_in_arguments else None
     trainer.add_callback(averaging())
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     assert torch.equal(trainer.model.classifier.weight.detach().double(), whole)
+
+
+def test_an_average_that_is_not_in_the_checkpoint_starts_anew_with_a_warning(make_trainer, tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(max_steps=4, **saving).train()
+    trainer = make_trainer(max_steps=8, **saving)
+    trainer.add_callback(WeightAveraging("ema"))
+    logging.enable_propagation()
+    try:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    finally:
+        logging.disable_propagation()
+    assert "averaged_weights.safetensors is not in the checkpoint: it starts anew" in caplog.text
 
 
 class Stop(TrainerCallback):

@@ -44,11 +44,13 @@ def test_noise_has_the_stated_size(tmp_path):
     assert values.std().item() == pytest.approx(0.1**0.5 * 0.5, rel=0.3)
 
 
-def test_resumed_is_bitwise_uninterrupted(tmp_path):
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_resumed_is_bitwise_uninterrupted(tmp_path, elsewhere):
     whole = trainer(tmp_path, EntropySGD(inner_steps=3), max_steps=5, save_strategy="steps", save_steps=2)
     whole.train()
     checkpoint = str(tmp_path / "checkpoint-2")
-    again = trainer(tmp_path / "again", EntropySGD(inner_steps=3), max_steps=5, resume_from_checkpoint=checkpoint)
+    folder, options = (tmp_path / "again", {"resume_from_checkpoint": checkpoint}) if elsewhere else (tmp_path, {})
+    again = trainer(folder, EntropySGD(inner_steps=3), max_steps=5, **options)
     again.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from integration import tiny
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_sam import SAMConfig
+from hf_sam import Ascent, SAMConfig
+from hf_sam.methods import Noise
+from hf_sam.update.perturbation import Perturbation
 
 
 @pytest.fixture
@@ -85,6 +89,46 @@ def test_stochastic_rounding_has_the_size_of_rho_or_a_warning_says_that_it_adds_
         (message,) = warnings()
         assert "bfloat16 adds" in message
         assert "stochastic_rounding" not in message
+
+
+class ManyWeights(tiny.Mlp):
+    """Enough weights for the mean over them to be close to the expectation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4096), nn.Linear(4096, tiny.CLASSES)
+        self.norm = nn.Identity()
+
+
+@dataclass(frozen=True)
+class NoiseInsteadOfTheGradient(Ascent):
+    """Draws in a step with two passes."""
+
+    def eps(self, g, step):
+        return Noise().eps(None, step)
+
+
+@pytest.mark.parametrize(
+    "method", [{}, {"method": "random"}, {"ascent": NoiseInsteadOfTheGradient()}], ids=["sam", "random", "own"]
+)
+def test_stochastic_rounding_does_not_depend_on_what_the_method_draws(method, tmp_path, monkeypatch):
+    """With the same random numbers for both, weights with a large eps would seldom be rounded up."""
+    shares, add = [], Perturbation.add
+
+    def noted(self, eps):
+        wanted, before = [t.clone().float() for t in eps.numbers()], [p.detach().float() for p in eps.parameters]
+        parameters = eps.parameters
+        add(self, eps)
+        moved = [p.detach().float() - w for p, w in zip(parameters, before, strict=True)]
+        along = sum((m * v).sum() for m, v in zip(moved, wanted, strict=True))
+        shares.append(float(along / sum(v.square().sum() for v in wanted)))
+
+    monkeypatch.setattr(Perturbation, "add", noted)
+    tiny.set_seed(0)
+    sam = SAMConfig(rho=0.02, stochastic_rounding=True, **method)
+    model, data = ManyWeights().to(torch.bfloat16), tiny.vectors(dtype=torch.bfloat16)
+    tiny.trained(model, data, tmp_path, sam, max_steps=6, learning_rate=0.0, logging_strategy="no")
+    assert sum(shares) / len(shares) == pytest.approx(1, abs=0.05)
 
 
 def test_float32_masters_never_see_the_perturbation(tmp_path):

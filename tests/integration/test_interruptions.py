@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration import tiny
+from integration import equivalence, tiny
 
 from hf_sam import SAMConfig
 from hf_sam.update.perturbation import Perturbation
@@ -164,7 +164,7 @@ def test_auto_find_batch_size_goes_on_after_running_out_of_memory(scope, phase, 
 KILLED_RUN = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-from integration import tiny
+from integration import equivalence, tiny
 from integration.test_interruptions import killed_run_trainer
 
 class Killed(tiny.WatchedSAMTrainer):
@@ -224,3 +224,57 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(scope, step, 
     assert torch.equal(torch.stack(resumed.trajectory), torch.stack(whole.trajectory[step:]))
     tail = [entry for entry in whole.state.log_history if "loss" in entry and entry["step"] > step]
     assert [entry for entry in resumed.state.log_history if "loss" in entry and entry["step"] > step] == tail
+
+
+class SkipsWhatFails:
+    """Goes on with the next micro-batch after an error, as users do when one batch is too large."""
+
+    lost = (1, 4)  # micro-batches
+
+    def training_step(self, *args, **kwargs):
+        self.micro = getattr(self, "micro", -1) + 1
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError:
+            return torch.zeros(())
+
+    def compute_loss(self, *args, **kwargs):
+        if self.micro in self.lost:
+            raise RuntimeError(OUT_OF_MEMORY)
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("scope", "accumulation"), [("device", 1), ("device", 2), ("micro", 2), ("device", 3)])
+def test_a_micro_batch_that_user_code_skips_after_an_error_is_only_that_one(scope, accumulation, tmp_path):
+    runs = equivalence.both(tmp_path, scope, accumulation, body=SkipsWhatFails, max_steps=4)
+    equivalence.assert_like_stock(*runs, perturbs=False)
+
+
+@pytest.mark.parametrize("scope", ["device", "micro"])
+def test_steps_after_a_second_pass_that_user_code_skipped_are_ordinary_ones(scope, tmp_path):
+    """The step itself has lost gradients; its window and its count of micro-batches must not enter the next one."""
+
+    class Skips(tiny.WatchedSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            try:
+                return super().training_step(*args, **kwargs)
+            except RuntimeError:
+                return torch.zeros(())
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            # Passes of the first step: clean, clean, perturbed, perturbed; under "micro" clean, perturbed, and so on.
+            if len(self.passes) == 4:
+                raise RuntimeError(OUT_OF_MEMORY)
+            return loss
+
+    tiny.set_seed(2)
+    args = tiny.arguments(tmp_path, gradient_accumulation_steps=2, learning_rate=0.0, optim="sgd")
+    sam = SAMConfig(rho=0.1, scope=scope)
+    skipping = Skips(model=tiny.mlp(), args=args, train_dataset=tiny.vectors(), sam_config=sam)
+    skipping.train()
+    whole = tiny.trained(
+        tiny.mlp(), tiny.vectors(), tmp_path, sam, gradient_accumulation_steps=2, learning_rate=0.0, optim="sgd"
+    )
+    for key in ("grad_norm", "sam_perturbed_loss", "sam_ascent_grad_norm"):
+        assert tiny.logged(skipping, key)[-2:] == tiny.logged(whole, key)[-2:], key

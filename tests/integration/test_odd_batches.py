@@ -41,6 +41,8 @@ FIRST_ENTRIES = {
     "empty list": lambda n: [],
     "empty dict": lambda n: {},
     "0-dim tensor": lambda n: torch.tensor(3.0),
+    "sparse tensor": lambda n: torch.eye(n + 1).to_sparse(),
+    "nested tensor": lambda n: torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
     "strings": lambda n: ["a"] * n,
     "list that begins with None": lambda n: [None, torch.zeros(n, 1)],
     "nested list": lambda n: [[], ["a", {"b": None}]],

@@ -262,3 +262,17 @@ def test_weights_are_finite_after_an_overflow_in_any_pass(method, position, tmp_
     lost = scaled_run(tmp_path, sam, tiny.vectors(64), steps=6, at=3, passes_lost=(position,))
     assert_finite(lost)
     assert not torch.equal(lost.trajectory[5], lost.trajectory[4])
+
+
+@pytest.mark.parametrize("method", ["msam", "precond"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_method_that_reads_the_optimizers_state_survives_an_overflow_in_the_first_step(
+    method, accumulation, tmp_path
+):
+    """As is usual in fp16, whose scale begins too large: the optimizer has no state yet in the second step."""
+    data = tiny.vectors(4 * BATCH * accumulation)
+    sam = {"method": method, "rho": 0.1}
+    ours = scaled_run(tmp_path, sam, data, steps=4, accumulation=accumulation, at=0)
+    assert torch.equal(ours.trajectory[0], ours.passes[0][1])  # the step is lost
+    expected = scaled_run(tmp_path, sam, without_step(data, 0, accumulation), steps=3, accumulation=accumulation)
+    assert_close(ours.trajectory[1:], expected.trajectory)

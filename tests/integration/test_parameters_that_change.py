@@ -389,6 +389,59 @@ def test_new_layers_step_as_in_the_stock_trainer(scope, accumulation, tmp_path):
     assert_like_stock(*runs)
 
 
+class ResetsHead:
+    """A trainer that has a new head from the third step on, as when new classes arrive."""
+
+    how = "in the groups"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_AtStep(2, self.reset))
+
+    def reset(self):
+        old = list(self.model.last.parameters())
+        torch.manual_seed(5)
+        self.model.last = nn.Linear(8, tiny.CLASSES)
+        new = dict(zip(old, self.model.last.parameters(), strict=True))
+        if self.how == "in the groups":
+            for group in self.optimizer.param_groups:
+                group["params"] = [new.get(p, p) for p in group["params"]]
+        elif self.how == "in another optimizer":
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.2)
+
+
+class _AtStep(TrainerCallback):
+    def __init__(self, at: int, act):
+        self.at, self.act = at, act
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            self.act()
+
+
+class ResetsHeadAndOptimizer(ResetsHead):
+    how = "in another optimizer"
+
+
+class ResetsHeadOnly(ResetsHead):
+    """The optimizer does not know the new head, whose gradient still counts where gradients are clipped."""
+
+    how = "in the model alone"
+
+
+@pytest.mark.parametrize("body", [ResetsHead, ResetsHeadAndOptimizer, ResetsHeadOnly], ids=lambda body: body.how)
+@pytest.mark.parametrize(("scope", "accumulation"), SETTINGS)
+def test_a_new_head_steps_as_in_the_stock_trainer(body, scope, accumulation, tmp_path):
+    runs = both(tmp_path, scope, accumulation, body=body, max_steps=4, optim="sgd", learning_rate=0.1)
+    assert_like_stock(*runs)
+
+
+@pytest.mark.parametrize("body", [ResetsHead, ResetsHeadAndOptimizer], ids=lambda body: body.how)
+def test_a_new_head_that_the_optimizer_knows_is_perturbed(body, tmp_path):
+    trainer = equivalence.trained(SAMConfig(rho=0.5), tmp_path, body=body, max_steps=4)
+    assert set(trainer.model.last.parameters()) <= set(trainer._sam.parameters.selected)
+
+
 def test_new_layers_are_perturbed(tmp_path):
     data, callback = tiny.vectors(dtype=torch.float64), ReplaceHead()
     expected = equivalence.sgd_steps_by_hand(
@@ -410,6 +463,24 @@ def test_new_layers_are_perturbed(tmp_path):
 
 
 # --- frozen -------------------------------------------------------------------------------------------------------
+
+
+class Alternating:
+    """Trains one layer in even steps and the other in odd ones, and says so in the loss, as adversarial pairs do."""
+
+    def compute_loss(self, *args, **kwargs):
+        is_even = self.state.global_step % 2 == 0
+        self.model.first.requires_grad_(is_even)
+        self.model.last.requires_grad_(not is_even)
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("perturb", ["all", "first*"])
+@pytest.mark.parametrize(("scope", "accumulation"), SETTINGS)
+def test_layers_that_the_loss_freezes_and_thaws(scope, accumulation, perturb, tmp_path):
+    sam = {"scope": scope, "perturb": perturb}
+    runs = both(tmp_path, scope, accumulation, sam=sam, body=Alternating, max_steps=5)
+    assert_like_stock(*runs, perturbs=False)
 
 
 class Freeze(TrainerCallback):

@@ -178,6 +178,22 @@ def test_a_parameter_without_gradient_in_one_pass(used_in, scope, tmp_path):
     assert all(value == pytest.approx(0.5, rel=1e-5) for value in tiny.logged(trainer, "sam_perturbation_norm"))
 
 
+def test_part_of_the_weights_has_the_same_gradient_under_reentrant_checkpointing(tmp_path):
+    """Reentrant checkpoints compute no gradient where their input needs none, as with embeddings that are not perturbed."""
+    norms = []
+    for reentrant in (False, True):
+        trainer = tiny.trained(
+            tiny.vit(),
+            tiny.images(),
+            tmp_path,
+            SAMConfig(rho=0.1, perturb="no-embeddings"),
+            activation_checkpointing=True,
+            activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        norms.append(tiny.logged(trainer, "sam_ascent_grad_norm"))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_only_unused_parameters_are_chosen(scope, tmp_path):
     """No example reaches the branch, so nothing is perturbed, and the run is the stock Trainer's."""

@@ -8,15 +8,18 @@ pass.
 from __future__ import annotations
 
 import copy
+import queue
 import random
-from collections import Counter, deque
+import threading
+from collections import Counter, OrderedDict, UserDict, deque
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from in_place import weights_changed_in_place
 from integration import equivalence, tiny
-from integration.equivalence import FEWER_PASSES, SETTINGS, assert_like_stock, both
+from integration.equivalence import FEWER_PASSES, SETTINGS, assert_like_stock, both, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -136,6 +139,34 @@ class TeacherMovedAfterUse(Teacher):
 
 
 # --- buffers ------------------------------------------------------------------------------------------------------
+
+
+class TeacherInAList(TeacherInPlace):
+    """Kept out of the parameters and of checkpoints, as reference models are."""
+
+    def build(self):
+        super().build()
+        self.others = [self._modules.pop("teacher")]
+
+    @property
+    def teacher(self):
+        return self.others[0].to(self.last.weight)  # a cast of the model does not reach it
+
+    def state(self):
+        return dict(self.teacher.named_parameters())
+
+
+class TeacherInAnObject(TeacherInPlace):
+    def build(self):
+        super().build()
+        self.helper = SimpleNamespace(teacher=self._modules.pop("teacher"))
+
+    @property
+    def teacher(self):
+        return self.helper.teacher.to(self.last.weight)
+
+    def state(self):
+        return dict(self.teacher.named_parameters())
 
 
 class Center(Stateful):
@@ -274,6 +305,22 @@ class HiddenStates(HiddenState):
         return h + c
 
 
+class HiddenStatesInPlace(Stateful):
+    """A tuple of tensors that stay the same objects."""
+
+    kept = ("carried",)
+
+    def build(self):
+        self.carried = (torch.zeros(8, dtype=torch.float64), [torch.zeros(8, dtype=torch.float64)])
+
+    def hidden(self, x):
+        first, (second,) = self.carried
+        out = x + (first + second).to(x)
+        first.mul_(0.5).add_(x.detach().mean(0))
+        second.sub_(x.detach().mean(0), alpha=0.1)
+        return out
+
+
 class Number(Stateful):
     """A temperature that falls with every pass."""
 
@@ -319,6 +366,22 @@ class Lists(Stateful):
         return out * (1 + 0.1 * len(self.seen))
 
 
+class Cache(Stateful):
+    """Ordered, and short: the oldest entry goes first."""
+
+    kept = ("cache",)
+
+    def build(self):
+        self.cache = OrderedDict()
+
+    def hidden(self, x):
+        out = x + sum(self.cache.values(), torch.zeros(8)).to(x)
+        self.cache[len(self.cache), x.sum().item()] = x.detach().mean(0)
+        if len(self.cache) > 2:
+            self.cache.popitem(last=False)
+        return out
+
+
 class Array(Stateful):
     kept = ("mean",)
 
@@ -354,6 +417,76 @@ class PlainObject(Stateful):
     def hidden(self, x):
         self.config.scale *= 0.8
         return x * self.config.scale + self.memory.read_and_write(x)
+
+
+class Meter:
+    """An object without a `__dict__`."""
+
+    __slots__ = ("__calls", "mean")
+
+    def __init__(self):
+        self.__calls = 0
+
+    def read_and_write(self, x):
+        self.__calls += 1
+        self.mean = 0.5 * getattr(self, "mean", 0.0) + x.detach().mean().item()
+        return self.mean * self.__calls
+
+    def state(self):
+        return self.__calls, self.mean
+
+
+class ObjectWithSlots(Stateful):
+    def build(self):
+        self.meter = Meter()
+
+    def hidden(self, x):
+        return x + self.meter.read_and_write(x)
+
+    def state(self):
+        return {"meter": self.meter.state()}
+
+
+class ObjectWithData(Stateful):
+    """State beside a list that is too long to be state."""
+
+    def build(self):
+        self.memory = Memory()
+        self.memory.texts = ["a text"] * 20_000
+
+    def hidden(self, x):
+        return x + self.memory.read_and_write(x)
+
+    def state(self):
+        return {"memory": (self.memory.value, self.memory.calls)}
+
+
+class DataObject(Stateful):
+    kept = ("data",)
+
+    def build(self):
+        self.data = UserDict(calls=0)
+
+    def hidden(self, x):
+        self.data["calls"] += 1
+        return x / self.data["calls"]
+
+
+class StatisticsOfAHook(Stateful):
+    """Kept by a hook on the layer that it watches, a layer of torch."""
+
+    def build(self):
+        self.first.calls, self.first.mean = 0, 0.0
+        self.first.register_forward_hook(count_and_average)
+
+    def state(self):
+        return {"first": (self.first.calls, self.first.mean)}
+
+
+def count_and_average(layer, inputs, output):
+    layer.calls += 1
+    layer.mean = 0.5 * layer.mean + output.detach().mean().item()
+    return output + layer.mean * layer.calls
 
 
 class InASubmodule(Stateful):
@@ -495,6 +628,7 @@ KINDS = [
     TeacherParameterReplaced, TeacherModuleReplaced, TeacherMovedAfterUse,
     Center, CenterReplaced, CenterThroughData, CenterNotSaved, CenterFilledLater, Queue, QueueThatGrows, Codebook,
     CodebookThatRestartsDeadCodes,
+    TeacherInAList, TeacherInAnObject, HiddenStatesInPlace, Cache, ObjectWithSlots, ObjectWithData, DataObject, StatisticsOfAHook,
     HiddenState, HiddenStateInPlace, HiddenStates, Number, History, Lists, Array, PlainObject, InASubmodule,
     CountedByTrain,
     TorchGenerator, NumpyGenerator, PythonGenerator, GeneratorInAContainer,
@@ -799,6 +933,146 @@ def test_a_criterion_of_the_trainer_moves_once_where_there_are_fewer_passes(meth
 def test_a_criterion_given_as_compute_loss_func_moves_as_in_the_stock_trainer(scope, accumulation, tmp_path):
     runs = both(tmp_path, scope, accumulation, extra=lambda model: {"compute_loss_func": RunningCriterion()})
     assert_like_stock(*runs, lambda t: (t.compute_loss_func.counts, t.compute_loss_func.margin))
+
+
+class OnAGraph(tiny.Mlp):
+    """Its adjacency matrix is sparse, and a nested tensor lies beside it."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.register_buffer("adjacency", torch.eye(6).to_sparse(layout=layout))
+        self.lengths = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+    def forward(self, x, labels=None):
+        return super().forward((self.adjacency @ x.T).T, labels)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_and_nested_tensors_of_a_model_are_no_obstacle(layout, tmp_path):
+    def model():
+        tiny.set_seed(0)
+        return OnAGraph(layout)
+
+    ours, stock = both(tmp_path, accumulation=2, model=model)
+    assert torch.equal(tiny.flat(ours.model), tiny.flat(stock.model))
+
+
+class KeepsViews(tiny.Mlp):
+    """Views of its weights, as by `detach` without a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("anchor", self.first.weight.data)
+        self.anchors = {name: p.detach() for name, p in self.named_parameters()}
+
+
+@pytest.mark.parametrize("scope", ["device", "micro"])
+def test_views_of_weights_do_not_undo_the_perturbation(scope, tmp_path):
+    def sharpness(kind):
+        tiny.set_seed(0)
+        sam = SAMConfig(rho=0.5, scope=scope)
+        return tiny.logged(tiny.trained(kind(), tiny.vectors(), tmp_path, sam), "sam_sharpness")
+
+    with weights_changed_in_place():
+        assert sharpness(KeepsViews) == sharpness(tiny.Mlp)
+
+
+def counting_by_nonlocal():
+    calls = None
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        nonlocal calls
+        calls = 1 if calls is None else calls + 1
+        return F.cross_entropy(outputs["logits"], labels) * calls
+
+    return loss
+
+
+def counting_by_attribute():
+    def loss(outputs, labels, num_items_in_batch=None):
+        loss.calls = getattr(loss, "calls", 0) + 1
+        return F.cross_entropy(outputs["logits"], labels) * loss.calls
+
+    return loss
+
+
+@pytest.mark.parametrize("make_loss", [counting_by_nonlocal, counting_by_attribute])
+@pytest.mark.parametrize(("scope", "accumulation"), SETTINGS)
+def test_a_compute_loss_func_that_counts_its_calls_counts_as_in_the_stock_trainer(
+    make_loss, scope, accumulation, tmp_path
+):
+    assert_like_stock(*both(tmp_path, scope, accumulation, extra=lambda model: {"compute_loss_func": make_loss()}))
+
+
+class WithTeacherInAnObject(WithTeacherOfTheTrainer):
+    @property
+    def criterion(self):
+        return self.helper.teacher
+
+    @criterion.setter
+    def criterion(self, value):
+        self.helper = SimpleNamespace(teacher=value)
+
+
+@pytest.mark.parametrize(("scope", "accumulation"), SETTINGS)
+def test_a_teacher_in_an_object_of_the_trainer_moves_as_in_the_stock_trainer(scope, accumulation, tmp_path):
+    runs = both(tmp_path, scope, accumulation, body=WithTeacherInAnObject)
+    assert_like_stock(*runs, lambda trainer: dict(trainer.criterion.named_parameters()))
+
+
+class LossMeter(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer, self.losses = trainer, []
+
+
+class WithMeter:
+    """Its meter refers to the trainer, and with that to the data."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.meter = LossMeter(self)
+        self.add_callback(self.meter)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.meter.losses.append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize(("scope", "accumulation"), SETTINGS)
+def test_a_meter_that_refers_to_the_trainer_sees_each_batch_once(scope, accumulation, tmp_path):
+    runs = both(tmp_path, scope, accumulation, body=WithMeter, data=tiny.vectors(15_000))
+    assert_like_stock(*runs, lambda trainer: trainer.meter.losses)
+
+
+class WithWriter:
+    """A queue that a thread empties, as those of trackers and prefetchers."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.queue = queue.Queue()
+        self.thread = threading.Thread(target=self.write)
+        self.thread.start()
+
+    def write(self):
+        while self.queue.get() is not None:
+            self.queue.task_done()
+        self.queue.task_done()
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.queue.put(loss.item())
+        return loss
+
+
+def test_a_queue_that_another_thread_empties_is_left_alone(tmp_path):
+    trainer = trained(SAMConfig(rho=0.1), tmp_path, body=WithWriter, max_steps=4)
+    trainer.queue.put(None)
+    trainer.thread.join(timeout=10)
+    assert not trainer.thread.is_alive()
+    assert trainer.queue.unfinished_tasks == 0
 
 
 def test_a_criterion_of_the_mixins_base_moves_as_in_the_stock_trainer(tmp_path):

@@ -144,6 +144,16 @@ def test_an_optimizer_of_the_users_own(tmp_path):
     tiny.assert_same_run(trained(SAMConfig(rho=1e-30)), trained(None))
 
 
+def test_a_schedule_that_counts_its_calls(tmp_path):
+    def trained(sam):
+        model, calls = tiny.mlp(), itertools.count()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + next(calls)))
+        return tiny.trained(model, tiny.vectors(), tmp_path, sam, extra={"optimizers": (optimizer, scheduler)})
+
+    tiny.assert_same_run(trained(SAMConfig(rho=1e-30)), trained(None))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_rho_zero_is_one_pass_and_the_stock_trainer(accumulation, tmp_path):
     options = {"gradient_accumulation_steps": accumulation}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from integration import tiny
@@ -94,6 +96,41 @@ def test_a_mean_beside_a_sum_over_tokens_is_refused_where_parts_are_taken(tmp_pa
     """The losses of the parts do not add up to that of the batch in any one way."""
     with pytest.raises(ValueError, match="do not combine to that of the batch"):
         trained_as(Penalised, "esam", tmp_path)
+
+
+class KeepsACopy(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.best = copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("sam", [{}, {"m": 2}, {"method": "functional"}, {"method": "esam"}], ids=str)
+def test_the_model_can_be_copied_during_training(sam, tmp_path):
+    extra = {"callbacks": [KeepsACopy()]}
+    trainer = tiny.trained(tiny.llama(), tiny.texts(), tmp_path, SAMConfig(**sam), extra=extra)
+    assert torch.equal(tiny.flat(extra["callbacks"][0].best), tiny.flat(trainer.model))
+
+
+class WithTeacher(tiny.WatchedSAMTrainer):
+    """Copies the model in its first pass, and runs the copy after the model."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not hasattr(self, "teacher"):
+            self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            self.teacher(**inputs)
+        return loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_teacher_that_is_a_copy_of_the_model_is_not_taken_for_it(method, tmp_path):
+    plain, ours = (trained_as(cls, method, tmp_path) for cls in (tiny.WatchedSAMTrainer, WithTeacher))
+    assert torch.equal(torch.stack(ours.trajectory), torch.stack(plain.trajectory))
+    tokens = torch.tensor([[3, 4]])
+    assert ours.teacher.generate(tokens, max_new_tokens=1, do_sample=False).shape == (
+        1,
+        3,
+    )  # refused for the model only
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -202,8 +202,9 @@ def arguments(folder: Path | str, **overrides) -> TrainingArguments:
         "dataloader_pin_memory": False,
         "seed": 3,
     }
-    if "activation_checkpointing" in overrides and not hasattr(TrainingArguments, "activation_checkpointing"):
-        overrides["gradient_checkpointing"] = overrides.pop("activation_checkpointing")  # before transformers 5.23
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+        if name in overrides and not hasattr(TrainingArguments, name):  # before transformers 5.23
+            overrides[name.replace("activation", "gradient")] = overrides.pop(name)
     return TrainingArguments(**{**defaults, **overrides})
 
 

@@ -48,6 +48,12 @@ def test_fields_pass_on_one_process(fields):
     check_method(SAMConfig(**fields), processes=1)
 
 
+@pytest.mark.parametrize("perturb", ["no-embeddings-no-head", "classifier.weight", ["classifier.*", "*.bias"]])
+def test_a_selection_that_the_test_network_does_not_have_is_no_obstacle(perturb):
+    others = [name for name in CHECKS if name != "trains"]
+    assert check_method(SAMConfig(perturb=perturb), processes=1, leave_out=others).checked == ["trains"]
+
+
 @pytest.mark.slow
 def test_every_row_and_a_users_class_pass_on_two_processes():
     configs = {name: SAMConfig(method=name) for name in METHODS}

@@ -81,6 +81,12 @@ def test_precond_without_second_moments_names_the_remedy(tmp_path):
         run(tmp_path, SAMConfig(method="precond"), steps=3)
 
 
+def test_precond_is_refused_where_only_vectors_have_second_moments(tmp_path):
+    """Adafactor keeps those of matrices in factors: only biases and norms would be perturbed."""
+    with pytest.raises(ValueError, match=r"Adafactor has no readable.*exp_avg_sq"):
+        train(tmp_path, SAMConfig(method="precond"), optim="adafactor")
+
+
 def test_gcsam(tmp_path):
     def step_gradient(loss, w, step):
         return oracles.gradient(

@@ -210,6 +210,32 @@ def test_memory_of_a_users_class_resumes_bitwise(tmp_path):
     assert all(map(torch.equal, weights(whole), weights(resumed)))
 
 
+class AwayFromTheStart(Ascent):
+    """Keeps what it is given, without a copy: the first weights, and the last gradient before it is clipped."""
+
+    memory = ("start", "last", "same")
+
+    def eps(self, g, step):
+        if "start" not in step.memory:
+            step.memory["start"] = step.weights
+        d = step.weights - step.memory["start"] + step.memory.get("last", g)
+        return d * (step.rho / d.norm())
+
+    def after(self, gradient, step):
+        step.memory["last"] = gradient
+        step.memory["same"] = step.memory["last"]
+
+
+def test_memory_of_values_that_change_later_resumes_bitwise(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.01, "learning_rate": 1.0}
+    config = SAMConfig(ascent=AwayFromTheStart(), rho=RHO)
+    whole = trainer_for(tmp_path, config, **options)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", config, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+
+
 def test_a_file_never_imports_a_module(tmp_path, monkeypatch):
     (tmp_path / "never_imported.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -290,6 +316,36 @@ class WrongShape(Ascent):
         return g.map(lambda t: t.reshape(-1))
 
 
+class ChoosesByMask(Ascent):
+    def examples(self, inputs, step):
+        return inputs["labels"] == 0
+
+    def eps(self, g, step):
+        return g * (step.rho / g.norm())
+
+
+class ChoosesByList(ChoosesByMask):
+    def examples(self, inputs, step):
+        return [0, 1]
+
+
+class PerturbsByMask(ChoosesByMask):
+    tail_weight, part = 1.0, None
+
+    def examples(self, inputs, step):
+        return None
+
+    def perturbed_examples(self, inputs, step):
+        return inputs["labels"] == 0
+
+
+class ChoosesUnknownNames(PerturbsByMask):
+    perturbed_examples = Ascent.perturbed_examples
+
+    def parameters(self, names, step):
+        return ["first.weights"]
+
+
 class Undeclared(Ascent):
     def eps(self, g, step):
         return step.memory["mean"]
@@ -301,12 +357,30 @@ class Undeclared(Ascent):
         (WrongShape(), r"WrongShape\.eps must have the shape of the weights: for first\.weight"),
         (Undeclared(), r"step\.memory\['mean'\] without declaring it: write memory = \('mean',\)"),
         (Ascent(), r"Ascent must define eps\(g, step\)"),
+        (ChoosesByMask(), r"ChoosesByMask\.examples must return a 1-dim tensor of the examples' indices.*nonzero"),
+        (ChoosesByList(), r"ChoosesByList\.examples must return a 1-dim tensor"),
+        (PerturbsByMask(), r"PerturbsByMask\.perturbed_examples must return a 1-dim tensor"),
+        (ChoosesUnknownNames(), r"ChoosesUnknownNames\.parameters must return some of the names.*first\.weights"),
     ],
-    ids=["wrong shape", "undeclared memory", "no eps"],
+    ids=lambda value: type(value).__name__ if isinstance(value, Ascent) else "",
 )
-def test_mistakes_in_eps_are_errors_that_name_them(tmp_path, ascent, message):
+def test_mistakes_of_an_ascent_are_errors_that_name_them(tmp_path, ascent, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         trained(tmp_path, SAMConfig(ascent=ascent))
+
+
+class PlainSam(ChoosesByMask):
+    examples = Ascent.examples
+
+
+class PerturbsAll(PerturbsByMask):
+    def perturbed_examples(self, inputs, step):
+        return None
+
+
+def test_an_ascent_that_may_perturb_for_some_examples_perturbs_for_all(tmp_path):
+    ours, plain = (trained(tmp_path, SAMConfig(ascent=ascent, rho=RHO)) for ascent in (PerturbsAll(), PlainSam()))
+    assert torch.equal(ours, plain)
 
 
 def test_the_realised_size_is_logged_where_gradients_have_been_accumulated_before(tmp_path):

@@ -82,6 +82,19 @@ def test_what_is_kept_is_not_changed_by_whoever_wrote_or_read_it():
     assert torch.equal(flat(mine["mean"]), before)
 
 
+def test_what_is_kept_does_not_change_with_what_it_was_read_from():
+    weights = [torch.ones(2, 3), torch.ones(4), torch.ones(())]
+    mine = memory("anchor", "again", scalars=("norm", "size"))
+    mine["anchor"] = Vector(list(PARAMETERS.values()), weights, space(), is_shared=True)
+    mine["again"] = mine["anchor"]
+    mine["norm"] = mine["size"] = torch.tensor(2.0)
+    for w in weights:
+        w.mul_(5)  # the optimizer steps
+    assert torch.equal(flat(mine["anchor"]), torch.ones(11))
+    addresses = [t.data_ptr() for t in mine.state_dict(NAMES).values()]
+    assert len(set(addresses)) == len(addresses) == 8  # safetensors refuses tensors that share memory
+
+
 def test_a_scalar_is_a_tensor_without_a_history():
     mine = memory("mean", scalars=("norm",))
     weight = nn.Parameter(torch.tensor(2.0))

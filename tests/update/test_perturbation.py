@@ -93,6 +93,20 @@ def test_a_second_move_of_the_same_weights_needs_no_memory_and_adds_up(perturbed
     assert_restored(weights, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restored_when_a_pass_has_pointed_the_weight_elsewhere(perturbed, dtype):
+    """Adversarial training of weights saves `p.data` and puts it back: the parameter then has other memory."""
+    p, q = weights = parameters(dtype, dtype)
+    before = copies(weights)
+    with perturbed() as moved:
+        moved.add(ones(weights, torch.tensor(0.1)))
+        p.data = p.data.clone()
+        (displacement,) = [d for owner, d in moved.displacement() if owner is p]
+        torch.testing.assert_close(displacement.float(), torch.full((5,), 0.1), rtol=0, atol=0.02)
+        q.data = torch.zeros_like(q)
+    assert_restored(weights, before)
+
+
 def test_a_context_can_be_entered_again(perturbed):
     weights = parameters()
     before, moved = copies(weights), perturbed()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_sam.update import contents
 from hf_sam.update.random_states import RandomStates
 from hf_sam.update.replay import PassState
 from hf_sam.update.runner import PassRunner
@@ -295,7 +296,7 @@ def test_what_no_pass_changes_costs_no_copies_later():
     snapshot = state.capture(None, WATCHED)
     assert not copied(snapshot)
     assert not snapshot.contents
-    assert {id(contents.value) for contents in snapshot.shallow.contents} == {id(module.kept), id(module.array)}
+    assert {id(one.value) for one in snapshot.shallow.contents} == {id(module.kept), id(module.array)}
 
 
 # --- parameters without gradient ------------------------------------------------------------------------------------
@@ -501,3 +502,10 @@ def test_a_module_that_comes_before_the_forward_is_taken_in():
     assert before.is_restorable
     state.restore(before)
     assert torch.equal(other.kept, torch.zeros(3))
+
+
+def test_much_nested_data_is_not_counted_to_the_end():
+    texts = [["word"] * 500 for _ in range(9000)]
+    assert contents.is_data(texts)
+    assert contents.entries(texts) < 11_000
+    assert not contents.is_data(texts[:2])
