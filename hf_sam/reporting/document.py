@@ -201,7 +201,8 @@ def to_svg(canvas: Canvas) -> bytes:
 def shorten_paths(text: str) -> str:
     """Make paths in `text` relative to the working directory; of paths elsewhere, keep only the last two parts."""
     text = str(text)
-    return _PATH.sub(r"…\1", text.replace(f"{os.getcwd()}/", "")) if "/" in text else text
+    here = os.getcwd().rstrip("/")  # empty at the root, where no path is shorter
+    return _PATH.sub(r"…\1", text.replace(f"{here}/", "") if here else text) if "/" in text else text
 
 
 def escape_markdown(text: str) -> str:
