@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         start = time.perf_counter()
         predictions = predict(rows, name)
         seconds = time.perf_counter() - start
+        check_finite(predictions, path)
         evaluated.append(
             Evaluated(
                 name,
@@ -195,6 +196,18 @@ def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePrediction
             labels.append(target.cpu())
     values, told = torch.cat(outputs).numpy(), torch.cat(labels).numpy()
     return LanguagePredictions(values, told) if is_language else Predictions(told, values)
+
+
+def check_finite(predictions: Predictions | LanguagePredictions, path: str) -> None:
+    """
+    Check that a checkpoint gives numbers.
+
+    Raises:
+        UserError: It gives NaN or infinity, which no test could compare.
+    """
+    values = predictions.nll if isinstance(predictions, LanguagePredictions) else predictions.probabilities
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} gives NaN or infinite values, as after training that diverged. Leave it out.")
 
 
 def recorded_splits(path: Path) -> dict[str, Any]:
