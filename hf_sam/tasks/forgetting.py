@@ -52,6 +52,7 @@ from .models import adapter_base
 from .studies import cancelled_or_shown, interruptible
 
 RESULT_NAME = "forgetting.json"
+SEEDS = 100_000  # a replicate is a checkpoint of a name and a seed below this
 GIVEN = ("model_name_or_path", "learning_rate", "seed", "output_dir")  # set here for each run
 
 
@@ -112,8 +113,16 @@ class ForgettingArguments:
         taken = [name for name in GIVEN if name in self.settings]
         if taken:
             raise ValueError(f"settings: {taken[0]} is set for each run; leave it out.")
-        if not all(rate > 0 for rate in self.learning_rates):
-            raise ValueError(f"learning_rates={self.learning_rates} must all be above 0.")
+        written = {f"{rate:g}" for rate in self.learning_rates if rate > 0}  # each names a folder
+        if not 0 < len(self.learning_rates) == len(written):
+            raise ValueError(f"learning_rates={self.learning_rates} must be distinct numbers above 0.")
+        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < SEEDS for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be distinct whole numbers from 0 to {SEEDS - 1}.")
+        folders: dict[str, str] = {}
+        for name in self.starts:
+            other = folders.setdefault(slug(name), name)
+            if other != name:
+                raise ValueError(f"checkpoints: {other} and {name} would share a folder. Rename one.")
         for name, least in (("workers", 1), ("batch_size", 1), ("max_examples", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
@@ -123,14 +132,14 @@ class ForgettingArguments:
         """Group the checkpoints by name, in order."""
         found: dict[str, list[str]] = {}
         for text in self.checkpoints:
-            name, path = text.split("=", 1) if "=" in text else (sharpness._short_name(text), text)
+            name, path = sharpness.named_checkpoint(text)
             found.setdefault(name, []).append(path)
         return found
 
 
 def _expanded(text: str) -> list[str]:
     """Return the folders that `name=pattern` matches, each with the name; `text` itself if it is not a pattern."""
-    name, equals, pattern = text.partition("=") if "=" in text else ("", "", text)
+    name, equals, pattern = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
     if glob.escape(pattern) == pattern or Path(pattern).exists():
         return [text]
     found = sorted((path for path in glob.glob(pattern) if Path(path).is_dir()), key=natural)
@@ -160,7 +169,7 @@ class SecondRun:
 
     @property
     def replicate(self) -> int:
-        return 100_000 * self.index + self.seed
+        return SEEDS * self.index + self.seed
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -183,20 +192,16 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     done = [result for run in runs if (result := result_of(run, folder)) is not None]
     if not done:
         raise UserError(failures[0] if failures else "No run has finished.")
-    document = make_forgetting_document(
-        done,
-        before,
-        {
-            "first task": f"{first.data_args.dataset}, {len(first.rows):,} test examples",
-            "second task": f"{args.recipe} {args.config or ''} {json.dumps(args.settings)}",
-            "learning rates": ", ".join(f"{rate:g}" for rate in args.learning_rates),
-            "checkpoints": "; ".join(f"{name}: {', '.join(paths)}" for name, paths in args.starts.items()),
-            "seeds of the second training": ", ".join(map(str, args.seeds)),
-            "runs": f"{len(done)} of {len(runs)}",
-        },
-        list(args.starts),
-        args.target_loss,
-    )
+    facts = {
+        "first task": f"{first.data_args.dataset}, {len(first.rows):,} test examples",
+        "second task": f"{args.recipe} {args.config or ''} {json.dumps(args.settings)}",
+        "learning rates": ", ".join(f"{rate:g}" for rate in args.learning_rates),
+        "checkpoints": "; ".join(f"{name}: {', '.join(paths)}" for name, paths in args.starts.items()),
+        "seeds of the second training": ", ".join(map(str, args.seeds)),
+        "runs": f"{len(done)} of {len(runs)}",
+    }
+    with as_user_error(ValueError):
+        document = make_forgetting_document(done, before, facts, list(args.starts), args.target_loss)
     written = write_document(document, folder / "report")
     print(f"Report: {written}")
     if failures:

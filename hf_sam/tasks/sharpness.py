@@ -101,7 +101,7 @@ class CheckpointArguments:
     @property
     def named(self) -> dict[str, str]:
         """Checkpoints by name, in order."""
-        pairs = [text.split("=", 1) if "=" in text else (_short_name(text), text) for text in self.checkpoints]
+        pairs = [named_checkpoint(text) for text in self.checkpoints]
         if len({name for name, _ in pairs}) < len(pairs):
             raise UserError("Two checkpoints have the same name. Name them: name=checkpoint.")
         return dict(pairs)
@@ -133,13 +133,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             desc=name, unit=" batches", mininterval=1, disable=args.disable_tqdm or not state.is_main_process
         ) as bar:
             perturb = [part.strip() for part in args.perturb.split(",")]
-            loss = SubsetLoss(
-                model.to(state.device),
-                subset,
-                perturb=perturb[0] if len(perturb) == 1 else perturb,
-                dtype=DTYPES[args.dtype],
-                progress=bar.update,
-            )
+            with as_user_error(ValueError, prefix=f"{path}: "):
+                loss = SubsetLoss(
+                    model.to(state.device),
+                    subset,
+                    perturb=perturb[0] if len(perturb) == 1 else perturb,
+                    dtype=DTYPES[args.dtype],
+                    progress=bar.update,
+                )
             pass_seconds, gradient_memory = gradient_cost(loss)
             results = measure(
                 loss, config, lambda measure, name=name, bar=bar: bar.set_description(f"{name}: {measure}")
@@ -198,7 +199,7 @@ def find_task(argv: Sequence[str]) -> str:
     if wants_help(argv):
         return known.task if known.task in TASKS else next(iter(TASKS))
     if known.task is None and known.checkpoints:
-        path = known.checkpoints[0].split("=", 1)[-1]
+        _, path = named_checkpoint(known.checkpoints[0])
         with as_user_error(OSError, ValueError, prefix=f"{path} cannot be read (is this machine offline?): "):
             config = AutoConfig.from_pretrained(adapter_base(path) or path)
         name = (config.architectures or [""])[0]
@@ -213,16 +214,16 @@ def recorded_data(argv: Sequence[str]) -> list[str]:
     known = _glance(argv)
     if known.dataset is not None or not known.checkpoints or wants_help(argv):
         return []
-    path = Path(known.checkpoints[0].split("=", 1)[-1]) / RECORD_NAME
+    path = Path(named_checkpoint(known.checkpoints[0])[1]) / RECORD_NAME
     if not path.is_file():
         return []
     with as_user_error(ValueError):
         recipe = read_record(path).config.get("recipe", {})
-    given = {word.split("=")[0] for word in argv}
+    given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     words = []
     for part in ("data", "images", "texts", "words"):
         for key, value in recipe.get(part, {}).items():
-            if value is None or f"--{key}" in given:
+            if value is None or key in given:
                 continue
             words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return words
@@ -243,6 +244,12 @@ def _glance(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task")
     parser.add_argument("--dataset")
     return parser.parse_known_args(list(argv))[0]
+
+
+def named_checkpoint(text: str) -> tuple[str, str]:
+    """Split `name=checkpoint`; a checkpoint without a name gets a short one, also a folder such as `lr=0.1`."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and not Path(text).exists() else (_short_name(text), text)
 
 
 def _short_name(path: str) -> str:

@@ -176,7 +176,10 @@ def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(deco
     ("words", "message"),
     [
         (["--recipe=image_clasification"], "is not a training recipe. Did you mean 'image_classification'"),
-        (["--recipe=causal_lm", "--learning_rates", "0"], "must all be above 0"),
+        (["--recipe=causal_lm", "--learning_rates", "0"], "must be distinct numbers above 0"),
+        (["--recipe=causal_lm", "--learning_rates", "1e-3", "1.0000001e-3"], "must be distinct numbers above 0"),
+        (["--recipe=causal_lm", "--seeds", "1", "1"], r"seeds=\[1, 1\] must be distinct whole numbers from 0 to 99999"),
+        (["--recipe=causal_lm", "--checkpoints", "SAM/1=x", "sam-1=y"], "SAM/1 and sam-1 would share a folder"),
         (["--recipe=causal_lm", "--settings", '{"learning_rate": 1}'], "settings: learning_rate is set for each run"),
         (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is not valid JSON"),
         (["--recipe=causal_lm", "--workers=0"], "workers=0 must be at least 1"),
@@ -230,6 +233,21 @@ def test_the_report_compares_at_the_matched_training_loss(tmp_path):
     assert "| adamw | before |" in text
     numbers = json.loads((tmp_path / "data/numbers.json").read_text())
     assert numbers["differences"][0]["difference"] == pytest.approx(-0.1)
+
+
+def test_runs_that_diverged_are_left_out_and_named(tmp_path):
+    runs = fabricated({"adamw": 1.0, "sam": 0.9}, replicates=1)
+    before = {"adamw": [{"loss": 0.3, "accuracy": 0.9}], "sam": [{"loss": None, "accuracy": None}]}
+    for run in runs[2::3]:  # the largest rate
+        run["second"] = {"train_loss": None, "accuracy": None}
+        run["first"] = {"loss": None, "accuracy": 0.1}
+    write_document(make_forgetting_document(runs, before, {}, ["adamw", "sam"]), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "at a second-task training loss of 1.000" in text
+    assert "2 runs diverged and are left out; their learning rates: 0.001." in text
+    assert "| sam | before |  |  | - | - |" in text
+    with pytest.raises(ValueError, match="Every run diverged: give smaller learning_rates"):
+        make_forgetting_document(runs[2::3], before, {}, ["adamw", "sam"])
 
 
 def test_a_training_loss_that_nobody_has_in_common_is_said(tmp_path):

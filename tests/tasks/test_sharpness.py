@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_sam.experiments.records import RunRecord, read_record
-from hf_sam.tasks import sharpness
+from hf_sam.tasks import report, sharpness
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "quickly", "well"]
 FAST = [
@@ -110,6 +110,36 @@ def test_images_from_the_run_record_to_the_report(recipe, tmp_path):
         assert (out / "data" / f"{name}.csv").is_file()
     assert read_record(first / "run_record.json").sharpness == found["checkpoints"]["<b>plain"]["scalars"]
     assert not (second / "run_record.json").exists()
+
+
+def test_a_folder_with_an_equals_sign_is_a_checkpoint_without_a_name(recipe, tmp_path):
+    folder = tmp_path / "lr=0.1" / "seed-0"
+    folder.mkdir(parents=True)
+    assert recipe.CheckpointArguments([str(folder), f"sam={folder}"]).named == {
+        "seed-0": str(folder),
+        "sam": str(folder),
+    }
+    assert recipe.CheckpointArguments(["sam=org/model"]).named == {"sam": "org/model"}
+
+
+def test_an_option_written_with_hyphens_goes_before_the_run_record(recipe, tmp_path):
+    RunRecord("digits", "sam", config={"recipe": {"data": {"dataset": "digits", "test_samples": 40}}}).write(
+        tmp_path / "run_record.json"
+    )
+    words = ["--checkpoints", str(tmp_path), "--test-samples", "10"]
+    assert recipe.recorded_data(words) == ["--dataset=digits"]
+
+
+def test_a_checkpoint_of_diverged_weights_is_refused(recipe, text_model, texts, tmp_path):
+    model = BertForSequenceClassification.from_pretrained(text_model)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer().save_pretrained(tmp_path / "nan")
+    words = ["--checkpoints", str(tmp_path / "nan"), "--dataset", str(texts), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(recipe.UserError, match="nan: The loss is NaN or infinite"):
+        recipe.main([*words, "--measures", "sam", "--rho", "0.05"])
+    with pytest.raises(recipe.UserError, match="nan gives NaN or infinite values"):
+        report.main([*words, "--corruption_samples", "0", "--disable_tqdm", "true"])
 
 
 def test_the_batch_size_changes_no_number(recipe, text_model, texts, tmp_path):
