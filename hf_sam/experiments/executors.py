@@ -214,7 +214,10 @@ def choose(
     kind = kind or stated.get("kind", "local")
     if kind not in KINDS:
         raise ValueError(f"executor={kind!r} is unknown. Allowed: {', '.join(KINDS)}.")
-    options = dict(stated.get(kind) or {})
+    options = stated.get(kind) or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"executor.{kind}={options!r} must map options to values.")
+    options = dict(options)
     for word in given:
         if "=" not in word:
             raise ValueError(f"executor_options={word!r} is not a key=value pair.")

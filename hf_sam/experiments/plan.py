@@ -90,7 +90,8 @@ class Plan:
         tuning (`Tuning` or `None`): How settings are tuned; `None` for no tuning.
         checkpoint_every (`int` or `None`): Steps between checkpoints, from which a killed run resumes.
         keep_models (`bool`): Keep the trained weights on disk.
-        sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py`, to measure every trained model.
+        sharpness (`dict` or `None`): Arguments of `hf-sam sharpness`, to measure every trained model; `true` uses the
+            defaults.
         survival (`dict` or `None`): Fields of `SurvivalConfig`, to measure every trained model; `true` uses the
             defaults.
         launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; empty for this Python.

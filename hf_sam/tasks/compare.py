@@ -119,6 +119,8 @@ def open_workshop(plan: Plan) -> Workshop:
     """
     for arm in plan.arms.values():
         averaging_of(arm)
+    if plan.sharpness is not None:
+        check_sharpness(plan)
     parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
 
     def passes(task: str, arm: str) -> float:
@@ -162,6 +164,22 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
             f"arm {arm}: {', '.join(named)} has no effect with sam_rho=0, the value of the base recipe. Set sam_rho."
         )
     return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
+
+
+def check_sharpness(plan: Plan) -> None:
+    """
+    Check the arguments for `hf-sam sharpness`, which would otherwise fail after every run.
+
+    Raises:
+        UserError: One is unknown or invalid.
+    """
+    from . import sharpness
+
+    recipes = {task["recipe"] for task in plan.tasks.values()}
+    words = ["--checkpoints", "-", *command_line(None, plan.sharpness, plan.output_dir)]
+    for task in (task for task in sharpness.TASKS.values() if task.recipe in recipes):
+        with as_user_error(UserError, ValueError, prefix="sharpness: "):
+            parse_arguments(sharpness.argument_types(task), words)
 
 
 def check_metric(plan: Plan, recipe: str, parsed: Sequence[Any]) -> None:

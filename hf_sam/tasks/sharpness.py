@@ -110,9 +110,7 @@ class CheckpointArguments:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = list(sys.argv[1:] if argv is None else argv)
     task = TASKS[find_task(argv)]
-    args, data_args, task_args, config = parse_arguments(
-        [CheckpointArguments, DataArguments, task.arguments, SharpnessConfig], [*argv, *recorded_data(argv)]
-    )
+    args, data_args, task_args, config = parse_arguments(argument_types(task), [*argv, *recorded_data(argv)])
     state = PartialState(cpu=not torch.accelerator.is_available())
     named = args.named
     with state.main_process_first():
@@ -183,6 +181,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         words = command_again("sharpness", argv)
         save(plain(record), Path(args.output_dir), args.update_records, words)
     return record
+
+
+def argument_types(task: Task) -> tuple[type, ...]:
+    """The dataclasses that the command line is parsed into."""
+    return CheckpointArguments, DataArguments, task.arguments, SharpnessConfig
 
 
 # --- task and data ---------------------------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("Give the YAML file of a comparison, such as configs/comparison/digits.yaml.")
     args.study = find_config(args.study, "comparison")
     check_workers(args.workers)
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"seeds={args.seeds} must be distinct whole numbers.")
     for word in args.set:
         if "=" not in word:
             raise UserError(f"--set takes key=value pairs, not {word!r}.")
