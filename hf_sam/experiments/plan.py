@@ -303,6 +303,19 @@ def command_line(config: str | None, settings: Mapping[str, Any], output_dir: Pa
     return words
 
 
+def changed_settings(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """
+    The settings in which two jobs of a run differ. Its folder and its base configuration may have been moved, but the
+    latter not edited; a job of an earlier release does not know what was in it.
+    """
+    words = set(map(str, made["argv"])) ^ set(map(str, now["argv"]))
+    edited: set[str] = set()
+    if "base" in made and "base" in now:
+        edited = {key for key, _ in made["base"].items() ^ now["base"].items()}
+        words -= {job["argv"][0] for job in (made, now) if job["base"]}
+    return [*sorted(edited), *sorted(word for word in words if not word.startswith("--output_dir="))]
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """The parts of the plan that the report needs, as JSON."""
     return {

@@ -46,7 +46,7 @@ from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report
 from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
-from .command_line.arguments import parse_arguments, read_layers
+from .command_line.arguments import parse_arguments, read_config, read_layers
 from .command_line.errors import UserError, as_user_error, one_line
 from .command_line.help import command_again
 from .command_line.parsers import check_recipe, parse_study
@@ -133,7 +133,12 @@ def open_workshop(plan: Plan) -> Workshop:
         return {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
 
     in_force = {key: words for key, (*_, words) in parsed.items()}
-    return Workshop(plan, final_runs(plan, passes), length, in_force)
+    bases = {
+        name: {key: str(value) for key, value in read_config(Path(task["config"])).items()}
+        for name, task in plan.tasks.items()
+        if task.get("config")
+    }
+    return Workshop(plan, final_runs(plan, passes), length, in_force, bases)
 
 
 def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMConfig, str]:

@@ -34,7 +34,7 @@ import transformers
 from ..experiments.driver import drive
 from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS, read_json
 from ..experiments.executors import Choice, choose
-from ..experiments.plan import command_line, slug
+from ..experiments.plan import changed_settings, command_line, slug
 from ..experiments.records import RECORD_NAME, RunRecord, plain, read_record, write_json
 from ..experiments.standing import reason
 from ..experiments.workshop import Workshop, retry_failed
@@ -305,10 +305,7 @@ class ForgettingWorkshop(Workshop):
             made = read_json(place / JOB_NAME)
             if record is None or record.status != "finished" or made is None:
                 continue
-            now = self.job(run)["argv"]
-            changed = sorted(
-                word for word in set(made["argv"]) ^ set(map(str, now)) if not word.startswith("--output_dir=")
-            )
+            changed = changed_settings(made, self.job(run))
             if not self.has_ended(run):
                 if changed or not _weights(place):
                     (place / RECORD_NAME).unlink()
