@@ -49,6 +49,7 @@ from ..suggestions import did_you_mean
 from .command_line.arguments import parse_arguments, read_config, read_layers
 from .command_line.errors import UserError, as_user_error, one_line
 from .command_line.help import command_again
+from .command_line.options import DataArguments
 from .command_line.parsers import check_recipe, parse_study
 from .studies import cancelled_or_shown, interruptible
 
@@ -159,6 +160,9 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
             parsed = parse_arguments(types, command_line(config, merge(layers).values, plan.output_dir))
             sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
             sam_config = sam_args.to_config()
+            for values in parsed:
+                if isinstance(values, DataArguments):
+                    values.check_validation_samples()
             in_force = explain(sam_config, merge([*(read_layers(Path(config)) if config else []), *layers]))
         except (UserError, ValueError) as error:
             raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error

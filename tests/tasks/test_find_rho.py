@@ -282,7 +282,7 @@ def search_of_24_steps(monkeypatch):
 
 def test_the_plan_is_printed_without_running_anything(search_of_24_steps, tmp_path, capsys):
     words = [*search_of_24_steps, f"--output_dir={tmp_path / 'out'}"]
-    assert find_rho.main([*words, *SEARCH]) is None
+    assert find_rho.main([*words, *SEARCH, "--validation_samples=8"]) is None  # of the split that a search makes
     printed = capsys.readouterr().out
     assert "rung 1: 0 and 2 values up to step 2, seed 42" in printed
     assert "confirmation: 0 and the best value up to step 4, 2 other seeds" in printed

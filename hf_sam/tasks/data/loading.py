@@ -77,7 +77,7 @@ def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Spli
             _check_every_class(train, strata, classes, classes[kept], args)
         splits["train"] = train.select(kept)
     for name, count in (("validation", args.validation_samples), ("test", args.test_samples)):
-        if count:
+        if count and name in splits:
             classes = column(splits[name], strata) if strata else np.zeros(len(splits[name]), dtype=int)
             splits[name] = splits[name].select(stratified_sample(classes, count, None, args.split_seed))
     return splits
