@@ -56,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             "A search needs a validation split, which cannot be taken from a streamed training split. Give --validation_split."
         )
 
+    with as_user_error(ValueError, prefix=f"launcher={options.launcher!r} is not a command: "):
+        launcher = shlex.split(options.launcher)
     output_dir = Path(args.output_dir) / "find_rho"
     search = Search(
         output_dir,
-        shlex.split(options.launcher),
+        launcher,
         options.recipe,
         tuple(words),
         settings,

@@ -264,6 +264,10 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
         ),
         (["image_classification", DIGITS, "--sam_method=sma"], "sam_method='sma' is unknown. Did you mean 'sam'"),
         (["image_classification", DIGITS, "--sam_rho_schedule=linear", "--sam_rho_min=1"], "sam_rho_min=1"),
+        (
+            ["image_classification", DIGITS, "--launcher=accelerate 'launch"],
+            "launcher=.* is not a command: No closing quotation",
+        ),
         (["image_classification", "--dataset=x", "--model_type=vit", "--streaming=true"], "Give --validation_split"),
     ],
 )

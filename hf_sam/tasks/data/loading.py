@@ -234,7 +234,14 @@ def _folder_source(path: Path) -> dict[str, Any]:
 
 
 def _check_text_file(path: Path) -> None:
-    """Check the first bytes of a text file, because the readers report broken files at length."""
+    """Check a JSON file, because the readers report broken files at length."""
+    if BUILDERS[path.suffix.lower()] == "json":
+        try:
+            with path.open(encoding="utf-8") as file:
+                while file.read(2**20):
+                    pass
+        except UnicodeDecodeError:
+            raise UserError(f"dataset={path} is not in UTF-8, as JSON must be; save it as UTF-8.") from None
     if path.suffix.lower() == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8"))
