@@ -35,7 +35,7 @@ def regression_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> d
     return {
         "pearson": _correlation(stats.pearsonr, values, labels),
         "spearman": _correlation(stats.spearmanr, values, labels),
-        "mse": float(sklearn_metrics.mean_squared_error(labels, values)),
+        "mse": float(np.mean((values - labels) ** 2)),
         **of_hub(hub, values, labels),
     }
 
@@ -103,7 +103,9 @@ def of_hub(metrics: Sequence[Any], predictions: Any, references: Any) -> dict[st
 
 
 def _correlation(function: Callable, values: np.ndarray, labels: np.ndarray) -> float:
-    """Compute a correlation; 0 if one side is constant."""
+    """Compute a correlation; 0 if one side is constant, NaN for the outputs of a diverged model."""
+    if not np.isfinite(values).all():
+        return float("nan")
     if np.ptp(values) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(function(values, labels).statistic)

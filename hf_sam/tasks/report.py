@@ -37,7 +37,7 @@ from ..experiments.records import RECORD_NAME, RecordError, read_record
 from ..reporting.checkpoints import Evaluated, make_checkpoint_document
 from ..reporting.document import Section, write_document
 from ..reporting.survival import survival_section
-from . import sharpness
+from . import sharpness, text_classification
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError
 from .command_line.help import command_again
@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     splits, *columns = task.read_data(data_args, task_args)
     if task.recipe == "seq2seq":  # evaluated by the likelihood of the targets, as for a language model
         columns = [[SOURCE, TARGET]]
+    check_one_class(columns, "report")
     if args.split not in splits:
         raise UserError(f"split={args.split} does not exist. Allowed: {', '.join(splits)}.")
     rows = splits[args.split]
@@ -196,6 +197,20 @@ def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePrediction
             labels.append(target.cpu())
     values, told = torch.cat(outputs).numpy(), torch.cat(labels).numpy()
     return LanguagePredictions(values, told) if is_language else Predictions(told, values)
+
+
+def check_one_class(columns: Sequence[Any], command: str) -> None:
+    """
+    Check the kind of labels.
+
+    Raises:
+        UserError: Examples of a classifier do not have exactly one class each.
+    """
+    if len(columns) == 4 and columns[2] != text_classification.SINGLE:  # texts, labels, kind of labels, names
+        raise UserError(
+            f"`hf-sam {command}` supports classifiers with one class per example, and language models, not "
+            f"problem_type={columns[2]}."
+        )
 
 
 def check_finite(predictions: Predictions | LanguagePredictions, path: str) -> None:

@@ -134,8 +134,7 @@ def check_data(splits: Any, columns: Sequence[Any], split: str) -> None:
         raise UserError(f"split={split} does not exist. Allowed: {', '.join(splits)}.")
     if not isinstance(splits[split], Dataset):
         raise UserError("`hf-sam survival` needs a fixed set of examples. Switch streaming off.")
-    if "regression" in columns or "multi_label_classification" in columns:
-        raise UserError("`hf-sam survival` supports classifiers with one class per example, and language models.")
+    report.check_one_class(columns, "survival")
 
 
 def body_of(task: sharpness.Task, path: str, args: SurvivalArguments) -> dict[str, torch.Tensor]:

@@ -255,6 +255,14 @@ def checkpoints(tmp_path_factory):
     return folders
 
 
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_only_one_class_per_example_is_supported(kind):
+    with pytest.raises(UserError, match=f"supports classifiers with one class per example, .* not problem_type={kind}"):
+        report.check_one_class([["text"], "label", kind, ["a"]], "report")
+    report.check_one_class([["text"], "regression", "single_label_classification", ["a"]], "report")
+    report.check_one_class(["image", "regression", ["a"]], "report")
+
+
 def test_one_command_reports_on_two_checkpoints(checkpoints, tmp_path, capsys):
     first, second = checkpoints
     path = report.main(

@@ -80,6 +80,11 @@ def test_correlation_with_a_constant_is_zero_not_nan():
     assert (result["pearson"], result["spearman"]) == (0, 0)
 
 
+def test_a_diverged_regression_has_no_scores_and_no_error():
+    diverged = EvalPrediction(predictions=np.array([[1.0], [np.nan]]), label_ids=np.arange(2.0))
+    assert all(math.isnan(value) for value in metrics.regression_metrics(diverged).values())
+
+
 def test_label_sets():
     logits, truth = np.array([[1.0, -1], [1, 1], [-1, -1]]), np.array([[1.0, 0], [1, 0], [0, 1]])
     result = metrics.multi_label_metrics(EvalPrediction(predictions=logits, label_ids=truth))

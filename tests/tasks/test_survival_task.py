@@ -105,7 +105,7 @@ def test_what_cannot_be_merged_or_does_not_exist_is_one_line(checkpoints, tmp_pa
         survival.main([*words, "--merge_with", str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=r"split=dev does not exist\. Allowed: train, test"):
         survival.main([*words, "--split=dev"])
-    with pytest.raises(UserError, match="bits: 0 must be from 1 to 16"):
+    with pytest.raises(UserError, match="bits: 0 must be a whole number from 1 to 16"):
         survival.main([*words, "--bits", "0"])
 
 
