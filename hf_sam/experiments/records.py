@@ -395,8 +395,9 @@ def _check_types(path: Path, record: dict[str, Any]) -> None:
         for key, value in record.get(name, {}).items():
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise RecordError(f"{path}: {name}[{key!r}] must be a number, not {value!r}.")
-    if not all(isinstance(entry, dict) for entry in record.get("curves", [])):
-        raise RecordError(f"{path}: 'curves' must contain one JSON object per logged step.")
+    for name, words in (("curves", "logged step"), ("survival", "treatment and draw"), ("segments", "segment")):
+        if not all(isinstance(entry, dict) for entry in record.get(name, [])):
+            raise RecordError(f"{path}: {name!r} must contain one JSON object per {words}.")
 
 
 def plain(value: Any, key: str = "") -> Any:

@@ -200,6 +200,11 @@ def test_written_and_read_records_are_equal_and_strict_json(tmp_path):
             '"curves": [1]}',
             "'curves' must contain",
         ),
+        (
+            '{"format": "hf_sam.run_record", "version": 1, "task": "t", "arm": "a", "status": "finished", '
+            '"survival": [1]}',
+            "'survival' must contain one JSON object per treatment and draw",
+        ),
     ],
 )
 def test_a_file_that_is_no_record_is_a_message(tmp_path, text, message):

@@ -274,7 +274,7 @@ def test_a_comparison_keeps_only_scores_and_pairs_them(tmp_path):
     ("value", "message"),
     [
         ({"bit": [4]}, "survival.bit is not a key of a comparison. Did you mean 'bits'"),
-        ({"bits": [0]}, "survival.bits: 0 must be from 1 to 16"),
+        ({"bits": [0]}, "survival.bits: 0 must be a whole number from 1 to 16"),
         (3, "`survival` must be true, false or a mapping, not 3"),
     ],
 )
