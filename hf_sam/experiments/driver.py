@@ -21,10 +21,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from .execution import JOB_NAME, LOG_NAME, PLACE_NAME, SUBMISSION_NAME, mark_failed, read_json, remove_checkpoints
+from .execution import JOB_NAME, LOG_NAME, PLACE_NAME, SUBMISSION_NAME, mark_failed, remove_checkpoints
 from .executors import Choice, Ending, Executor
+from .json_files import read_json, write_json
 from .plan import Run, changed_settings
-from .records import write_json
 from .workshop import DEATHS_NAME, Workshop
 
 logger = logging.get_logger(__name__)

@@ -22,9 +22,10 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from .json_files import read_json, write_json
 from .pausing import PauseAt
 from .plan import averaging_of, command_line
-from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
+from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record
 
 JOB_NAME, LOG_NAME, LENGTH_NAME = "run.json", "log.txt", "length.json"
 SUBMISSION_NAME = "submission.json"  # which job of which executor executes the run; removed when the job has ended
@@ -261,14 +262,6 @@ def write_place(folder: Path, submission: str, pid: int, gpus: str | None) -> No
     """Record the machine, process and GPUs of a run."""
     place = {"id": submission, "host": socket.gethostname(), "pid": pid, "gpus": gpus or None}
     write_json(folder / PLACE_NAME, place)
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; `None` if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def mark_failed(folder: Path, names: dict[str, Any], error: Exception) -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
-from ..experiments.records import plain, write_json
+from ..experiments.json_files import plain, write_json
 
 MAX_EMBEDDED_BYTES = 200_000  # larger tables are only in the file next to the report
 # Replacements for a drawing's colours on a dark page: its ink, and the series that are too dark there.

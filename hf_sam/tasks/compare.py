@@ -27,6 +27,7 @@ from ..experiments.driver import drive
 from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
 from ..experiments.executors import Choice, choose
 from ..experiments.external_runs import find_external_runs
+from ..experiments.json_files import write_json
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import (
     BUDGETS,
@@ -40,7 +41,7 @@ from ..experiments.plan import (
     mean_passes,
 )
 from ..experiments.plan_file import read_plan
-from ..experiments.records import ENDED, RECORD_NAME, write_json
+from ..experiments.records import ENDED, RECORD_NAME
 from ..experiments.standing import progress, reason
 from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report

@@ -32,10 +32,11 @@ import numpy as np
 import transformers
 
 from ..experiments.driver import drive
-from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS, read_json
+from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS
 from ..experiments.executors import Choice, choose
+from ..experiments.json_files import plain, read_json, write_json
 from ..experiments.plan import changed_settings, command_line, slug
-from ..experiments.records import RECORD_NAME, RunRecord, plain, read_record, write_json
+from ..experiments.records import RECORD_NAME, RunRecord, read_record
 from ..experiments.standing import reason
 from ..experiments.workshop import Workshop, retry_failed
 from ..reporting.document import write_document

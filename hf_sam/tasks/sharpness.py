@@ -40,8 +40,9 @@ from transformers import (
 
 from hf_sam.sharpness import SharpnessConfig, Subset, SubsetLoss, line_between, measure, scalars
 
+from ..experiments.json_files import plain, write_json
 from ..experiments.provenance import describe_environment, peak_memory
-from ..experiments.records import RECORD_NAME, plain, read_record, write_json
+from ..experiments.records import RECORD_NAME, read_record
 from ..reporting.sharpness import FORMAT, VERSION, write_sharpness_report
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error

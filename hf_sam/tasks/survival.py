@@ -30,8 +30,9 @@ from ..evaluation.merging import mergeable_state
 from ..evaluation.predictions import LanguagePredictions
 from ..evaluation.survival import Outcome, SurvivalConfig, evaluate_treatments
 from ..evaluation.weights import weight_matrices
+from ..experiments.json_files import plain, write_json
 from ..experiments.provenance import describe_data, describe_environment
-from ..experiments.records import RECORD_NAME, plain, read_record, write_json
+from ..experiments.records import RECORD_NAME, read_record
 from ..reporting.document import Document, write_document
 from ..reporting.survival import FORMAT, VERSION, compare_survival, survival_rows, survival_section
 from . import report, sharpness

@@ -29,8 +29,9 @@ from hf_sam.experiments.execution import (
     write_place,
 )
 from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor
+from hf_sam.experiments.json_files import write_json
 from hf_sam.experiments.ray_executor import answers
-from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record, write_json
+from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record
 from hf_sam.experiments.standing import describe_standing, standing_of
 from hf_sam.experiments.workshop import counts, records_of
 from hf_sam.tasks.command_line.parsers import EXECUTORS

@@ -14,7 +14,8 @@ import yaml
 from filelock import FileLock
 
 from hf_sam.experiments.execution import execute
-from hf_sam.experiments.records import find_records, write_json
+from hf_sam.experiments.json_files import write_json
+from hf_sam.experiments.records import find_records
 from hf_sam.experiments.workshop import counts
 from hf_sam.tasks import compare
 from hf_sam.tasks.command_line.errors import UserError
