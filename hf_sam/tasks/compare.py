@@ -184,10 +184,11 @@ def check_sharpness(plan: Plan) -> None:
         UserError: One is unknown or invalid.
     """
     from . import sharpness
+    from .checkpoints import TASKS
 
     recipes = {task["recipe"] for task in plan.tasks.values()}
     words = ["--checkpoints", "-", *command_line(None, plan.sharpness, plan.output_dir)]
-    for task in (task for task in sharpness.TASKS.values() if task.recipe in recipes):
+    for task in (task for task in TASKS.values() if task.recipe in recipes):
         with as_user_error(UserError, ValueError, prefix="sharpness: "):
             parse_arguments(sharpness.argument_types(task), words)
 

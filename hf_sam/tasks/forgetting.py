@@ -43,7 +43,8 @@ from ..reporting.document import write_document
 from ..reporting.forgetting import make_forgetting_document
 from ..reporting.results import natural
 from ..suggestions import did_you_mean
-from . import TRAINING, report, sharpness
+from . import TRAINING, report
+from .checkpoints import TASKS, named_checkpoint
 from .command_line.arguments import parse_arguments
 from .command_line.config_files import split_command_line
 from .command_line.errors import UserError, as_user_error
@@ -133,7 +134,7 @@ class ForgettingArguments:
         """Group the checkpoints by name, in order."""
         found: dict[str, list[str]] = {}
         for text in self.checkpoints:
-            name, path = sharpness.named_checkpoint(text)
+            name, path = named_checkpoint(text)
             found.setdefault(name, []).append(path)
         return found
 
@@ -327,7 +328,7 @@ def whole_model(args: ForgettingArguments, run: SecondRun, folder: Path) -> str:
     if not (merged / "config.json").is_file():
         from peft import PeftModel
 
-        task = next(task for task in sharpness.TASKS.values() if task.recipe == args.recipe)
+        task = next(task for task in TASKS.values() if task.recipe == args.recipe)
         with as_user_error(OSError, ValueError, prefix=f"{run.checkpoint} cannot be merged: "):
             model = task.auto_class.from_pretrained(base, dtype="float32", trust_remote_code=args.trust_remote_code)
             PeftModel.from_pretrained(model, run.checkpoint).merge_and_unload().save_pretrained(merged)

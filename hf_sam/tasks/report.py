@@ -38,6 +38,7 @@ from ..reporting.checkpoints import Evaluated, make_checkpoint_document
 from ..reporting.document import Section, write_document
 from ..reporting.survival import survival_section
 from . import sharpness, text_classification
+from .checkpoints import TASKS, find_task, load_checkpoint, named_checkpoints, recorded_data
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError
 from .command_line.help import command_again
@@ -86,20 +87,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if not argv:
         print(__doc__)
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
-    name = sharpness.find_task(argv)
+    name = find_task(argv)
     if name == "token-classification":
         raise UserError(
             "Reports do not support token-classification checkpoints: their intervals assume independent examples, which the "
             "words of a sentence are not. Use recipes/compare.py to report on runs, or recipes/sharpness.py on checkpoints."
         )
-    task = sharpness.TASKS[name]
+    task = TASKS[name]
     args, data_args, task_args, *_ = parse_arguments(
         [ReportArguments, DataArguments, task.arguments, SharpnessConfig, SurvivalConfig],
-        [*argv, *sharpness.recorded_data(argv)],
+        [*argv, *recorded_data(argv)],
     )
-    named = sharpness.CheckpointArguments(args.checkpoints).named
+    named = named_checkpoints(args.checkpoints)
     for path in named.values() if args.task is None else ():  # fail before minutes are spent on the first one
-        other = sharpness.find_task(["--checkpoints", path])
+        other = find_task(["--checkpoints", path])
         if other != name:
             raise UserError(f"{path} is for {other}, the first checkpoint for {name}. Report on them separately.")
     if args.disable_tqdm:
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     evaluated = []
     for name, path in named.items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
-        model, processor_args = sharpness.load_checkpoint(task.auto_class, model_args, columns, "merged")
+        model, processor_args = load_checkpoint(task.auto_class, model_args, columns, "merged")
         model.to(device()).eval()
 
         def predict(split: Dataset, what: str, model=model, processor_args=processor_args):

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_sam.experiments.records import RunRecord, read_record
-from hf_sam.tasks import report, sharpness
+from hf_sam.tasks import checkpoints, report, sharpness
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "quickly", "well"]
 FAST = [
@@ -115,11 +115,11 @@ def test_images_from_the_run_record_to_the_report(recipe, tmp_path):
 def test_a_folder_with_an_equals_sign_is_a_checkpoint_without_a_name(recipe, tmp_path):
     folder = tmp_path / "lr=0.1" / "seed-0"
     folder.mkdir(parents=True)
-    assert recipe.CheckpointArguments([str(folder), f"sam={folder}"]).named == {
+    assert checkpoints.named_checkpoints([str(folder), f"sam={folder}"]) == {
         "seed-0": str(folder),
         "sam": str(folder),
     }
-    assert recipe.CheckpointArguments(["sam=org/model"]).named == {"sam": "org/model"}
+    assert checkpoints.named_checkpoints(["sam=org/model"]) == {"sam": "org/model"}
 
 
 def test_an_option_written_with_hyphens_goes_before_the_run_record(recipe, tmp_path):
@@ -127,7 +127,7 @@ def test_an_option_written_with_hyphens_goes_before_the_run_record(recipe, tmp_p
         tmp_path / "run_record.json"
     )
     words = ["--checkpoints", str(tmp_path), "--test-samples", "10"]
-    assert recipe.recorded_data(words) == ["--dataset=digits"]
+    assert checkpoints.recorded_data(words) == ["--dataset=digits"]
 
 
 def test_a_checkpoint_of_diverged_weights_is_refused(recipe, text_model, texts, tmp_path):
@@ -175,10 +175,10 @@ def test_causal_language_models_count_tokens(recipe, texts, tmp_path):
         ["--checkpoints", str(tmp_path / "gpt2"), *words, *CHEAP, "--num_examples", "10", "--output_dir", str(tmp_path)]
     )
     lengths = 0
-    splits, _ = recipe.TASKS["causal-lm"].read_data(
-        *recipe.parse_arguments([recipe.DataArguments, recipe.TASKS["causal-lm"].arguments], words)
+    splits, _ = checkpoints.TASKS["causal-lm"].read_data(
+        *recipe.parse_arguments([recipe.DataArguments, checkpoints.TASKS["causal-lm"].arguments], words)
     )
-    for row in recipe.fixed_rows(splits["train"], 10, seed=0):
+    for row in checkpoints.fixed_rows(splits["train"], 10, seed=0):
         lengths += len(row["text"].split())  # with its end, one more token than is predicted
     assert found["subset"]["labels"] == lengths
 
