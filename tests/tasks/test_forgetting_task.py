@@ -13,8 +13,9 @@ import pytest
 import stand_ins
 import yaml
 
-from hf_sam.experiments.execution import execute
-from hf_sam.experiments.records import RECORD_NAME, read_record
+from hf_sam.experiments.execution import JOB_NAME, execute
+from hf_sam.experiments.json_files import write_json
+from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record
 from hf_sam.reporting.document import write_document
 from hf_sam.reporting.forgetting import make_forgetting_document, paths_of
 from hf_sam.tasks import causal_lm, forgetting, image_classification
@@ -78,7 +79,7 @@ def test_a_grid_is_trained_once_and_a_second_call_makes_what_is_missing(start, s
     a, b = (json.loads(path.read_text()) for path in results)
     assert a["first"] == b["first"]  # the same checkpoint, learning rate and seed
     assert a["second"]["train_loss"] == read_record(results[0].parent / RECORD_NAME).metrics["train_nll"]
-    before = json.loads((tmp_path / "out/before.json").read_text())[start]
+    before = json.loads((tmp_path / "out/before.json").read_text())["scores"][start]
     assert before["accuracy"] == read_record(f"{start}/{RECORD_NAME}").metrics["accuracy"]
     assert before["loss"] != a["first"]["loss"]
     times = [path.stat().st_mtime_ns for path in results]
@@ -114,6 +115,22 @@ def test_a_run_that_was_killed_before_its_evaluation_is_only_evaluated(start, se
     forgetting.main(words)
     assert (result.read_text(), record.stat().st_mtime_ns) == (scores, trained)
     assert "finished  a, learning rate 0.001, seed 0" in capsys.readouterr().out
+
+
+def test_scores_on_another_first_task_are_refused(tmp_path):
+    def workshop(**changes):
+        common = {"checkpoints": ["a=x"], "recipe": "causal_lm", "learning_rates": [1e-3], "output_dir": str(tmp_path)}
+        return forgetting.ForgettingWorkshop(forgetting.ForgettingArguments(**common | changes))
+
+    made = workshop()
+    (run,) = made.runs
+    write_json(made.folder(run) / JOB_NAME, made.job(run))
+    RunRecord("second", "a", status="finished").write(made.folder(run) / RECORD_NAME)
+    write_json(made.folder(run) / forgetting.RESULT_NAME, {})
+    workshop().check_unchanged()
+    for changes, name in (({"first": {"dataset": "other"}}, "first"), ({"max_examples": 5}, "max_examples")):
+        with pytest.raises(UserError, match=rf"was run with other settings \({name}\)"):
+            workshop(**changes).check_unchanged()
 
 
 def test_a_run_that_cannot_be_evaluated_on_the_first_task_has_failed(start, second, tmp_path):
