@@ -21,7 +21,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from .execution import JOB_NAME, LOG_NAME, PLACE_NAME, SUBMISSION_NAME, mark_failed, remove_checkpoints
+from .execution import (
+    JOB_NAME,
+    LOG_NAME,
+    PLACE_NAME,
+    SUBMISSION_NAME,
+    UNMEASURED_NAME,
+    mark_failed,
+    remove_checkpoints,
+)
 from .executors import Choice, Ending, Executor
 from .json_files import read_json, write_json
 from .plan import Run, changed_settings
@@ -281,3 +289,4 @@ def count_death(folder: Path, ending: Ending) -> None:
         message = f"ended {deaths} times without a result, last: {ending.cause}; see {LOG_NAME} in its folder"
         names = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))["names"]
         mark_failed(folder, names, RuntimeError(message))
+        (folder / UNMEASURED_NAME).unlink(missing_ok=True)  # a run that ended while measured stays finished

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .execution import JOB_NAME, SUBMISSION_NAME
+from .execution import JOB_NAME, SUBMISSION_NAME, is_unmeasured
 from .plan import AVERAGE_KEYS, Plan, Run, changed_settings, command_line, settings_of, trial_runs
 from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, thinned
 from .tuning import best_trial, in_space, next_settings, open_storage
@@ -156,7 +156,8 @@ class Workshop:
         """
         for run in self.all_runs():
             path = self.folder(run) / JOB_NAME
-            if self.has_ended(run) and self.is_ready(run) and path.exists():
+            has_ended = self.has_ended(run) or is_unmeasured(path.parent)
+            if has_ended and self.is_ready(run) and path.exists():
                 made = self._made(run)
                 if run.trial is not None and not in_space(self.plan.tuning.of(run.arm), made["tuned"]):
                     raise StudyChangedError(
@@ -173,12 +174,16 @@ class Workshop:
 
 
 def read_outcome(folder: Path) -> RunRecord | None:
-    """The record in `folder` without curves and descriptions, which would fill the memory in a study with many runs."""
+    """
+    The record in `folder` without curves and descriptions, which would fill the memory in a study with many runs. A run
+    whose trained model is still to be measured counts as running.
+    """
     try:
         record = read_record(folder / RECORD_NAME)
     except RecordError:
         return None
-    return replace(record, curves=[], config={}, model={}, data={}, environment={})
+    status = "running" if is_unmeasured(folder) else record.status
+    return replace(record, status=status, curves=[], config={}, model={}, data={}, environment={})
 
 
 def retry_failed(workshop: Workshop) -> int:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from toy_driver import open_workshop
 
+from hf_sam.experiments import execution
 from hf_sam.experiments.driver import StudyInUseError, count_death, drive, prepare, study_lock
 from hf_sam.experiments.executors import Choice, Ending
 from hf_sam.experiments.records import RECORD_NAME, find_records, read_record
@@ -116,6 +117,43 @@ def test_a_moved_run_keeps_its_checkpoints_and_a_changed_one_does_not(tmp_path):
         checkpoint.mkdir(exist_ok=True)
         prepare(tmp_path, {"argv": argv})
         assert checkpoint.exists() is stays, argv
+
+
+def test_a_run_that_was_killed_while_it_was_measured_is_only_measured(study, monkeypatch):
+    workshop = open_workshop(study(seeds=[0], arms={"sam": {}}, sharpness={"measures": ["sam"]}))
+    (run,), folder = workshop.runs, workshop.folder(workshop.runs[0])
+    prepare(folder, workshop.job(run))
+
+    def killed(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(execution, "_measure", killed)
+    with pytest.raises(SystemExit):
+        execution.execute(folder)
+    workshop.forget(run)
+    assert list(workshop.open_runs()) == [run]
+    with pytest.raises(StudyChangedError):
+        open_workshop(study(seeds=[0], arms={"sam": {"sleep": 0.0}}, sharpness=True)).check_unchanged()
+
+    measured = []
+    monkeypatch.setattr(execution, "_measure", lambda folder, task, settings: measured.append((task, settings)))
+    execution.execute(folder)
+    workshop.forget(run)
+    assert workshop.has_ended(run)
+    assert measured == [("sharpness", {"measures": ["sam"]})]
+    assert (folder / "begun.txt").read_text().count("\n") == 1
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_a_run_whose_measures_end_its_process_stays_finished_without_them(study, tmp_path):
+    workshop = open_workshop(study(seeds=[0], arms={"sam": {}}))
+    (run,), folder = workshop.runs, workshop.folder(workshop.runs[0])
+    drive(workshop)
+    (folder / "unmeasured").touch()
+    (folder / "deaths.txt").write_text("2")
+    count_death(folder, Ending("killed by signal 9"))
+    workshop.forget(run)
+    assert workshop.record(run).status == "finished"
 
 
 def test_an_empty_count_of_deaths_is_none(tmp_path):
