@@ -95,10 +95,11 @@ def hub_metrics(names: Sequence[str] | None) -> list[Any]:
 
 
 def of_hub(metrics: Sequence[Any], predictions: Any, references: Any) -> dict[str, float]:
-    """Compute the metrics loaded by `hub_metrics`."""
+    """Compute the metrics loaded by `hub_metrics`; values that are not numbers, such as a confusion matrix, are left out."""
     found: dict[str, float] = {}
     for metric in metrics:
-        found |= metric.compute(predictions=predictions, references=references)
+        values = metric.compute(predictions=predictions, references=references)
+        found |= {name: value for name, value in values.items() if isinstance(value, (int, float, np.number))}
     return found
 
 

@@ -27,6 +27,7 @@ from hf_sam.rho_search.halving import Rung, SearchPlan
 from hf_sam.rho_search.phases import Phase, RhoWorkshop, Search, passes_spent
 from hf_sam.tasks import find_rho
 from hf_sam.tasks.command_line.errors import UserError
+from hf_sam.tasks.command_line.parsers import parse_search
 
 DIGITS = str(ROOT / "configs/image_classification/digits.yaml")
 TINY = [
@@ -276,6 +277,11 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_runs(words, messa
     with pytest.raises(UserError, match=message):
         find_rho.main(words)
     assert not list(tmp_path.iterdir())
+
+
+def test_values_that_share_a_folder_are_one_value():
+    options, _ = parse_search(["image-classification", DIGITS, "--rhos", "0.1", "0.10000001", "0"])
+    assert options.rhos == [0.1]
 
 
 @pytest.fixture
