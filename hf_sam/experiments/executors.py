@@ -229,11 +229,15 @@ def choose(
                 f"workers={workers} applies only to executor=local; with {kind}, give --executor_options queue={workers}."
             )
         options["workers"] = workers
-    known = [entry.name for entry in dataclasses.fields(_class_of(kind)) if entry.name != "launcher"]
-    for key in options:
+    known = {entry.name: entry.type for entry in dataclasses.fields(_class_of(kind)) if entry.name != "launcher"}
+    for key, value in options.items():
         if key not in known:
             hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
             raise ValueError(f"executor.{kind}.{key} is unknown.{hint}")
+        least = 1 if key in ("workers", "queue") else 0
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if known[key].startswith(("int", "float")) and value is not None and (not is_number or value < least):
+            raise ValueError(f"executor.{kind}.{key}={value!r} must be a number, at least {least}.")
     return Choice(kind, options)
 
 
