@@ -20,6 +20,12 @@ BUDGETS = {"steps": "equal steps", "passes": "equal passes"}  # a pass: one grad
 AVERAGE_KEYS = ("average", "average_start", "average_decay")  # of an arm; all other keys are passed to the recipe
 AVERAGES = ("swa", "ema", "entropy-sgd")
 SEED_KEYS = ("seed", "subset_seed", "noise_seed")  # set to the run's seed, the same for every arm
+# Settings that a study sets for each run, and the key of the plan that they come from.
+OF_THE_STUDY = {
+    **dict.fromkeys(SEED_KEYS, "seeds"),
+    **dict.fromkeys(("resume_from_checkpoint", "save_strategy"), "checkpoint_every"),
+    **{"output_dir": "output_dir", "task": "tasks", "condition": "conditions", "arm": "arms", "budget": "budgets"},
+}
 
 
 @dataclass(frozen=True)

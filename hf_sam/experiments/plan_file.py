@@ -128,6 +128,7 @@ def _check_mappings(values: dict[str, Any], path: Path) -> None:
         entry = values.get(key, {})
         require(isinstance(entry, dict), f"{path}: `{key}` must be a mapping, not {entry!r}.")
         if key == "settings":
+            _check_names(entry, f"{path}: settings")
             continue
         for name, settings in entry.items():
             require(
@@ -135,9 +136,15 @@ def _check_mappings(values: dict[str, Any], path: Path) -> None:
                 f"{path}: {key} {name}: YAML reads on, off, yes, no and null as values. Put the name in quotes.",
             )
             require(isinstance(settings, dict | None), f"{path}: {key} {name} must map settings to values.")
+            _check_names(settings or {}, f"{path}: {key} {name}")
         if key in values:
             values[key] = {str(name): settings or {} for name, settings in entry.items()}  # 0.05 is a name, too
             require(values[key], f"{path}: `{key}` must map at least one name to settings, or be left out.")
+
+
+def _check_names(settings: Mapping[Any, Any], where: str) -> None:
+    odd = [name for name in settings if not isinstance(name, str)]
+    require(not odd, f"{where}: {odd} are not names of settings.")
 
 
 def _read_question(values: Any, arms: Mapping[str, Any], path: Path) -> Question:

@@ -14,7 +14,7 @@ import dataclasses
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..experiments.json_files import write_json
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import (
     BUDGETS,
+    OF_THE_STUDY,
     Plan,
     Run,
     averaging_of,
@@ -157,6 +158,7 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
     config = plan.tasks[task].get("config")
     for name in plan.conditions:
         layers = layers_of(plan, task, name, arm)
+        check_settings([*layers, ("tuning", plan.tuning.of(arm) if plan.tuning else {})])
         try:
             parsed = parse_arguments(types, command_line(config, merge(layers).values, plan.output_dir))
             sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
@@ -174,6 +176,20 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
             f"arm {arm}: {', '.join(named)} has no effect with sam_rho=0, the value of the base recipe. Set sam_rho."
         )
     return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
+
+
+def check_settings(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """
+    Check that no layer sets what the study sets for each run, which would have no effect.
+
+    Raises:
+        UserError: One does.
+    """
+    for where, settings in layers:
+        for key in settings.keys() & OF_THE_STUDY.keys():
+            raise UserError(
+                f"{where}: {key} is set for each run, from `{OF_THE_STUDY[key]}` of the study; leave it out."
+            )
 
 
 def check_sharpness(plan: Plan) -> None:

@@ -112,6 +112,7 @@ def test_passes_per_step_of_published_methods(config, expected):
         ({"arms": {}}, "`arms` must map at least one name"),
         ({"arms": ["adamw"]}, "`arms` must map"),
         ({"arms": {"adamw": 3}}, "arms adamw must map settings to values"),
+        ({"arms": {"adamw": {5: 0}}}, r"arms adamw: \[5\] are not names of settings"),
         ({"conditions": {"clean": [1]}}, "conditions clean must map"),
         ({"settings": [1]}, "`settings` must be a mapping"),
         ({"recipe": None}, "task digits needs a `recipe`"),
