@@ -23,7 +23,6 @@ SEED_KEYS = ("seed", "subset_seed", "noise_seed")  # set to the run's seed, the 
 # Settings that a study sets for each run, and the key of the plan that they come from.
 OF_THE_STUDY = {
     **dict.fromkeys(SEED_KEYS, "seeds"),
-    **dict.fromkeys(("resume_from_checkpoint", "save_strategy"), "checkpoint_every"),
     **{"output_dir": "output_dir", "task": "tasks", "condition": "conditions", "arm": "arms", "budget": "budgets"},
 }
 

@@ -144,7 +144,7 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
         ),
         ({"question": {"metric": "train_nll"}}, "metric='train_nll' is not measured by image_classification"),
         ({"settings": {"subset_seed": 4}}, "settings of the study: subset_seed is set for each run, from `seeds`"),
-        ({"arms": {"sam": {"save_strategy": "epoch"}}}, "arm sam: save_strategy is set .*, from `checkpoint_every`"),
+        ({"arms": {"sam": {"output_dir": "x"}}}, "arm sam: output_dir is set for each run, from `output_dir`"),
         ({"settings": {"validation_samples": 4}}, "validation_samples=4 needs a validation split"),
         ({"sharpness": {"measure": ["sam"]}}, "sharpness: 'measure' is not an argument .* Did you mean 'measures'"),
         ({"sharpness": {"num_examples": 0}}, "sharpness: num_examples=0 must be at least 1"),
