@@ -1,10 +1,10 @@
-"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU: as trained,
-and with the weights rounded to 3 and 2 bits.
+"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU.
 
     hf-sam demo --output_dir outputs/demo
 
-Every run is `hf-sam image-classification digits` with a few overrides; runs with the same seed share initial weights,
-data order, subset and wrong labels.
+The models are evaluated as trained, and with their weights rounded to 3 and 2 bits. Every run is
+`hf-sam image-classification digits` with a few overrides; runs with the same seed share initial weights, data order,
+subset and wrong labels.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     hf-sam flatten outputs/lora --task causal-lm --output_dir outputs/lora-flat
 
 The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It
-is trained on its own task, with the defaults of `configs/flatten`; any option, such as `--learning_rate` or `--sam_rho`,
-overrides them. Run record and model card say that this was a flatten phase. `hf-sam survival BEFORE AFTER` measures
-whether it helped.
+is trained on its own task, with the defaults of `configs/flatten`; any option, such as `--learning_rate` or
+`--sam_rho`, overrides them. Run record and model card say that this was a flatten phase. `hf-sam survival BEFORE AFTER`
+measures whether it helped.
 """
 
 from __future__ import annotations
