@@ -320,7 +320,7 @@ def write_model_card(
     path = Path(trainer.args.output_dir) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = ModelCard(path.read_text(encoding="utf-8") if path.exists() else f"---\n{{}}\n---\n\n{_WHOLE}\n")
-    whole.data.tags = list(dict.fromkeys([*(whole.data.tags or []), *card.tags])) or None
+    whole.data.tags = list(dict.fromkeys([*_listed(whole.data.tags), *card.tags])) or None
     if card.task:
         whole.data.pipeline_tag = card.task
     if card.eval_results:
@@ -358,7 +358,11 @@ def _last(history: list[dict[str, Any]], key: str) -> float | None:
 
 def _last_results(history: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     for entry in reversed(history):
-        found = {k: v for k, v in entry.items() if k.startswith(prefix) and not _NO_METRIC.search(k)}
+        found = {
+            k: v
+            for k, v in entry.items()
+            if k.startswith(prefix) and not _NO_METRIC.search(k) and isinstance(v, (int, float))
+        }
         if found:
             return found
     return {}

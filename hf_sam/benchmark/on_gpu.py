@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,11 @@ import torch
 import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-    set_seed,
-)
+from transformers import TrainingArguments, set_seed
 
 from .counting import PassClock
+from .gpu_cells import AUTOCAST, COMPILED, MODELS, PURE, TF32, Cell, cells
+from .gpu_page import page
 from .measure import Measurement, turns
 from .stepping import SteppedTrainer, stepped_trainer
 from .variants import STOCK, VARIANTS, Variant
@@ -68,101 +60,6 @@ COUNTED = {"launches": LAUNCHES, "synchronisations": SYNCHRONISATIONS}
 
 class Stop(BaseException):
     """The time is up, or the process received a signal to stop."""
-
-
-# --- models ------------------------------------------------------------------------------------------------------------
-
-
-def vit(tiny: bool, hidden: int, heads: int, patch: int) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    size = {
-        "hidden_size": hidden,
-        "num_hidden_layers": 12,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-    }
-    if tiny:
-        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    side = 2 * patch if tiny else 224
-    model = ViTForImageClassification(ViTConfig(**size, image_size=side, patch_size=patch, num_labels=10))
-    return model, {"pixel_values": torch.randn(3, side, side), "labels": torch.tensor(1)}
-
-
-def bert(tiny: bool) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    size = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
-    if tiny:
-        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = BertForSequenceClassification(BertConfig(**size, vocab_size=64 if tiny else 30522, num_labels=10))
-    ids = torch.randint(1, 64, (8 if tiny else 128,))
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(1)}
-
-
-def llama(tiny: bool, lora: bool) -> tuple[Any, dict[str, Tensor]]:
-    """A Llama of 0.5 billion parameters with tied embeddings."""
-    size = {"hidden_size": 1024, "num_hidden_layers": 30, "num_attention_heads": 16, "num_key_value_heads": 8}
-    size |= {"intermediate_size": 4096, "vocab_size": 32000}
-    if tiny:
-        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-        size |= {"intermediate_size": 16, "vocab_size": 64}
-    model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True, use_cache=False))
-    if lora:
-        from peft import LoraConfig, get_peft_model
-
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, init_lora_weights=False))
-    ids = torch.randint(1, 64, (8 if tiny else 512,))
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-@dataclass(frozen=True)
-class Model:
-    """
-    A model to measure.
-
-    Args:
-        build (`Callable`): Returns the model and one example; the argument says whether the model should be tiny.
-        batches (`tuple[int, int]`): A batch size that leaves a large GPU partly idle, and one that fills it.
-        home (`str`): The precision in which the model is usually trained; its cells come first.
-        at_once (`int`): Number of variants in memory at the same time.
-    """
-
-    build: Callable[[bool], tuple[Any, dict[str, Tensor]]]
-    batches: tuple[int, int]
-    home: str
-    at_once: int = len(NAMES)
-
-
-AUTOCAST, TF32, PURE, COMPILED = "bf16 autocast", "fp32 with TF32", "pure bf16", "bf16 autocast, compiled"
-PRECISIONS = (AUTOCAST, TF32, PURE, COMPILED)
-MODELS: dict[str, Model] = {
-    "ViT-S/14": Model(lambda tiny: vit(tiny, 384, 6, 14), (8, 128), AUTOCAST),
-    "ViT-B/16": Model(lambda tiny: vit(tiny, 768, 12, 16), (8, 128), AUTOCAST),
-    "MiniLM": Model(bert, (8, 256), TF32),
-    "Llama 0.5B, LoRA": Model(lambda tiny: llama(tiny, True), (1, 16), PURE, 5),
-    "Llama 0.5B": Model(lambda tiny: llama(tiny, False), (1, 16), AUTOCAST, 4),
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One setting; `fills` says whether the batch is meant to fill the GPU."""
-
-    model: str
-    precision: str
-    batch_size: int
-    fills: bool
-
-    def __str__(self) -> str:
-        return f"{self.model}, {self.precision}, batch {self.batch_size}"
-
-
-def cells(tiny: bool) -> list[Cell]:
-    """All cells: first every model in its home precision, then the first model in the others, then the rest."""
-    found = []
-    for (name, model), precision, fills in itertools.product(MODELS.items(), PRECISIONS, (True, False)):
-        batch_size = 2 + fills if tiny else model.batches[fills]
-        rank = 0 if precision == model.home else 1 if name == next(iter(MODELS)) else 2
-        found.append((rank, Cell(name, precision, batch_size, fills)))
-    return [cell for _, cell in sorted(found, key=lambda entry: entry[0])]
 
 
 # --- one variant -------------------------------------------------------------------------------------------------------
@@ -415,72 +312,6 @@ def write(document: dict[str, Any], folder: Path, began: float, left: Sequence[C
         beside = folder / f".{name}.{random.getrandbits(32):08x}"
         beside.write_text(text + "\n", encoding="utf-8")
         beside.replace(folder / name)
-
-
-HEAD = ("variant", "step (ms), quartiles", "ratio, 95 %", "passes", "peak (MiB)", "launches", "synchronisations")
-HEAD += ("bookkeeping",)
-
-
-def page(document: dict[str, Any]) -> str:
-    """The report in Markdown: a summary, then one table per cell."""
-    made, where = document["cells"], document["environment"]
-    lines = [f"# What a step costs on {where['device']}", "", *summary(made), ""]
-    for cell in made:
-        fills = "fills the card" if cell["fills"] else "leaves it idle"
-        title = f"{cell['model']}, {cell['precision']}, batch {cell['batch_size']} ({fills})"
-        lines += [f"## {title}", "", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *map(line, cell["rows"]), ""]
-    lines.append(
-        "Medians of interleaved steps with quartiles; the ratio is to the stock Trainer's steps in the same turns. Launches are "
-        "kernels, copies and fills that the host starts, synchronisations are its waits, both by the profiler in one step "
-        "(perturbed and plain ones weighted by the schedule). Bookkeeping is the time outside of forward and backward passes "
-        "beyond the stock step's, as a share of the step, with the device waited for around every pass."
-    )
-    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "cuda", "transformers", "python") if where[name])
-    lines += ["", f"{versions}; {document['seconds']:.0f} s, {document['end']}."]
-    if document["left_out"]:
-        lines += ["", f"Left out: {'; '.join(document['left_out'])}."]
-    return "\n".join(lines)
-
-
-def line(row: dict[str, Any]) -> str:
-    if "problem" in row:
-        return f"| {row['variant']} | {row['problem']} |" + " |" * (len(HEAD) - 2)
-    low, median, high = (1e3 * row[f"seconds_{at}"] for at in (25, 50, 75))
-    cells_ = [
-        row["variant"],
-        f"{median:.2f} [{low:.2f}, {high:.2f}]",
-        f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
-        f"{row['passes']:.2f}",
-        "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}",
-        f"{row['launches']:.0f}",
-        f"{row['synchronisations']:.1f}",
-        f"{row['bookkeeping']:.1%}" if "bookkeeping" in row else "",
-    ]
-    return f"| {' | '.join(cells_)} |"
-
-
-def summary(made: Sequence[dict[str, Any]]) -> list[str]:
-    """A short summary of the worst ratios."""
-    lines = []
-    for name, fills, what in (
-        ("sam", True, "where the batch fills the card"),
-        ("sam", False, "where it does not"),
-        ("hand-loop", True, "where the batch fills the card"),
-        ("hand-loop", False, "where it does not"),
-        ("msam", None, "in any cell"),
-        ("previous", None, "in any cell"),
-    ):
-        rows = [
-            (row, cell)
-            for cell in made
-            for row in cell["rows"]
-            if row["variant"] == name and "ratio" in row and fills in (None, cell["fills"])
-        ]
-        if rows:
-            row, cell = max(rows, key=lambda entry: entry[0]["ratio"])
-            where = f"{cell['model']}, {cell['precision']}, batch {cell['batch_size']}"
-            lines.append(f"- `{name}` costs at most {row['ratio']:.3f} stock steps {what} ({where}).")
-    return lines
 
 
 if __name__ == "__main__":

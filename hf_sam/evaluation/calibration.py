@@ -15,7 +15,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     Returns:
         `pd.DataFrame`: One row per non-empty bin: `low`, `high`, `examples`, `confidence`, `accuracy`.
     """
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    index = np.clip(np.ceil(np.nan_to_num(confidence) * bins).astype(int) - 1, 0, bins - 1)  # NaN: of a diverged model
     examples = np.bincount(index, minlength=bins)
     used = np.flatnonzero(examples)
     sums = (np.bincount(index, weights=values, minlength=bins)[used] for values in (confidence, correct))

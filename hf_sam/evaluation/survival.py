@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -78,24 +78,32 @@ class SurvivalConfig:
     max_examples: int = 1000
 
     def __post_init__(self):
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.default_factory is not MISSING and not isinstance(value, list):
+                raise ValueError(f"{entry.name}={value!r} must be a list.")
         for name, allowed in (("treatments", FAMILIES), ("libraries", tuple(LIBRARIES))):
             unknown = [value for value in getattr(self, name) if value not in allowed]
             if unknown:
                 raise ValueError(f"{name}: {unknown[0]!r} is unknown. Allowed: {', '.join(allowed)}.")
         for name, accepts, words in (
-            ("bits", lambda value: 1 <= value <= 16, "from 1 to 16"),
-            ("group_sizes", lambda value: value >= 0, "at least 0 (0: one scale per output channel)"),
+            ("bits", lambda value: type(value) is int and 1 <= value <= 16, "a whole number from 1 to 16"),
+            (
+                "group_sizes",
+                lambda value: type(value) is int and value >= 0,
+                "a whole number, at least 0 (0: one scale per output channel)",
+            ),
             ("pruned_shares", lambda value: 0 < value < 1, "in (0, 1)"),
             ("noise_sizes", lambda value: value > 0, "above 0"),
             ("merge_points", lambda value: 0 <= value <= 1, "in [0, 1]"),
         ):
-            wrong = [value for value in getattr(self, name) if not accepts(value)]
+            wrong = [value for value in getattr(self, name) if not isinstance(value, int | float) or not accepts(value)]
             if wrong:
-                raise ValueError(f"{name}: {wrong[0]} must be {words}.")
-        if self.noise_draws < 1:
-            raise ValueError(f"noise_draws={self.noise_draws} must be at least 1.")
-        if self.max_examples < 0:
-            raise ValueError(f"max_examples={self.max_examples} must be at least 0 (0: all).")
+                raise ValueError(f"{name}: {wrong[0]!r} must be {words}.")
+        for name, least, words in (("noise_draws", 1, "at least 1"), ("max_examples", 0, "at least 0 (0: all)")):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, {words}.")
         if self.merge_start is not None and not self.merge_with:
             raise ValueError("merge_start is used only with merge_with.")
 

@@ -21,10 +21,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from .execution import JOB_NAME, LOG_NAME, PLACE_NAME, SUBMISSION_NAME, mark_failed, read_json, remove_checkpoints
+from .execution import (
+    JOB_NAME,
+    LOG_NAME,
+    PLACE_NAME,
+    SUBMISSION_NAME,
+    UNMEASURED_NAME,
+    mark_failed,
+    remove_checkpoints,
+)
 from .executors import Choice, Ending, Executor
-from .plan import Run
-from .records import write_json
+from .json_files import read_json, write_json
+from .plan import Run, changed_settings
 from .workshop import DEATHS_NAME, Workshop
 
 logger = logging.get_logger(__name__)
@@ -266,7 +274,7 @@ def job_at(folder: Path, kind: str) -> str | None:
 def prepare(folder: Path, job: dict[str, Any]) -> None:
     """Write a run's job to its folder, and remove checkpoints made with other settings."""
     path = folder / JOB_NAME
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["argv"] != job["argv"]:
+    if path.exists() and changed_settings(json.loads(path.read_text(encoding="utf-8")), job):
         remove_checkpoints(folder)
     (folder / PLACE_NAME).unlink(missing_ok=True)
     write_json(path, job)
@@ -275,9 +283,10 @@ def prepare(folder: Path, job: dict[str, Any]) -> None:
 def count_death(folder: Path, ending: Ending) -> None:
     """Count an end without a result, and mark the run as failed after `MAX_DEATHS` of them."""
     counter = folder / DEATHS_NAME
-    deaths = 1 + (int(counter.read_text()) if counter.exists() else 0)
-    counter.write_text(str(deaths))
+    deaths = 1 + (read_json(counter) or 0)  # 0 also if a full disk left an empty file
+    write_json(counter, deaths)
     if deaths >= MAX_DEATHS:
         message = f"ended {deaths} times without a result, last: {ending.cause}; see {LOG_NAME} in its folder"
         names = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))["names"]
         mark_failed(folder, names, RuntimeError(message))
+        (folder / UNMEASURED_NAME).unlink(missing_ok=True)  # a run that ended while measured stays finished

@@ -22,14 +22,16 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from .json_files import read_json, write_json
 from .pausing import PauseAt
 from .plan import averaging_of, command_line
-from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, write_json
+from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record
 
 JOB_NAME, LOG_NAME, LENGTH_NAME = "run.json", "log.txt", "length.json"
 SUBMISSION_NAME = "submission.json"  # which job of which executor executes the run; removed when the job has ended
 PLACE_NAME = "place.json"  # where the run last started, written by the run itself
 PRELOADED = ["datasets", "pandas", __name__]  # imported once for all runs on a machine
+UNMEASURED_NAME = "unmeasured"  # the trained model is still to be measured; removed once it is
 HELD_NAME = "_job.lock"  # held by the job that executes the run; names with an underscore are not pushed to the hub
 HOLD_SECONDS = 180.0  # a Ray worker that has lost its head ends after about a minute
 _HELD: dict[Path, FileLock] = {}  # a lock that is garbage-collected is released
@@ -130,29 +132,31 @@ def execute(folder: Path) -> None:
     """
     Execute the task described in `run.json`, and leave a record even if the task fails before it writes one.
 
-    If the record says that the run has ended, at most the evaluation in `afterwards` is made. A job with `pause_at`
+    If the record says that the run has ended, only what a kill has cut off is made up for: measures of the trained model,
+    and the evaluation in `afterwards`. A job with `pause_at`
     stops at that step of its schedule and keeps the checkpoint; at 0 it evaluates the untrained model and writes the
     length of the run to a file.
     """
     job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+    is_first = int(os.environ.get("RANK", "0")) == 0
     if has_ended(folder):
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_unmeasured(folder):
+            _measure_all(folder, job, is_first)
+        if is_first:
             _do_afterwards(folder, job)
         return
-    if job.get("pause_at") is not None and int(os.environ.get("RANK", "0")) == 0:
+    if job.get("pause_at") is not None and is_first:
         remove_checkpoints(folder)  # this phase restarts from its beginning
+    if is_first and (job["sharpness"], job.get("survival")) != (None, None):
+        (folder / UNMEASURED_NAME).touch()
     try:
         averaging = averaging_of(job["average"])
         callbacks = [averaging] if averaging is not None else []
         if job.get("pause_at") is not None:
             callbacks.append(PauseAt(job["pause_at"]))
         trainer = load_task(job["recipe"]).main(job["argv"], callbacks)
-        if job["sharpness"] is not None:
-            _measure(folder, "sharpness", job["sharpness"])
+        _measure_all(folder, job, trainer.is_world_process_zero())
         if trainer.is_world_process_zero():
-            if job.get("survival") is not None:
-                _measure(folder, "survival", job["survival"])
-            _clear(folder, job)
             if job.get("pause_at") == 0:
                 write_json(folder / LENGTH_NAME, {"max_steps": trainer.state.max_steps})
             _do_afterwards(folder, job)
@@ -160,8 +164,29 @@ def execute(folder: Path) -> None:
         traceback.print_exc()
         if type(error).__name__ == "FolderInUseError":  # the run continues in another process, so it has not failed
             sys.exit(1)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first:
             mark_failed(folder, job["names"], error)
+
+
+def is_unmeasured(folder: Path) -> bool:
+    """Whether the run has finished, but was killed before its trained model was measured."""
+    if not (folder / UNMEASURED_NAME).exists():
+        return False
+    try:
+        return read_record(folder / RECORD_NAME).status == "finished"
+    except RecordError:
+        return False
+
+
+def _measure_all(folder: Path, job: dict[str, Any], is_first: bool) -> None:
+    """Measure the trained model as the job says, and remove what is then no longer needed."""
+    if job["sharpness"] is not None:
+        _measure(folder, "sharpness", job["sharpness"])
+    if is_first:
+        if job.get("survival") is not None:
+            _measure(folder, "survival", job["survival"])
+        _clear(folder, job)
+        (folder / UNMEASURED_NAME).unlink(missing_ok=True)
 
 
 def _measure(folder: Path, task: str, settings: dict[str, Any]) -> None:
@@ -261,14 +286,6 @@ def write_place(folder: Path, submission: str, pid: int, gpus: str | None) -> No
     """Record the machine, process and GPUs of a run."""
     place = {"id": submission, "host": socket.gethostname(), "pid": pid, "gpus": gpus or None}
     write_json(folder / PLACE_NAME, place)
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; `None` if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def mark_failed(folder: Path, names: dict[str, Any], error: Exception) -> None:

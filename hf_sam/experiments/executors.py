@@ -214,7 +214,10 @@ def choose(
     kind = kind or stated.get("kind", "local")
     if kind not in KINDS:
         raise ValueError(f"executor={kind!r} is unknown. Allowed: {', '.join(KINDS)}.")
-    options = dict(stated.get(kind) or {})
+    options = stated.get(kind) or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"executor.{kind}={options!r} must map options to values.")
+    options = dict(options)
     for word in given:
         if "=" not in word:
             raise ValueError(f"executor_options={word!r} is not a key=value pair.")
@@ -226,11 +229,15 @@ def choose(
                 f"workers={workers} applies only to executor=local; with {kind}, give --executor_options queue={workers}."
             )
         options["workers"] = workers
-    known = [entry.name for entry in dataclasses.fields(_class_of(kind)) if entry.name != "launcher"]
-    for key in options:
+    known = {entry.name: entry.type for entry in dataclasses.fields(_class_of(kind)) if entry.name != "launcher"}
+    for key, value in options.items():
         if key not in known:
             hint = did_you_mean(key, known, f" Allowed: {', '.join(known)}.")
             raise ValueError(f"executor.{kind}.{key} is unknown.{hint}")
+        least = 1 if key in ("workers", "queue") else 0
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if known[key].startswith(("int", "float")) and value is not None and (not is_number or value < least):
+            raise ValueError(f"executor.{kind}.{key}={value!r} must be a number, at least {least}.")
     return Choice(kind, options)
 
 

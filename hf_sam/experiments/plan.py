@@ -20,6 +20,11 @@ BUDGETS = {"steps": "equal steps", "passes": "equal passes"}  # a pass: one grad
 AVERAGE_KEYS = ("average", "average_start", "average_decay")  # of an arm; all other keys are passed to the recipe
 AVERAGES = ("swa", "ema", "entropy-sgd")
 SEED_KEYS = ("seed", "subset_seed", "noise_seed")  # set to the run's seed, the same for every arm
+# Settings that a study sets for each run, and the key of the plan that they come from.
+OF_THE_STUDY = {
+    **dict.fromkeys(SEED_KEYS, "seeds"),
+    **{"output_dir": "output_dir", "task": "tasks", "condition": "conditions", "arm": "arms", "budget": "budgets"},
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ class Plan:
         tuning (`Tuning` or `None`): How settings are tuned; `None` for no tuning.
         checkpoint_every (`int` or `None`): Steps between checkpoints, from which a killed run resumes.
         keep_models (`bool`): Keep the trained weights on disk.
-        sharpness (`dict` or `None`): Arguments of `recipes/sharpness.py`, to measure every trained model.
+        sharpness (`dict` or `None`): Arguments of `hf-sam sharpness`, to measure every trained model; `true` uses the
+            defaults.
         survival (`dict` or `None`): Fields of `SurvivalConfig`, to measure every trained model; `true` uses the
             defaults.
         launcher (`list[str]`): Command that starts each run, such as `["accelerate", "launch"]`; empty for this Python.
@@ -300,6 +306,19 @@ def command_line(config: str | None, settings: Mapping[str, Any], output_dir: Pa
             text = json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
             words.append(f"--{key}={text}")
     return words
+
+
+def changed_settings(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """
+    The settings in which two jobs of a run differ. Its folder and its base configuration may have been moved, but the
+    latter not edited; a job of an earlier release does not know what was in it.
+    """
+    words = set(map(str, made["argv"])) ^ set(map(str, now["argv"]))
+    edited: set[str] = set()
+    if "base" in made and "base" in now:
+        edited = {key for key, _ in made["base"].items() ^ now["base"].items()}
+        words -= {job["argv"][0] for job in (made, now) if job["base"]}
+    return [*sorted(edited), *sorted(word for word in words if not word.startswith("--output_dir="))]
 
 
 def describe(plan: Plan) -> dict[str, Any]:

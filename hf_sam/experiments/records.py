@@ -15,9 +15,7 @@ credential, and strings that look like a hub token.
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from .costs import CostKeeper
+from .json_files import plain, write_json
 from .provenance import describe_data, describe_environment, describe_model, peak_memory
+from .same_run import changed_arguments
 
 FORMAT = "hf_sam.run_record"
 VERSION = 1
@@ -35,9 +35,6 @@ RECORD_NAME = "run_record.json"
 STATUSES = ("running", "interrupted", "finished", "failed", "external")
 ENDED = ("finished", "failed")
 OPEN = ("running", "interrupted")  # left behind by a run that was killed or stopped, and can be resumed
-
-_SECRET_KEY = re.compile(r"(_token|^token|api_?key|password|passwd|secret|credential)s?$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})")
 
 
 class RecordError(ValueError):
@@ -248,54 +245,6 @@ def _check_earlier(record: RunRecord, checkpoint: str | None) -> None:
             )
 
 
-def changed_arguments(earlier: RunRecord, now: RunRecord) -> list[str]:
-    """The arguments in which two runs differ, each with its old and new value."""
-    found = {}
-    before, after = (plain(run.config.get("training_arguments") or {}) for run in (earlier, now))
-    for name in ARGUMENTS_OF_A_RUN:
-        if name in before and name in after:
-            found[name] = before[name], after[name]
-    sizes = [_batch_size(run) for run in (earlier, now)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            found[name] = before.get(name), after.get(name)
-        found.setdefault("examples a step", tuple(sizes))
-    before, after = (plain(run.config.get("recipe") or {}) for run in (earlier, now))
-    for group in before.keys() & after.keys():
-        if isinstance(before[group], dict) and isinstance(after[group], dict):
-            for name in sorted(before[group].keys() & after[group].keys() - NO_PART_OF_A_RUN):
-                found[name] = before[group][name], after[group][name]
-    before, after = (plain(run.config.get("sam") or {}) for run in (earlier, now))
-    for name in sorted(before.keys() | after.keys()):
-        found[f"sam_{name}"] = before.get(name), after.get(name)
-    prints = [(run.data.get("train") or {}).get("fingerprint") for run in (earlier, now)]
-    if None not in prints:
-        found["the training data"] = tuple(prints)
-    return [f"{name} was {old} and is now {new}" for name, (old, new) in found.items() if old != new]
-
-
-# Training arguments that affect the result; the others control logging, saving and speed.
-ARGUMENTS_OF_A_RUN = (
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay"),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("num_train_epochs", "max_steps", "seed", "data_seed", "bf16", "fp16", "neftune_noise_alpha"),
-    *("train_sampling_strategy", "dataloader_drop_last", "max_length", "packing", "completion_only_loss"),
-    "assistant_only_loss",
-)
-# Recipe arguments that do not affect training: paths and names, and what is evaluated afterwards.
-NO_PART_OF_A_RUN = frozenset(
-    ["dataset", "model_name_or_path", "tokenizer_name", "validation_samples", "test_samples", "check_images"]
-)
-
-
-def _batch_size(run: RunRecord) -> int | None:
-    """Number of examples per optimizer step, over all processes."""
-    values = run.config.get("training_arguments") or {}
-    parts = [values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")]
-    parts.append(((run.environment or {}).get("hardware") or {}).get("processes"))
-    return math.prod(parts) if all(isinstance(part, int) for part in parts) else None
-
-
 def _readable(path: Path) -> RunRecord | None:
     try:
         return read_record(path)
@@ -395,40 +344,9 @@ def _check_types(path: Path, record: dict[str, Any]) -> None:
         for key, value in record.get(name, {}).items():
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise RecordError(f"{path}: {name}[{key!r}] must be a number, not {value!r}.")
-    if not all(isinstance(entry, dict) for entry in record.get("curves", [])):
-        raise RecordError(f"{path}: 'curves' must contain one JSON object per logged step.")
-
-
-def plain(value: Any, key: str = "") -> Any:
-    """Convert `value` to strict JSON: secrets are masked, NaN and infinity become null, unknown objects strings."""
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # NumPy and torch scalars
-        return plain(value.item(), key)
-    if (
-        _SECRET_KEY.search(key) and value and not isinstance(value, (int, float))
-    ):  # numbers, such as a loss per token, are not secrets
-        return f"<{key.upper()}>"
-    if isinstance(value, Mapping):
-        return {str(name): plain(entry, str(name)) for name, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return _SECRET_VALUE.sub("<TOKEN>", str(value))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace `path` atomically: readers see the old file or the new one, never a partial one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    for name, words in (("curves", "logged step"), ("survival", "treatment and draw"), ("segments", "segment")):
+        if not all(isinstance(entry, dict) for entry in record.get(name, [])):
+            raise RecordError(f"{path}: {name!r} must contain one JSON object per {words}.")
 
 
 def _now() -> str:

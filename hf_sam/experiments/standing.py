@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .driver import jobs_of
-from .execution import JOB_NAME, PLACE_NAME, read_json
+from .execution import JOB_NAME, PLACE_NAME
 from .executors import Choice
+from .json_files import read_json
 from .records import OPEN, RunRecord
 from .workshop import Workshop, counts
 

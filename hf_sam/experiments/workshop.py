@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .execution import JOB_NAME, SUBMISSION_NAME
-from .plan import AVERAGE_KEYS, Plan, Run, command_line, settings_of, trial_runs
+from .execution import JOB_NAME, SUBMISSION_NAME, is_unmeasured
+from .plan import AVERAGE_KEYS, Plan, Run, changed_settings, command_line, settings_of, trial_runs
 from .records import ENDED, OPEN, RECORD_NAME, RecordError, RunRecord, read_record, thinned
 from .tuning import best_trial, in_space, next_settings, open_storage
 
@@ -34,12 +34,14 @@ class Workshop:
         length (`Callable[[Run], dict]`): `max_steps` or `num_train_epochs` of the recipe, before a budget applies.
         in_force (`dict[tuple[str, str], str]`, *optional*):
             A description of the SAM configuration in force, for each task and arm.
+        bases (`dict[str, dict[str, str]]`, *optional*): The values of each task's base configuration, as text.
     """
 
     plan: Plan
     runs: list[Run]
     length: Callable[[Run], dict[str, Any]]
     in_force: dict[tuple[str, str], str] = field(default_factory=dict)
+    bases: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self):
         self._records: dict[Path, RunRecord | None] = {}
@@ -135,6 +137,7 @@ class Workshop:
         return {
             "recipe": task["recipe"],
             "argv": command_line(task.get("config"), settings, self.folder(run)),
+            "base": self.bases.get(run.task, {}),
             "names": {**names, "seed": run.seed},
             "tuned": tuned,
             "average": {key: value for key, value in self.plan.arms[run.arm].items() if key in AVERAGE_KEYS},
@@ -153,7 +156,8 @@ class Workshop:
         """
         for run in self.all_runs():
             path = self.folder(run) / JOB_NAME
-            if self.has_ended(run) and self.is_ready(run) and path.exists():
+            has_ended = self.has_ended(run) or is_unmeasured(path.parent)
+            if has_ended and self.is_ready(run) and path.exists():
                 made = self._made(run)
                 if run.trial is not None and not in_space(self.plan.tuning.of(run.arm), made["tuned"]):
                     raise StudyChangedError(
@@ -161,11 +165,7 @@ class Workshop:
                         f"Choose another output_dir, or delete that folder to run it again."
                     )
                 now = self.job(run)
-                changed = sorted(
-                    word
-                    for word in set(map(str, made["argv"])) ^ set(now["argv"])
-                    if not word.startswith("--output_dir=")  # the folder may have been moved
-                )
+                changed = changed_settings(made, now)
                 if changed or made["average"] != now["average"]:
                     raise StudyChangedError(
                         f"{path.parent} was run with other settings ({', '.join(changed[:4])}). Choose another "
@@ -174,12 +174,16 @@ class Workshop:
 
 
 def read_outcome(folder: Path) -> RunRecord | None:
-    """The record in `folder` without curves and descriptions, which would fill the memory in a study with many runs."""
+    """
+    The record in `folder` without curves and descriptions, which would fill the memory in a study with many runs. A run
+    whose trained model is still to be measured counts as running.
+    """
     try:
         record = read_record(folder / RECORD_NAME)
     except RecordError:
         return None
-    return replace(record, curves=[], config={}, model={}, data={}, environment={})
+    status = "running" if is_unmeasured(folder) else record.status
+    return replace(record, status=status, curves=[], config={}, model={}, data={}, environment={})
 
 
 def retry_failed(workshop: Workshop) -> int:

@@ -258,22 +258,21 @@ def _pair_table(pairs: Sequence[dict]) -> list[Block]:
 
 def _per_class(checkpoints: Sequence[Evaluated], class_names: Sequence[str]) -> list[Block]:
     count = len(class_names)
-    rows, frames = [], []
+    rows, frames, matrices = [], [], {}
     for entry in checkpoints:
         kept = entry.predictions
         scores = precision_recall_fscore_support(kept.labels, kept.predicted, labels=range(count), zero_division=0)
         for index, (precision, recall, f1, support) in enumerate(zip(*scores, strict=True)):
             cells = [f"{100 * value:.1f}" for value in (precision, recall, f1)]
             rows.append([class_names[index], entry.name, *cells, str(support)])
-        matrix = confusion(kept)
-        frames.append(
-            pd.DataFrame(matrix, columns=list(class_names)).assign(true=list(class_names), checkpoint=entry.name)
-        )
+        matrices[entry.name] = confusion(kept)
+        counts = pd.DataFrame(matrices[entry.name], columns=list(class_names))
+        names = pd.DataFrame({"true": list(class_names), "checkpoint": entry.name})
+        frames.append(pd.concat([counts, names], axis=1))  # a class may be named "true"
     rows.sort(key=lambda row: list(class_names).index(row[0]))
     columns = ["class", "checkpoint", "precision (%)", "recall (%)", "F1 (%)", "examples"]
     blocks: list[Block] = [Table(columns, rows, "Per class", 2, folded=len(rows) > 2 * MAX_CLASSES)]
     if count <= MAX_CLASSES:
-        matrices = {frame.checkpoint.iloc[0]: frame[list(class_names)].to_numpy() for frame in frames}
         caption = "Confusion: how many examples of each true class (row) were predicted as each class (column)."
         data = pd.concat(frames, ignore_index=True)
         blocks.append(plots.figure("confusion", caption, drawings.draw_confusion, matrices, class_names, data=data))

@@ -86,7 +86,7 @@ def make_document(study: Study, title: str, folder: Path, seed: int = 0, command
     sections = [
         Section("Answer", _answer_blocks(study, survival)),
         Section("What to do next", _next_blocks(study, command) if several else []),
-        Section("All arms", [block for budget in BUDGETS for block in _result_blocks(study, budget)]),
+        Section("All arms", [block for budget in _budgets(study) for block in _result_blocks(study, budget)]),
         Section("Curves", curve_blocks(study)),
         Section("Cost", cost_blocks(study)),
         Section("Calibration", calibration_blocks(study)),
@@ -181,6 +181,11 @@ def _next_blocks(study: Study, command: str | None) -> list[Block]:
     return blocks
 
 
+def _budgets(study: Study) -> list[str]:
+    """Return the budgets of the runs, the known ones first; a custom script may record another."""
+    return list(dict.fromkeys([*BUDGETS, *(cell.budget for cell in study.cells)]))
+
+
 def _result_blocks(study: Study, budget: str) -> list[Block]:
     cells = [cell for cell in study.cells if cell.budget == budget]
     if not cells:
@@ -207,7 +212,9 @@ def _result_blocks(study: Study, budget: str) -> list[Block]:
                 row += [with_interval(paired.difference.value, paired.t_low, paired.t_high, metric), entry.verdict]
             rows.append(row + [value_and_spread(cell.values(arm, name), name) for name in beside])
     columns = ["task", "arm", "runs", _label(metric), "difference [95 %]", "verdict", *map(_label, beside)]
-    caption = f"At {BUDGETS[budget]}: mean ± standard deviation over seeds, and the difference from {question.control}"
+    caption = (
+        f"At {budget_name(budget)}: mean ± standard deviation over seeds, and the difference from {question.control}"
+    )
     table = Table(columns, rows, caption, 2, stacked=True)
     drawn = list(found.values())[:MAX_DRAWN]
     figure = (

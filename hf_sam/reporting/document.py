@@ -23,7 +23,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 
-from ..experiments.records import plain, write_json
+from ..experiments.json_files import plain, write_json
 
 MAX_EMBEDDED_BYTES = 200_000  # larger tables are only in the file next to the report
 # Replacements for a drawing's colours on a dark page: its ink, and the series that are too dark there.
@@ -201,7 +201,8 @@ def to_svg(canvas: Canvas) -> bytes:
 def shorten_paths(text: str) -> str:
     """Make paths in `text` relative to the working directory; of paths elsewhere, keep only the last two parts."""
     text = str(text)
-    return _PATH.sub(r"…\1", text.replace(f"{os.getcwd()}/", "")) if "/" in text else text
+    here = os.getcwd().rstrip("/")  # empty at the root, where no path is shorter
+    return _PATH.sub(r"…\1", text.replace(f"{here}/", "") if here else text) if "/" in text else text
 
 
 def escape_markdown(text: str) -> str:

@@ -80,7 +80,8 @@ def compare_checkpoints(checkpoints: Sequence[Evaluated], rng: np.random.Generat
         a, b = first.predictions, second.predictions
         if isinstance(a, LanguagePredictions):
             gap = bootstrap_examples(lambda index, a=a, b=b: b.per_token(index) - a.per_token(index), len(a.nll), rng)
-            metric, p = "loss", sign_flip_p(b.nll / b.tokens - a.nll / a.tokens, rng)
+            told = (a.tokens > 0) & (b.tokens > 0)  # nothing is predicted in a text of one token
+            metric, p = "loss", sign_flip_p((b.nll[told] / b.tokens[told]) - (a.nll[told] / a.tokens[told]), rng)
             p_equivalent = None
         else:
             gain = b.correct.astype(float) - a.correct

@@ -27,6 +27,11 @@ def paths_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Poin
     return paths
 
 
+def has_diverged(run: Mapping[str, Any]) -> bool:
+    """Whether a run has no finite loss; `null` in its file."""
+    return run["second"]["train_loss"] is None or run["first"]["loss"] is None
+
+
 def matched_differences(found: Matched, control: str, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Compare every start with the control at matched training loss, paired over replicates."""
     pairs = {name: compare_paired(losses, found.losses[control], rng) for name, losses in found.losses.items()}
@@ -51,8 +56,14 @@ def make_forgetting_document(
         names (`Sequence[str]`): The starts; the others are compared with the first.
         target (`float`, *optional*): The second-task training loss at which starts are compared.
         seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
+
+    Raises:
+        ValueError: If all runs diverged.
     """
+    runs, diverged = [run for run in runs if not has_diverged(run)], [run for run in runs if has_diverged(run)]
     names = [name for name in names if any(run["start"] == name for run in runs)]
+    if not names:
+        raise ValueError("Every run diverged: give smaller learning_rates.")
     found = match({name: paths_of(runs)[name] for name in names}, target)
     differences = matched_differences(found, names[0], np.random.default_rng(seed))
     frame = _mean_over_replicates(runs, names)
@@ -64,7 +75,7 @@ def make_forgetting_document(
         Section("Answer", _answer(found, differences, names)),
         Section("Frontier", [plots.figure("frontier", caption, plots.draw_frontier, frame, names, found.target)]),
         Section("Every learning rate", [_rates_table(runs, before, names)]),
-        Section("Limits of this comparison", [Listing(_limits(runs, names))]),
+        Section("Limits of this comparison", [Listing(_limits(runs, diverged, names))]),
         Section("Set-up", [Table(["what", "value"], [list(row) for row in facts.items()], "", 99)], folded=True),
     ]
     lead = (
@@ -148,13 +159,13 @@ def _rates_table(
     second = [name for name in ("accuracy", "perplexity") if name in runs[0]["second"]]
     rows = []
     for name in names:
-        scores = [value_and_spread([entry[metric] for entry in before[name]], metric) for metric in shown]
+        scores = [_mean(before[name], metric) for metric in shown]
         rows.append([name, "before", "", *("" for _ in second), *scores])
         for rate in sorted({run["learning_rate"] for run in runs if run["start"] == name}):
             own = [run for run in runs if run["start"] == name and run["learning_rate"] == rate]
             cells = [value_and_spread([run["second"]["train_loss"] for run in own], "loss")]
-            cells += [value_and_spread([run["second"][metric] for run in own], metric) for metric in second]
-            cells += [value_and_spread([run["first"][metric] for run in own], metric) for metric in shown]
+            cells += [_mean([run["second"] for run in own], metric) for metric in second]
+            cells += [_mean([run["first"] for run in own], metric) for metric in shown]
             rows.append([name, f"{rate:g}", *cells])
     labels = ["second: training loss", *(f"second: {_labelled(metric)}" for metric in second)]
     labels += [f"first: {_labelled(metric)}" for metric in shown]
@@ -166,16 +177,28 @@ def _rates_table(
     )
 
 
+def _mean(scores: Sequence[Mapping[str, float | None]], metric: str) -> str:
+    """Format mean and spread of the finite values of a metric."""
+    return value_and_spread([entry[metric] for entry in scores if entry[metric] is not None], metric)
+
+
 def _labelled(metric: str) -> str:
     return metric_of(metric).label + (f" ({metric_of(metric).unit})" if metric_of(metric).unit else "")
 
 
-def _limits(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+def _limits(
+    runs: Sequence[Mapping[str, Any]], diverged: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[str]:
     found = [
         "The comparison is at equal training loss, so a start is not rewarded for learning the second task more slowly. Between "
         "two learning rates, the path is interpolated linearly.",
         "A larger learning rate in the first training is a known alternative explanation: include such a start as a control.",
     ]
+    if diverged:
+        rates = sorted({run["learning_rate"] for run in diverged})
+        found.append(
+            f"{len(diverged)} runs diverged and are left out; their learning rates: {', '.join(f'{rate:g}' for rate in rates)}."
+        )
     if len({run["replicate"] for run in runs}) < 3:
         found.append("Fewer than three replicates: the difference may come from the seeds.")
     if len(names) < 2:

@@ -305,13 +305,13 @@ def draw_survival(frame: pd.DataFrame, names: Sequence[str], metric_name: str) -
         for index, name in enumerate(names):
             own = frame[frame.name == name]
             points = pd.concat([own[own.kind == "none"], own[own.kind == kind]])
-            x = [0, *(1 + ticks.index(level) for level in points.level[1:])]
-            axes.plot(x, scale * points.value, **_look(index), linewidth=1.2)
+            x = [1 + ticks.index(level) if level in ticks else 0 for level in points.level]
+            axes.plot(x, scale * points.value.astype(float), **_look(index), linewidth=1.2)
             ends = [scale * points[end].astype(float) for end in ("low", "high")]
             axes.fill_between(x, *ends, color=_look(index)["color"], alpha=0.12, linewidth=0)
         axes.set_xticks(range(len(ticks) + 1), ["as\ntrained", *(f"{level:g}" for level in ticks)])
         axes.set_ylabel(_with_unit(metric_name))
-    _legend(canvas, names)
+    _legend(canvas, names, set(frame.name))
     return canvas, frame[frame.kind.isin(["none", *kinds])].reset_index(drop=True)
 
 

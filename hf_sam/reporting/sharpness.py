@@ -9,6 +9,7 @@ from typing import Any
 
 from . import sharpness_plots as plots
 from .document import Block, Document, Figure, Listing, Section, Table, Text, write_document
+from .formatting import NOTHING
 from .plots import figure
 
 FORMAT = "hf_sam.sharpness"
@@ -134,8 +135,8 @@ def label_of(key: str) -> str:
 
 
 def _cell(entry: Record, key: str) -> str:
-    if key not in entry["scalars"]:
-        return "-"
+    if entry["scalars"].get(key) is None:  # not measured, or not finite
+        return NOTHING
     error, measures = None, entry["measures"]
     if key in ("average", "average_adaptive"):
         error = measures["average"]["plain" if key == "average" else "adaptive"]["standard_error"]

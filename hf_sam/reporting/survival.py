@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ def survival_section(record: Mapping[str, Any]) -> Section:
         words = f"{metric_of(metric).label.capitalize()} after each treatment, with bootstrap intervals over test examples shaded."
         blocks.append(plots.figure("survival", words, plots.draw_survival, curves, names, metric))
     blocks += _side_tables(record["checkpoints"], names)
-    blocks += problem_blocks({name: entry["rows"] for name, entry in record["checkpoints"].items()})
+    blocks += problem_blocks((name, entry["rows"]) for name, entry in record["checkpoints"].items())
     return Section(TITLE, blocks)
 
 
@@ -150,11 +150,12 @@ def _checkpoint_table(frame: pd.DataFrame, names: Sequence[str], metric: str) ->
     return Table(columns, rows, caption)
 
 
-def _score_and_change(value: float | None, plain: float, treatment: Treatment, metric: str) -> str:
-    if value is None or not math.isfinite(value):
+def _score_and_change(value: float | None, plain: float | None, treatment: Treatment, metric: str) -> str:
+    if finite(value) is None:
         return NOTHING
     score = number(value * metric_of(metric).scale, metric_of(metric).digits)
-    return score if treatment.kind == NONE else f"{score} ({signed(value - plain, metric)})"
+    has_change = treatment.kind != NONE and finite(plain) is not None
+    return f"{score} ({signed(value - plain, metric)})" if has_change else score
 
 
 def _side_tables(checkpoints: Mapping[str, Any], names: Sequence[str]) -> list[Block]:
@@ -209,13 +210,14 @@ def has_curves(frame: pd.DataFrame) -> bool:
     return bool(frame.groupby("kind")["level"].nunique().max() > 1)
 
 
-def problem_blocks(rows_by_name: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Block]:
+def problem_blocks(named_rows: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[Block]:
     """Warn of treatments that could not be measured, each problem once, with the first names that had it."""
-    told: dict[str, list[str]] = {}
-    for name, rows in rows_by_name.items():
+    told: dict[str, dict[str, None]] = {}
+    for name, rows in named_rows:
         for row in rows:
             if "problem" in row:
-                told.setdefault(f"{row['kind']}: {row['problem']}", []).append(name)
+                told.setdefault(f"{row['kind']}: {row['problem']}", {})[name] = None
     return [
-        Text(f"Could not be measured ({', '.join(names[:4])}): {problem}", "warning") for problem, names in told.items()
+        Text(f"Could not be measured ({', '.join(list(names)[:4])}): {problem}", "warning")
+        for problem, names in told.items()
     ]

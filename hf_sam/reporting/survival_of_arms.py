@@ -91,7 +91,7 @@ def survival_blocks(study: Study, cells: Sequence[SurvivalCell]) -> list[Block]:
         "2^bits levels, pruning sets the smallest weights of each matrix to zero, noise is Gaussian, in units of the standard deviation of "
         "each matrix. Embeddings and head are not altered unless the plan says so."
     )
-    problems = problem_blocks({f"{run.arm}, seed {run.seed}": run.survival for run in study.records})
+    problems = problem_blocks((f"{run.arm}, seed {run.seed}", run.survival) for run in study.records)
     return [Text(what + missing), Text(CAVEAT), *blocks, *problems]
 
 

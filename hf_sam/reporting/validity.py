@@ -56,7 +56,7 @@ def _about_tuning(study: Study) -> list[str]:
         return [
             "Nothing was tuned: every arm ran with the settings it was given, which may suit some arms better than others."
         ]
-    counts = {arm: trials.get(arm, {0}) for arm in arms}
+    counts = {arm: trials.get(arm, {0}) for arm in arms or trials}
     if len(set().union(*counts.values())) > 1:
         listed = ", ".join(f"{arm} {' or '.join(map(str, sorted(count)))}" for arm, count in counts.items())
         return [f"Arms were tuned with unequal numbers of trials ({listed})."]

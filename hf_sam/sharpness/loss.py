@@ -219,6 +219,8 @@ class SubsetLoss:
         shifted = min(errors, key=lambda key: (errors[key] > ROUNDING, key != likely, errors[key]), default=likely)
         if errors.get(shifted, 0.0) < MEAN_TOLERANCE:
             return shifted
+        if not np.isfinite(list(errors.values())).all():
+            raise ValueError("The loss is NaN or infinite, as after training that diverged.")
         raise ValueError(
             "The loss of a batch is not the mean over its labels, so sharpness would depend on the batch size. Contrastive and "
             "auxiliary losses, which depend on which examples share a batch, are not supported."

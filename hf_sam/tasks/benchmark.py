@@ -43,8 +43,9 @@ from hf_sam.benchmark import (
 )
 from hf_sam.methods.users import load_parts
 
+from ..experiments.json_files import plain, write_json
 from ..experiments.provenance import describe_environment
-from ..experiments.records import find_records, plain, write_json
+from ..experiments.records import find_records
 from ..reporting.benchmark import (
     SETTING,
     draw_frontier,

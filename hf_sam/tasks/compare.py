@@ -14,7 +14,7 @@ import dataclasses
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from ..experiments.driver import drive
 from ..experiments.execution import LOG_NAME, PLACE_NAME, load_task
 from ..experiments.executors import Choice, choose
 from ..experiments.external_runs import find_external_runs
+from ..experiments.json_files import write_json
 from ..experiments.method_settings import explain, merge
 from ..experiments.plan import (
     BUDGETS,
+    OF_THE_STUDY,
     Plan,
     Run,
     averaging_of,
@@ -40,15 +42,16 @@ from ..experiments.plan import (
     mean_passes,
 )
 from ..experiments.plan_file import read_plan
-from ..experiments.records import ENDED, RECORD_NAME, write_json
+from ..experiments.records import ENDED, RECORD_NAME
 from ..experiments.standing import progress, reason
 from ..experiments.workshop import Workshop, counts, records_of, retry_failed
 from ..reporting.comparison import write_report
 from ..reporting.statistics import detectable_effect, established_effect
 from ..suggestions import did_you_mean
-from .command_line.arguments import parse_arguments, read_layers
+from .command_line.arguments import parse_arguments, read_config, read_layers
 from .command_line.errors import UserError, as_user_error, one_line
 from .command_line.help import command_again
+from .command_line.options import DataArguments
 from .command_line.parsers import check_recipe, parse_study
 from .studies import cancelled_or_shown, interruptible
 
@@ -119,6 +122,8 @@ def open_workshop(plan: Plan) -> Workshop:
     """
     for arm in plan.arms.values():
         averaging_of(arm)
+    if plan.sharpness is not None:
+        check_sharpness(plan)
     parsed = {(task, arm): parse_arm(plan, task, arm) for task in plan.tasks for arm in plan.arms}
 
     def passes(task: str, arm: str) -> float:
@@ -131,7 +136,12 @@ def open_workshop(plan: Plan) -> Workshop:
         return {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
 
     in_force = {key: words for key, (*_, words) in parsed.items()}
-    return Workshop(plan, final_runs(plan, passes), length, in_force)
+    bases = {
+        name: {key: str(value) for key, value in read_config(Path(task["config"])).items()}
+        for name, task in plan.tasks.items()
+        if task.get("config")
+    }
+    return Workshop(plan, final_runs(plan, passes), length, in_force, bases)
 
 
 def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMConfig, str]:
@@ -148,10 +158,14 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
     config = plan.tasks[task].get("config")
     for name in plan.conditions:
         layers = layers_of(plan, task, name, arm)
+        check_settings([*layers, ("tuning", plan.tuning.of(arm) if plan.tuning else {})])
         try:
             parsed = parse_arguments(types, command_line(config, merge(layers).values, plan.output_dir))
             sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
             sam_config = sam_args.to_config()
+            for values in parsed:
+                if isinstance(values, DataArguments):
+                    values.check_validation_samples()
             in_force = explain(sam_config, merge([*(read_layers(Path(config)) if config else []), *layers]))
         except (UserError, ValueError) as error:
             raise UserError(f"task {task}, condition {name}, arm {arm}: {error}") from error
@@ -162,6 +176,37 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
             f"arm {arm}: {', '.join(named)} has no effect with sam_rho=0, the value of the base recipe. Set sam_rho."
         )
     return next(values for values in parsed if isinstance(values, TrainingArguments)), sam_config, in_force
+
+
+def check_settings(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """
+    Check that no layer sets what the study sets for each run, which would have no effect.
+
+    Raises:
+        UserError: One does.
+    """
+    for where, settings in layers:
+        for key in settings.keys() & OF_THE_STUDY.keys():
+            raise UserError(
+                f"{where}: {key} is set for each run, from `{OF_THE_STUDY[key]}` of the study; leave it out."
+            )
+
+
+def check_sharpness(plan: Plan) -> None:
+    """
+    Check the arguments for `hf-sam sharpness`, which would otherwise fail after every run.
+
+    Raises:
+        UserError: One is unknown or invalid.
+    """
+    from . import sharpness
+    from .checkpoints import TASKS
+
+    recipes = {task["recipe"] for task in plan.tasks.values()}
+    words = ["--checkpoints", "-", *command_line(None, plan.sharpness, plan.output_dir)]
+    for task in (task for task in TASKS.values() if task.recipe in recipes):
+        with as_user_error(UserError, ValueError, prefix="sharpness: "):
+            parse_arguments(sharpness.argument_types(task), words)
 
 
 def check_metric(plan: Plan, recipe: str, parsed: Sequence[Any]) -> None:

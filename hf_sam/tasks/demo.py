@@ -1,10 +1,10 @@
-"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU: as trained,
-and with the weights rounded to 3 and 2 bits.
+"""Compare AdamW, SAM and ASAM on the embedded digits, with and without wrong labels, in a few minutes on a CPU.
 
     hf-sam demo --output_dir outputs/demo
 
-Every run is `hf-sam image-classification digits` with a few overrides; runs with the same seed share initial weights,
-data order, subset and wrong labels.
+The models are evaluated as trained, and with their weights rounded to 3 and 2 bits. Every run is
+`hf-sam image-classification digits` with a few overrides; runs with the same seed share initial weights, data order,
+subset and wrong labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..experiments.records import find_records
+from ..experiments.records import RECORD_NAME, read_record
 from ..reporting.comparison import write_report
 from .command_line.config_files import CONFIGS
 from .command_line.help import command_again
@@ -128,7 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(train, run, args.output_dir) for run in runs]
-        results = [job.result() for job in tqdm(as_completed(jobs), total=len(jobs), desc="training runs")]
+        try:
+            results = [job.result() for job in tqdm(as_completed(jobs), total=len(jobs), desc="training runs")]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # otherwise all other runs would be made first
+            raise
     frame = pd.DataFrame(results)
     frame["arm"] = pd.Categorical(frame["arm"], list(ARMS))
     frame = frame.sort_values(["noise", "arm", "seed"]).astype({"arm": str}).reset_index(drop=True)
@@ -145,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Written: {args.output_dir}/table.md, summary.json, runs.csv, and a folder for each run."
     )
     report = write_report(
-        find_records(args.output_dir)[0],
+        [read_record(args.output_dir / run.name / RECORD_NAME) for run in runs],  # an earlier call may have left others
         args.output_dir / "report",
         title="Sharpness-aware minimization on digits",
         command=command_again("demo", sys.argv[1:] if argv is None else argv),

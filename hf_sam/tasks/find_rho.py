@@ -26,8 +26,9 @@ from hf_sam.update.schedule import Schedule
 from ..experiments.driver import drive, make_one, study_lock
 from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME
 from ..experiments.executors import Choice, choose
+from ..experiments.json_files import plain, write_json
 from ..experiments.plan import command_line
-from ..experiments.records import RECORD_NAME, RecordError, plain, read_record, write_json
+from ..experiments.records import RECORD_NAME, RecordError, read_record
 from ..experiments.workshop import retry_failed
 from ..reporting import rho_search as rho_report
 from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
@@ -56,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             "A search needs a validation split, which cannot be taken from a streamed training split. Give --validation_split."
         )
 
+    with as_user_error(ValueError, prefix=f"launcher={options.launcher!r} is not a command: "):
+        launcher = shlex.split(options.launcher)
     output_dir = Path(args.output_dir) / "find_rho"
     search = Search(
         output_dir,
-        shlex.split(options.launcher),
+        launcher,
         options.recipe,
         tuple(words),
         settings,

@@ -5,9 +5,9 @@
     hf-sam flatten outputs/lora --task causal-lm --output_dir outputs/lora-flat
 
 The checkpoint is a local folder or a hub id with a trained head, or a PEFT adapter, whose factors are then trained. It
-is trained on its own task, with the defaults of `configs/flatten`; any option, such as `--learning_rate` or `--sam_rho`,
-overrides them. Run record and model card say that this was a flatten phase. `hf-sam survival BEFORE AFTER` measures
-whether it helped.
+is trained on its own task, with the defaults of `configs/flatten`; any option, such as `--learning_rate` or
+`--sam_rho`, overrides them. Run record and model card say that this was a flatten phase. `hf-sam survival BEFORE AFTER`
+measures whether it helped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..experiments.execution import load_task
 from ..experiments.plan import command_line
-from . import sharpness
+from .checkpoints import TASKS, find_task, recorded_data
 from .command_line.arguments import wants_help
 from .command_line.config_files import CONFIGS
 from .command_line.errors import UserError
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Any] = ()) -> An
         raise UserError("Give the checkpoint first: a folder or a hub id.")
     path = known.checkpoint
     named = ["--checkpoints", path, *rest]
-    name = sharpness.find_task([*named, *(["--task", known.task] if known.task else [])])
-    recipe = sharpness.TASKS[name].recipe
+    name = find_task([*named, *(["--task", known.task] if known.task else [])])
+    recipe = TASKS[name].recipe
     files = [DEFAULTS / f"{recipe}.yaml", *([DEFAULTS / "lora.yaml"] if adapter_base(path) else [])]
     folder = (
         Path(f"{path.rstrip('/')}-flat") if Path(path).exists() else Path("outputs") / f"{path.split('/')[-1]}-flat"
     )
-    data = sharpness.recorded_data(named)
+    data = recorded_data(named)
     if not data and not any(word.split("=")[0] in ("--dataset", "--glue_task") for word in rest):
         raise UserError(f"{path} has no run record with its data set: give --dataset, the data it was trained on.")
     words = command_line(None, {"model_name_or_path": path}, folder)

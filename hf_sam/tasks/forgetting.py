@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import glob
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +30,27 @@ import numpy as np
 import transformers
 
 from ..experiments.driver import drive
-from ..experiments.execution import JOB_NAME, LOG_NAME, WEIGHTS, read_json
+from ..experiments.execution import LOG_NAME
 from ..experiments.executors import Choice, choose
-from ..experiments.plan import command_line, slug
-from ..experiments.records import RECORD_NAME, RunRecord, plain, read_record, write_json
+from ..experiments.json_files import plain, read_json, write_json
+from ..experiments.plan import slug
+from ..experiments.records import RECORD_NAME, RunRecord, read_record
 from ..experiments.standing import reason
-from ..experiments.workshop import Workshop, retry_failed
+from ..experiments.workshop import retry_failed
 from ..reporting.document import write_document
 from ..reporting.forgetting import make_forgetting_document
 from ..reporting.results import natural
 from ..suggestions import did_you_mean
-from . import TRAINING, report, sharpness
+from . import TRAINING, report
+from .checkpoints import named_checkpoint
 from .command_line.arguments import parse_arguments
 from .command_line.config_files import split_command_line
 from .command_line.errors import UserError, as_user_error
 from .command_line.options import option
 from .forgetting_first import FirstTask
-from .models import adapter_base
+from .forgetting_runs import EVALUATION, RESULT_NAME, SEEDS, ForgettingWorkshop, SecondRun, result_of, weights_in
 from .studies import cancelled_or_shown, interruptible
 
-RESULT_NAME = "forgetting.json"
 GIVEN = ("model_name_or_path", "learning_rate", "seed", "output_dir")  # set here for each run
 
 
@@ -112,8 +111,16 @@ class ForgettingArguments:
         taken = [name for name in GIVEN if name in self.settings]
         if taken:
             raise ValueError(f"settings: {taken[0]} is set for each run; leave it out.")
-        if not all(rate > 0 for rate in self.learning_rates):
-            raise ValueError(f"learning_rates={self.learning_rates} must all be above 0.")
+        written = {f"{rate:g}" for rate in self.learning_rates if rate > 0}  # each names a folder
+        if not 0 < len(self.learning_rates) == len(written):
+            raise ValueError(f"learning_rates={self.learning_rates} must be distinct numbers above 0.")
+        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < SEEDS for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be distinct whole numbers from 0 to {SEEDS - 1}.")
+        folders: dict[str, str] = {}
+        for name in self.starts:
+            other = folders.setdefault(slug(name), name)
+            if other != name:
+                raise ValueError(f"checkpoints: {other} and {name} would share a folder. Rename one.")
         for name, least in (("workers", 1), ("batch_size", 1), ("max_examples", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
@@ -123,44 +130,20 @@ class ForgettingArguments:
         """Group the checkpoints by name, in order."""
         found: dict[str, list[str]] = {}
         for text in self.checkpoints:
-            name, path = text.split("=", 1) if "=" in text else (sharpness._short_name(text), text)
+            name, path = named_checkpoint(text)
             found.setdefault(name, []).append(path)
         return found
 
 
 def _expanded(text: str) -> list[str]:
     """Return the folders that `name=pattern` matches, each with the name; `text` itself if it is not a pattern."""
-    name, equals, pattern = text.partition("=") if "=" in text else ("", "", text)
+    name, equals, pattern = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
     if glob.escape(pattern) == pattern or Path(pattern).exists():
         return [text]
     found = sorted((path for path in glob.glob(pattern) if Path(path).is_dir()), key=natural)
     if not found:
         raise ValueError(f"checkpoints: {pattern} matches no folder.")
     return [f"{name}{equals}{path}" for path in found]
-
-
-@dataclass(frozen=True)
-class SecondRun:
-    """One fine-tuning on the second task."""
-
-    start: str
-    index: int  # which checkpoint of the name
-    checkpoint: str
-    learning_rate: float
-    seed: int
-
-    trial = None  # for a workshop: no run tunes another one, and all cost the same
-    cost = 1.0
-
-    @property
-    def folder(self) -> Path:
-        """Relative to the output folder."""
-        names = slug(self.start), f"checkpoint-{self.index}", f"lr-{self.learning_rate:g}", f"seed-{self.seed}"
-        return Path("runs", *names)
-
-    @property
-    def replicate(self) -> int:
-        return 100_000 * self.index + self.seed
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -183,20 +166,16 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     done = [result for run in runs if (result := result_of(run, folder)) is not None]
     if not done:
         raise UserError(failures[0] if failures else "No run has finished.")
-    document = make_forgetting_document(
-        done,
-        before,
-        {
-            "first task": f"{first.data_args.dataset}, {len(first.rows):,} test examples",
-            "second task": f"{args.recipe} {args.config or ''} {json.dumps(args.settings)}",
-            "learning rates": ", ".join(f"{rate:g}" for rate in args.learning_rates),
-            "checkpoints": "; ".join(f"{name}: {', '.join(paths)}" for name, paths in args.starts.items()),
-            "seeds of the second training": ", ".join(map(str, args.seeds)),
-            "runs": f"{len(done)} of {len(runs)}",
-        },
-        list(args.starts),
-        args.target_loss,
-    )
+    facts = {
+        "first task": f"{first.data_args.dataset}, {len(first.rows):,} test examples",
+        "second task": f"{args.recipe} {args.config or ''} {json.dumps(args.settings)}",
+        "learning rates": ", ".join(f"{rate:g}" for rate in args.learning_rates),
+        "checkpoints": "; ".join(f"{name}: {', '.join(paths)}" for name, paths in args.starts.items()),
+        "seeds of the second training": ", ".join(map(str, args.seeds)),
+        "runs": f"{len(done)} of {len(runs)}",
+    }
+    with as_user_error(ValueError):
+        document = make_forgetting_document(done, before, facts, list(args.starts), args.target_loss)
     written = write_document(document, folder / "report")
     print(f"Report: {written}")
     if failures:
@@ -211,134 +190,20 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 def first_scores_before(args: ForgettingArguments, first: FirstTask, folder: Path) -> dict[str, list[dict[str, float]]]:
     """Return the first-task scores of every checkpoint before the second training; computed once and cached."""
-    path = folder / "before.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path, settings = folder / "before.json", {name: getattr(args, name) for name in EVALUATION}
+    cache = read_json(path)
+    if cache is None or cache.get("settings") != settings:
+        cache = {"settings": settings, "scores": {}}
+    kept = cache["scores"]
     for paths in args.starts.values():
         for checkpoint in paths:
             if checkpoint not in kept:
                 kept[checkpoint] = first.scores(checkpoint)
-                write_json(path, plain(kept))
+                write_json(path, plain(cache))
     return {name: [kept[checkpoint] for checkpoint in paths] for name, paths in args.starts.items()}
 
 
 # --- the second ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a driver asks of a plan."""
-
-    output_dir: Path
-    launcher: list[str]
-
-
-class ForgettingWorkshop(Workshop):
-    """The runs of a grid and where they stand; a run has ended when it has failed or is evaluated on the first task."""
-
-    def __init__(self, args: ForgettingArguments):
-        runs = [
-            SecondRun(name, index, path, rate, seed)
-            for seed in args.seeds
-            for name, paths in args.starts.items()
-            for index, path in enumerate(paths)
-            for rate in args.learning_rates
-        ]
-        super().__init__(Place(Path(args.output_dir), args.launcher), runs, lambda run: {})
-        self.args = args
-        self._evaluated: set[SecondRun] = set()
-
-    def all_runs(self) -> list[SecondRun]:
-        return self.runs
-
-    def is_ready(self, run: SecondRun) -> bool:
-        return True
-
-    def has_ended(self, run: SecondRun) -> bool:
-        record = self.record(run)
-        if record is None or record.status not in ("finished", "failed"):
-            return False
-        if record.status == "finished" and run not in self._evaluated:
-            if result_of(run, self.plan.output_dir) is None:
-                return False
-            self._evaluated.add(run)
-        return True
-
-    def job(self, run: SecondRun) -> dict[str, Any]:
-        """Return the job of the process that makes the run: a recipe, its command line, and what is evaluated then."""
-        args = self.args
-        settings = {
-            **args.settings,
-            "model_name_or_path": whole_model(args, run, self.plan.output_dir),
-            "learning_rate": run.learning_rate,
-            "seed": run.seed,
-            "arm": run.start,
-            "evaluate_train": True,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "resume_from_checkpoint": "auto",
-        }
-        return {
-            "recipe": args.recipe,
-            "argv": command_line(args.config, settings, self.folder(run)),
-            "names": {"task": str(args.settings.get("dataset", args.config)), "arm": run.start, "seed": run.seed},
-            "average": {},
-            "sharpness": None,
-            "keep_model": True,
-            "afterwards": {"task": "forgetting", "arguments": asdict(args), "run": asdict(run)},
-        }
-
-    def check_unchanged(self) -> None:
-        """
-        Check that evaluated runs have the current settings, and discard what other runs left behind that cannot be used.
-
-        Raises:
-            UserError: If a run was made with other settings.
-        """
-        for run in self.runs:
-            place, record = self.folder(run), self.record(run)
-            made = read_json(place / JOB_NAME)
-            if record is None or record.status != "finished" or made is None:
-                continue
-            now = self.job(run)["argv"]
-            changed = sorted(
-                word for word in set(made["argv"]) ^ set(map(str, now)) if not word.startswith("--output_dir=")
-            )
-            if not self.has_ended(run):
-                if changed or not _weights(place):
-                    (place / RECORD_NAME).unlink()
-                    self.forget(run)
-            elif changed:
-                raise UserError(
-                    f"{place} was run with other settings ({', '.join(changed[:4])}). Give another output_dir, or "
-                    f"delete that folder."
-                )
-
-
-def whole_model(args: ForgettingArguments, run: SecondRun, folder: Path) -> str:
-    """Return the path of the start as a full model; an adapter is merged into its base, once."""
-    base = adapter_base(run.checkpoint)
-    if base is None:
-        return run.checkpoint
-    merged = folder / "starts" / f"{slug(run.start)}-{run.index}"
-    if not (merged / "config.json").is_file():
-        from peft import PeftModel
-
-        task = next(task for task in sharpness.TASKS.values() if task.recipe == args.recipe)
-        with as_user_error(OSError, ValueError, prefix=f"{run.checkpoint} cannot be merged: "):
-            model = task.auto_class.from_pretrained(base, dtype="float32", trust_remote_code=args.trust_remote_code)
-            PeftModel.from_pretrained(model, run.checkpoint).merge_and_unload().save_pretrained(merged)
-        for source in (Path(base), Path(run.checkpoint)):
-            for pattern in (
-                "tokenizer*",
-                "special_tokens_map.json",
-                "vocab*",
-                "merges.txt",
-                "preprocessor_config.json",
-            ):
-                for file in source.glob(pattern):
-                    shutil.copy(file, merged)
-    return str(merged)
 
 
 def make_all(workshop: ForgettingWorkshop, choice: Choice) -> list[str]:
@@ -387,7 +252,7 @@ def afterwards(folder: Path, job: Mapping[str, Any]) -> None:
     }
     write_json(folder / RESULT_NAME, plain(result))
     if not args.keep_models:
-        for file in _weights(folder):
+        for file in weights_in(folder):
             file.unlink()
 
 
@@ -398,14 +263,3 @@ def train_loss(record: RunRecord) -> float:
     if record.metrics.get("train_perplexity") is not None:
         return float(np.log(record.metrics["train_perplexity"]))
     return record.metrics["train_loss"]
-
-
-def result_of(run: SecondRun, folder: Path) -> dict[str, Any] | None:
-    """Return the result of a run that is finished and evaluated, otherwise `None`."""
-    with suppress(OSError, json.JSONDecodeError):
-        return json.loads((folder / run.folder / RESULT_NAME).read_text(encoding="utf-8"))
-    return None
-
-
-def _weights(place: Path) -> list[Path]:
-    return [file for pattern in WEIGHTS for file in place.glob(pattern)]

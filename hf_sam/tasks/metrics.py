@@ -35,7 +35,7 @@ def regression_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> d
     return {
         "pearson": _correlation(stats.pearsonr, values, labels),
         "spearman": _correlation(stats.spearmanr, values, labels),
-        "mse": float(sklearn_metrics.mean_squared_error(labels, values)),
+        "mse": float(np.mean((values - labels) ** 2)),
         **of_hub(hub, values, labels),
     }
 
@@ -95,15 +95,18 @@ def hub_metrics(names: Sequence[str] | None) -> list[Any]:
 
 
 def of_hub(metrics: Sequence[Any], predictions: Any, references: Any) -> dict[str, float]:
-    """Compute the metrics loaded by `hub_metrics`."""
+    """Compute the metrics loaded by `hub_metrics`; values that are not numbers, such as a confusion matrix, are left out."""
     found: dict[str, float] = {}
     for metric in metrics:
-        found |= metric.compute(predictions=predictions, references=references)
+        values = metric.compute(predictions=predictions, references=references)
+        found |= {name: value for name, value in values.items() if isinstance(value, (int, float, np.number))}
     return found
 
 
 def _correlation(function: Callable, values: np.ndarray, labels: np.ndarray) -> float:
-    """Compute a correlation; 0 if one side is constant."""
+    """Compute a correlation; 0 if one side is constant, NaN for the outputs of a diverged model."""
+    if not np.isfinite(values).all():
+        return float("nan")
     if np.ptp(values) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(function(values, labels).statistic)

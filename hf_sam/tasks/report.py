@@ -37,7 +37,8 @@ from ..experiments.records import RECORD_NAME, RecordError, read_record
 from ..reporting.checkpoints import Evaluated, make_checkpoint_document
 from ..reporting.document import Section, write_document
 from ..reporting.survival import survival_section
-from . import sharpness
+from . import sharpness, text_classification
+from .checkpoints import TASKS, find_task, load_checkpoint, named_checkpoints, recorded_data
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError
 from .command_line.help import command_again
@@ -86,20 +87,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if not argv:
         print(__doc__)
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
-    name = sharpness.find_task(argv)
+    name = find_task(argv)
     if name == "token-classification":
         raise UserError(
             "Reports do not support token-classification checkpoints: their intervals assume independent examples, which the "
             "words of a sentence are not. Use recipes/compare.py to report on runs, or recipes/sharpness.py on checkpoints."
         )
-    task = sharpness.TASKS[name]
+    task = TASKS[name]
     args, data_args, task_args, *_ = parse_arguments(
         [ReportArguments, DataArguments, task.arguments, SharpnessConfig, SurvivalConfig],
-        [*argv, *sharpness.recorded_data(argv)],
+        [*argv, *recorded_data(argv)],
     )
-    named = sharpness.CheckpointArguments(args.checkpoints).named
+    named = named_checkpoints(args.checkpoints)
     for path in named.values() if args.task is None else ():  # fail before minutes are spent on the first one
-        other = sharpness.find_task(["--checkpoints", path])
+        other = find_task(["--checkpoints", path])
         if other != name:
             raise UserError(f"{path} is for {other}, the first checkpoint for {name}. Report on them separately.")
     if args.disable_tqdm:
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     splits, *columns = task.read_data(data_args, task_args)
     if task.recipe == "seq2seq":  # evaluated by the likelihood of the targets, as for a language model
         columns = [[SOURCE, TARGET]]
+    check_one_class(columns, "report")
     if args.split not in splits:
         raise UserError(f"split={args.split} does not exist. Allowed: {', '.join(splits)}.")
     rows = splits[args.split]
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     evaluated = []
     for name, path in named.items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
-        model, processor_args = sharpness.load_checkpoint(task.auto_class, model_args, columns, "merged")
+        model, processor_args = load_checkpoint(task.auto_class, model_args, columns, "merged")
         model.to(device()).eval()
 
         def predict(split: Dataset, what: str, model=model, processor_args=processor_args):
@@ -130,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         start = time.perf_counter()
         predictions = predict(rows, name)
         seconds = time.perf_counter() - start
+        check_finite(predictions, path)
         evaluated.append(
             Evaluated(
                 name,
@@ -195,6 +198,32 @@ def predictions_of(model: Any, batches: Any) -> Predictions | LanguagePrediction
             labels.append(target.cpu())
     values, told = torch.cat(outputs).numpy(), torch.cat(labels).numpy()
     return LanguagePredictions(values, told) if is_language else Predictions(told, values)
+
+
+def check_one_class(columns: Sequence[Any], command: str) -> None:
+    """
+    Check the kind of labels.
+
+    Raises:
+        UserError: Examples of a classifier do not have exactly one class each.
+    """
+    if len(columns) == 4 and columns[2] != text_classification.SINGLE:  # texts, labels, kind of labels, names
+        raise UserError(
+            f"`hf-sam {command}` supports classifiers with one class per example, and language models, not "
+            f"problem_type={columns[2]}."
+        )
+
+
+def check_finite(predictions: Predictions | LanguagePredictions, path: str) -> None:
+    """
+    Check that a checkpoint gives numbers.
+
+    Raises:
+        UserError: It gives NaN or infinity, which no test could compare.
+    """
+    values = predictions.nll if isinstance(predictions, LanguagePredictions) else predictions.probabilities
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} gives NaN or infinite values, as after training that diverged. Leave it out.")
 
 
 def recorded_splits(path: Path) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def check_training_arguments(
 
     Args:
         args (`TrainingArguments`): The arguments to check.
-        data_args (`DataArguments`): `streaming` is used.
+        data_args (`DataArguments`): `streaming` and `validation_samples` are used.
         run_args (`RunArguments`): `score_split` and `hub_metrics` are used.
         has_validation (`bool`): Whether there is a validation split.
         metrics (`Sequence[str]`, *optional*): Names of the task's metrics.
@@ -256,6 +256,8 @@ def check_training_arguments(
         raise UserError(
             "score_split=validation needs a validation split: give --validation_size 0.1, or --validation_split."
         )
+    with as_user_error(ValueError):
+        data_args.check_validation_samples()
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     # The names of metrics from the hub are known only once they have been computed.
     if metrics and best not in metrics and not run_args.hub_metrics:

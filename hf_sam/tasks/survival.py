@@ -30,11 +30,13 @@ from ..evaluation.merging import mergeable_state
 from ..evaluation.predictions import LanguagePredictions
 from ..evaluation.survival import Outcome, SurvivalConfig, evaluate_treatments
 from ..evaluation.weights import weight_matrices
+from ..experiments.json_files import plain, write_json
 from ..experiments.provenance import describe_data, describe_environment
-from ..experiments.records import RECORD_NAME, plain, read_record, write_json
+from ..experiments.records import RECORD_NAME, read_record
 from ..reporting.document import Document, write_document
 from ..reporting.survival import FORMAT, VERSION, compare_survival, survival_rows, survival_section
-from . import report, sharpness
+from . import report
+from .checkpoints import TASKS, Task, find_task, fixed_rows, load_checkpoint, named_checkpoints, recorded_data
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
 from .command_line.options import DataArguments, ModelArguments, option
@@ -69,25 +71,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not argv:
         print(__doc__)
         raise UserError("Give at least one checkpoint: a folder or a hub id.")
-    task = sharpness.TASKS[sharpness.find_task(argv)]
+    task = TASKS[find_task(argv)]
     args, data_args, task_args, config = parse_arguments(
-        [SurvivalArguments, DataArguments, task.arguments, SurvivalConfig], [*argv, *sharpness.recorded_data(argv)]
+        [SurvivalArguments, DataArguments, task.arguments, SurvivalConfig], [*argv, *recorded_data(argv)]
     )
     if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     splits, *columns = task.read_data(data_args, task_args)
     check_data(splits, columns, args.split)
-    rows = sharpness.fixed_rows(splits[args.split], config.max_examples or len(splits[args.split]), args.bootstrap_seed)
-    merged = sharpness.CheckpointArguments(config.merge_with).named
+    rows = fixed_rows(splits[args.split], config.max_examples or len(splits[args.split]), args.bootstrap_seed)
+    merged = named_checkpoints(config.merge_with)
     others = {name: body_of(task, path, args) for name, path in merged.items()}
     start = body_of(task, config.merge_start, args) if config.merge_start else None
 
     found: dict[str, list[Outcome]] = {}
     checkpoints: dict[str, dict[str, Any]] = {}
-    for name, path in sharpness.CheckpointArguments(args.checkpoints).named.items():
+    for name, path in named_checkpoints(args.checkpoints).items():
         model_args = ModelArguments(model_name_or_path=path, trust_remote_code=args.trust_remote_code)
-        model, processor_args = sharpness.load_checkpoint(task.auto_class, model_args, columns, "merged")
+        model, processor_args = load_checkpoint(task.auto_class, model_args, columns, "merged")
         model.to(device()).eval()
         examples, collator = task.prepare({args.split: rows}, columns, processor_args, task_args, model)
         loader = DataLoader(examples[args.split], args.batch_size, collate_fn=collator)
@@ -134,11 +136,10 @@ def check_data(splits: Any, columns: Sequence[Any], split: str) -> None:
         raise UserError(f"split={split} does not exist. Allowed: {', '.join(splits)}.")
     if not isinstance(splits[split], Dataset):
         raise UserError("`hf-sam survival` needs a fixed set of examples. Switch streaming off.")
-    if "regression" in columns or "multi_label_classification" in columns:
-        raise UserError("`hf-sam survival` supports classifiers with one class per example, and language models.")
+    report.check_one_class(columns, "survival")
 
 
-def body_of(task: sharpness.Task, path: str, args: SurvivalArguments) -> dict[str, torch.Tensor]:
+def body_of(task: Task, path: str, args: SurvivalArguments) -> dict[str, torch.Tensor]:
     """The mergeable tensors of a checkpoint, with any head; a PEFT adapter is first merged into its base."""
     with as_user_error(OSError, ValueError, prefix=f"{path} cannot be loaded as {task.auto_class.__name__}: "):
         base = adapter_base(path)

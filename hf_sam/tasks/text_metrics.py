@@ -112,7 +112,7 @@ def chosen_classes(texts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
 
 
 def numbers_in(texts: Sequence[str]) -> np.ndarray:
-    """Parse each text as a number, NaN if it is not one, `(n,)`."""
+    """Parse each text as a finite number, NaN if it is not one, `(n,)`."""
     return np.array([_number(text) for text in texts], dtype=float)
 
 
@@ -190,7 +190,7 @@ def generation_table(
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        return float(text) if np.isfinite(float(text)) else float("nan")
     except ValueError:
         return float("nan")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hf_sam.benchmark import on_gpu, stepped_trainer
-from hf_sam.benchmark.on_gpu import MODELS, PRECISIONS, cells, main
+from hf_sam.benchmark.gpu_cells import AUTOCAST, COMPILED, MODELS, PRECISIONS, cells
+from hf_sam.benchmark.on_gpu import main
 
 ROW = {"variant": "trainer", "problem": "not measured"}
 
@@ -55,7 +56,7 @@ def test_a_compiled_cell_leaves_no_other_cell_compiled(tmp_path, monkeypatch):
         return trainer
 
     monkeypatch.setattr(on_gpu, "stepped_trainer", spying)
-    first, second = (next(c for c in cells(True) if c.precision == name) for name in (on_gpu.COMPILED, on_gpu.AUTOCAST))
+    first, second = (next(c for c in cells(True) if c.precision == name) for name in (COMPILED, AUTOCAST))
     for cell in (first, second):
         (row,) = on_gpu.run_cell(cell, [on_gpu.STOCK, on_gpu.VARIANTS["sam"]], "cpu", 5)[1:]
         assert "ratio" in row

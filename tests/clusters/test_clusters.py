@@ -21,7 +21,7 @@ import pytest
 import yaml
 from clusters.slurm_here import free_ports, missing_programs, slurm
 
-from hf_sam.experiments.execution import read_json
+from hf_sam.experiments.json_files import read_json
 from hf_sam.experiments.records import find_records
 from hf_sam.reporting.comparison import write_report
 

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from toy_driver import open_workshop
 
-from hf_sam.experiments.driver import StudyInUseError, drive, study_lock
-from hf_sam.experiments.executors import Choice
+from hf_sam.experiments import execution
+from hf_sam.experiments.driver import StudyInUseError, count_death, drive, prepare, study_lock
+from hf_sam.experiments.executors import Choice, Ending
 from hf_sam.experiments.records import RECORD_NAME, find_records, read_record
 from hf_sam.experiments.standing import describe_standing, estimate, standing_of
 from hf_sam.experiments.workshop import StudyChangedError, counts, records_of, retry_failed
@@ -104,6 +105,76 @@ def test_a_study_that_was_moved_is_the_same_study(study, tmp_path):
     moved = open_workshop(study(seeds=[0], output_dir=str(tmp_path / "elsewhere")))
     moved.check_unchanged()
     assert counts(moved)["finished"] == 2
+
+
+def test_a_moved_run_keeps_its_checkpoints_and_a_changed_one_does_not(tmp_path):
+    checkpoint = tmp_path / "checkpoint-5"
+    for argv, stays in (
+        (["--lr=1", "--output_dir=a"], True),
+        (["--lr=1", "--output_dir=b"], True),
+        (["--lr=2"], False),
+    ):
+        checkpoint.mkdir(exist_ok=True)
+        prepare(tmp_path, {"argv": argv})
+        assert checkpoint.exists() is stays, argv
+
+
+def test_a_run_that_was_killed_while_it_was_measured_is_only_measured(study, monkeypatch):
+    workshop = open_workshop(study(seeds=[0], arms={"sam": {}}, sharpness={"measures": ["sam"]}))
+    (run,), folder = workshop.runs, workshop.folder(workshop.runs[0])
+    prepare(folder, workshop.job(run))
+
+    def killed(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(execution, "_measure", killed)
+    with pytest.raises(SystemExit):
+        execution.execute(folder)
+    workshop.forget(run)
+    assert list(workshop.open_runs()) == [run]
+    with pytest.raises(StudyChangedError):
+        open_workshop(study(seeds=[0], arms={"sam": {"sleep": 0.0}}, sharpness=True)).check_unchanged()
+
+    measured = []
+    monkeypatch.setattr(execution, "_measure", lambda folder, task, settings: measured.append((task, settings)))
+    execution.execute(folder)
+    workshop.forget(run)
+    assert workshop.has_ended(run)
+    assert measured == [("sharpness", {"measures": ["sam"]})]
+    assert (folder / "begun.txt").read_text().count("\n") == 1
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_a_run_whose_measures_end_its_process_stays_finished_without_them(study, tmp_path):
+    workshop = open_workshop(study(seeds=[0], arms={"sam": {}}))
+    (run,), folder = workshop.runs, workshop.folder(workshop.runs[0])
+    drive(workshop)
+    (folder / "unmeasured").touch()
+    (folder / "deaths.txt").write_text("2")
+    count_death(folder, Ending("killed by signal 9"))
+    workshop.forget(run)
+    assert workshop.record(run).status == "finished"
+
+
+def test_an_empty_count_of_deaths_is_none(tmp_path):
+    (tmp_path / "deaths.txt").touch()  # as a full disk leaves it
+    count_death(tmp_path, Ending("killed"))
+    assert (tmp_path / "deaths.txt").read_text() == "1"
+
+
+def test_a_base_configuration_may_be_moved_but_not_edited(study, tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.yaml").write_text("lr: 1e-3\n")
+
+    def opened(config, lr="1e-3"):
+        workshop = open_workshop(study(seeds=[0], config=f"{config}.yaml"))
+        workshop.bases = {"toy": {"lr": lr}}
+        return workshop
+
+    drive(opened("old"))
+    opened("new").check_unchanged()
+    with pytest.raises(StudyChangedError, match=r"was run with other settings \(lr\)"):
+        opened("old", lr="1e-4").check_unchanged()
 
 
 @pytest.mark.slow

@@ -28,9 +28,10 @@ from hf_sam.experiments.execution import (
     take_up,
     write_place,
 )
-from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor
+from hf_sam.experiments.executors import Choice, Ending, Executor, LocalExecutor, choose
+from hf_sam.experiments.json_files import write_json
 from hf_sam.experiments.ray_executor import answers
-from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record, write_json
+from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record
 from hf_sam.experiments.standing import describe_standing, standing_of
 from hf_sam.experiments.workshop import counts, records_of
 from hf_sam.tasks.command_line.parsers import EXECUTORS
@@ -335,6 +336,15 @@ def test_what_an_executor_needs_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=rf"pip install 'hf-sam\[{kind}\]'"):
             Choice(kind).make([])
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "least"),
+    [("slurm", "queue=many", 1), ("slurm", "queue=0", 1), ("slurm", "minutes=-1", 0), ("local", "gpus=two", 0)],
+)
+def test_an_option_that_must_be_a_number_is_named(kind, option, least):
+    with pytest.raises(ValueError, match=rf"executor\.{kind}\.{option[:4]}.* must be a number, at least {least}"):
+        choose({}, kind, given=[option])
 
 
 def test_the_command_line_knows_every_executor():

@@ -112,6 +112,7 @@ def test_passes_per_step_of_published_methods(config, expected):
         ({"arms": {}}, "`arms` must map at least one name"),
         ({"arms": ["adamw"]}, "`arms` must map"),
         ({"arms": {"adamw": 3}}, "arms adamw must map settings to values"),
+        ({"arms": {"adamw": {5: 0}}}, r"arms adamw: \[5\] are not names of settings"),
         ({"conditions": {"clean": [1]}}, "conditions clean must map"),
         ({"settings": [1]}, "`settings` must be a mapping"),
         ({"recipe": None}, "task digits needs a `recipe`"),
@@ -122,6 +123,18 @@ def test_passes_per_step_of_published_methods(config, expected):
         ({"budgets": ["time"]}, "budgets=.'time'. must be a list of: steps, passes"),
         ({"question": {"control": "adam"}}, "question.control='adam' is not an arm. Allowed: adamw, sam"),
         ({"question": {"treatmnt": "sam"}}, "question.treatmnt is not a key of a comparison. Did you mean 'treatment'"),
+        ({"budgets": ["steps", "steps"]}, "must be a list of: steps, passes"),
+        ({"budgets": [["steps"]]}, "must be a list of: steps, passes"),
+        ({"conditions": {}}, "`conditions` must map at least one name to settings, or be left out"),
+        ({"arms": {"off": {}, False: {}}}, "arms False: YAML reads on, off, yes, no and null as values"),
+        ({"arms": {"x" * 300: {}}}, "must have at most 200 characters"),
+        ({"launcher": "accelerate launch"}, r"launcher='accelerate launch' must be a list of words"),
+        ({"sharpness": ["sam"]}, "`sharpness` must be true, false or a mapping"),
+        ({"survival": {"bits": 4}}, "survival.bits=4 must be a list"),
+        ({"reference_passes": "two"}, "reference_passes='two' must be a number above 0"),
+        ({"keep_models": "no"}, "keep_models='no' must be true or false"),
+        ({"output_dir": {"a": 1}}, "output_dir=.* must be a path"),
+        ({"config": 5}, "config=5 of task digits must be a path"),
         ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
         ({"arms": {"swa": {"average": "mean"}}}, "average='mean' is unknown. Allowed: swa, ema"),
         ({"arms": {"swa": {"average_start": 0.5}}}, "average_start is used only with average"),
@@ -139,6 +152,13 @@ def test_passes_per_step_of_published_methods(config, expected):
             {"tuning": {"trials": 1, "space": {"lr": [1]}, "spaces": {"sma": {}}}},
             "tuning.spaces has unknown arms: sma. Allowed: adamw",
         ),
+        ({"tuning": {"trials": 1, "space": ["lr"]}}, "tuning.space must be a mapping"),
+        ({"tuning": {"trials": 1, "space": {"lr": [1]}, "spaces": {"sam": None}}}, "tuning.spaces.sam must map"),
+        ({"tuning": {"trials": 1, "space": {"lr": [1]}, "seed": "a"}}, "tuning.seed='a' must be a whole number"),
+        (
+            {"tuning": {"trials": 1, "space": {"steps": {"low": 1.5, "high": 3.5, "int": True}}}},
+            "low=1.5 and high=3.5 must be whole numbers with int",
+        ),
         ({"tuning": {"trials": 1, "space": {"lr": [1]}, "validation_size": 1.0}}, "validation_size=1.0 must be in"),
     ],
 )
@@ -149,13 +169,27 @@ def test_a_wrong_study_is_one_readable_line(plan, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is not valid YAML"), ("- a", "must contain lines"), (None, "cannot be read")]
+    ("text", "message"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("- a", "must contain lines"),
+        ("a: 1\na: 2", "'a' is given twice"),
+        (None, "cannot be read"),
+    ],
 )
 def test_a_file_that_is_no_study_is_a_message(tmp_path, text, message):
     if text is not None:
         (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_plan(tmp_path / "study.yaml")
+
+
+def test_names_that_yaml_reads_as_numbers_keep_their_place(plan):
+    read = plan(arms={0.0: {}, "sam": {}}, launcher=["accelerate", "launch", "--num_processes", 2], sharpness=True)
+    assert list(read.arms) == ["0.0", "sam"]
+    assert (read.question.control, read.question.treatment) == ("0.0", "sam")
+    assert read.launcher[-1] == "2"
+    assert read.sharpness == {}
 
 
 def test_averaging_is_read_from_an_arm():

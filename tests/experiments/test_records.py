@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_sam.experiments.costs import COSTS_NAME
+from hf_sam.experiments.json_files import plain
 from hf_sam.experiments.provenance import describe_environment, describe_model, fingerprint_data, fingerprint_model
 from hf_sam.experiments.records import (
     OPEN,
@@ -14,12 +15,11 @@ from hf_sam.experiments.records import (
     RecordError,
     RunFinishedError,
     RunRecord,
-    changed_arguments,
     find_records,
-    plain,
     read_record,
     recording,
 )
+from hf_sam.experiments.same_run import changed_arguments
 from hf_sam.reporting.results import value_of
 
 
@@ -199,6 +199,11 @@ def test_written_and_read_records_are_equal_and_strict_json(tmp_path):
             '{"format": "hf_sam.run_record", "version": 1, "task": "t", "arm": "a", "status": "finished", '
             '"curves": [1]}',
             "'curves' must contain",
+        ),
+        (
+            '{"format": "hf_sam.run_record", "version": 1, "task": "t", "arm": "a", "status": "finished", '
+            '"survival": [1]}',
+            "'survival' must contain one JSON object per treatment and draw",
         ),
     ],
 )

@@ -187,6 +187,24 @@ def test_language_models_are_compared_by_loss_per_token(tmp_path):
     assert "Per class" not in markdown
 
 
+def test_a_text_of_one_token_is_no_evidence():
+    """It has no loss per token; as 0 / 0, it once made any two models differ significantly."""
+    tokens = np.array([8] * 19 + [1, 0])
+    losses = np.random.default_rng(0).uniform(1, 2, len(tokens)) * tokens
+    same = [Evaluated(name, name, LanguagePredictions(losses, tokens)) for name in ("a", "b")]
+    (pair,) = compare_checkpoints(same, generator())
+    assert pair["p"] == 1.0
+    assert verdict(pair) == "undecided"
+
+
+def test_classes_may_have_any_name(tmp_path):
+    names = ["true", "checkpoint", "index"]
+    checkpoints = [Evaluated(name, name, predictions(seed, 0.7)) for seed, name in enumerate(("index", "true class"))]
+    write_document(make_checkpoint_document(checkpoints, {}, ["text"] * 300, names), tmp_path)
+    counts = pd.read_csv(tmp_path / "data" / "confusion.csv", header=0)
+    assert counts.iloc[:, :3].to_numpy().sum() == 600
+
+
 def test_one_checkpoint_is_reported_alone(tmp_path):
     write_document(
         make_checkpoint_document([Evaluated("a", "a", predictions(1, 0.6))], {}, ["x"] * 300, NAMES), tmp_path
@@ -235,6 +253,14 @@ def checkpoints(tmp_path_factory):
         )
         folders.append(folder)
     return folders
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_only_one_class_per_example_is_supported(kind):
+    with pytest.raises(UserError, match=f"supports classifiers with one class per example, .* not problem_type={kind}"):
+        report.check_one_class([["text"], "label", kind, ["a"]], "report")
+    report.check_one_class([["text"], "regression", "single_label_classification", ["a"]], "report")
+    report.check_one_class(["image", "regression", ["a"]], "report")
 
 
 def test_one_command_reports_on_two_checkpoints(checkpoints, tmp_path, capsys):

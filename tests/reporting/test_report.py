@@ -137,6 +137,11 @@ def test_only_absolute_paths_are_shortened(text, short):
     assert shorten_paths(text) == short
 
 
+def test_addresses_stay_whole_at_the_root_of_the_file_system(monkeypatch):
+    monkeypatch.setattr("os.getcwd", lambda: "/")  # as in many containers
+    assert shorten_paths("https://host/a and /a/b/c/d") == "https://host/a and …/c/d"
+
+
 def test_many_runs_are_drawn_and_listed_in_part_and_counted_in_full(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_sam.reporting.comparison.MAX_RUNS", 20)
     monkeypatch.setattr("hf_sam.reporting.plots.MAX_DRAWN_POINTS", 5)
@@ -523,6 +528,21 @@ def test_trials_that_ran_at_the_same_time_are_named(tmp_path, second, is_said):
             records.append(RunRecord(**names, metrics={"accuracy": 1.0}, started=start, ended=end, path=path))
     text = write_report(records, tmp_path / "report", control="adamw").with_name("report.md").read_text()
     assert ("In 1 of 2 searches for settings, trials ran in parallel" in text) is is_said
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["trials only", "and final runs that failed"])
+def test_trials_without_a_finished_final_run_give_a_report(tmp_path, others):
+    names = {"task": "digits", "arm": "sam", "budget": "tuning steps", "status": "finished"}
+    records = [RunRecord(**names, metrics={"accuracy": 1.0})]
+    records += [RunRecord("digits", "sam", seed=seed, status="failed", error={"type": "E"}) for seed in range(others)]
+    text = write_report(records, tmp_path / "report").with_name("report.md").read_text()
+    assert "tuned with 1 trials" in text
+
+
+def test_runs_under_another_budget_stand_in_the_table_of_all_arms(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean",), budgets=("flops",), arms=("adamw", "sam"), seeds=[0, 1])
+    text = write_report(records, tmp_path / "report").with_name("report.md").read_text()
+    assert "At flops: mean" in text
 
 
 def test_unequal_tuning_is_named(tmp_path):

@@ -14,7 +14,8 @@ import yaml
 from filelock import FileLock
 
 from hf_sam.experiments.execution import execute
-from hf_sam.experiments.records import find_records, write_json
+from hf_sam.experiments.json_files import write_json
+from hf_sam.experiments.records import find_records
 from hf_sam.experiments.workshop import counts
 from hf_sam.tasks import compare
 from hf_sam.tasks.command_line.errors import UserError
@@ -142,6 +143,11 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
             "metric='acuracy' is not measured by .* Did you mean 'accuracy'.* Allowed: .*f1_macro",
         ),
         ({"question": {"metric": "train_nll"}}, "metric='train_nll' is not measured by image_classification"),
+        ({"settings": {"subset_seed": 4}}, "settings of the study: subset_seed is set for each run, from `seeds`"),
+        ({"arms": {"sam": {"output_dir": "x"}}}, "arm sam: output_dir is set for each run, from `output_dir`"),
+        ({"settings": {"validation_samples": 4}}, "validation_samples=4 needs a validation split"),
+        ({"sharpness": {"measure": ["sam"]}}, "sharpness: 'measure' is not an argument .* Did you mean 'measures'"),
+        ({"sharpness": {"num_examples": 0}}, "sharpness: num_examples=0 must be at least 1"),
         ({"recipe": "digits"}, "recipe 'digits' does not exist. Allowed: .*image_classification"),
     ],
 )
@@ -225,6 +231,7 @@ def test_a_report_is_rewritten_as_runs_end_and_the_status_says_where_it_stands(s
         ({"executor": "slrum"}, [], "executor='slrum' is unknown. Allowed: local, ray, slurm"),
         ({"executor": {"slrum": {}}}, [], "executor.slrum is unknown. Did you mean 'slurm'"),
         ({"executor": {"local": {"worker": 2}}}, [], "executor.local.worker is unknown.* Did you mean 'workers'"),
+        ({"executor": {"kind": "ray", "ray": 3}}, [], "executor.ray=3 must map options to values"),
         ({}, ["--workers", "0"], "workers=0 must be at least 1"),
         ({}, ["--executor_options", "workers"], "executor_options='workers' is not a key=value pair"),
     ],
@@ -298,6 +305,8 @@ def test_settings_of_every_run_can_be_overridden(study, tmp_path, capsys):
     path = study(arms={"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.1}})
     with pytest.raises(UserError, match=r"--set takes key=value pairs, not 'max_steps'"):
         compare.main([path, "--plan", "--set", "max_steps"])
+    with pytest.raises(UserError, match=r"seeds=\[1, 1\] must be distinct whole numbers"):
+        compare.main([path, "--plan", "--seeds", "1", "1"])
     with pytest.raises(UserError, match=r"'max_step' is not an argument of this recipe. Did you mean 'max_steps'"):
         compare.main([path, "--plan", "--set", "max_step=3"])
     arguments = parse_study([path, "--set", "max_steps=3", "label_column=a=b"])

@@ -148,6 +148,20 @@ def test_several_labels_as_words_with_commas():
     assert splits["train"]["label"] == [[0, 1, 0], [0, 0, 0], [1, 0, 1]]
 
 
+def test_several_labels_as_a_vector_of_zeros_and_ones():
+    train = Dataset.from_dict({"label": [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]})
+    splits, names = multi_hot_labels({"train": train, "test": train}, "label", DataArguments())
+    assert names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert splits["train"]["label"] == train["label"]
+    with pytest.raises(UserError, match="class_names has 2 names, but label has 3 values per example"):
+        multi_hot_labels({"train": train}, "label", DataArguments(class_names=["a", "b"]))
+    with pytest.raises(UserError, match="The test split has 1 example without 3 values of 0 or 1 in label: row 1"):
+        test = Dataset.from_dict({"label": [[1, 0, 1], [2, 0, 1]]})
+        multi_hot_labels({"train": train, "test": test}, "label", DataArguments())
+    _, names = multi_hot_labels({"train": Dataset.from_dict({"label": [[0], [0, 1], [1]]})}, "label", DataArguments())
+    assert names == ["0", "1"]  # lists of labels, not vectors
+
+
 def test_numbers_to_predict():
     splits = numeric_labels({"train": Dataset.from_dict({"label": ["1.5", "2"]})}, "label")
     assert splits["train"]["label"] == [1.5, 2.0]
@@ -187,6 +201,18 @@ def test_an_encoding_that_is_not_western_is_found_too(tmp_path):
 def test_one_column_of_texts_with_commas_stays_one_column(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + '"one, two"\n"three; four; five"\n' * 4)
     assert load_splits(DataArguments(dataset=str(tmp_path / "a.csv")))["train"].column_names == ["text"]
+
+
+def test_a_text_may_be_longer_than_pythons_limit_of_a_field(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n" + "word " * 40_000 + ",a\nshort,b\n")
+    assert len(load_splits(DataArguments(dataset=str(tmp_path / "a.csv")))["train"]["text"][0]) == 200_000
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_in_another_encoding_is_refused(suffix, tmp_path):
+    (tmp_path / f"a.{suffix}").write_bytes('{"text": "caf\xe9", "label": 1}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=f"a.{suffix} is not in UTF-8, as JSON must be; save it as UTF-8"):
+        load_splits(DataArguments(dataset=str(tmp_path / f"a.{suffix}")))
 
 
 def test_what_is_asked_for_is_not_guessed(tmp_path):

@@ -27,6 +27,7 @@ from hf_sam.rho_search.halving import Rung, SearchPlan
 from hf_sam.rho_search.phases import Phase, RhoWorkshop, Search, passes_spent
 from hf_sam.tasks import find_rho
 from hf_sam.tasks.command_line.errors import UserError
+from hf_sam.tasks.command_line.parsers import parse_search
 
 DIGITS = str(ROOT / "configs/image_classification/digits.yaml")
 TINY = [
@@ -264,6 +265,10 @@ def test_a_promoted_run_is_the_run_that_was_never_paused(tmp_path):
         ),
         (["image_classification", DIGITS, "--sam_method=sma"], "sam_method='sma' is unknown. Did you mean 'sam'"),
         (["image_classification", DIGITS, "--sam_rho_schedule=linear", "--sam_rho_min=1"], "sam_rho_min=1"),
+        (
+            ["image_classification", DIGITS, "--launcher=accelerate 'launch"],
+            "launcher=.* is not a command: No closing quotation",
+        ),
         (["image_classification", "--dataset=x", "--model_type=vit", "--streaming=true"], "Give --validation_split"),
     ],
 )
@@ -274,6 +279,11 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_runs(words, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_values_that_share_a_folder_are_one_value():
+    options, _ = parse_search(["image-classification", DIGITS, "--rhos", "0.1", "0.10000001", "0"])
+    assert options.rhos == [0.1]
+
+
 @pytest.fixture
 def search_of_24_steps(monkeypatch):
     monkeypatch.setattr(find_rho, "find_length", lambda search, choice: 24)
@@ -282,7 +292,7 @@ def search_of_24_steps(monkeypatch):
 
 def test_the_plan_is_printed_without_running_anything(search_of_24_steps, tmp_path, capsys):
     words = [*search_of_24_steps, f"--output_dir={tmp_path / 'out'}"]
-    assert find_rho.main([*words, *SEARCH]) is None
+    assert find_rho.main([*words, *SEARCH, "--validation_samples=8"]) is None  # of the split that a search makes
     printed = capsys.readouterr().out
     assert "rung 1: 0 and 2 values up to step 2, seed 42" in printed
     assert "confirmation: 0 and the best value up to step 4, 2 other seeds" in printed

@@ -13,8 +13,9 @@ import pytest
 import stand_ins
 import yaml
 
-from hf_sam.experiments.execution import execute
-from hf_sam.experiments.records import RECORD_NAME, read_record
+from hf_sam.experiments.execution import JOB_NAME, execute
+from hf_sam.experiments.json_files import write_json
+from hf_sam.experiments.records import RECORD_NAME, RunRecord, read_record
 from hf_sam.reporting.document import write_document
 from hf_sam.reporting.forgetting import make_forgetting_document, paths_of
 from hf_sam.tasks import causal_lm, forgetting, image_classification
@@ -78,7 +79,7 @@ def test_a_grid_is_trained_once_and_a_second_call_makes_what_is_missing(start, s
     a, b = (json.loads(path.read_text()) for path in results)
     assert a["first"] == b["first"]  # the same checkpoint, learning rate and seed
     assert a["second"]["train_loss"] == read_record(results[0].parent / RECORD_NAME).metrics["train_nll"]
-    before = json.loads((tmp_path / "out/before.json").read_text())[start]
+    before = json.loads((tmp_path / "out/before.json").read_text())["scores"][start]
     assert before["accuracy"] == read_record(f"{start}/{RECORD_NAME}").metrics["accuracy"]
     assert before["loss"] != a["first"]["loss"]
     times = [path.stat().st_mtime_ns for path in results]
@@ -114,6 +115,22 @@ def test_a_run_that_was_killed_before_its_evaluation_is_only_evaluated(start, se
     forgetting.main(words)
     assert (result.read_text(), record.stat().st_mtime_ns) == (scores, trained)
     assert "finished  a, learning rate 0.001, seed 0" in capsys.readouterr().out
+
+
+def test_scores_on_another_first_task_are_refused(tmp_path):
+    def workshop(**changes):
+        common = {"checkpoints": ["a=x"], "recipe": "causal_lm", "learning_rates": [1e-3], "output_dir": str(tmp_path)}
+        return forgetting.ForgettingWorkshop(forgetting.ForgettingArguments(**common | changes))
+
+    made = workshop()
+    (run,) = made.runs
+    write_json(made.folder(run) / JOB_NAME, made.job(run))
+    RunRecord("second", "a", status="finished").write(made.folder(run) / RECORD_NAME)
+    write_json(made.folder(run) / forgetting.RESULT_NAME, {})
+    workshop().check_unchanged()
+    for changes, name in (({"first": {"dataset": "other"}}, "first"), ({"max_examples": 5}, "max_examples")):
+        with pytest.raises(UserError, match=rf"was run with other settings \({name}\)"):
+            workshop(**changes).check_unchanged()
 
 
 def test_a_run_that_cannot_be_evaluated_on_the_first_task_has_failed(start, second, tmp_path):
@@ -176,7 +193,10 @@ def test_a_language_model_forgets_its_first_corpus_and_an_adapter_is_merged(deco
     ("words", "message"),
     [
         (["--recipe=image_clasification"], "is not a training recipe. Did you mean 'image_classification'"),
-        (["--recipe=causal_lm", "--learning_rates", "0"], "must all be above 0"),
+        (["--recipe=causal_lm", "--learning_rates", "0"], "must be distinct numbers above 0"),
+        (["--recipe=causal_lm", "--learning_rates", "1e-3", "1.0000001e-3"], "must be distinct numbers above 0"),
+        (["--recipe=causal_lm", "--seeds", "1", "1"], r"seeds=\[1, 1\] must be distinct whole numbers from 0 to 99999"),
+        (["--recipe=causal_lm", "--checkpoints", "SAM/1=x", "sam-1=y"], "SAM/1 and sam-1 would share a folder"),
         (["--recipe=causal_lm", "--settings", '{"learning_rate": 1}'], "settings: learning_rate is set for each run"),
         (["--recipe=causal_lm", "--settings", "max_steps=3"], "settings='max_steps=3' is not valid JSON"),
         (["--recipe=causal_lm", "--workers=0"], "workers=0 must be at least 1"),
@@ -230,6 +250,21 @@ def test_the_report_compares_at_the_matched_training_loss(tmp_path):
     assert "| adamw | before |" in text
     numbers = json.loads((tmp_path / "data/numbers.json").read_text())
     assert numbers["differences"][0]["difference"] == pytest.approx(-0.1)
+
+
+def test_runs_that_diverged_are_left_out_and_named(tmp_path):
+    runs = fabricated({"adamw": 1.0, "sam": 0.9}, replicates=1)
+    before = {"adamw": [{"loss": 0.3, "accuracy": 0.9}], "sam": [{"loss": None, "accuracy": None}]}
+    for run in runs[2::3]:  # the largest rate
+        run["second"] = {"train_loss": None, "accuracy": None}
+        run["first"] = {"loss": None, "accuracy": 0.1}
+    write_document(make_forgetting_document(runs, before, {}, ["adamw", "sam"]), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "at a second-task training loss of 1.000" in text
+    assert "2 runs diverged and are left out; their learning rates: 0.001." in text
+    assert "| sam | before |  |  | - | - |" in text
+    with pytest.raises(ValueError, match="Every run diverged: give smaller learning_rates"):
+        make_forgetting_document(runs[2::3], before, {}, ["adamw", "sam"])
 
 
 def test_a_training_loss_that_nobody_has_in_common_is_said(tmp_path):

@@ -80,6 +80,19 @@ def test_correlation_with_a_constant_is_zero_not_nan():
     assert (result["pearson"], result["spearman"]) == (0, 0)
 
 
+def test_a_diverged_regression_has_no_scores_and_no_error():
+    diverged = EvalPrediction(predictions=np.array([[1.0], [np.nan]]), label_ids=np.arange(2.0))
+    assert all(math.isnan(value) for value in metrics.regression_metrics(diverged).values())
+
+
+def test_values_of_hub_metrics_that_are_not_numbers_are_left_out():
+    class Metric:
+        def compute(self, predictions, references):
+            return {"f1": np.float64(0.5), "matrix": np.eye(2), "per_class": [0.1, 0.2], "correct": 3}
+
+    assert metrics.of_hub([Metric()], None, None) == {"f1": 0.5, "correct": 3}
+
+
 def test_label_sets():
     logits, truth = np.array([[1.0, -1], [1, 1], [-1, -1]]), np.array([[1.0, 0], [1, 0], [0, 1]])
     result = metrics.multi_label_metrics(EvalPrediction(predictions=logits, label_ids=truth))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_sam.experiments.records import RunRecord, read_record
-from hf_sam.tasks import sharpness
+from hf_sam.tasks import checkpoints, report, sharpness
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "quickly", "well"]
 FAST = [
@@ -112,6 +112,36 @@ def test_images_from_the_run_record_to_the_report(recipe, tmp_path):
     assert not (second / "run_record.json").exists()
 
 
+def test_a_folder_with_an_equals_sign_is_a_checkpoint_without_a_name(recipe, tmp_path):
+    folder = tmp_path / "lr=0.1" / "seed-0"
+    folder.mkdir(parents=True)
+    assert checkpoints.named_checkpoints([str(folder), f"sam={folder}"]) == {
+        "seed-0": str(folder),
+        "sam": str(folder),
+    }
+    assert checkpoints.named_checkpoints(["sam=org/model"]) == {"sam": "org/model"}
+
+
+def test_an_option_written_with_hyphens_goes_before_the_run_record(recipe, tmp_path):
+    RunRecord("digits", "sam", config={"recipe": {"data": {"dataset": "digits", "test_samples": 40}}}).write(
+        tmp_path / "run_record.json"
+    )
+    words = ["--checkpoints", str(tmp_path), "--test-samples", "10"]
+    assert checkpoints.recorded_data(words) == ["--dataset=digits"]
+
+
+def test_a_checkpoint_of_diverged_weights_is_refused(recipe, text_model, texts, tmp_path):
+    model = BertForSequenceClassification.from_pretrained(text_model)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer().save_pretrained(tmp_path / "nan")
+    words = ["--checkpoints", str(tmp_path / "nan"), "--dataset", str(texts), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(recipe.UserError, match="nan: The loss is NaN or infinite"):
+        recipe.main([*words, "--measures", "sam", "--rho", "0.05"])
+    with pytest.raises(recipe.UserError, match="nan gives NaN or infinite values"):
+        report.main([*words, "--corruption_samples", "0", "--disable_tqdm", "true"])
+
+
 def test_the_batch_size_changes_no_number(recipe, text_model, texts, tmp_path):
     def scalars(batch_size):
         words = ["--dataset", str(texts), "--batch_size", str(batch_size), "--dtype", "float64"]
@@ -145,10 +175,10 @@ def test_causal_language_models_count_tokens(recipe, texts, tmp_path):
         ["--checkpoints", str(tmp_path / "gpt2"), *words, *CHEAP, "--num_examples", "10", "--output_dir", str(tmp_path)]
     )
     lengths = 0
-    splits, _ = recipe.TASKS["causal-lm"].read_data(
-        *recipe.parse_arguments([recipe.DataArguments, recipe.TASKS["causal-lm"].arguments], words)
+    splits, _ = checkpoints.TASKS["causal-lm"].read_data(
+        *recipe.parse_arguments([recipe.DataArguments, checkpoints.TASKS["causal-lm"].arguments], words)
     )
-    for row in recipe.fixed_rows(splits["train"], 10, seed=0):
+    for row in checkpoints.fixed_rows(splits["train"], 10, seed=0):
         lengths += len(row["text"].split())  # with its end, one more token than is predicted
     assert found["subset"]["labels"] == lengths
 

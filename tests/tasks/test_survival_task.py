@@ -14,6 +14,7 @@ from fabricate import fabricate
 from hf_sam.experiments.execution import JOB_NAME, execute
 from hf_sam.experiments.records import RECORD_NAME, find_records, read_record
 from hf_sam.reporting.comparison import write_report
+from hf_sam.reporting.plots import draw_survival
 from hf_sam.reporting.statistics import holm
 from hf_sam.reporting.study import make_study
 from hf_sam.reporting.survival_of_arms import cell_frame, paired_survival
@@ -104,7 +105,7 @@ def test_what_cannot_be_merged_or_does_not_exist_is_one_line(checkpoints, tmp_pa
         survival.main([*words, "--merge_with", str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=r"split=dev does not exist\. Allowed: train, test"):
         survival.main([*words, "--split=dev"])
-    with pytest.raises(UserError, match="bits: 0 must be from 1 to 16"):
+    with pytest.raises(UserError, match="bits: 0 must be a whole number from 1 to 16"):
         survival.main([*words, "--bits", "0"])
 
 
@@ -197,6 +198,37 @@ def test_the_report_of_a_comparison_pairs_scores_over_seeds(tmp_path):
     assert [entry.p_holm for entry in entries[1:]] == holm([entry.score.t_p for entry in entries[1:]])
 
 
+def test_a_diverged_arm_has_no_curve_and_the_others_do(tmp_path):
+    """The loss of a diverged language model is null in its record."""
+    records = fabricate(
+        tmp_path, conditions=("clean",), budgets=("steps",), arms=("adamw", "sam", "asam"), seeds=[0, 1]
+    )
+    lost = {"sam": (0, 1, 2), "asam": (0,)}  # asam only as trained
+    for run in records:
+        run.metrics = {"loss": 1.0}
+        levels = enumerate((("none", None), ("bits per channel", 4), ("bits per channel", 3)))
+        run.survival = [
+            {"kind": kind, "level": level, "draw": 0, "loss": None if index in lost.get(run.arm, ()) else 1.0 + index}
+            for index, (kind, level) in levels
+        ]
+        run.write()
+    write_report(find_records(tmp_path)[0], tmp_path / "report", control="adamw", metric="loss")
+    drawn = pd.read_csv(tmp_path / "report/data/survival-1.csv")
+    assert set(drawn.name) == {"adamw", "asam"}
+    canvas, _ = draw_survival(drawn, ["adamw", "sam", "asam"], "loss")
+    assert [line.get_xdata().tolist() for line in canvas.axes[0].lines] == [[0, 1, 2], [], [1, 2]]
+
+
+def test_a_problem_of_one_task_is_told_though_another_task_has_the_same_arms_and_seeds(tmp_path):
+    records = fabricate(tmp_path, conditions=("clean", "noise 0.4"), budgets=("steps",), arms=("adamw",), seeds=[0])
+    scored = {"kind": "none", "level": None, "draw": 0, "accuracy": 0.9}
+    problem = {"kind": "torchao-int4", "level": None, "draw": 0, "problem": "ImportError: no torchao"}
+    for run in records:
+        run.survival = [scored, problem] if run.condition == "clean" else [scored]
+    text = write_report(records, tmp_path / "report").with_name("report.md").read_text()
+    assert "Could not be measured (adamw, seed 0): torchao-int4: ImportError: no torchao" in text.replace("\\", "")
+
+
 def test_one_seed_gives_no_interval_and_runs_without_scores_are_counted(tmp_path):
     records = records_with_survival(tmp_path, [0])
     extra = fabricate(tmp_path, conditions=("clean",), budgets=("steps",), arms=("asam",), seeds=[0])
@@ -242,7 +274,7 @@ def test_a_comparison_keeps_only_scores_and_pairs_them(tmp_path):
     ("value", "message"),
     [
         ({"bit": [4]}, "survival.bit is not a key of a comparison. Did you mean 'bits'"),
-        ({"bits": [0]}, "survival.bits: 0 must be from 1 to 16"),
+        ({"bits": [0]}, "survival.bits: 0 must be a whole number from 1 to 16"),
         (3, "`survival` must be true, false or a mapping, not 3"),
     ],
 )

@@ -85,9 +85,9 @@ def test_an_answer_that_names_no_class_is_wrong_and_no_class_of_its_own():
 
 
 def test_an_answer_that_is_no_number_counts_as_minus_one():
-    found = text_metrics.number_metrics(text_metrics.numbers_in(["3.0", "many"]), np.array([3.0, 1.0]))
-    assert found["mse"] == pytest.approx((0 + 4) / 2)
-    assert found["no_number"] == 0.5
+    found = text_metrics.number_metrics(text_metrics.numbers_in(["3.0", "many", "inf"]), np.array([3.0, 1.0, 1.0]))
+    assert found["mse"] == pytest.approx((0 + 4 + 4) / 3)
+    assert found["no_number"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ...experiments.yaml_loader import UniqueKeyLoader
 from ...suggestions import did_you_mean
 from .errors import UserError, instead_of, one_line
 
@@ -119,7 +120,7 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
         raise UserError(f"{path} is its own base; remove that `base:`.")
     try:
         text = path.read_text(encoding="utf-8")
-        words, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+        words, typed = yaml.load(text, yaml.BaseLoader), yaml.load(text, UniqueKeyLoader)
     except OSError:
         raise UserError(_unreadable(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

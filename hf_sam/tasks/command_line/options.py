@@ -98,11 +98,6 @@ class DataArguments:
             not (self.validation_size and self.validation_split),
             "Give validation_split or validation_size, not both.",
         )
-        _check(
-            not self.validation_samples or bool(self.validation_size or self.validation_split),
-            f"validation_samples={self.validation_samples} needs a validation split: give --validation_size 0.1, or "
-            f"--validation_split.",
-        )
         if self.csv_delimiter is not None:
             self.csv_delimiter = {"\\t": "\t", "tab": "\t"}.get(self.csv_delimiter, self.csv_delimiter)
             _check(len(self.csv_delimiter) == 1, f"csv_delimiter={self.csv_delimiter!r} must be one character, or tab.")
@@ -115,6 +110,20 @@ class DataArguments:
                     not getattr(self, name),
                     f"{name} needs the whole split and does not work with streaming: leave out one of them.",
                 )
+
+    def check_validation_samples(self) -> None:
+        """
+        Check that there is a validation split to draw samples from. Not a check of `__init__`, because a search adds
+        the split later.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        _check(
+            not self.validation_samples or bool(self.validation_size or self.validation_split),
+            f"validation_samples={self.validation_samples} needs a validation split: give --validation_size 0.1, or "
+            f"--validation_split.",
+        )
 
 
 @dataclass

@@ -99,6 +99,8 @@ def parse_study(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("Give the YAML file of a comparison, such as configs/comparison/digits.yaml.")
     args.study = find_config(args.study, "comparison")
     check_workers(args.workers)
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"seeds={args.seeds} must be distinct whole numbers.")
     for word in args.set:
         if "=" not in word:
             raise UserError(f"--set takes key=value pairs, not {word!r}.")
@@ -157,7 +159,9 @@ def parse_search(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
         if getattr(options, name) < least:
             raise UserError(f"{name}={getattr(options, name)} must be at least {least}.")
     if options.rhos:
-        options.rhos = sorted(set(options.rhos) - {0.0})  # 0 is always included
+        options.rhos = sorted(
+            {float(f"{rho:g}") for rho in options.rhos} - {0.0}
+        )  # as in folders; 0 is always included
         if not options.rhos or not all(0 < rho < math.inf for rho in options.rhos):
             raise UserError("rhos must be numbers above 0; 0 is always included.")
     for name in ("low", "high"):

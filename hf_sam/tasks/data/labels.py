@@ -127,12 +127,14 @@ def _number(value, number: dict[str, int], name: str, names: list[str], split: s
 
 def multi_hot_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Splits, list[str]]:
     """
-    Convert a column of label lists (or of comma-separated words) to vectors of 0.0 and 1.0.
+    Convert a column of label lists (or of comma-separated words) to vectors of 0.0 and 1.0; such vectors stay as they are.
 
     Raises:
-        UserError: If a label does not occur in the training split.
+        UserError: If a label does not occur in the training split, or vectors differ in length.
     """
     inner = getattr(splits["train"].features[name], "feature", None)
+    if not isinstance(inner, ClassLabel) and is_multi_hot(column_of_lists(splits["train"], name)):
+        return _checked_vectors(splits, name, args)
     rows = {split: [_label_list(value) for value in column_of_lists(data, name)] for split, data in splits.items()}
     if isinstance(inner, ClassLabel):
         names = list(inner.names)
@@ -146,6 +148,33 @@ def multi_hot_labels(splits: Splits, name: str, args: DataArguments) -> tuple[Sp
         for index, row in enumerate(rows[split]):
             hot[index, [_number(label, number, name, names, split) for label in row]] = 1.0
         encoded[split] = replace_column(dataset, name, hot.tolist())
+    return encoded, names
+
+
+def is_multi_hot(rows: list) -> bool:
+    """Whether each row has a 0 or 1 per label: rows of one length, some with a repetition, which a list of labels lacks."""
+    if not all(isinstance(row, list) and all(value in (0, 1) for value in row) for row in rows):
+        return False
+    return len({len(row) for row in rows}) == 1 and any(len(set(row)) < len(row) for row in rows)
+
+
+def _checked_vectors(splits: Splits, name: str, args: DataArguments) -> tuple[Splits, list[str]]:
+    width = len(column_of_lists(splits["train"], name)[0])
+    names = args.class_names or [f"LABEL_{index}" for index in range(width)]
+    if len(names) != width:
+        raise UserError(
+            f"class_names has {len(names)} names, but {name} has {width} values per example; give one for each."
+        )
+    encoded = {}
+    for split, dataset in splits.items():
+        rows = column_of_lists(dataset, name)
+        bad = [index for index, row in enumerate(rows) if len(row or []) != width or not set(row) <= {0, 1}]
+        if bad:
+            raise UserError(
+                f"The {split} split has {how_many(bad, 'example')} without {width} values of 0 or 1 in {name}: "
+                f"{rows_in_words(bad)}. Correct or remove these rows."
+            )
+        encoded[split] = replace_column(dataset, name, np.array(rows, dtype=np.float32).tolist())
     return encoded, names
 
 

@@ -77,7 +77,7 @@ def make_splits(splits: Splits, args: DataArguments, strata: str | None) -> Spli
             _check_every_class(train, strata, classes, classes[kept], args)
         splits["train"] = train.select(kept)
     for name, count in (("validation", args.validation_samples), ("test", args.test_samples)):
-        if count:
+        if count and name in splits:
             classes = column(splits[name], strata) if strata else np.zeros(len(splits[name]), dtype=int)
             splits[name] = splits[name].select(stratified_sample(classes, count, None, args.split_seed))
     return splits
@@ -234,7 +234,14 @@ def _folder_source(path: Path) -> dict[str, Any]:
 
 
 def _check_text_file(path: Path) -> None:
-    """Check the first bytes of a text file, because the readers report broken files at length."""
+    """Check a JSON file, because the readers report broken files at length."""
+    if BUILDERS[path.suffix.lower()] == "json":
+        try:
+            with path.open(encoding="utf-8") as file:
+                while file.read(2**20):
+                    pass
+        except UnicodeDecodeError:
+            raise UserError(f"dataset={path} is not in UTF-8, as JSON must be; save it as UTF-8.") from None
     if path.suffix.lower() == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from ..command_line.errors import UserError
 
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE_BYTES, SAMPLE_ROWS = 2**20, 50
+csv.field_size_limit(2**31 - 1)  # by default 131,072 characters, fewer than some texts have
 
 
 @dataclass(frozen=True)
