@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -202,16 +203,17 @@ def test_mixin_in_the_wrong_place_gives_the_error_of_the_troubleshooting_page():
         Reversed(model=tiny.mlp(), sam_config=SAMConfig())
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["write"]:
-    write()
+def script(name: str) -> ModuleType:
+    """The module of a script in docs/results."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "docs/results" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_tables_of_the_survival_study_are_those_of_its_raw_data():
     page = (ROOT / "docs/results/survival.md").read_text()
-    path = ROOT / "docs/results/survival_language/table.py"
-    spec = importlib.util.spec_from_file_location("survival_language_table", path)
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
+    table = script("survival_language/table.py")
     losses = pd.read_csv(table.LOSSES)
     assert set(losses.seed) == set(range(8))
     for row in table.primary_outcome(losses).itertuples():
@@ -222,3 +224,20 @@ def test_the_tables_of_the_survival_study_are_those_of_its_raw_data():
         for budget in table.BUDGETS.values():
             cells = [f"{means[budget, arm, name]:.3f}" for name in ("as trained", "4 bits", "3 bits", "2 bits")]
             assert f"| {arm} | {' | '.join(cells)} |" in page.replace("**", "")
+
+
+def test_the_table_of_forgetting_is_that_of_its_raw_data():
+    page = (ROOT / "docs/results/survival.md").read_text()
+    table = script("survival_language/forgetting.py")
+    losses = pd.read_csv(table.LOSSES)
+    assert len(losses) == 200
+    first, second = table.differences(losses), table.differences(losses, table.HIGHER_TARGET)
+    assert f"at training loss {first['training loss'][0]:.3f}, the lowest that all runs reach" in page
+    for one, other in zip(first.itertuples(), second.itertuples(), strict=True):
+        cells = [f"{row.difference:+.3f} [{row.low:.3f}, {row.high:.3f}]" for row in (one, other)]
+        assert f"| {one.minus} | {cells[0]} |" in page
+        assert f"| {cells[1]} |" in page
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["write"]:
+    write()
