@@ -57,6 +57,7 @@ def test_one_process_that_works_on_whole_lists_as_an_accelerator_does(name, tmp_
     assert_as_recorded(trajectories.run(case, tmp_path), RECORDED[name], case.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", trajectories.process_cases())
 def test_two_processes(processes, name):
     case = trajectories.process_cases()[name]

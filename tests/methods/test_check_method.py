@@ -29,7 +29,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+EVERY_TIME = ("sam", "gsam", "msam", "esam", "bilora", "imbsam")  # of each kind of step; the others in the slow tests
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_every_row_passes_on_one_process(name):
     report = check_method(SAMConfig(method=name), processes=1)
     allowed = {

@@ -77,6 +77,7 @@ def forked(monkeypatch):
     return starts
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_an_interrupted_search_goes_on_as_planned_and_a_rho_that_diverges_is_kept(forked, tmp_path, capsys):
     """
@@ -151,6 +152,7 @@ def test_a_language_model_has_learned_once_it_beats_the_model_before_its_first_s
     assert ("better than the model before its first step" in found["sentence"]) == (not learned)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_confirmation_in_which_runs_without_sam_failed_has_no_answer_until_they_are_retried(forked, tmp_path):
     words = ["image_classification", DIGITS, *TINY, f"--output_dir={tmp_path}", "--rhos", "0.01", "--seeds=2"]
