@@ -226,6 +226,19 @@ def test_the_tables_of_the_survival_study_are_those_of_its_raw_data():
             assert f"| {arm} | {' | '.join(cells)} |" in page.replace("**", "")
 
 
+def test_the_tables_of_the_encoders_are_those_of_their_raw_data():
+    page = (ROOT / "docs/results/survival.md").read_text()
+    table = script("survival_encoders/table.py")
+    scores = pd.read_csv(table.SCORES)
+    for row in table.differences(scores, "4 bits").itertuples():
+        cell = f"{row.task}, {row.budget.replace('passes', 'gradients')}"
+        assert f"| {cell} | {row.difference:+.1f} [{row.low:.1f}, {row.high:.1f}] |" in page
+    for (_, _, _), cell in scores.groupby(["task", "budget", "arm"]):
+        means = cell.groupby("treatment")["accuracy"].mean().round(1)
+        cells = [f"{means[name]:.1f}" for name in table.TREATMENTS]
+        assert f"| {cell.arm.iloc[0]} | {' | '.join(cells)} |" in page
+
+
 def test_the_table_of_forgetting_is_that_of_its_raw_data():
     page = (ROOT / "docs/results/survival.md").read_text()
     table = script("survival_language/forgetting.py")
