@@ -18,6 +18,7 @@ from .formatting import answer as answer_of
 from .formatting import (
     budget_name,
     headline,
+    labelled,
     number,
     overall_sentence,
     p_value,
@@ -167,7 +168,7 @@ def _answer_table(study: Study, shown: Sequence[Comparison]) -> Table:
         ]
         for entry in shown
     ]
-    columns = ["task", "budget", _label(question.metric), "difference [95 %]", "verdict", *map(_label, beside)]
+    columns = ["task", "budget", labelled(question.metric), "difference [95 %]", "verdict", *map(labelled, beside)]
     caption = f"{question.control} → {question.treatment}, means over seeds"
     caption += "" if metric.higher_is_better else f"; lower {metric.label} is better"
     return Table(columns, rows, caption, 2, stacked=True)
@@ -211,7 +212,7 @@ def _result_blocks(study: Study, budget: str) -> list[Block]:
                 paired = entry.paired
                 row += [with_interval(paired.difference.value, paired.t_low, paired.t_high, metric), entry.verdict]
             rows.append(row + [value_and_spread(cell.values(arm, name), name) for name in beside])
-    columns = ["task", "arm", "runs", _label(metric), "difference [95 %]", "verdict", *map(_label, beside)]
+    columns = ["task", "arm", "runs", labelled(metric), "difference [95 %]", "verdict", *map(labelled, beside)]
     caption = (
         f"At {budget_name(budget)}: mean ± standard deviation over seeds, and the difference from {question.control}"
     )
@@ -271,7 +272,7 @@ def _statistics_blocks(study: Study, rng: np.random.Generator) -> list[Block]:
     others = [name for name in (*OTHER_METRICS, f"gap.{metric}") if name != metric and _has(study, name)]
     if others:
         rows = _rows(study, others, value_and_spread)
-        blocks.append(Table(["task", "budget", "arm", *map(_label, others)], rows, "Other metrics, mean ± sd", 3))
+        blocks.append(Table(["task", "budget", "arm", *map(labelled, others)], rows, "Other metrics, mean ± sd", 3))
     over_examples = [(entry, study.difference_over_examples(entry, rng)) for entry in study.comparisons]
     rows = [
         [*_names(entry), with_interval(gain.value, gain.low, gain.high, "accuracy"), str(gain.n)]
@@ -303,11 +304,6 @@ def _has(study: Study, name: str) -> bool:
     return any(cell.values(arm, name) for cell in study.cells for arm in study.arms)
 
 
-def _label(name: str) -> str:
-    metric = metric_of(name)
-    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-
-
 def _run_blocks(study: Study) -> list[Block]:
     runs, metric = study.records, study.question.metric
     names = dict.fromkeys(name for run in runs for name in run.metrics if not name.startswith("train_"))
@@ -325,7 +321,7 @@ def _run_blocks(study: Study) -> list[Block]:
     listed = runs[:MAX_RUNS]
     rows = [[*named(run), run.status, *(score(run, name) for name in shown), *costs(run)] for run in listed]
     names = ["task", "condition", "budget", "arm", "seed"]
-    columns = [*names, "status", *map(_label, shown), "steps", "passes", "seconds"]
+    columns = [*names, "status", *map(labelled, shown), "steps", "passes", "seconds"]
     is_whole = len(listed) == len(runs)
     caption = "All runs" if is_whole else f"The first {MAX_RUNS:,} of {len(runs):,} runs; data/runs.csv has all"
     blocks: list[Block] = [Table(columns, rows, caption, 6)]

@@ -64,6 +64,12 @@ def size(value: float, metric_name: str) -> str:
     return f"{amount} point{'' if amount == '1.0' else 's'}" if metric.scale == 100 else amount
 
 
+def labelled(metric_name: str) -> str:
+    """Return the metric's label with its unit, as for a column: `accuracy (%)`."""
+    metric = metric_of(metric_name)
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+
+
 def budget_name(budget: str) -> str:
     return BUDGETS.get(budget, budget)
 

@@ -10,10 +10,10 @@ import pandas as pd
 
 from ..evaluation.metrics import metric_of
 from ..evaluation.survival import NONE, Treatment
-from ..experiments.plan import BUDGETS, Question
+from ..experiments.plan import Question
 from . import plots
 from .document import Block, Table, Text
-from .formatting import NOTHING, number, p_value, signed, with_interval
+from .formatting import budget_name, labelled, p_value, signed, value_and_spread, with_interval
 from .results import LEVEL, Cell, is_trial
 from .statistics import PairedComparison, compare_paired, holm
 from .study import Study
@@ -74,7 +74,7 @@ def survival_cells(study: Study, rng: np.random.Generator) -> list[SurvivalCell]
         if not frame.empty:
             metric = _metric_in(frame, study.question)
             paired = paired_survival(frame, study.question.control, metric, rng)
-            where = f"{cell.title}, {BUDGETS.get(cell.budget, cell.budget)}"
+            where = f"{cell.title}, {budget_name(cell.budget)}"
             found.append(SurvivalCell(where, frame, metric, paired))
     return found
 
@@ -169,13 +169,11 @@ def _answer_table(cell: SurvivalCell, question: Question) -> list[Block]:
         means = []
         for arm in (question.control, question.treatment):
             scores = _values(cell.frame, arm, entry.treatment, cell.metric)
-            means.append(_mean_and_spread([scores[seed] for seed in entry.score.seeds], cell.metric))
+            means.append(value_and_spread([scores[seed] for seed in entry.score.seeds], cell.metric))
         rows.append([entry.treatment.label, *means, _difference(entry.score, entry.metric), entry.verdict])
     if not rows:
         return []
-    caption = (
-        f"{cell.where}: {_label(cell.metric)}, mean ± sd over seeds, and {question.treatment} minus {question.control}"
-    )
+    caption = f"{cell.where}: {labelled(cell.metric)}, mean ± sd over seeds, and {question.treatment} minus {question.control}"
     columns = ["treatment", question.control, question.treatment, "difference [95 %]", "verdict"]
     return [Table(columns, rows, caption, stacked=True)]
 
@@ -187,7 +185,7 @@ def _score_table(cell: SurvivalCell, arms: Sequence[str]) -> Table:
     def shown(arm: str, treatment: Treatment) -> str:
         changes = list(_changes(frame, arm, treatment, metric).values())
         change = f" ({signed(float(np.mean(changes)), metric)})" if changes and treatment.kind != NONE else ""
-        return _mean_and_spread(list(_values(frame, arm, treatment, metric).values()), metric) + change
+        return value_and_spread(list(_values(frame, arm, treatment, metric).values()), metric) + change
 
     if len(arms) > len(treatments):
         columns = ["arm", *(treatment.label for treatment in treatments)]
@@ -195,7 +193,7 @@ def _score_table(cell: SurvivalCell, arms: Sequence[str]) -> Table:
     else:
         columns = ["treatment", *arms]
         rows = [[treatment.label, *(shown(arm, treatment) for arm in arms)] for treatment in treatments]
-    caption = f"{cell.where}: {_label(metric)} of all arms, mean ± sd over seeds, mean change from the model as trained in brackets"
+    caption = f"{cell.where}: {labelled(metric)} of all arms, mean ± sd over seeds, mean change from the model as trained in brackets"
     return Table(columns, rows, caption)
 
 
@@ -208,13 +206,13 @@ def _side_table(cell: SurvivalCell, arms: Sequence[str]) -> list[Block]:
         [
             treatment.label,
             arm,
-            *(_mean_and_spread(list(_values(frame, arm, treatment, name).values()), name) for name in side),
+            *(value_and_spread(list(_values(frame, arm, treatment, name).values()), name) for name in side),
         ]
         for treatment in treatments_in(frame)
         for arm in arms
     ]
     title = f"{cell.where}: loss and calibration after each treatment, mean ± sd"
-    return [Table(["treatment", "arm", *map(_label, side)], rows, title, 2, folded=True)]
+    return [Table(["treatment", "arm", *map(labelled, side)], rows, title, 2, folded=True)]
 
 
 def _paired_table(cell: SurvivalCell, control: str) -> list[Block]:
@@ -240,12 +238,6 @@ def _paired_table(cell: SurvivalCell, control: str) -> list[Block]:
     columns += ["t-test p of the score", "Holm"]
     title = f"{cell.where}: paired over seeds; Holm's adjustment over the treatments of an arm"
     return [Table(columns, rows, title, 2, folded=True)]
-
-
-def _label(metric: str) -> str:
-    return (
-        f"{metric_of(metric).label} ({metric_of(metric).unit})" if metric_of(metric).unit else metric_of(metric).label
-    )
 
 
 def _difference(paired: PairedComparison, metric: str) -> str:
@@ -282,11 +274,3 @@ def _band_over_seeds(frame: pd.DataFrame, arms: Sequence[str], metric: str) -> p
 def _metric_in(frame: pd.DataFrame, question: Question) -> str:
     asked = "loss" if question.metric == "perplexity" else question.metric  # perplexity explodes at few bits
     return next(name for name in (asked, "accuracy", "loss") if name in frame)
-
-
-def _mean_and_spread(values: Sequence[float], metric: str) -> str:
-    if not values:
-        return NOTHING
-    digits, scale = metric_of(metric).digits, metric_of(metric).scale
-    text = number(float(np.mean(values)) * scale, digits)
-    return text if len(values) < 2 else f"{text} ± {number(float(np.std(values, ddof=1)) * scale, digits)}"
