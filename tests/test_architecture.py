@@ -73,7 +73,7 @@ ALLOWED = {
     "evaluation": {"sharpness", "update"},
     "benchmark": {"config", "methods", "trainer", "update"},
     "experiments": {"baselines", "config", "evaluation", "methods", "suggestions", "update"},
-    "rho_search": {"config", "evaluation", "experiments", "update"},
+    "rho_search": {"config", "evaluation", "experiments", "methods", "update"},
     "reporting": {"benchmark", "config", "evaluation", "experiments", "methods", "rho_search", "sharpness"},
 }
 

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from ..evaluation.metrics import metric_of
-from ..rho_search.halving import Gain, recommended
+from ..rho_search.halving import Gain, first_pairs, recommended
 from ..rho_search.phases import Phase, RhoWorkshop, passes_spent
 from .document import Block, Document, Section, Table, Text, write_document
 from .formatting import NOTHING, number, signed, with_interval
@@ -99,8 +99,9 @@ def write_rho_report(
         steps += [Text("This command continues the search, or writes this report again:"), Text(command, "command")]
     facts = {
         "values above 0": ", ".join(f"{rho:g}" for rho in search.rhos),
+        **({"probe": f"{plan.probe} steps, which gave the values"} if plan.probe else {}),
         "rungs": "; ".join(f"{rung.rhos} values to step {rung.step}" for rung in plan.rungs),
-        "confirmation": f"0 and the best, {plan.seeds} new seeds, to step {plan.horizon}",
+        "confirmation": f"0 and the best, {plan.seeds} new seeds, to step {plan.horizon}; {first_pairs(plan.seeds)} if they show no gain",
         "ordinary run": f"{plan.length} steps",
         "schedule": "annealed by the last step" if plan.schedule == plan.horizon else "that of the whole run, paused",
         "gradient passes": f"{passes['spent']:g} spent, {passes['planned']:g} planned, {passes['allowed']:g} allowed",
@@ -154,7 +155,7 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
     rho, gain = pairs[0][0].rho, workshop.gain_over(pairs)
     if any(workshop.score(phase) is None for phase, _ in pairs):
         return 0.0, gain, f"SAM does not help here: rho {rho:g} failed or diverged with another seed."
-    if gain is None or gain.seeds < 2:
+    if gain is None or (gain.seeds < 2 and not workshop.ended_early):
         return 0.0, gain, "No rho can be recommended: rho 0 failed or diverged with all seeds but one."
     metric = metric_of(workshop.metric)
     points = " points" if metric.scale == 100 else ""
@@ -162,7 +163,7 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
         f"{metric.label} is {'better' if gain.value > 0 else 'worse'} than without SAM by "
         f"{signed(abs(gain.value), workshop.metric)[1:]}{points} (gain and its {100 * gain.confidence:.3g} % interval: "
         f"{signed(gain.value, workshop.metric)}, {signed(gain.low, workshop.metric)} to "
-        f"{signed(gain.high, workshop.metric)}; {gain.seeds} seeds, {far})"
+        f"{signed(gain.high, workshop.metric)}; {gain.seeds} seed{'s' if gain.seeds > 1 else ''}, {far})"
     )
     if recommended(rho, gain):
         return rho, gain, f"Use rho {rho:g}: {found}."
@@ -183,7 +184,10 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
                 f"{remedy}."
             ),
         )
-    return 0.0, gain, f"SAM does not help here, as far as this search can show: at the best rho, {rho:g}, {found}."
+    sentence = f"SAM does not help here, as far as this search can show: at the best rho, {rho:g}, {found}."
+    if workshop.ended_early:
+        sentence += f" The search ended there, {plan.seeds - gain.seeds} seeds early."
+    return 0.0, gain, sentence
 
 
 def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command: str) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def summary(workshop: RhoWorkshop, points: pd.DataFrame, budget: float, command:
         "passes": {
             "allowed": budget * plan.length,
             "planned": plan.passes,
-            "spent": sum(passes_spent(record) for _, record in records if record is not None),
+            "spent": workshop.probe_passes + sum(passes_spent(record) for _, record in records if record is not None),
         },
         "curve": points.to_dict("records"),
         "runs": [

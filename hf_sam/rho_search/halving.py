@@ -52,6 +52,7 @@ class SearchPlan:
         seeds (`int`): Number of seeds of the confirmation.
         schedule (`int`): Steps of the learning rate schedule: `length`, or `horizon` if annealed.
         passes (`float`): Total gradient passes, at most the budget.
+        probe (`int`): Steps of the probe that the values come from; 0 if they were given.
     """
 
     length: int
@@ -60,6 +61,7 @@ class SearchPlan:
     seeds: int
     schedule: int
     passes: float
+    probe: int = 0
 
 
 def geometric_grid(low: float, high: float, points: int) -> list[float]:
@@ -89,7 +91,15 @@ def search_passes(rungs: Sequence[Rung], schedule: int, passes: PassCount) -> fl
 
 
 def make_plan(
-    length: int, rhos: int, budget: float, passes: PassCount, *, seeds: int, reduction: int, annealed: bool = False
+    length: int,
+    rhos: int,
+    budget: float,
+    passes: PassCount,
+    *,
+    seeds: int,
+    reduction: int,
+    annealed: bool = False,
+    probe: int = 0,
 ) -> SearchPlan:
     """
     The longest search within the budget. At full length, what is left of the budget goes into more seeds.
@@ -103,6 +113,7 @@ def make_plan(
         reduction (`int`): One in `reduction` values is promoted.
         annealed (`bool`, *optional*, defaults to `False`):
             Schedule the learning rate over the horizon instead of over the ordinary run.
+        probe (`int`, *optional*, defaults to 0): Steps of a probe with rho > 0 before the search.
 
     Raises:
         ValueError: The budget is too small for the shortest search, with one step in the first rung.
@@ -111,8 +122,8 @@ def make_plan(
     def plan(horizon: int, seeds: int) -> SearchPlan:
         rungs, schedule = halving(rhos, horizon, reduction), horizon if annealed else length
         pair = passes(schedule, 0, horizon) + horizon
-        total = search_passes(rungs, schedule, passes) + seeds * pair
-        return SearchPlan(length, rungs, horizon, seeds, schedule, total)
+        total = passes(length, 0, probe) + search_passes(rungs, schedule, passes) + seeds * pair
+        return SearchPlan(length, rungs, horizon, seeds, schedule, total, probe)
 
     allowed = budget * length
     shortest = reduction ** len(halving(rhos, 1, reduction))
@@ -133,6 +144,16 @@ def make_plan(
     while low == length and seeds < MAX_SEEDS and plan(length, seeds + 1).passes <= allowed:
         seeds += 1
     return plan(low, seeds)
+
+
+def first_pairs(seeds: int) -> int:
+    """
+    The number of pairs after which a confirmation of `seeds` pairs ends if they show no gain: the first third of them.
+
+    Significance takes gains that agree over seeds, so the other pairs could hardly bring the value back; and ending early
+    for an answer of 0 cannot raise the rate of wrong recommendations.
+    """
+    return max(1, seeds // 3)
 
 
 def survivors(gains: Mapping[float, float | None], keep: int) -> list[float]:

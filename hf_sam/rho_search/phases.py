@@ -15,13 +15,14 @@ from ..config import SAMConfig
 from ..evaluation.metrics import metric_of
 from ..experiments.execution import remove_checkpoints
 from ..experiments.plan import TUNING, command_line
-from ..experiments.records import RunRecord
+from ..experiments.records import RECORD_NAME, RunRecord, read_record
 from ..experiments.workshop import Workshop
 from ..update.schedule import Schedule
-from .halving import ExampleScores, Gain, SearchPlan, paired_gain, survivors
+from .halving import ExampleScores, Gain, SearchPlan, first_pairs, paired_gain, survivors
 
 PREDICTIONS_NAME = "test_predictions.parquet"  # trials are scored on the validation split in place of the test split
 UNTRAINED = "untrained"  # folder of the run that stops before its first step
+PROBE = "probe"  # folder of the run that measures sharpness
 # Settings of every run of a search, which override the user's command line.
 SETTINGS = {
     "budget": f"{TUNING} steps",
@@ -131,9 +132,29 @@ class RhoWorkshop(Workshop):
             if not rhos:
                 return found
             begin = rung.step
-        seeds = range(search.seed + 1, search.seed + 1 + plan.seeds)
-        last = len(plan.rungs)
-        return [*found, [Phase(last, rho, seed, 0, plan.horizon) for seed in seeds for rho in (0.0, rhos[0])]]
+        return [*found, self._confirmation(rhos[0])]
+
+    def _confirmation(self, rho: float) -> list[Phase]:
+        """The runs of the confirmation: the first pairs, and the others unless these show no gain."""
+        search, stage = self.search, len(self.search.plan.rungs)
+        seeds = range(search.seed + 1, search.seed + 1 + search.plan.seeds)
+        runs = [Phase(stage, value, seed, 0, search.plan.horizon) for seed in seeds for value in (0.0, rho)]
+        first = runs[: 2 * first_pairs(search.plan.seeds)]
+        return runs if all(map(self.has_ended, first)) and not self._shows_no_gain(first) else first
+
+    def _shows_no_gain(self, runs: Sequence[Phase]) -> bool:
+        """Whether a run with rho above 0 failed or diverged, or the mean gain of the pairs is not above 0."""
+        treated = [run for run in runs if run.rho]
+        if any(self.score(run) is None for run in treated):
+            return True
+        gain = self.gain_over([(run, run.control) for run in treated])
+        return gain is not None and not gain.value > 0
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the search ended after the first pairs of the confirmation, which show no gain."""
+        stages, plan = self.stages(), self.search.plan
+        return len(stages) > len(plan.rungs) and len(stages[-1]) < 2 * plan.seeds and not any(self.open_runs())
 
     def all_runs(self) -> list[Phase]:
         return [phase for stage in self.stages() for phase in stage]
@@ -175,6 +196,13 @@ class RhoWorkshop(Workshop):
             checkpoint = self.folder(phase) / f"checkpoint-{phase.end}"
             if self.has_ended(phase) and phase not in going_on and checkpoint not in wanted:
                 remove_checkpoints(self.folder(phase))
+
+    @property
+    def probe_passes(self) -> float:
+        """Gradient passes of the probe; 0 if there was none."""
+        return (
+            passes_spent(read_record(self.search.output_dir / PROBE / RECORD_NAME)) if self.search.plan.probe else 0.0
+        )
 
     # --- scores ------------------------------------------------------------------------------------------------------
 

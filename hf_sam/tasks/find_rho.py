@@ -24,20 +24,22 @@ from hf_sam.config import SAMConfig
 from hf_sam.update.schedule import Schedule
 
 from ..experiments.driver import drive, make_one, study_lock
-from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME
+from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME, remove_checkpoints
 from ..experiments.executors import Choice, choose
 from ..experiments.json_files import plain, write_json
 from ..experiments.plan import command_line
 from ..experiments.records import RECORD_NAME, RecordError, read_record
 from ..experiments.workshop import retry_failed
 from ..reporting import rho_search as rho_report
-from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
-from ..rho_search.phases import SETTINGS, UNTRAINED, Phase, RhoWorkshop, Search, pass_counter
+from ..rho_search.halving import Rung, SearchPlan, first_pairs, geometric_grid, make_plan
+from ..rho_search.phases import PROBE, SETTINGS, UNTRAINED, Phase, RhoWorkshop, Search, pass_counter
+from ..rho_search.probe import has_a_scale, middle_rho, probe_steps, values_around
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
 from .command_line.help import command_again
 from .command_line.parsers import parse_search
 from .compare import argument_types
+from .running import is_finished
 from .studies import interruptible
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"
@@ -72,11 +74,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         plan=None,
     )
     choice = choose({}, options.executor, options.workers, options.executor_options)
-    plan = plan_of(options, find_length(search, choice), configs, args.get_warmup_steps)
+    length = find_length(search, choice)
+    is_probed = not (options.rhos or options.low or options.high) and has_a_scale(sam_config)
+    plan = plan_of(options, length, probe_steps(length) if is_probed else 0, configs, args.get_warmup_steps)
+    if is_probed and not options.plan:
+        search = dataclasses.replace(search, rhos=tuple(probed(search, plan.probe, options.points, choice)))
     if options.annealed:
         search = dataclasses.replace(search, settings={**settings, "max_steps": plan.horizon})
     workshop = RhoWorkshop(dataclasses.replace(search, plan=plan))
-    print_plan(workshop.search, options.budget)
+    print_plan(workshop.search, options.budget, values_follow=is_probed and options.plan)
     if options.plan:
         return None
     keep_plan(workshop.search)
@@ -117,32 +123,75 @@ def find_length(search: Search, choice: Choice) -> int:
     Raises:
         UserError: The run failed; the message is the run's own.
     """
-    folder = search.output_dir / UNTRAINED
+    folder = make_alone(search, choice, UNTRAINED, {"sam_rho": 0}, 0, LENGTH_NAME)
+    return json.loads((folder / LENGTH_NAME).read_text())["max_steps"]
+
+
+def probed(search: Search, steps: int, points: int, choice: Choice) -> list[float]:
+    """
+    `points` values around the rho at which sharpness is a tenth of the loss; `search.rhos` if that cannot be measured.
+
+    A run with the smallest of `search.rhos` logs it in the first `steps` steps.
+
+    Raises:
+        UserError: The run failed; the message is the run's own.
+    """
+    settings = {"sam_rho": search.rhos[0], "logging_strategy": "steps", "logging_steps": 1}
+    folder = make_alone(search, choice, PROBE, settings, steps, RECORD_NAME)
+    remove_checkpoints(folder)
+    middle = middle_rho(read_record(folder / RECORD_NAME).curves)
+    if middle is None:
+        print(f"probe: sharpness could not be measured in {steps} steps; the values are the usual ones")
+        return list(search.rhos)
+    print(f"probe: sharpness is a tenth of the loss at about rho {middle:.2g} ({steps} steps)")
+    return values_around(middle, points)
+
+
+def make_alone(search: Search, choice: Choice, name: str, settings: dict[str, Any], pause_at: int, result: str) -> Path:
+    """
+    Make one run beside the search, unless it is there already; return its folder.
+
+    Args:
+        search (`Search`): The search.
+        choice (`Choice`): The executor.
+        name (`str`): The run's arm, and its folder in that of the search.
+        settings (`dict`): The run's own settings.
+        pause_at (`int`): The step after which it stops.
+        result (`str`): The file that it leaves.
+
+    Raises:
+        UserError: The run failed; the message is the run's own.
+    """
+    folder = search.output_dir / name
     job = {
         "recipe": search.recipe,
-        "argv": [*search.words, *command_line(None, {**SETTINGS, **search.settings, "sam_rho": 0}, folder)],
-        "names": {"task": search.recipe, "arm": UNTRAINED, "budget": SETTINGS["budget"]},
+        "argv": [*search.words, *command_line(None, {**SETTINGS, **search.settings, **settings}, folder)],
+        "names": {"task": search.recipe, "arm": name, "budget": SETTINGS["budget"]},
         "average": {},
         "is_trial": True,
         "sharpness": None,
         "keep_model": False,
-        "pause_at": 0,
+        "pause_at": pause_at,
     }
     with study_lock(search.output_dir):
-        if not (folder / LENGTH_NAME).exists() or json.loads((folder / JOB_NAME).read_text()) != job:
+        if not is_finished(folder) or json.loads((folder / JOB_NAME).read_text()) != job:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / JOB_NAME, job)
-            make_one(folder, choice.make(search.launcher), LENGTH_NAME)
-        if not (folder / LENGTH_NAME).exists():
-            raise UserError(_error_in(folder))
-    return json.loads((folder / LENGTH_NAME).read_text())["max_steps"]
+            make_one(folder, choice.make(search.launcher), result)
+    if not is_finished(folder):
+        raise UserError(_error_in(folder))
+    return folder
 
 
 def plan_of(
-    options: argparse.Namespace, length: int, configs: Sequence[SAMConfig], warmup_steps: Callable[[int], int]
+    options: argparse.Namespace,
+    length: int,
+    probe: int,
+    configs: Sequence[SAMConfig],
+    warmup_steps: Callable[[int], int],
 ) -> SearchPlan:
     """
-    The plan of the search within the budget, for ordinary runs of `length` steps.
+    The plan of the search within the budget, for ordinary runs of `length` steps and a probe of `probe` steps.
 
     Raises:
         UserError: The budget is too small, or the method does not perturb before the end of the first rung.
@@ -156,6 +205,7 @@ def plan_of(
             seeds=options.seeds,
             reduction=options.reduction,
             annealed=options.annealed,
+            probe=probe,
         )
         begins = Schedule.resolve(configs[0], plan.schedule, warmup_steps(plan.schedule)).start
     first = (*plan.rungs, Rung(plan.horizon, 1))[0].step
@@ -196,18 +246,28 @@ def keep_plan(search: Search) -> None:
     write_json(path, content)
 
 
-def print_plan(search: Search, budget: float) -> None:
-    """Print the runs of the search and their cost."""
+def print_plan(search: Search, budget: float, values_follow: bool) -> None:
+    """Print the runs of the search and their cost; the values of rho are not known if they follow from the probe."""
     plan = search.plan
     share = f"{100 * plan.horizon / plan.length:.0f} %"
-    print(f"rho: 0, {', '.join(f'{rho:g}' for rho in search.rhos)}")
+    if values_follow:
+        print(
+            f"rho: 0, and {len(search.rhos)} values around the one at which sharpness is a tenth of the loss, from a probe of "
+            f"{plan.probe} steps"
+        )
+    else:
+        print(f"rho: 0, {', '.join(f'{rho:g}' for rho in search.rhos)}")
     for number, rung in enumerate(plan.rungs, start=1):
         print(f"rung {number}: 0 and {rung.rhos} values up to step {rung.step}, seed {search.seed}")
     how = "annealed to that length" if plan.schedule == plan.horizon else "with the schedule of the whole run"
-    print(f"confirmation: 0 and the best value up to step {plan.horizon}, {plan.seeds} other seeds")
+    first = first_pairs(plan.seeds)
+    print(
+        f"confirmation: 0 and the best value up to step {plan.horizon}, {plan.seeds} other seeds; {first} if "
+        f"{'they show' if first > 1 else 'it shows'} no gain"
+    )
     print(f"Runs cover {share} of an ordinary run of {plan.length} steps, {how}.")
     print(
-        f"Cost: {plan.passes:g} gradient passes, {plan.passes / plan.length:.2f} ordinary runs; budget {budget:g}.",
+        f"Cost: at most {plan.passes:g} gradient passes, {plan.passes / plan.length:.2f} ordinary runs; budget {budget:g}.",
         flush=True,
     )
 

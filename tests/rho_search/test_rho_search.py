@@ -10,6 +10,7 @@ from hf_sam.experiments.records import RECORD_NAME, RunRecord
 from hf_sam.rho_search.halving import (
     ExampleScores,
     Rung,
+    first_pairs,
     geometric_grid,
     halving,
     make_plan,
@@ -28,6 +29,7 @@ from hf_sam.rho_search.phases import (
     example_scores,
     pass_counter,
 )
+from hf_sam.rho_search.probe import has_a_scale, middle_rho, probe_steps, values_around
 from hf_sam.update.schedule import Schedule
 
 
@@ -123,6 +125,52 @@ def test_the_grid_is_geometric():
     assert geometric_grid(0.1, 0.1, 1) == [0.1]
 
 
+def test_the_probe_finds_where_sharpness_is_a_tenth_of_the_loss():
+    def entry(loss, sharpness, rho):
+        return {"sam_sharpness": sharpness, "sam_perturbed_loss": loss + sharpness, "sam_rho": rho, "loss": 99.0}
+
+    curves = [entry(2.0, 0.02, 0.01), entry(2.0, 0.01, 0.01), entry(2.0, 0.04, 0.01), {"eval_loss": 1.0}]
+    assert middle_rho(curves) == pytest.approx(0.1)  # 0.2, 0.1 and 0.05
+    assert middle_rho([entry(2.0, 0.002, 0.001)]) == pytest.approx(0.1)  # a schedule that raises rho
+    for unusable in (
+        [],
+        [{"loss": 1.0}],
+        [entry(2.0, -0.02, 0.01)],
+        [entry(2.0, 0.0, 0.01)],
+        [entry(2.0, np.nan, 0.01)],
+    ):
+        assert middle_rho(unusable) is None
+    assert values_around(0.1, 1) == [0.1]
+    assert values_around(0.1, 3) == [0.032, 0.1, 0.32]
+    assert values_around(0.1, 2) == [0.056, 0.18]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"method": "asam"}, True),
+        ({"perturb": "norm"}, True),
+        ({"method": "msam"}, False),
+        ({"method": "lesam"}, False),
+        ({"rho_schedule": "linear", "rho_min": 0.01}, False),
+    ],
+)
+def test_the_probe_is_for_methods_whose_sharpness_grows_with_rho(settings, expected):
+    assert has_a_scale(SAMConfig(**{"rho": 0.05, **settings})) is expected
+
+
+@pytest.mark.parametrize(("length", "steps"), [(2, 2), (24, 4), (100, 5), (1000, 50)])
+def test_the_probe_takes_a_twentieth_of_an_ordinary_run(length, steps):
+    assert probe_steps(length) == steps
+
+
+def test_a_plan_with_a_probe_by_hand():
+    """40 passes for the probe, 171 + 95 in the rungs, and 3 seeds x 77 steps x 3."""
+    plan = make_plan(500, 4, 2.0, two_passes, seeds=3, reduction=2, probe=20)
+    assert (plan.horizon, plan.passes, plan.probe) == (77, 40 + 171 + 95 + 693, 20)
+
+
 def test_the_best_go_on_and_of_equal_ones_the_smaller():
     gains = {0.2: 1.0, 0.005: 0.5, 0.05: 1.0, 0.01: None, 0.02: float("nan")}
     assert survivors(gains, 1) == [0.05]
@@ -175,7 +223,7 @@ def test_zero_is_recommended_where_nothing_differs_or_one_seed_was_run():
     assert recommended(None, None) == 0
 
 
-def simulate(rng, gains, *, seeds=3, examples=200, over_examples=0.0, over_seeds=0.0, noise=0.3):
+def simulate(rng, gains, *, seeds=3, examples=200, over_examples=0.0, over_seeds=0.0, noise=0.3, ends_early=True):
     """
     A search on a made-up curve: what it recommends. The gain of each rho over 0 varies over examples (the same ones in
     search and confirmation), over seeds, and from example to example and seed to seed.
@@ -190,7 +238,11 @@ def simulate(rng, gains, *, seeds=3, examples=200, over_examples=0.0, over_seeds
     for rung in halving(len(rhos), 64, 2)[1:]:
         rhos = survivors({rho: run(rho).value for rho in rhos}, rung.rhos)
     (best,) = survivors({rho: run(rho).value for rho in rhos}, 1)
-    return recommended(best, paired_gain([run(best) for _ in range(seeds)], [zero] * seeds, True, len(gains)))
+    treated = [run(best) for _ in range(seeds)]
+    first = first_pairs(seeds)
+    if ends_early and not paired_gain(treated[:first], [zero] * first, True, len(gains)).value > 0:
+        return 0.0
+    return recommended(best, paired_gain(treated, [zero] * seeds, True, len(gains)))
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 6])
@@ -212,6 +264,20 @@ def test_the_best_rho_of_a_clear_curve_is_recommended():
     assert found.count(0.058) > 180
     harmful = {0.005: -0.02, 0.017: -0.06, 0.058: -0.1, 0.2: -0.3}
     assert not any(simulate(rng, harmful, over_examples=0.3, over_seeds=0.02) for _ in range(200))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+@pytest.mark.parametrize("gain", [0.03, 0.06, 0.12])
+def test_ending_early_costs_hardly_any_recommendation(seeds, gain):
+    """At most three in a hundred, over gains of half a standard deviation over seeds to two."""
+    found = [
+        sum(
+            simulate(np.random.default_rng(n), {0.05: gain}, seeds=seeds, over_seeds=0.06, ends_early=early) > 0
+            for n in range(400)
+        )
+        for early in (False, True)
+    ]
+    assert found[0] - found[1] <= 0.03 * found[0]
 
 
 # --- what is scored ------------------------------------------------------------------------------------------------

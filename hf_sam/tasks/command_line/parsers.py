@@ -117,10 +117,16 @@ def search_parser() -> argparse.ArgumentParser:
     parser = Parser("find_rho")
     parser.add_argument("recipe", help=f"{', '.join(TRAINING)}; then its command line.")
     parser.add_argument("--budget", type=float, default=2.0, help="Maximum cost, in ordinary runs without SAM.")
-    parser.add_argument("--rhos", type=float, nargs="+", help="Values to try, instead of a geometric grid.")
-    parser.add_argument("--low", type=float, help="Smallest value of the grid; default: a tenth of the paper's rho.")
-    parser.add_argument("--high", type=float, help="Largest value of the grid; default: four times the paper's rho.")
-    parser.add_argument("--points", type=int, default=4, help="Number of values in the grid, besides 0.")
+    parser.add_argument("--rhos", type=float, nargs="+", help="Values to try, instead of those that a probe suggests.")
+    parser.add_argument(
+        "--low",
+        type=float,
+        help="Smallest value of a geometric grid instead; default with --high: a tenth of the paper's rho.",
+    )
+    parser.add_argument(
+        "--high", type=float, help="Largest value of the grid; default with --low: four times the paper's rho."
+    )
+    parser.add_argument("--points", type=int, default=3, help="Number of values, besides 0.")
     parser.add_argument("--reduction", type=int, default=2, help="Keep one in this many values at each rung.")
     parser.add_argument(
         "--seeds", type=int, default=3, help="Minimum number of seeds in the confirmation; more if the budget allows."
