@@ -23,6 +23,7 @@ SEED_KEYS = ("seed", "subset_seed", "noise_seed")  # set to the run's seed, the 
 # Settings that a study sets for each run, and the key of the plan that they come from.
 OF_THE_STUDY = {
     **dict.fromkeys(SEED_KEYS, "seeds"),
+    **dict.fromkeys(("save_strategy", "save_steps"), "checkpoint_every"),
     **{"output_dir": "output_dir", "task": "tasks", "condition": "conditions", "arm": "arms", "budget": "budgets"},
 }
 
@@ -266,13 +267,18 @@ def settings_of(plan: Plan, run: Run, tuned: Mapping[str, Any], length: Mapping[
         "disable_tqdm": True,
         "report_to": "none",
         "resume_from_checkpoint": "auto",
-        "save_strategy": "steps" if plan.checkpoint_every else "no",
+        **saving(plan),
     }
-    if plan.checkpoint_every:
-        settings |= {"save_steps": plan.checkpoint_every, "save_total_limit": 1}
     if run.trial is not None:
         settings |= {"validation_size": plan.tuning.validation_size, "score_split": "validation"}
     return settings
+
+
+def saving(plan: Plan) -> dict[str, Any]:
+    """The settings that say when a run saves a checkpoint."""
+    if not plan.checkpoint_every:
+        return {"save_strategy": "no"}
+    return {"save_strategy": "steps", "save_steps": plan.checkpoint_every, "save_total_limit": 1}
 
 
 def layers_of(plan: Plan, task: str, condition: str, arm: str) -> list[tuple[str, dict[str, Any]]]:

@@ -40,6 +40,7 @@ from ..experiments.plan import (
     final_runs,
     layers_of,
     mean_passes,
+    saving,
 )
 from ..experiments.plan_file import read_plan
 from ..experiments.records import ENDED, RECORD_NAME
@@ -160,7 +161,7 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
         layers = layers_of(plan, task, name, arm)
         check_settings([*layers, ("tuning", plan.tuning.of(arm) if plan.tuning else {})])
         try:
-            parsed = parse_arguments(types, command_line(config, merge(layers).values, plan.output_dir))
+            parsed = parse_arguments(types, command_line(config, {**merge(layers).values, **saving(plan)}, plan.output_dir))
             sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
             sam_config = sam_args.to_config()
             for values in parsed:
