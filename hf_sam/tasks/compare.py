@@ -161,7 +161,9 @@ def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMCo
         layers = layers_of(plan, task, name, arm)
         check_settings([*layers, ("tuning", plan.tuning.of(arm) if plan.tuning else {})])
         try:
-            parsed = parse_arguments(types, command_line(config, {**merge(layers).values, **saving(plan)}, plan.output_dir))
+            parsed = parse_arguments(
+                types, command_line(config, {**merge(layers).values, **saving(plan)}, plan.output_dir)
+            )
             sam_args = next(values for values in parsed if type(values).__name__ == "SAMArguments")
             sam_config = sam_args.to_config()
             for values in parsed:

@@ -27,6 +27,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_sam.config import SAMConfig
 
+from ..evaluation.metrics import METRICS
 from ..experiments.pausing import BeforeFirstStep
 from ..experiments.provenance import describe_data
 from ..experiments.records import RECORD_NAME, RecordError, RunRecord, read_record, recording
@@ -71,6 +72,9 @@ def prepare(
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
     if args.logging_steps == 1:
         args.logging_steps = 1  # argparse yields 1.0, and `TrainingArguments` converts only values above 1 to int
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if best in METRICS:  # the Trainer takes any metric whose name does not end in "loss" to be better if it is higher
+        args.greater_is_better = METRICS[best].higher_is_better
     set_seed(args.seed)
     check_reporters(args)
     folder = Path(args.output_dir)

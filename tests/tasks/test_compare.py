@@ -83,6 +83,25 @@ def test_pairs_are_real_and_a_rerun_gives_the_same_numbers(study, tmp_path):
     assert "Not a true pair" not in text
 
 
+def test_an_arm_with_early_stopping_ends_with_its_best_checkpoint(study, tmp_path):
+    """At this learning rate every step makes the model worse."""
+    worse = {"sam_rho": 0, "learning_rate": 3, "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 1}
+    stopped = {**worse, "load_best_model_at_end": True, "metric_for_best_model": "nll"}
+    path = study(
+        arms={"final": worse, "stopped": stopped},
+        settings={**STUDY["settings"], "validation_size": 0.3},
+        question={"control": "final", "treatment": "stopped"},
+        checkpoint_every=1,
+        seeds=[0],
+    )
+    compare.main([path, "--output_dir", str(tmp_path / "out")])
+    runs, _ = numbers(tmp_path / "out")
+    validated = [entry["eval_nll"] for entry in runs["final", 0].curves if "eval_nll" in entry]
+    assert min(validated) < validated[-1]
+    assert runs["stopped", 0].metrics["nll"] < runs["final", 0].metrics["nll"]
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+
+
 def test_the_plan_is_printed_without_running_anything(study, tmp_path, capsys):
     arms = {
         "adamw": {"sam_rho": 0},
@@ -144,6 +163,7 @@ def test_an_arm_that_names_a_method_has_that_methods_rho_and_the_plan_says_so(st
         ),
         ({"question": {"metric": "train_nll"}}, "metric='train_nll' is not measured by image_classification"),
         ({"settings": {"subset_seed": 4}}, "settings of the study: subset_seed is set for each run, from `seeds`"),
+        ({"settings": {"save_strategy": "epoch"}}, "save_strategy is set for each run, from `checkpoint_every`"),
         ({"arms": {"sam": {"output_dir": "x"}}}, "arm sam: output_dir is set for each run, from `output_dir`"),
         ({"settings": {"validation_samples": 4}}, "validation_samples=4 needs a validation split"),
         ({"sharpness": {"measure": ["sam"]}}, "sharpness: 'measure' is not an argument .* Did you mean 'measures'"),
