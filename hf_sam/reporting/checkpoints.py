@@ -217,13 +217,7 @@ def _metric_table(checkpoints: Sequence[Evaluated], metrics: dict[str, dict[str,
     names = list(next(iter(metrics.values())))
     rows = []
     for entry in checkpoints:
-        cells = []
-        for name in names:
-            estimate, scale, digits = metrics[entry.name][name], metric_of(name).scale, metric_of(name).digits
-            low, high = (None if end is None else end * scale for end in (estimate.low, estimate.high))
-            ends = f" [{number(low, digits)}, {number(high, digits)}]" if low is not None else ""
-            cells.append(number(estimate.value * scale, digits) + ends)
-        rows.append([entry.name, *cells])
+        rows.append([entry.name, *(_estimated(metrics[entry.name][name], name) for name in names)])
     return [
         Table(
             ["checkpoint", *map(_label, names)],
@@ -232,6 +226,16 @@ def _metric_table(checkpoints: Sequence[Evaluated], metrics: dict[str, dict[str,
             stacked=True,
         )
     ]
+
+
+def _estimated(estimate: Estimate, name: str) -> str:
+    """Format the estimate of a metric in its unit, with its interval if there is one."""
+    metric = metric_of(name)
+    value, *ends = (
+        NOTHING if part is None else number(part * metric.scale, metric.digits)
+        for part in (estimate.value, estimate.low, estimate.high)
+    )
+    return value if estimate.low is None else f"{value} [{', '.join(ends)}]"
 
 
 def _pair_table(pairs: Sequence[dict]) -> list[Block]:
@@ -329,18 +333,19 @@ def _robustness(checkpoints: Sequence[Evaluated], rng: np.random.Generator) -> l
     kinds = list(dict.fromkeys(key for entry in checkpoints for key in entry.corrupted))
     if not kinds:
         return []
-    rows, data = [], []
+    estimates: dict[tuple[str, int], list[Estimate]] = {}
+    data = []
     for entry in checkpoints:
         for kind, level in kinds:
             kept = entry.corrupted[kind, level]
             estimate = bootstrap_examples(lambda index, right=kept.correct: right[index].mean(), len(kept.labels), rng)
+            estimates.setdefault((kind, level), []).append(estimate)
             data.append((entry.name, kind, level, estimate.value, estimate.low, estimate.high, estimate.n))
     frame = pd.DataFrame(data, columns=["checkpoint", "corruption", "level", "accuracy", "low", "high", "examples"])
     clean = [f"{100 * entry.uncorrupted_accuracy:.1f}" for entry in checkpoints]
-    rows.append(["none", "0", *clean])
-    for (kind, level), group in frame.groupby(["corruption", "level"], sort=False):
-        cells = [f"{100 * row.accuracy:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in group.itertuples()]
-        rows.append([kind, str(level), *cells])
+    rows = [["none", "0", *clean]]
+    for (kind, level), found in estimates.items():
+        rows.append([kind, str(level), *(_estimated(estimate, "accuracy") for estimate in found)])
     uncorrupted = {entry.name: entry.uncorrupted_accuracy for entry in checkpoints}
     caption = "Accuracy on corrupted inputs; level 0 is the same examples without corruption."
     names = [entry.name for entry in checkpoints]

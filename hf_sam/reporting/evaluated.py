@@ -86,8 +86,9 @@ def compare_checkpoints(checkpoints: Sequence[Evaluated], rng: np.random.Generat
         else:
             gain = b.correct.astype(float) - a.correct
             gap = bootstrap_examples(lambda index, gain=gain: gain[index].mean(), len(gain), rng)
-            metric, p = "accuracy", mcnemar_p(a.correct, b.correct)
-            p_equivalent = equivalence_p(gain.mean(), gain.std(ddof=1), len(gain), POINTS_THAT_MATTER / 100)
+            metric, p, p_equivalent = "accuracy", mcnemar_p(a.correct, b.correct), None
+            if len(gain) > 1:
+                p_equivalent = equivalence_p(gain.mean(), gain.std(ddof=1), len(gain), POINTS_THAT_MATTER / 100)
         names = {"first": first.name, "second": second.name, "metric": metric}
         pairs.append({**names, **vars(gap), "p": p, "p_equivalent": p_equivalent})
     for name, key in (("p", "p_holm"), ("p_equivalent", "p_equivalent")):

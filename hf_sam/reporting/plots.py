@@ -126,12 +126,13 @@ def draw_differences(comparisons: Sequence[Comparison]) -> Canvas:
 
 @styled
 def draw_gains(rows: pd.DataFrame, label: str, name: str = "checkpoint", scale: float = 100) -> Canvas:
-    """Draw `value` with its interval from `low` to `high`, one line per row, below its name."""
+    """Draw `value` with its interval from `low` to `high`, if there is one, one line per row, below its name."""
     canvas = Canvas(figsize=(PHONE_WIDTH, 0.9 + 0.4 * len(rows)), layout="constrained")
     axes = canvas.subplots()
     for place, row in enumerate(rows.to_dict("records")):
         look = _look(place + 1)
-        axes.plot([scale * row["low"], scale * row["high"]], [place, place], color=look["color"], linewidth=1.5)
+        if pd.notna(row["low"]):
+            axes.plot([scale * row["low"], scale * row["high"]], [place, place], color=look["color"], linewidth=1.5)
         axes.plot(scale * row["value"], place, **look | {"markersize": 5}, linestyle="none")
         _name_above(axes, place, row[name])
     _no_left_side(axes, len(rows))

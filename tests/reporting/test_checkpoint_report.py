@@ -101,6 +101,15 @@ def test_too_few_test_examples_are_told(tmp_path):
     )
 
 
+def test_one_test_example_has_values_without_intervals(tmp_path):
+    models = [Evaluated(name, name, predictions(seed, 1.0, n=1)) for seed, name in enumerate("ab")]
+    for entry in models:
+        entry.corrupted = {("noise", 1): entry.predictions}
+    write_document(make_checkpoint_document(models, {}, ["x"], NAMES), tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| noise | 1 | 100.0 | 100.0 |" in markdown
+
+
 def test_the_report_says_what_was_found_and_escapes_it(tmp_path):
     models = [
         Evaluated("base", "a", predictions(1, 0.6), seconds=2.0),

@@ -20,7 +20,7 @@ from hf_sam.reporting.statistics import student_interval
 SCORES = Path(__file__).with_name("scores.csv")
 CONTROLS = ("adamw", "adamw low", "adamw lowest", "smoothing", "parts of 4")
 # Arms among which the validation split chooses one, by treatment.
-TREATMENTS = {"batch": ("sam", "sam small"), "m 4": ("sam m 4", "sam m 4 large"), "m 1": ("sam m 1", "sam m 1 large")}
+TREATMENTS = {"batch": ("sam", "sam small"), "m 4": ("sam m 4",), "m 1": ("sam m 1", "sam m 1 large")}
 KINDS = {"final": "", "stopped": ", stopped"}  # what is added to an arm's name
 
 
