@@ -39,7 +39,7 @@ from .command_line.errors import UserError, as_user_error
 from .command_line.help import command_again
 from .command_line.parsers import parse_search
 from .compare import argument_types
-from .running import is_finished
+from .output_folder import is_finished
 from .studies import interruptible
 
 PLAN_NAME, RESULT_NAME = "search.json", "find_rho.json"

@@ -198,7 +198,7 @@ def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tm
 
 def test_a_run_that_another_process_still_makes_is_not_marked_as_failed(study, tmp_path, monkeypatch):
     """As when a worker was suspended for so long that its run was taken over, and its process has not ended yet."""
-    monkeypatch.setattr("hf_sam.tasks.running.LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("hf_sam.tasks.output_folder.LOCK_SECONDS", 0.0)
     workshop = compare.open_workshop(compare.plan_of(parse_study([study(), "--output_dir", str(tmp_path / "out")])))
     run = workshop.runs[0]
     write_json(workshop.folder(run) / "run.json", workshop.job(run))

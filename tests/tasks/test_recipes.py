@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, pipeline
 
 from hf_sam.experiments.records import RunFinishedError, read_record
-from hf_sam.tasks import causal_lm, image_classification, running, text_classification
+from hf_sam.tasks import causal_lm, image_classification, output_folder, text_classification
 from hf_sam.tasks.command_line.errors import UserError, run
 from hf_sam.tasks.command_line.options import ModelArguments
 from hf_sam.tasks.models import load_config
@@ -260,17 +260,17 @@ def test_passes_of_a_run_that_perturbs_late_are_counted_by_step(data, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_one_too_many(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(output_folder, "LOCK_SECONDS", 0.0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/_run.owner").write_text("process 7 on node-3, since yesterday\n")
-    with FileLock(tmp_path / "out" / running.LOCK_NAME):
+    with FileLock(tmp_path / "out" / output_folder.LOCK_NAME):
         with pytest.raises(UserError, match=r"is in use by process 7 on node-3, since yesterday\. Wait"):
             images(data, tmp_path / "out", "--max_steps=1")
         assert not (tmp_path / "out/run_record.json").exists()
     images(data, tmp_path / "out", "--max_steps=1", "--save_strategy=no")  # what a dead run leaves is no lock
     gc.collect()
     with pytest.raises(Timeout):  # this process has it until it ends
-        FileLock(tmp_path / "out" / running.LOCK_NAME).acquire(timeout=0)
+        FileLock(tmp_path / "out" / output_folder.LOCK_NAME).acquire(timeout=0)
 
 
 def test_ctrl_c_leaves_an_interrupted_record_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
