@@ -13,8 +13,9 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from ..evaluation.metrics import metric_of
-from ..rho_search.halving import Gain, first_pairs, recommended
+from ..rho_search.halving import first_pairs
 from ..rho_search.phases import Phase, RhoWorkshop, passes_spent
+from ..rho_search.rule import Gain, recommended
 from .document import Block, Document, Section, Table, Text, write_document
 from .formatting import NOTHING, number, signed, with_interval
 from .plots import COLOURS, INK, MARKERS, figure, is_narrow, size, styled

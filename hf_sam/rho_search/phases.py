@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ..config import SAMConfig
@@ -18,7 +17,9 @@ from ..experiments.plan import TUNING, command_line
 from ..experiments.records import RECORD_NAME, RunRecord, read_record
 from ..experiments.workshop import Workshop
 from ..update.schedule import Schedule
-from .halving import ExampleScores, Gain, SearchPlan, first_pairs, paired_gain, survivors
+from .halving import SearchPlan, first_pairs, survivors
+from .rule import Gain, paired_gain
+from .scores import ExampleScores, constant_scores, example_scores
 
 PREDICTIONS_NAME = "test_predictions.parquet"  # trials are scored on the validation split in place of the test split
 UNTRAINED = "untrained"  # folder of the run that stops before its first step
@@ -296,62 +297,6 @@ class RhoWorkshop(Workshop):
         """The metric to compare; the default depends on the scores read so far."""
         kept = next(filter(None, self._scores.values()), {"accuracy": None})
         return self.search.metric or next(iter(kept))
-
-
-# --- metrics that are means over examples, for which an interval over examples has a closed form ---------------------
-
-
-def example_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
-    """
-    Per-example scores of saved predictions, by metric: the default metric first, a loss last.
-
-    Empty if a value is not finite, as after divergence.
-    """
-    ones = np.ones(len(kept))
-    if "nll" in kept:
-        counts = {name: kept[name].to_numpy(float) for name in ("nll", "answers", "correct", "tokens") if name in kept}
-        found = {"accuracy": ExampleScores(counts["correct"], counts["answers"])} if "answers" in kept else {}
-        if "tokens" in kept:
-            found["nll_per_token"] = ExampleScores(counts["nll"], counts["tokens"])
-        else:  # one answer per word
-            found["nll"] = ExampleScores(counts["nll"], counts["answers"])
-    elif "probabilities" not in kept:
-        error = kept["prediction"].to_numpy(float) - kept["label"].to_numpy(float)
-        found = {"mse": ExampleScores(error**2, ones)}
-    else:
-        probabilities = np.stack(kept["probabilities"].to_numpy()).astype(float)
-        by_class = "prediction" in kept
-        truth = np.eye(probabilities.shape[1])[kept["label"].to_numpy(int)] if by_class else np.stack(kept["label"])
-        tiny = np.finfo(float).tiny
-        if by_class:
-            right = probabilities.argmax(1) == kept["label"].to_numpy(int)
-            nll = -np.log(np.maximum((probabilities * truth).sum(1), tiny))
-        else:
-            right = ((probabilities > 0.5) == truth).all(1)
-            nll = -np.log(np.maximum(np.where(truth == 1, probabilities, 1 - probabilities), tiny)).sum(1)
-        found = {
-            "accuracy" if by_class else "subset_accuracy": ExampleScores(right.astype(float), ones),
-            "brier": ExampleScores(((probabilities - truth) ** 2).sum(1), ones),
-            "nll": ExampleScores(nll, ones),
-        }
-    return found if all(np.isfinite(scores.totals).all() for scores in found.values()) else {}
-
-
-def constant_scores(kept: pd.DataFrame) -> dict[str, ExampleScores]:
-    """The scores of the best constant answer: the most frequent class, the class frequencies, or the mean."""
-    if "most_frequent" in kept:
-        right = kept["most_frequent"].to_numpy(float)
-        return {"accuracy": ExampleScores(right, kept["answers"].to_numpy(float))}
-    if "nll" in kept:
-        return {}
-    if "probabilities" not in kept:
-        return example_scores(kept.assign(prediction=kept["label"].mean()))
-    if "prediction" in kept:
-        classes = len(kept["probabilities"].iloc[0])
-        share = np.bincount(kept["label"].to_numpy(int), minlength=classes) / len(kept)
-    else:
-        share = np.stack(kept["label"]).astype(float).mean(0)
-    return example_scores(kept.assign(probabilities=[share] * len(kept)))
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def generation_table(
 ) -> dict[str, Any]:
     """
     Return the columns of saved predictions: target and generated text, and the target's summed negative log-likelihood
-    and number of tokens. For classes, also the columns that `rho_search.phases.example_scores` reads.
+    and number of tokens. For classes, also the columns that `rho_search.scores.example_scores` reads.
     """
     *generated, nll, tokens = predictions
     targets = decoded(labels, tokenizer)

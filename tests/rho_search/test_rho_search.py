@@ -8,14 +8,11 @@ from scipy import stats
 from hf_sam import SAMConfig
 from hf_sam.experiments.records import RECORD_NAME, RunRecord
 from hf_sam.rho_search.halving import (
-    ExampleScores,
     Rung,
     first_pairs,
     geometric_grid,
     halving,
     make_plan,
-    paired_gain,
-    recommended,
     search_passes,
     survivors,
 )
@@ -25,11 +22,11 @@ from hf_sam.rho_search.phases import (
     Phase,
     RhoWorkshop,
     Search,
-    constant_scores,
-    example_scores,
     pass_counter,
 )
 from hf_sam.rho_search.probe import has_a_scale, middle_rho, probe_steps, values_around
+from hf_sam.rho_search.rule import paired_gain, recommended
+from hf_sam.rho_search.scores import ExampleScores, constant_scores, example_scores
 from hf_sam.update.schedule import Schedule
 
 

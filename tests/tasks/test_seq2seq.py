@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_sam.experiments.records import read_record
-from hf_sam.rho_search.phases import constant_scores, example_scores
+from hf_sam.rho_search.scores import constant_scores, example_scores
 from hf_sam.tasks import report, seq2seq, sharpness
 from hf_sam.tasks.command_line.arguments import parse_arguments
 from hf_sam.tasks.command_line.options import DataArguments

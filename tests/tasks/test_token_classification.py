@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForTokenClassification, Trainer, TrainingArguments, pipeline
 
 from hf_sam.experiments.records import read_record
-from hf_sam.rho_search.phases import constant_scores, example_scores
+from hf_sam.rho_search.scores import constant_scores, example_scores
 from hf_sam.tasks import report, sharpness, token_classification
 from hf_sam.tasks.command_line.arguments import parse_arguments
 from hf_sam.tasks.command_line.errors import UserError
