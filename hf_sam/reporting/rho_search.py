@@ -167,7 +167,11 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
         f"{signed(gain.high, workshop.metric)}; {gain.seeds} seed{'s' if gain.seeds > 1 else ''}, {far})"
     )
     if recommended(rho, gain):
-        return rho, gain, f"Use rho {rho:g}: {found}."
+        is_largest = len(workshop.search.rhos) > 1 and rho == max(workshop.search.rhos)
+        further = (
+            f" It is the largest value tried; --low {rho:g} --high {6 * rho:.1g} looks further." if is_largest else ""
+        )
+        return rho, gain, f"Use rho {rho:g}: {found}.{further}"
     if not workshop.has_learnt(stages[-1]):
         floor = number(workshop.floor(stages[-1]) * metric.scale, metric.digits)
         whole = math.ceil(10 * plan.passes / plan.horizon) / 10

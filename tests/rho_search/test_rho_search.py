@@ -1,5 +1,7 @@
 """The search for rho as pure functions: cost to the pass, halving by hand, and how often the rule is wrong."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,8 +9,10 @@ from scipy import stats
 
 from hf_sam import SAMConfig
 from hf_sam.experiments.records import RECORD_NAME, RunRecord
+from hf_sam.reporting.rho_search import conclusion
 from hf_sam.rho_search.halving import (
     Rung,
+    SearchPlan,
     first_pairs,
     geometric_grid,
     halving,
@@ -275,6 +279,20 @@ def test_ending_early_costs_hardly_any_recommendation(seeds, gain):
         for early in (False, True)
     ]
     assert found[0] - found[1] <= 0.03 * found[0]
+
+
+@pytest.mark.parametrize(
+    ("best", "further"), [(0.1, " It is the largest value tried; --low 0.1 --high 0.6 looks further."), (0.03, "")]
+)
+def test_a_recommended_value_at_the_upper_end_of_the_grid_names_the_next_search(best, further, monkeypatch):
+    plan = SearchPlan(100, (), 100, 2, 100, 0.0)
+    workshop = RhoWorkshop(Search(Path("nowhere"), [], "r", (), {}, (0.01, 0.03, 0.1), 0, "accuracy", plan))
+    pairs = [[Phase(0, rho, seed, 0, 100) for rho in (0.0, best)] for seed in (1, 2)]
+    monkeypatch.setattr(workshop, "stages", lambda: [[phase for pair in pairs for phase in pair]])
+    monkeypatch.setattr(workshop, "score", lambda phase: scores(np.full(8, 0.6 if phase.rho else 0.5)))
+    rho, _, sentence = conclusion(workshop)
+    assert rho == best
+    assert sentence.endswith(f"2 seeds, after 100 of 100 steps).{further}")
 
 
 # --- what is scored ------------------------------------------------------------------------------------------------
