@@ -252,5 +252,19 @@ def test_the_table_of_forgetting_is_that_of_its_raw_data():
         assert f"| {cells[1]} |" in page
 
 
+def test_the_tables_of_wrong_labels_are_those_of_their_raw_data():
+    page = (ROOT / "docs/results/noise.md").read_text()
+    table = script("noise/table.py")
+    scores = pd.read_csv(table.SCORES)
+    for (_, arm), cell in scores.groupby(["study", "arm"]):
+        means = cell.groupby("task", sort=False)[["accuracy", "nll"]].mean()
+        for task in means.itertuples():
+            assert re.search(rf"\| {re.escape(arm)} \|.* {task.accuracy:.1f} \| {task.nll:.2f} \|", page), (arm, task)
+    for row in table.differences(scores).itertuples():
+        digits = 1 if row.metric == "accuracy" else 2
+        interval = f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+        assert interval in page, row
+
+
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:
     write()

@@ -1,10 +1,11 @@
-"""The tables of the study of wrong labels and their controls.
+"""The tables of the studies of wrong labels.
 
     python docs/results/noise/table.py          # from scores.csv
-    python docs/results/noise/table.py outputs/comparison/noise_images outputs/comparison/noise_texts
+    python docs/results/noise/table.py outputs/comparison/noise_*
 
-`scores.csv`, next to this file, has test accuracy (%) and NLL of every run, and its accuracy on the validation split at
-the last evaluation and at the best. Prints the means over seeds, and each treatment minus the best control.
+`scores.csv`, next to this file, has test accuracy (%) and NLL of every run of whole seeds, and its accuracy on the
+validation split at the last evaluation and at the best. Prints the means over seeds, and each treatment minus the control
+that is best on the validation split.
 """
 
 from __future__ import annotations
@@ -18,55 +19,58 @@ from hf_sam.experiments.records import find_records
 from hf_sam.reporting.statistics import student_interval
 
 SCORES = Path(__file__).with_name("scores.csv")
-CONTROLS = ("adamw", "adamw low", "adamw lowest", "smoothing", "parts of 4")
-# Arms among which the validation split chooses one, by treatment.
-TREATMENTS = {"batch": ("sam", "sam small"), "m 4": ("sam m 4",), "m 1": ("sam m 1", "sam m 1 large")}
-KINDS = {"final": "", "stopped": ", stopped"}  # what is added to an arm's name
+MEASURES = ["accuracy", "nll", "validation", "best validation"]
+STOPPED = ", stopped"
+AVERAGED = ("ema", "swa")  # validated before the weights are averaged, so never chosen
 
 
-def read(folders: list[str]) -> pd.DataFrame:
-    """One row per finished run."""
+def read(folder: Path) -> pd.DataFrame:
+    """One row per run of a study, of the seeds with which all arms of a task have finished."""
     rows = []
-    for run in (run for folder in folders for run in find_records(folder)[0] if run.status == "finished"):
+    for run in (run for run in find_records(folder)[0] if run.status == "finished"):
         validated = [100 * entry["eval_accuracy"] for entry in run.curves if "eval_accuracy" in entry]
-        scores = 100 * run.metrics["accuracy"], run.metrics["nll"]
-        rows.append((run.task, run.arm, run.seed, *scores, validated[-1], max(validated)))
-    return pd.DataFrame(rows, columns=["task", "arm", "seed", "accuracy", "nll", "validation", "best validation"])
+        scores = 100 * run.metrics["accuracy"], run.metrics["nll"], validated[-1], max(validated)
+        rows.append((folder.name, run.task, run.arm, run.seed, *scores))
+    scores = pd.DataFrame(rows, columns=["study", "task", "arm", "seed", *MEASURES])
+    arms = scores.groupby(["task", "seed"])["arm"].transform("size")
+    return scores[arms == scores.arm.nunique()]
 
 
-def chosen(scores: pd.DataFrame, names: tuple[str, ...], kind: str) -> str | None:
-    """The arm among `names` with the best accuracy on the validation split; `None` if none of them was run."""
-    arms = [name + KINDS[kind] for name in names if name + KINDS[kind] in set(scores.arm)]
-    column = "validation" if kind == "final" else "best validation"
-    return scores[scores.arm.isin(arms)].groupby("arm")[column].mean().idxmax() if arms else None
+def chosen(scores: pd.DataFrame, arms: list[str]) -> str:
+    """The arm that is best on the validation split: as it ends, or at its best if it is stopped."""
+    is_stopped = scores.arm.str.endswith(STOPPED)
+    validated = scores["best validation"].where(is_stopped, scores["validation"]).groupby(scores.arm).mean()
+    return str(validated[arms].idxmax())
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy and NLL of each treatment minus the best control of its kind, paired over seeds."""
+    """Accuracy and NLL of every treatment minus those of the best control, paired over seeds, in each study and task."""
     rows = []
-    for task, of_task in scores.groupby("task", sort=False):
-        for kind in KINDS:
-            control = chosen(of_task, CONTROLS, kind)
-            for names in TREATMENTS.values():
-                treated = chosen(of_task, names, kind)
-                if control is None or treated is None:
-                    continue
-                row = {"task": task, "treatment": treated, "control": control}
-                for metric, digits in (("accuracy", 1), ("nll", 2)):
-                    by_arm = of_task.pivot(index="seed", columns="arm", values=metric)
-                    gains = (by_arm[treated] - by_arm[control]).dropna()
-                    low, high = student_interval(gains)
-                    row[metric] = f"{gains.mean():+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-                rows.append(row)
-    return pd.DataFrame(rows)
+    for (study, task), cell in scores.groupby(["study", "task"], sort=False):
+        arms = list(cell.arm.unique())
+        controls = [arm for arm in arms if not arm.startswith(("sam", *AVERAGED))]
+        control = chosen(cell, controls)
+        for treated in (arm for arm in arms if arm.startswith("sam")):
+            for metric in ("accuracy", "nll"):
+                by_arm = cell.pivot(index="seed", columns="arm", values=metric)
+                gains = by_arm[treated] - by_arm[control]
+                found = len(gains), gains.mean(), *student_interval(gains)
+                rows.append((study, task, treated, control, metric, *found))
+    columns = ["study", "task", "treatment", "control", "metric", "seeds", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def main(folders: list[str]) -> None:
     if folders:
-        read(folders).sort_values(["task", "arm", "seed"]).to_csv(SCORES, index=False, float_format="%.5g")
+        scores = pd.concat(read(Path(folder)) for folder in folders)
+        scores.sort_values(["study", "task", "arm", "seed"]).to_csv(SCORES, index=False, float_format="%.5g")
     scores = pd.read_csv(SCORES)
-    spread = scores.groupby(["task", "arm"], sort=False).agg(["mean", "std"]).drop(columns="seed")
-    print(spread.to_string(float_format="%.2f"), differences(scores).to_string(index=False), sep="\n\n")
+    means = scores.groupby(["study", "task", "arm"], sort=False)[MEASURES].mean()
+    print(
+        means.to_string(float_format="%.2f"),
+        differences(scores).to_string(index=False, float_format="%.2f"),
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":
