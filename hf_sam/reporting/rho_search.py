@@ -191,7 +191,7 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
         )
     sentence = f"SAM does not help here, as far as this search can show: at the best rho, {rho:g}, {found}."
     if workshop.ended_early:
-        sentence += f" The search ended there, {plan.seeds - gain.seeds} seeds early."
+        sentence += f" The search ended there, after {gain.seeds} of {plan.seeds} seeds."
     return 0.0, gain, sentence
 
 

@@ -295,6 +295,22 @@ def test_a_recommended_value_at_the_upper_end_of_the_grid_names_the_next_search(
     assert sentence.endswith(f"2 seeds, after 100 of 100 steps).{further}")
 
 
+def test_a_search_that_ended_early_says_after_how_many_seeds(monkeypatch):
+    plan = SearchPlan(100, (), 100, 3, 100, 0.0)
+    workshop = RhoWorkshop(Search(Path("nowhere"), [], "r", (), {}, (0.1,), 0, "accuracy", plan))
+    monkeypatch.setattr(workshop, "has_ended", lambda phase: True)
+    monkeypatch.setattr(workshop, "score", lambda phase: scores(np.full(8, 0.4 if phase.rho else 0.5)))
+    monkeypatch.setattr(workshop, "has_learnt", lambda runs: True)
+    monkeypatch.setattr(workshop, "stages", lambda: [workshop._confirmation(0.1)])
+    assert workshop.ended_early
+    rho, gain, sentence = conclusion(workshop)
+    assert (rho, gain.seeds) == (0.0, 1)
+    assert sentence.endswith("The search ended there, after 1 of 3 seeds.")
+    monkeypatch.setattr(workshop, "score", lambda phase: scores(np.full(8, 0.6 if phase.rho else 0.5)))
+    assert not workshop.ended_early
+    assert len(workshop.stages()[0]) == 6
+
+
 # --- what is scored ------------------------------------------------------------------------------------------------
 
 
