@@ -78,7 +78,7 @@ def test_a_wheel_runs_the_demo_and_a_fine_tuning_in_an_empty_environment(tmp_pat
 
     environment.install(f"hf-sam[recipes] @ {wheel.as_uri()}")
     printed = environment.program("hf-sam", "demo", "--seeds", "1", "--max_steps", "4", "--output_dir", "demo")
-    assert "ASAM, rho 1" in printed
+    assert "SAM, rho 0.2" in printed
     assert "at 2 bits" in printed
     assert (environment.folder / "demo/report/report.html").is_file()
     words = ["image-classification", "digits_sam", "--sam_rho=0.1", "--max_steps=4", "--output_dir=out"]
