@@ -173,12 +173,16 @@ def make_alone(search: Search, choice: Choice, name: str, settings: dict[str, An
         "keep_model": False,
         "pause_at": pause_at,
     }
+
+    def is_there() -> bool:  # a kill may come between the record and the other file
+        return is_finished(folder) and (folder / result).exists()
+
     with study_lock(search.output_dir):
-        if not is_finished(folder) or json.loads((folder / JOB_NAME).read_text()) != job:
+        if not is_there() or json.loads((folder / JOB_NAME).read_text()) != job:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / JOB_NAME, job)
             make_one(folder, choice.make(search.launcher), result)
-    if not is_finished(folder):
+    if not is_there():
         raise UserError(_error_in(folder))
     return folder
 

@@ -198,6 +198,9 @@ def test_the_values_are_around_the_rho_at_which_sharpness_is_a_tenth_of_the_loss
     made = forked["made"]
     assert find_rho.main(words)["curve"] == found["curve"]
     assert forked["made"] == made
+    (tmp_path / "find_rho/untrained/length.json").unlink()  # as if killed before it was written
+    assert find_rho.main(words)["curve"] == found["curve"]
+    assert forked["made"] == made + 1
 
 
 @pytest.mark.slow
