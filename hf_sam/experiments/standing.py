@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +108,10 @@ def estimate(workshop: Workshop) -> tuple[float, int] | None:
         if record is None or record.status in OPEN:
             rest += run.cost
         elif record.status == "finished" and record.resumed_from is None:
-            spent += _seconds(record)
-            cost += run.cost
-            known += 1
+            with suppress(FileNotFoundError):  # somebody has removed the run since
+                spent += _seconds(record)
+                cost += run.cost
+                known += 1
     return (rest * spent / cost, known) if known else None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from hf_sam.experiments import execution
 from hf_sam.experiments.driver import StudyInUseError, count_death, drive, prepare, study_lock
 from hf_sam.experiments.executors import Choice, Ending
 from hf_sam.experiments.records import RECORD_NAME, find_records, read_record
-from hf_sam.experiments.standing import describe_standing, estimate, standing_of
+from hf_sam.experiments.standing import describe_standing, estimate, progress, standing_of
 from hf_sam.experiments.workshop import StudyChangedError, counts, records_of, retry_failed
 
 STUDY = {"recipe": "experiments.toy_task", "task": "toy", "arms": {"adamw": {}, "sam": {}}, "seeds": [0, 1]}
@@ -59,6 +60,22 @@ def test_a_study_runs_once_and_a_second_time_does_nothing(study, tmp_path):
     assert set(begun(tmp_path).values()) == {1}
     drive(open_workshop(study(seeds=[0, 1, 2])))  # more seeds: only what is new
     assert list(begun(tmp_path).values()) == [1] * 6
+
+
+def test_a_run_that_somebody_removes_meanwhile_does_not_end_the_study(study, tmp_path):
+    workshop = open_workshop(study())
+    removed = []
+
+    def remove_the_first(run, what):
+        if what == "finished" and not removed:
+            removed.append(run)
+            shutil.rmtree(workshop.folder(run))
+        assert progress(workshop).startswith(f"{counts(workshop)['finished']} of 4")
+
+    drive(workshop, report=remove_the_first)
+    assert removed
+    drive(open_workshop(study()))  # the same command makes it again
+    assert len(records_of(open_workshop(study()))) == 4
 
 
 def test_failed_runs_keep_their_error_and_the_others_go_on(study, tmp_path):
