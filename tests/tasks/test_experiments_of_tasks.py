@@ -68,4 +68,5 @@ def test_a_search_for_rho_compares_what_is_kept_of_each_example(task, tmp_path, 
     found = find_rho.main([task, *words, f"--output_dir={tmp_path / 'out'}", "--validation_size=0.34", *search])
     assert found["metric"] == "accuracy"
     assert 0 < found["floor"] < 1
-    assert len(json.loads((tmp_path / "out/find_rho/find_rho.json").read_text())["runs"]) == 7
+    runs = json.loads((tmp_path / "out/find_rho/find_rho.json").read_text())["runs"]
+    assert len(runs) in (5, 7)  # one pair in the confirmation if it shows no gain, else two
