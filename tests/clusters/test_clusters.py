@@ -333,7 +333,7 @@ def test_a_comparison_of_the_digits_is_the_same_on_a_cluster(cluster, kind, home
 def test_a_search_for_rho_is_the_same_on_a_cluster(cluster, kind, home):
     variables, options = cluster
     words = ["image_classification", str(CONFIGS / "digits.yaml"), "--train_samples=64"]
-    words += ["--max_steps=24", "--use_cpu=true", "--rhos", "0.01", "--seeds=2", "--budget=1"]
+    words += ["--max_steps=24", "--use_cpu=true", "--points=1", "--seeds=2", "--budget=2"]  # with a probe
     found = {}
     for name, chosen in {"local": [], kind: ["--executor", kind, "--executor_options", *options]}.items():
         out = home / f"rho-{name}"
@@ -343,6 +343,7 @@ def test_a_search_for_rho_is_the_same_on_a_cluster(cluster, kind, home):
         found[name] = json.loads(path.read_text())
         jobs = {json.loads(path.read_text())["id"].split()[0] for path in out.rglob("place.json")}
         assert jobs == {"local" if name == "local" else kind}
+        assert (out / "find_rho/probe/run_record.json").exists()
     for name in ("curve", "passes", "recommended_rho", "sentence"):
         assert found[kind][name] == found["local"][name]
 
