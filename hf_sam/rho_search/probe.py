@@ -27,7 +27,7 @@ def probe_steps(length: int) -> int:
 
 
 def has_a_scale(config: SAMConfig) -> bool:
-    """Whether the method's sharpness is measured, and proportional to rho where rho is small."""
+    """Whether the ascent is along the gradient, so that sharpness is measured, and proportional to a small rho."""
     return type(config.parts.ascent) is Steepest and not config.rho_min
 
 

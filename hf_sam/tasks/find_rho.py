@@ -75,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     )
     choice = choose({}, options.executor, options.workers, options.executor_options)
     length = find_length(search, choice)
-    is_probed = not (options.rhos or options.low or options.high) and has_a_scale(sam_config)
+    with as_user_error(ValueError):
+        begins = Schedule.resolve(sam_config, length, args.get_warmup_steps(length)).start
+    are_given = bool(options.rhos or options.low or options.high)
+    is_probed = not are_given and has_a_scale(sam_config) and begins < probe_steps(length)
     plan = plan_of(options, length, probe_steps(length) if is_probed else 0, configs, args.get_warmup_steps)
     if is_probed and not options.plan:
         search = dataclasses.replace(search, rhos=tuple(probed(search, plan.probe, options.points, choice)))

@@ -337,6 +337,9 @@ def test_the_plan_is_printed_without_running_anything(search_of_24_steps, tmp_pa
     assert "rho: 0, 0.05, 0.17, 0.58, 2\n" in capsys.readouterr().out
     assert find_rho.main([*words, "--sam_method=msam", "--budget=9"]) is None  # which measures no sharpness
     assert "rho: 0, 0.3, 1.9, 12\n" in capsys.readouterr().out
+    late = ["--sam_method=late", "--budget=9", "--points=1"]  # which would not perturb in a probe
+    assert find_rho.main([*words, *late]) is None
+    assert "rho: 0, 0.005\n" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
