@@ -104,6 +104,28 @@ class Search:
     metric: str | None
     plan: SearchPlan
 
+    def job(self, folder: Path, arm: str, settings: dict[str, Any], pause_at: int, **names: Any) -> dict[str, Any]:
+        """
+        The content of `run.json` for a run of the search.
+
+        Args:
+            folder (`Path`): The run's folder.
+            arm (`str`): The run's arm.
+            settings (`dict`): The run's own settings.
+            pause_at (`int`): The step after which it stops.
+            names: Further names in its record.
+        """
+        return {
+            "recipe": self.recipe,
+            "argv": [*self.words, *command_line(None, {**SETTINGS, **self.settings, **settings}, folder)],
+            "names": {"task": self.recipe, "arm": arm, "budget": SETTINGS["budget"], **names},
+            "average": {},
+            "is_trial": True,
+            "sharpness": None,
+            "keep_model": False,
+            "pause_at": pause_at,
+        }
+
 
 class RhoWorkshop(Workshop):
     """
@@ -167,24 +189,8 @@ class RhoWorkshop(Workshop):
         search = self.search
         arm = f"rho {run.rho:g}"
         source = str(search.output_dir / run.source) if run.source else "auto"
-        settings = {
-            **SETTINGS,
-            **search.settings,
-            "sam_rho": run.rho,
-            "seed": run.seed,
-            "arm": arm,
-            "resume_from_checkpoint": source,
-        }
-        return {
-            "recipe": search.recipe,
-            "argv": [*search.words, *command_line(None, settings, self.folder(run))],
-            "names": {"task": search.recipe, "arm": arm, "budget": SETTINGS["budget"], "seed": run.seed},
-            "average": {},
-            "is_trial": True,
-            "sharpness": None,
-            "keep_model": False,
-            "pause_at": run.end,
-        }
+        settings = {"sam_rho": run.rho, "seed": run.seed, "arm": arm, "resume_from_checkpoint": source}
+        return search.job(self.folder(run), arm, settings, run.end, seed=run.seed)
 
     # --- disk --------------------------------------------------------------------------------------------------------
 

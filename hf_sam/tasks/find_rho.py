@@ -27,12 +27,11 @@ from ..experiments.driver import drive, make_one, study_lock
 from ..experiments.execution import JOB_NAME, LENGTH_NAME, LOG_NAME, remove_checkpoints
 from ..experiments.executors import Choice, choose
 from ..experiments.json_files import plain, write_json
-from ..experiments.plan import command_line
 from ..experiments.records import RECORD_NAME, RecordError, read_record
 from ..experiments.workshop import retry_failed
 from ..reporting import rho_search as rho_report
 from ..rho_search.halving import Rung, SearchPlan, first_pairs, geometric_grid, make_plan
-from ..rho_search.phases import PROBE, SETTINGS, UNTRAINED, Phase, RhoWorkshop, Search, pass_counter
+from ..rho_search.phases import PROBE, UNTRAINED, Phase, RhoWorkshop, Search, pass_counter
 from ..rho_search.probe import has_a_scale, middle_rho, probe_steps, values_around
 from .command_line.arguments import parse_arguments
 from .command_line.errors import UserError, as_user_error
@@ -166,16 +165,7 @@ def make_alone(search: Search, choice: Choice, name: str, settings: dict[str, An
         UserError: The run failed; the message is the run's own.
     """
     folder = search.output_dir / name
-    job = {
-        "recipe": search.recipe,
-        "argv": [*search.words, *command_line(None, {**SETTINGS, **search.settings, **settings}, folder)],
-        "names": {"task": search.recipe, "arm": name, "budget": SETTINGS["budget"]},
-        "average": {},
-        "is_trial": True,
-        "sharpness": None,
-        "keep_model": False,
-        "pause_at": pause_at,
-    }
+    job = search.job(folder, name, settings, pause_at)
 
     def is_there() -> bool:  # a kill may come between the record and the other file
         return is_finished(folder) and (folder / result).exists()
