@@ -18,9 +18,14 @@ Metric = Callable[[Predictions], float]
 
 
 def confusion(kept: Predictions) -> np.ndarray:
-    """Counts of true class (row) by predicted class (column), `(classes, classes)`."""
-    classes = kept.probabilities.shape[1]
-    return np.bincount(kept.labels * classes + kept.predicted, minlength=classes**2).reshape(classes, classes)
+    """
+    Counts of true class (row) by predicted class (column), `(classes, classes)`; a further column counts examples
+    without a predicted class, if there are any.
+    """
+    classes, predicted = kept.probabilities.shape[1], kept.predicted
+    columns = classes + bool((predicted < 0).any())
+    cells = kept.labels * columns + predicted % columns  # -1 is the last column
+    return np.bincount(cells, minlength=classes * columns).reshape(classes, columns)
 
 
 def accuracy(kept: Predictions) -> float:
@@ -31,7 +36,7 @@ def accuracy(kept: Predictions) -> float:
 def f1_macro(kept: Predictions) -> float:
     """Unweighted mean F1 over the classes that occur or are predicted."""
     counts = confusion(kept)
-    support = counts.sum(0) + counts.sum(1)
+    support = counts.sum(0)[: len(counts)] + counts.sum(1)
     seen = support > 0
     return float((2 * np.diag(counts)[seen] / support[seen]).mean())
 
@@ -41,7 +46,11 @@ def mcc(kept: Predictions) -> float:
     counts = confusion(kept)
     true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
     spread = (total**2 - (true**2).sum()) * (total**2 - (predicted**2).sum())
-    return float((total * np.trace(counts) - true @ predicted) / np.sqrt(float(spread))) if spread > 0 else 0.0
+    return (
+        float((total * np.trace(counts) - true @ predicted[: len(true)]) / np.sqrt(float(spread)))
+        if spread > 0
+        else 0.0
+    )
 
 
 def nll(kept: Predictions) -> float:

@@ -24,8 +24,8 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The most probable class of each example, `(n,)`."""
-        return self.probabilities.argmax(-1)
+        """The most probable class of each example, `(n,)`; -1 where the probabilities are NaN, as after divergence."""
+        return np.where(np.isnan(self.probabilities).any(-1), -1, self.probabilities.argmax(-1))
 
     @property
     def correct(self) -> np.ndarray:

@@ -25,7 +25,8 @@ def classification_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) 
     """Compute all metrics of single-label classification from logits `(n, classes)` and labels `(n,)`."""
     kept = Predictions(prediction.label_ids, class_probabilities(prediction.predictions))
     found = {name: metric(kept) for name, metric in classification.CLASSIFICATION.items()}
-    return found | of_hub(hub, kept.predicted, kept.labels)
+    predicted = kept.probabilities.argmax(-1)  # some metrics of the hub fail on -1, where the model has diverged
+    return found | of_hub(hub, predicted, kept.labels)
 
 
 def regression_metrics(prediction: EvalPrediction, hub: Sequence[Any] = ()) -> dict[str, float]:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction
 
 from hf_sam.tasks import metrics
@@ -64,6 +65,20 @@ def test_class_metrics():
     assert result["accuracy"] == pytest.approx((predicted == TRUE).mean())
     assert result["f1_macro"] == pytest.approx(np.mean(f1))
     assert result["mcc"] == pytest.approx(mcc)
+
+
+@pytest.mark.parametrize("diverged", [slice(None), slice(0, 50)])
+def test_examples_on_which_a_classifier_has_diverged_are_wrong(diverged):
+    logits = LOGITS.copy()
+    logits[diverged, 2] = np.nan
+    predicted = LOGITS.argmax(axis=1)
+    predicted[diverged] = -1
+    result = metrics.classification_metrics(EvalPrediction(predictions=logits, label_ids=TRUE))
+    assert result["accuracy"] == sklearn_metrics.accuracy_score(TRUE, predicted)
+    f1 = sklearn_metrics.f1_score(TRUE, predicted, labels=range(4), average="macro", zero_division=0)
+    assert result["f1_macro"] == pytest.approx(f1, rel=1e-12)
+    assert result["mcc"] == pytest.approx(sklearn_metrics.matthews_corrcoef(TRUE, predicted), rel=1e-12)
+    assert math.isnan(result["nll"])
 
 
 def test_correlations():
