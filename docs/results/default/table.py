@@ -1,0 +1,63 @@
+"""The tables of the study of the default.
+
+    python docs/results/default/table.py          # from scores.csv
+    python docs/results/default/table.py outputs/comparison/default_choice
+
+`scores.csv`, next to this file, has test accuracy (%), NLL and ECE (%) of every run of whole seeds. Prints the means
+over seeds, and each arm minus AdamW.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from hf_sam.experiments.records import find_records
+from hf_sam.reporting.statistics import student_interval
+
+SCORES = Path(__file__).with_name("scores.csv")
+CONTROL = "adamw"
+SCALES = {"accuracy": 100, "nll": 1, "ece": 100}
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """One row per run, of the seeds with which all arms have finished in all tasks."""
+    rows = [
+        (run.task, run.arm, run.seed, *(scale * run.metrics[name] for name, scale in SCALES.items()))
+        for run in find_records(folder)[0]
+        if run.status == "finished"
+    ]
+    scores = pd.DataFrame(rows, columns=["task", "arm", "seed", *SCALES])
+    runs = scores.groupby("seed")["arm"].transform("size")
+    return scores[runs == runs.max()]
+
+
+def differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """Every arm minus AdamW, paired over seeds, with Student's 95 % interval, in each task and metric."""
+    rows = []
+    for task, cell in scores.groupby("task", sort=False):
+        for metric in SCALES:
+            by_arm = cell.pivot(index="seed", columns="arm", values=metric)
+            for arm in by_arm.columns.drop(CONTROL):
+                gains = by_arm[arm] - by_arm[CONTROL]
+                rows.append((task, arm, metric, len(gains), gains.mean(), *student_interval(gains)))
+    return pd.DataFrame(rows, columns=["task", "arm", "metric", "seeds", "difference", "low", "high"])
+
+
+def main(folders: list[str]) -> None:
+    if folders:
+        scores = pd.concat(read(Path(folder)) for folder in folders)
+        scores.sort_values(["task", "arm", "seed"]).to_csv(SCORES, index=False, float_format="%.5g")
+    scores = pd.read_csv(SCORES)
+    means = scores.groupby(["task", "arm"], sort=False)[list(SCALES)].mean()
+    print(
+        means.to_string(float_format="%.3f"),
+        differences(scores).to_string(index=False, float_format="%.3f"),
+        sep="\n\n",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
