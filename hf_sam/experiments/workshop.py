@@ -147,9 +147,12 @@ class Workshop:
             "keep_model": self.plan.keep_models and run.trial is None,
         }
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, retry_failed: bool = False) -> None:
         """
         Check that the runs on disk have the settings of the plan.
+
+        Args:
+            retry_failed (`bool`, *optional*, defaults to `False`): Failed runs are to run again, so they may have others.
 
         Raises:
             StudyChangedError: A run has ended with other settings than the plan now gives it.
@@ -157,7 +160,8 @@ class Workshop:
         for run in self.all_runs():
             path = self.folder(run) / JOB_NAME
             has_ended = self.has_ended(run) or is_unmeasured(path.parent)
-            if has_ended and self.is_ready(run) and path.exists():
+            has_failed = self.has_ended(run) and self.record(run).status == "failed"
+            if has_ended and not (has_failed and retry_failed) and self.is_ready(run) and path.exists():
                 made = self._made(run)
                 if run.trial is not None and not in_space(self.plan.tuning.of(run.arm), made["tuned"]):
                     raise StudyChangedError(
@@ -167,9 +171,10 @@ class Workshop:
                 now = self.job(run)
                 changed = changed_settings(made, now)
                 if changed or made["average"] != now["average"]:
+                    remedy = "give --retry_failed" if has_failed else "delete that folder"
                     raise StudyChangedError(
                         f"{path.parent} was run with other settings ({', '.join(changed[:4])}). Choose another "
-                        f"output_dir, or delete that folder to run it again."
+                        f"output_dir, or {remedy} to run it again."
                     )
 
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     workshop = open_workshop(plan)
     if cancelled_or_shown(workshop, choice, args.cancel, args.status):
         return None
-    workshop.check_unchanged()
+    workshop.check_unchanged(retry_failed=args.retry_failed)
     print_plan(workshop, choice.options.get("workers", 1))
     if args.plan:
         return None

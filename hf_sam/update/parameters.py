@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..config import SELECTORS
 from .namespaces import are_identical
-from .roles import embedding_parameters, head_parameters, norm_parameters
+from .roles import embedding_parameters, has_tied_head, head_parameters, norm_parameters
 
 Gradients = dict[Parameter, Tensor]
 
@@ -161,7 +161,7 @@ def select(model: nn.Module, perturb: str | Sequence[str], trainable: Mapping[st
 
 def _head_of(model: nn.Module) -> set[str]:
     head = head_parameters(model)
-    if not head:
+    if not head and not has_tied_head(model):  # a tied head is left out with the embeddings
         raise ValueError(
             f"perturb='no-embeddings-no-head': {type(model).__name__} has no recognisable head: it is a bare base model, or not a "
             "transformers model. Use 'no-embeddings', or shell patterns over parameter names."

@@ -55,6 +55,14 @@ def head_parameters(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if body and p not in body and name not in embeddings}
 
 
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether the output embeddings are the input embeddings, as in most small language models."""
+    outputs = (_asked(outer, "get_output_embeddings") for outer in _outermost(model))
+    tables = embedding_parameters(model)
+    names = {p: name for name, p in model.named_parameters()}
+    return any(names.get(getattr(output, "weight", None)) in tables for output in outputs)
+
+
 def groups_of(model: nn.Module) -> dict[str, str]:
     """The module group of each parameter name, one of `GROUPS`."""
     embeddings, head = embedding_parameters(model), head_parameters(model)

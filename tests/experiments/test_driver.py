@@ -93,7 +93,13 @@ def test_failed_runs_keep_their_error_and_the_others_go_on(study, tmp_path):
     drive(open_workshop(path))
     assert list(begun(tmp_path).values()) == [3, 1, 1, 1]  # failed runs are not made again by themselves
     again = open_workshop(path)
+    other = open_workshop(study(arms={**arms, "death": {"lr": 1e-3}}, seeds=[0]))
+    with pytest.raises(
+        StudyChangedError, match=r"was run with other settings .* or give --retry_failed to run it again"
+    ):
+        other.check_unchanged()
     assert retry_failed(again) == 3
+    open_workshop(study(arms={**arms, "death": {"lr": 1e-3}}, seeds=[0])).check_unchanged()
     assert counts(again)["waiting"] == 3
 
 

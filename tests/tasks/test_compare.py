@@ -194,6 +194,12 @@ def test_runs_that_fail_end_in_an_error_with_the_reason_and_the_remedy(study, tm
     text = (tmp_path / "part/report/report.md").read_text()
     assert "No answer yet: only adamw has finished runs." in text
     assert "better accuracy than adamw" not in text
+    del arms["sam"]["label_column"]
+    mended = [study(arms=arms, seeds=[0]), "--output_dir", str(tmp_path / "part"), "--retry_failed"]
+    compare.main([*mended, "--plan"])
+    assert "1 of 2 runs finished, 1 failed" in capsys.readouterr().out, "a plan removes nothing"
+    compare.main(mended)
+    assert "2 of 2 runs finished, 0 failed" in capsys.readouterr().out
 
 
 def test_a_run_that_another_process_still_makes_is_not_marked_as_failed(study, tmp_path, monkeypatch):

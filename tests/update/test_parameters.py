@@ -1,7 +1,9 @@
 import pytest
 import torch
 from models import tiny_classifier
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from hf_sam.update.parameters import TrainedParameters, gradients_only_for, put_gradients, take_gradients
 
@@ -76,6 +78,30 @@ def test_a_loss_with_weights_of_its_own_is_perturbed_where_the_optimizer_steps_i
     parameters = TrainedParameters(model, "all", optimizer, {"loss": loss})
     assert [parameters.names[p] for p in parameters.selected][-2:] == ["loss.weight", "loss.bias"]
     assert parameters.in_model == list(model.parameters())
+
+
+def tiny_llama(tied, kind=LlamaForCausalLM):
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return kind(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+def test_a_tied_head_is_left_out_with_the_embeddings():
+    tied, untied = tiny_llama(True), tiny_llama(False)
+    body = [
+        name for name, _ in untied.named_parameters() if name not in ("model.embed_tokens.weight", "lm_head.weight")
+    ]
+    assert select(untied, "no-embeddings") == [*body, "lm_head.weight"]
+    assert select(untied, "no-embeddings-no-head") == body
+    assert select(tied, "no-embeddings") == select(tied, "no-embeddings-no-head") == body
+    lora = get_peft_model(tiny_llama(True), LoraConfig(target_modules=["q_proj"]))
+    assert select(lora, "no-embeddings-no-head") == [name for name, p in lora.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("model", [tiny_llama(True, LlamaModel), nn.Linear(2, 2)])
+def test_a_model_without_a_head_is_an_error_for_the_selector_without_a_head(model):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no recognisable head.*Use 'no-embeddings'"):
+        select(model, "no-embeddings-no-head")
 
 
 def test_nothing_selected_is_an_error():

@@ -1,6 +1,6 @@
 """The tables of the study of the unit of rho, from the records of its runs.
 
-    python docs/results/units/table.py outputs/comparison/units outputs/comparison/units_language
+    python docs/results/units/table.py outputs/comparison/units_*
 
 Writes `runs.csv` (every run), `best.csv` (the best value of each task in each unit) and `spread.csv` (its spread over
 tasks, in decades) next to this file, and prints the last two.
@@ -38,6 +38,13 @@ def describe(run: RunRecord) -> dict:
         "sharpness / loss": (logged["sam_sharpness"] / logged["loss"]).median() if "sam_sharpness" in logged else None,
         "share in the head": median.get("sam_share/head"),
     }
+
+
+def with_tied_heads(runs: pd.DataFrame) -> pd.DataFrame:
+    """All runs; where the head is the embedding, those without embeddings are also those without the head."""
+    have = runs[runs.family == "no-embeddings-no-head"].task.unique()
+    same = runs[(runs.family == "no-embeddings") & ~runs.task.isin(have)]
+    return pd.concat([runs, same.assign(family="no-embeddings-no-head")])
 
 
 def best_values(runs: pd.DataFrame, norms: dict[str, float]) -> pd.DataFrame:
@@ -81,7 +88,7 @@ def spreads(best: pd.DataFrame) -> dict[str, float]:
 
 def main(folders: list[str]) -> None:
     records = [run for folder in folders for run in find_records(folder)[0] if run.status == "finished"]
-    runs = pd.DataFrame(map(describe, records))
+    runs = with_tied_heads(pd.DataFrame(map(describe, records)))
     norms = {run.task: run.model["trainable_norm"] for run in records}  # before the first step
     best = best_values(runs, norms)
     generator = np.random.default_rng(0)
