@@ -15,7 +15,7 @@ from .methods.base import Ascent, Descent, Method, Needs, combines, copies_of, n
 from .methods.descents import ThroughPerturbation
 from .methods.fields import is_choice, is_flag, is_moment, is_number, is_selector, is_whole
 from .methods.table import METHODS
-from .methods.users import describe_part, part_from_description
+from .methods.users import describe_part, part_from_description, refuse_undeclared
 from .suggestions import did_you_mean
 
 SCOPES = ("auto", "micro", "device", "global")
@@ -216,6 +216,8 @@ class SAMConfig:
                     else f"an instance of a subclass of hf_sam.{kind.__name__}"
                 )
                 raise ValueError(f"{field}={value!r} must be an {kind.__name__}: give {hint}.")
+            if value is not None:
+                refuse_undeclared(value)
         self._refuse_unused()
         self._fill_in()
         for field, check in _CHECKS.items():

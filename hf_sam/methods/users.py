@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
+import itertools
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +18,30 @@ def describe_part(part: Ascent | Descent) -> dict[str, Any]:
     """The import path of a part's class, and its fields."""
     kind = type(part)
     return {"class": f"{kind.__module__}:{kind.__qualname__}", **dataclasses.asdict(part)}
+
+
+def refuse_undeclared(part: Ascent | Descent) -> None:
+    """Raise an error for hyperparameters that are no fields: checkpoints would lose them.
+
+    Raises:
+        ValueError: A class without `@dataclass` declares a field, or its own `__init__` sets an attribute.
+    """
+    kind = type(part)
+    fields = {field.name for field in dataclasses.fields(part)}
+    undecorated = list(itertools.takewhile(lambda k: "__dataclass_fields__" not in vars(k), kind.__mro__))
+    declared = [
+        name
+        for k in undecorated
+        for name, annotation in inspect.get_annotations(k).items()
+        if not str(annotation).startswith(("ClassVar", "typing.ClassVar"))
+    ]
+    set_by_init = vars(part).keys() if any("__init__" in vars(k) for k in undecorated) else ()
+    if lost := [name for name in dict.fromkeys([*declared, *set_by_init]) if name not in fields]:
+        raise ValueError(
+            f"{kind.__name__}: {', '.join(lost)} would be missing in checkpoints, which keep the fields of a dataclass. Put "
+            f"@dataclass(frozen=True) above the class and declare {'it' if len(lost) == 1 else 'them'} there, as "
+            f"`{lost[0]}: float = 1.0`, in place of an __init__."
+        )
 
 
 def part_from_description(values: Any, kind: type) -> Ascent | Descent:

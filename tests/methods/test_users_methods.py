@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from typing import ClassVar
 
 import oracles
 import pytest
@@ -299,6 +300,37 @@ def test_a_path_that_leads_to_an_ascent():
 def test_a_field_out_of_range_is_named(share):
     with pytest.raises(ValueError, match=r"share=.* must be a number in \(0, 1\]"):
         Bounded(share=share)
+
+
+class WithItsOwnInit(Ascent):
+    def __init__(self, heat=1.0):
+        self.heat = heat
+
+    def eps(self, g, step):
+        return g * self.heat
+
+
+class WithoutTheDecorator(Steepest):
+    needs: ClassVar = Needs.GRADIENT
+    heat: float = 1.0
+
+
+class Fixed(Steepest):
+    """Sets only a field, and is created by its fields as any other."""
+
+    def __init__(self, ascent_steps=2, **fields):
+        super().__init__(ascent_steps=ascent_steps, **fields)
+
+
+@pytest.mark.parametrize("ascent", [WithItsOwnInit(2.0), WithoutTheDecorator()])
+def test_a_hyperparameter_that_checkpoints_would_lose_is_an_error(ascent):
+    with pytest.raises(ValueError, match=r": heat would be missing in checkpoints.*@dataclass\(frozen=True\).*`heat: "):
+        SAMConfig(ascent=ascent)
+
+
+def test_an_init_that_sets_fields_only_is_kept():
+    config = SAMConfig(ascent=Fixed(3))
+    assert SAMConfig.from_json(config.to_json()).ascent.ascent_steps == 3
 
 
 def test_a_class_instead_of_an_object_is_an_error_that_shows_the_object():

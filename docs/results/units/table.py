@@ -2,8 +2,9 @@
 
     python docs/results/units/table.py outputs/comparison/units_*
 
-Writes `runs.csv` (every run), `best.csv` (the best value of each task in each unit) and `spread.csv` (its spread over
-tasks, in decades) next to this file, and prints the last two.
+Writes next to this file, and prints all but the first: `runs.csv` (every run), `best.csv` (the best value of each task
+in each unit), `spread.csv` (its spread over tasks, in decades) and `probe.csv` (the rho at which sharpness is a tenth of
+the loss early in the run, where `hf-sam find-rho` starts, beside the best).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import numpy as np
 import pandas as pd
 
 from hf_sam.experiments.records import RunRecord, find_records
+from hf_sam.rho_search.probe import middle_rho
 
 CONTROL = "adamw"
 RESAMPLES = 2000
+EARLY = 1 / 6  # of the steps: the first entries of every log
 LOSSES = ("nll", "nll_per_token")  # a run has one of them
 
 
@@ -37,6 +40,11 @@ def describe(run: RunRecord) -> dict:
         "gradient norm": median.get("sam_ascent_grad_norm"),
         "sharpness / loss": (logged["sam_sharpness"] / logged["loss"]).median() if "sam_sharpness" in logged else None,
         "share in the head": median.get("sam_share/head"),
+        "probe": middle_rho(
+            [entry for entry in logged.to_dict("records") if entry["step"] <= EARLY * logged.step.max()]
+        )
+        if len(logged)
+        else None,
     }
 
 
@@ -86,6 +94,15 @@ def spreads(best: pd.DataFrame) -> dict[str, float]:
     return found
 
 
+def probes(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """The rho that the probe finds in runs with the smallest rho, the best one, and their distance in decades."""
+    plain = runs[runs.family == "sam"]
+    smallest = plain[plain.value == plain.groupby("task")["value"].transform("min")]
+    found = smallest.groupby("task", sort=False)["probe"].median()
+    table = best[best.family == "sam"].set_index("task")[["value", "is bound"]].join(found).reset_index()
+    return table.assign(decades=np.log10(table.probe / table.value))
+
+
 def main(folders: list[str]) -> None:
     records = [run for folder in folders for run in find_records(folder)[0] if run.status == "finished"]
     runs = with_tied_heads(pd.DataFrame(map(describe, records)))
@@ -111,11 +128,10 @@ def main(folders: list[str]) -> None:
         for unit, spread in spreads(best).items()
     )
     here = Path(__file__).parent
-    for name, frame in (("runs", runs), ("best", best), ("spread", table)):
+    probed = probes(runs, best)
+    for name, frame in (("runs", runs), ("best", best), ("spread", table), ("probe", probed)):
         frame.to_csv(here / f"{name}.csv", index=False, float_format="%.6g")
-    print(
-        best.to_string(index=False, float_format="%.3g"), table.to_string(index=False, float_format="%.2f"), sep="\n\n"
-    )
+    print(*(frame.to_string(index=False, float_format="%.3g") for frame in (best, table, probed)), sep="\n\n")
 
 
 if __name__ == "__main__":
