@@ -1,7 +1,7 @@
 """The tables of the study of the default.
 
     python docs/results/default/table.py          # from scores.csv
-    python docs/results/default/table.py outputs/comparison/default_choice
+    python docs/results/default/table.py outputs/comparison/default_choice outputs/comparison/default_embeddings
 
 `scores.csv`, next to this file, has test accuracy (%), NLL and ECE (%) of every run of whole seeds. Prints the means
 over seeds, and each arm minus AdamW.
@@ -41,14 +41,14 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
         for metric in SCALES:
             by_arm = cell.pivot(index="seed", columns="arm", values=metric)
             for arm in by_arm.columns.drop(CONTROL):
-                gains = by_arm[arm] - by_arm[CONTROL]
+                gains = (by_arm[arm] - by_arm[CONTROL]).dropna()
                 rows.append((task, arm, metric, len(gains), gains.mean(), *student_interval(gains)))
     return pd.DataFrame(rows, columns=["task", "arm", "metric", "seeds", "difference", "low", "high"])
 
 
 def main(folders: list[str]) -> None:
     if folders:
-        scores = pd.concat(read(Path(folder)) for folder in folders)
+        scores = pd.concat(read(Path(folder)) for folder in folders).drop_duplicates(["task", "arm", "seed"])
         scores.sort_values(["task", "arm", "seed"]).to_csv(SCORES, index=False, float_format="%.5g")
     scores = pd.read_csv(SCORES)
     means = scores.groupby(["task", "arm"], sort=False)[list(SCALES)].mean()
