@@ -1,16 +1,17 @@
 """The tables of the study of the default.
 
     python docs/results/default/table.py          # from scores.csv
-    python docs/results/default/table.py outputs/comparison/default_choice outputs/comparison/default_embeddings
+    python docs/results/default/table.py outputs/comparison/default_{choice,every_step,embeddings}
 
-`scores.csv`, next to this file, has test accuracy (%), NLL and ECE (%) of every run of whole seeds. Prints the means
-over seeds, and each arm minus AdamW.
+`scores.csv`, next to this file, has test accuracy (%), NLL and ECE (%) of every run of whole seeds. Prints the tables of
+the page in Markdown, one for each arm.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,6 +21,7 @@ from hf_sam.reporting.statistics import student_interval
 SCORES = Path(__file__).with_name("scores.csv")
 CONTROL = "adamw"
 SCALES = {"accuracy": 100, "nll": 1, "ece": 100}
+DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -46,17 +48,32 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "arm", "metric", "seeds", "difference", "low", "high"])
 
 
+def markdown(scores: pd.DataFrame) -> dict[str, str]:
+    """The table of every arm: AdamW's mean accuracy, and what the arm adds in each metric, for every task."""
+    control = scores[scores.arm == CONTROL].groupby("task")["accuracy"].mean()
+    found = differences(scores)
+    tables = {}
+    for arm, rows in found.groupby("arm"):
+        lines = ["| task | AdamW | seeds | accuracy | NLL | ECE |", "|---|---|---|---|---|---|"]
+        for task, row in rows.groupby("task"):
+            by_metric = {entry.metric: entry for entry in row.itertuples()}
+            cells = [interval(by_metric[metric], digits) for metric, digits in DIGITS.items()]
+            lines.append(f"| {task} | {control[task]:.1f} | {by_metric['nll'].seeds} | {' | '.join(cells)} |")
+        tables[arm] = "\n".join(lines)
+    return tables
+
+
+def interval(row: Any, digits: int) -> str:
+    """A difference with its interval."""
+    return f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+
+
 def main(folders: list[str]) -> None:
     if folders:
         scores = pd.concat(read(Path(folder)) for folder in folders).drop_duplicates(["task", "arm", "seed"])
         scores.sort_values(["task", "arm", "seed"]).to_csv(SCORES, index=False, float_format="%.5g")
-    scores = pd.read_csv(SCORES)
-    means = scores.groupby(["task", "arm"], sort=False)[list(SCALES)].mean()
-    print(
-        means.to_string(float_format="%.3f"),
-        differences(scores).to_string(index=False, float_format="%.3f"),
-        sep="\n\n",
-    )
+    for arm, table in markdown(pd.read_csv(SCORES)).items():
+        print(f"{arm}\n\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The tables of the study of the unit of rho, from the records of its runs.
+"""The tables of the study of the unit of rho.
 
+    python docs/results/units/table.py          # from runs.csv
     python docs/results/units/table.py outputs/comparison/units_*
 
-Writes next to this file, and prints all but the first: `runs.csv` (every run), `best.csv` (the best value of each task
-in each unit), `spread.csv` (its spread over tasks, in decades) and `probe.csv` (the rho at which sharpness is a tenth of
-the loss early in the run, where `hf-sam find-rho` starts, beside the best).
+`runs.csv`, next to this file, has every run of whole seeds: its scores, and the quantities from which units are
+computed. Prints the tables of the page in Markdown: the best value of every task in every unit, the spread of each unit
+over tasks in decades, and the rho from which `hf-sam find-rho` would start, beside the best.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import pandas as pd
 from hf_sam.experiments.records import RunRecord, find_records
 from hf_sam.rho_search.probe import middle_rho
 
+RUNS = Path(__file__).with_name("runs.csv")
 CONTROL = "adamw"
-RESAMPLES = 2000
+RESAMPLES = 1000
 EARLY = 1 / 6  # of the steps: the first entries of every log
 LOSSES = ("nll", "nll_per_token")  # a run has one of them
+FAMILIES = ["sam", "no-embeddings", "no-embeddings-no-head", "asam", "precond", "lesam"]
+DERIVED = ["rho ‖g‖", "rho / ‖w‖", "sharpness / loss", "share in the head"]  # of runs of plain SAM
 
 
 def describe(run: RunRecord) -> dict:
@@ -30,6 +34,7 @@ def describe(run: RunRecord) -> dict:
     family, _, value = run.arm.rpartition(" ")
     logged = pd.DataFrame([entry for entry in run.curves if "sam_rho" in entry])
     median = logged.median(numeric_only=True) if len(logged) else pd.Series(dtype=float)
+    early = [e for e in logged.to_dict("records") if e["step"] <= EARLY * logged.step.max()] if len(logged) else []
     return {
         "task": run.task,
         "family": family or run.arm,
@@ -40,23 +45,26 @@ def describe(run: RunRecord) -> dict:
         "gradient norm": median.get("sam_ascent_grad_norm"),
         "sharpness / loss": (logged["sam_sharpness"] / logged["loss"]).median() if "sam_sharpness" in logged else None,
         "share in the head": median.get("sam_share/head"),
-        "probe": middle_rho(
-            [entry for entry in logged.to_dict("records") if entry["step"] <= EARLY * logged.step.max()]
-        )
-        if len(logged)
-        else None,
+        "weight norm": run.model["trainable_norm"],  # before the first step
+        "probe": middle_rho(early),
     }
 
 
-def with_tied_heads(runs: pd.DataFrame) -> pd.DataFrame:
-    """All runs; where the head is the embedding, those without embeddings are also those without the head."""
+def read(folders: list[str]) -> pd.DataFrame:
+    """All runs of the seeds that are whole in every task."""
+    runs = pd.DataFrame(
+        describe(run) for folder in folders for run in find_records(folder)[0] if run.status == "finished"
+    )
+    cells = runs.groupby("seed").size()
+    runs = runs[runs.seed.isin(cells.index[cells == cells.max()])]
     have = runs[runs.family == "no-embeddings-no-head"].task.unique()
-    same = runs[(runs.family == "no-embeddings") & ~runs.task.isin(have)]
-    return pd.concat([runs, same.assign(family="no-embeddings-no-head")])
+    same = runs[(runs.family == "no-embeddings") & ~runs.task.isin(have)]  # the head is the embedding
+    runs = pd.concat([runs, same.assign(family="no-embeddings-no-head")])
+    return runs.sort_values(["task", "family", "value", "seed"])
 
 
-def best_values(runs: pd.DataFrame, norms: dict[str, float]) -> pd.DataFrame:
-    """The best value of every family in every task, in all units that it has, and whether it is inside its grid."""
+def best_values(runs: pd.DataFrame) -> pd.DataFrame:
+    """The best value of every family in every task, in all units that it has, and whether it is only a bound."""
     rows = []
     for (task, family), group in runs[runs.family != CONTROL].groupby(["task", "family"], sort=False):
         mean = group.groupby("value")["loss"].mean()
@@ -69,13 +77,13 @@ def best_values(runs: pd.DataFrame, norms: dict[str, float]) -> pd.DataFrame:
             "family": family,
             "value": best,
             "gain": gains.mean(),
-            "is bound": best in (mean.index.min(), mean.index.max()) or not gains.mean() > 2 * error,
+            "is_bound": best in (mean.index.min(), mean.index.max()) or not gains.mean() > 2 * error,
         }
         if family == "sam":
             at_best = group[group.value == best].mean(numeric_only=True)
             row |= {
-                "rho ||g||": best * at_best["gradient norm"],
-                "rho / ||w||": best / norms[task],
+                "rho ‖g‖": best * at_best["gradient norm"],
+                "rho / ‖w‖": best / at_best["weight norm"],
                 "sharpness / loss": at_best["sharpness / loss"],
                 "share in the head": at_best["share in the head"],
             }
@@ -84,14 +92,39 @@ def best_values(runs: pd.DataFrame, norms: dict[str, float]) -> pd.DataFrame:
 
 
 def spreads(best: pd.DataFrame) -> dict[str, float]:
-    """Largest minus smallest base-10 logarithm over tasks, by unit."""
+    """Largest minus smallest base-10 logarithm over tasks, by unit; infinite if a value is 0."""
     found = {}
-    for family, group in best.groupby("family", sort=False):
-        units = ["value"] + (["rho ||g||", "rho / ||w||", "sharpness / loss", "share in the head"] * (family == "sam"))
-        for unit in units:
-            logs = np.log10(group[unit].astype(float).clip(lower=1e-12))
-            found[family if unit == "value" else f"{family}: {unit}"] = float(logs.max() - logs.min())
+    for family in FAMILIES:
+        group = best[best.family == family]
+        for unit in ["value", *(DERIVED if family == "sam" else [])]:
+            values = group[unit].astype(float)
+            spread = math.log10(values.max() / values.min()) if values.min() > 0 else math.inf
+            found[family if unit == "value" else f"{family}: {unit}"] = spread
     return found
+
+
+def spread_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """The spread of every unit, an interval from resampled seeds, and in how many tasks the best is no bound."""
+    best = best_values(runs)
+    generator = np.random.default_rng(0)
+    seeds = sorted(runs.seed.unique())
+    drawn: dict[str, list[float]] = {}
+    for _ in range(RESAMPLES):
+        chosen = generator.choice(seeds, len(seeds))
+        again = pd.concat([runs[runs.seed == seed].assign(seed=index) for index, seed in enumerate(chosen)])
+        for unit, spread in spreads(best_values(again)).items():
+            drawn.setdefault(unit, []).append(spread)
+    inside = best[~best["is_bound"]].groupby("family").size()
+    return pd.DataFrame(
+        {
+            "unit": unit,
+            "spread": spread,
+            "low": np.quantile(drawn[unit], 0.025, method="nearest"),
+            "high": np.quantile(drawn[unit], 0.975, method="nearest"),
+            "tasks inside": int(inside.get(unit.split(":")[0], 0)),
+        }
+        for unit, spread in spreads(best).items()
+    )
 
 
 def probes(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
@@ -99,39 +132,43 @@ def probes(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     plain = runs[runs.family == "sam"]
     smallest = plain[plain.value == plain.groupby("task")["value"].transform("min")]
     found = smallest.groupby("task", sort=False)["probe"].median()
-    table = best[best.family == "sam"].set_index("task")[["value", "is bound"]].join(found).reset_index()
+    table = best[best.family == "sam"].set_index("task")[["value", "is_bound"]].join(found).reset_index()
     return table.assign(decades=np.log10(table.probe / table.value))
 
 
-def main(folders: list[str]) -> None:
-    records = [run for folder in folders for run in find_records(folder)[0] if run.status == "finished"]
-    runs = with_tied_heads(pd.DataFrame(map(describe, records)))
-    norms = {run.task: run.model["trainable_norm"] for run in records}  # before the first step
-    best = best_values(runs, norms)
-    generator = np.random.default_rng(0)
-    seeds = sorted(runs.seed.unique())
-    drawn: dict[str, list[float]] = {}
-    for _ in range(RESAMPLES):
-        chosen = generator.choice(seeds, len(seeds))
-        again = pd.concat([runs[runs.seed == seed].assign(seed=index) for index, seed in enumerate(chosen)])
-        for unit, spread in spreads(best_values(again, norms)).items():
-            drawn.setdefault(unit, []).append(spread)
-    inside = best[~best["is bound"]].groupby("family").size()
-    table = pd.DataFrame(
-        {
-            "unit": unit,
-            "spread": spread,
-            "low": np.quantile(drawn[unit], 0.025),
-            "high": np.quantile(drawn[unit], 0.975),
-            "tasks inside": int(inside.get(unit.split(":")[0], 0)),
-        }
-        for unit, spread in spreads(best).items()
+def markdown(runs: pd.DataFrame) -> list[str]:
+    """The tables of the page; * marks a bound."""
+    best = best_values(runs)
+    cells = best.assign(
+        cell=[f"{row.value:g}{'*' if row.is_bound else ''} ({row.gain:+.3f})" for row in best.itertuples()]
     )
-    here = Path(__file__).parent
+    values = cells.pivot(index="task", columns="family", values="cell")[FAMILIES].reset_index()
+    derived = best[best.family == "sam"][["task", *DERIVED]].map(lambda x: x if isinstance(x, str) else f"{x:.2g}")
+    spread = spread_table(runs)
+    ranges = [f"{row.spread:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in spread.itertuples()]
+    spread = pd.DataFrame({"unit": spread.unit, "decades": ranges, "no bound in": spread["tasks inside"]})
     probed = probes(runs, best)
-    for name, frame in (("runs", runs), ("best", best), ("spread", table), ("probe", probed)):
-        frame.to_csv(here / f"{name}.csv", index=False, float_format="%.6g")
-    print(*(frame.to_string(index=False, float_format="%.3g") for frame in (best, table, probed)), sep="\n\n")
+    probed = pd.DataFrame(
+        {
+            "task": probed.task,
+            "best rho": [f"{row.value:g}{'*' if row.is_bound else ''}" for row in probed.itertuples()],
+            "probe": [f"{value:.2g}" for value in probed.probe],
+            "decades": [f"{value:+.1f}" for value in probed.decades],
+        }
+    )
+    return [as_markdown(table) for table in (values, derived, spread, probed)]
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(folders: list[str]) -> None:
+    if folders:
+        read(folders).to_csv(RUNS, index=False, float_format="%.5g")
+    print(*markdown(pd.read_csv(RUNS)), sep="\n\n")
 
 
 if __name__ == "__main__":
