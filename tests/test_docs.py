@@ -270,5 +270,21 @@ def test_the_tables_of_wrong_labels_are_those_of_their_raw_data():
         assert f"| {' | '.join([*names, *cells])} |" in page
 
 
+def test_the_tables_of_the_default_are_those_of_their_raw_data():
+    page = (ROOT / "docs/results/default.md").read_text()
+    table = script("default/table.py")
+    tables = table.markdown(pd.read_csv(table.SCORES))
+    assert set(tables) == {"sam", "no embeddings", "late", "late, no embeddings"}
+    for text in tables.values():
+        assert text in page
+
+
+def test_the_tables_of_units_are_those_of_their_raw_data():
+    page = (ROOT / "docs/results/units.md").read_text()
+    table = script("units/table.py")
+    for text in table.markdown(pd.read_csv(table.RUNS)):
+        assert text in page
+
+
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:
     write()
