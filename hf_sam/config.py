@@ -43,6 +43,8 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay_in_ascent": False,
 }
 
+DEFAULT_SIGMA = 0.03  # nats; goes with the default rho: docs/results/default.md
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "method": is_choice(tuple(METHODS)),
     "rho": is_number(0),
@@ -139,8 +141,10 @@ class SAMConfig:
             `"wsam"`: weight of the sharpness term, in [0, 1). `"esam"`: share of the examples kept, in (0, 1].
         beta (`float`, *optional*):
             `"esam"`: probability that a weight is perturbed, in (0, 1].
-        sigma (`float`, *optional*):
-            `"friendly"`: how much of the averaged gradient is removed from the ascent direction. At least 0.
+        sigma (`float`, *optional*, defaults to 0.03 with the default `rho`, else to no bound):
+            Methods along the gradient itself: upper bound of the linearised rise of the loss, in its units. rho is
+            smaller where `rho ||g||` would exceed it. Above 0. `"lesam"` has its own default, 0.1. `"friendly"`: how
+            much of the averaged gradient is removed from the ascent direction. At least 0.
         ema_decay (`float`, *optional*):
             `"friendly"`: decay of that average, in [0, 1).
         perturb (`str` or `list[str]`, *optional*, defaults to `"all"`):
@@ -237,6 +241,8 @@ class SAMConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; after construction only `rho`, since the other fields have gone into the method's objects.
 
+        A rho that is set before training is the user's own, so the default bound `sigma` goes with the default rho.
+
         Raises:
             AttributeError: Another field is set after construction.
             ValueError: `rho` is out of range.
@@ -248,6 +254,10 @@ class SAMConfig:
                     f"config.changed({name}={value!r})."
                 )
             value = _CHECKS[name](name, value)
+            if self._has_default_bound:
+                self._has_default_bound = False
+                super().__setattr__("sigma", None)
+                self.__dict__.pop("parts", None)
         super().__setattr__(name, value)
 
     def _refuse_unused(self) -> None:
@@ -286,6 +296,10 @@ class SAMConfig:
         for field in self.fields():
             if getattr(self, field) is None and self._uses(field) and field not in dependent:
                 setattr(self, field, defaults.get(field))
+        may_be_bounded = self.sigma is None and self._own_hyperparameters.get("sigma", 0.0) is None
+        self._has_default_bound = may_be_bounded and "rho" not in self._given and "rho" not in self.row.defaults
+        if self._has_default_bound:
+            self.sigma = DEFAULT_SIGMA
         is_on = {"eta": bool(self.adaptive), "rho_min": self.rho_schedule != "constant"}
         for field, switch in dependent.items():
             value = getattr(self, field)

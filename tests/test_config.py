@@ -78,6 +78,22 @@ def test_defaults_are_plain_sam():
     assert config.eta is config.alpha is config.gamma is config.rho_min is None
 
 
+def test_the_default_rho_is_bounded_by_the_rise_of_the_loss_and_a_chosen_one_is_not():
+    bounds = {method: SAMConfig(method=method).sigma for method in METHODS}
+    bounded = {"sam", "wsam", "looksam", "periodic", "late", "subset", "functional"}
+    assert {method for method, sigma in bounds.items() if sigma == 0.03} == bounded
+    assert SAMConfig(rho=0.005).sigma is SAMConfig(method="asam").sigma is SAMConfig(method="late", rho=1).sigma is None
+    assert SAMConfig(sigma=0.2).sigma == SAMConfig(sigma=0.2, rho=0.1).sigma == 0.2
+    assert SAMConfig().changed(rho=0.1).sigma is None
+    config = SAMConfig()
+    config.rho = 0.1
+    assert config.sigma is config.parts.ascent.sigma is None
+    assert SAMConfig.from_dict(config.to_dict()) == config
+    config = SAMConfig(sigma=0.2)
+    config.rho = 0.1
+    assert config.sigma == config.parts.ascent.sigma == 0.2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_json_round_trip_of_every_method(method):
     config = SAMConfig(method=method)

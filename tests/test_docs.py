@@ -77,6 +77,8 @@ def passes(config: SAMConfig) -> str:
 def defaults(config: SAMConfig) -> str:
     """Values of rho and of the fields that are the method's own."""
     own = (config._own_hyperparameters.keys() - SHARED) | config.row.defaults.keys() - {"adaptive"} | {"rho"}
+    if config.sigma is not None:
+        own.add("sigma")
     if config.adaptive:
         own.add("eta")
     flat = [name for name in SAMConfig.fields() if name in own]

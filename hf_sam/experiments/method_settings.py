@@ -81,7 +81,7 @@ def explain(config: SAMConfig, merged: Merged) -> str:
         for name, value in config.to_dict().items():
             key = f"{PREFIX}options" if name in options else f"{PREFIX}{name}"
             given = merged.values.get(key) is not None
-            if name in ("method", "rho") or given or name in config.row.defaults:
+            if name in ("method", "rho", "sigma") or given or name in config.row.defaults:
                 default = f"default of {config.method}" if name in config.row.defaults else "default"
                 told.append(f"{name} {value} ({merged.sources[key] if given else default})")
         line = ", ".join(told)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .auxiliary_lora import AuxiliaryLora
 from .base import Ascent, Needs, Step
-from .fields import flag, number, whole
+from .fields import flag, number, number_or_none, whole
 from .geometry import steepest
 
 if TYPE_CHECKING:
@@ -34,12 +34,15 @@ class Geometry(Ascent):
     adaptive: bool = flag(False)
     eta: float = number(0.01, 0)
 
-    def steepest(self, direction: Vector, step: Step, rho: float | None = None) -> Vector:
-        """The steepest perturbation of size `rho` (by default `step.rho`) along `direction`, which is overwritten."""
+    def steepest(self, direction: Vector, step: Step, rho: float | None = None, sigma: float | None = None) -> Vector:
+        """
+        The steepest perturbation of size `rho` (by default `step.rho`) along `direction`, which is overwritten; smaller
+        where the linearised rise of the loss would exceed `sigma`.
+        """
         scale = step.weights.abs() if self.adaptive else None
         if scale is not None:
             scale += self.eta
-        return steepest(direction, step.rho if rho is None else rho, self.p, scale)
+        return steepest(direction, step.rho if rho is None else rho, self.p, scale, sigma)
 
     def gradient_in(self, displacement: Tensor) -> Tensor | None:
         """Invert `eps = sign(g) |g|^(q-1)`, by (q - 1)(p - 1) = 1."""
@@ -56,10 +59,13 @@ class Steepest(Geometry):
     Args:
         ascent_steps (`int`): Inner steps K, each of size rho / K.
         weight_decay_in_ascent (`bool`): Perturb along `g + weight_decay * w`, the paper's L2 term.
+        sigma (`float`, *optional*): Upper bound of the linearised rise of the loss, in its units; rho is smaller where
+            `rho ||g||` would exceed it.
     """
 
     ascent_steps: int = whole(1)
     weight_decay_in_ascent: bool = flag(False)
+    sigma: float | None = number_or_none(0, above=True)
 
     @property
     def logs_cosine(self) -> bool:
@@ -67,7 +73,7 @@ class Steepest(Geometry):
         return self.adaptive
 
     def eps(self, g: Vector, step: Step) -> Vector:
-        return self.steepest(g, step)
+        return self.steepest(g, step, sigma=None if self.sigma is None else self.sigma / self.ascent_steps)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,12 @@ def number(
     return _field(default, is_number(low, high, above=above, below=below, inf=inf))
 
 
+def number_or_none(low: float = -math.inf, high: float = math.inf, *, above=False, below=False) -> Any:
+    """A field that holds a number as in `number`, or None, its default."""
+    check = is_number(low, high, above=above, below=below)
+    return _field(None, lambda field, value: None if value is None else check(field, value))
+
+
 def whole(default: int, low: int = 1) -> Any:
     """A field that holds an integer of at least `low`."""
     return _field(default, is_whole(low))

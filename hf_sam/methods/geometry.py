@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ..update.vector import Vector
 
 
-def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | None = None) -> Vector:
+def steepest(
+    g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | None = None, sigma: float | None = None
+) -> Vector:
     r"""The maximiser of `<g, eps>` over the ball `||eps / scale||_p <= rho`; consumes `g`.
 
         eps = rho * sign(g) |g|^(q-1) / ||g||_q^(q/p),   1/p + 1/q = 1          (Foret et al. 2021, Equation 2)
@@ -26,18 +28,23 @@ def steepest(g: Vector, rho: float | Tensor, p: float = 2.0, scale: Vector | Non
         p (`float`, *optional*, defaults to 2.0): Norm of the ball, in [1, inf]. At `p = 1` the largest coordinates
             share rho equally.
         scale (`Vector`, *optional*): The unit of each coordinate; `|w| + eta` in adaptive methods.
+        sigma (`float`, *optional*): Upper bound of the linearised rise of the loss, `<g, eps> = rho ||T g||_q`: where it
+            would be higher, the radius is `sigma / ||T g||_q` (as in LE-SAM, Wang et al. 2026, arXiv 2605.10183).
 
     Returns:
         `Vector`: exactly 0 if the norm of `g` is 0 or not finite.
     """
     if scale is not None:
         g *= scale
+    if sigma is not None:
+        q = 1.0 if p == math.inf else math.inf if p == 1 else p / (p - 1)
+        rho = (sigma / g.norm(q)).clamp(max=rho)
     if p == 2:
         norm = g.norm()
         eps = g * usable(norm, rho / norm)
     elif p == math.inf:
         largest = g.norm(math.inf)
-        eps = g.map_lists_(torch._foreach_sign_) * usable(largest, torch.full_like(largest, float(rho)))
+        eps = g.map_lists_(torch._foreach_sign_) * usable(largest, torch.ones_like(largest) * rho)
     elif p == 1:
         largest = g.norm(math.inf)
         g.map_lists_(lambda tensors: _keep_signs_of_largest_(tensors, largest))

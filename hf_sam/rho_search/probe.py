@@ -28,7 +28,8 @@ def probe_steps(length: int) -> int:
 
 def has_a_scale(config: SAMConfig) -> bool:
     """Whether the ascent is along the gradient, so that sharpness is measured, and proportional to a small rho."""
-    return type(config.parts.ascent) is Steepest and not config.rho_min
+    ascent = config.parts.ascent
+    return type(ascent) is Steepest and ascent.sigma is None and not config.rho_min
 
 
 def middle_rho(curves: Sequence[Mapping[str, Any]]) -> float | None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sam.methods import Geometry, Noise, steepest
+from hf_sam.methods import Geometry, Noise, Steepest, steepest
 from hf_sam.update.ascent_step import AscentStep
 from hf_sam.update.reductions import Reductions
 from hf_sam.update.vector import Vector
@@ -49,6 +49,36 @@ def test_eps_attains_hoelders_bound(p):
     q = {1: math.inf, math.inf: 1}.get(p) or p / (p - 1)
     torch.testing.assert_close(p_norm(found, p), torch.tensor(rho, dtype=torch.float64), rtol=1e-12, atol=0)
     torch.testing.assert_close(g @ found, rho * p_norm(g, q), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("p", [1, 1.25, 2, 3, math.inf])
+def test_the_linearised_rise_of_the_loss_is_at_most_sigma(p, adaptive):
+    """Where it would be higher, `eps` is shorter, in the same direction; elsewhere it is the same."""
+    g, step = flat(tensors()), SimpleNamespace(weights=vector(tensors(2.0), is_shared=True), rho=0.3)
+
+    def found(sigma):
+        made = Geometry(p, adaptive=adaptive).steepest(vector(tensors()), step, sigma=sigma)
+        return flat(made.numbers())
+
+    free = found(None)
+    rise = float(g @ free)
+    torch.testing.assert_close(found(rise / 4), free / 4, rtol=1e-11, atol=0)
+    torch.testing.assert_close(found(rise * 4), free, rtol=1e-15, atol=0)
+
+
+def test_inner_steps_share_the_bound(tmp_path):
+    """Each of K steps has rho / K and sigma / K, so that the rise of all of them is at most sigma."""
+    step = SimpleNamespace(rho=0.1)
+    whole = Steepest(sigma=0.01).eps(vector(tensors()), step)
+    half = Steepest(sigma=0.01, ascent_steps=2).eps(vector(tensors()), step)
+    torch.testing.assert_close(flat(half.numbers()) * 2, flat(whole.numbers()), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_no_gradient_is_no_perturbation_also_under_a_bound(bad):
+    values = [torch.full(shape, bad, dtype=torch.float64) for shape in SHAPES]
+    assert Steepest(sigma=0.01).eps(vector(values), SimpleNamespace(rho=0.1)).factor == 0
 
 
 def test_p_one_shares_rho_among_equal_coordinates():

@@ -29,6 +29,7 @@ def test_lesam(tmp_path, sigma, ceiling):
     config = SAMConfig(method="lesam", sigma=sigma, rho=ceiling, options={"decay_start": 1.0})
     expected = reference(lambda loss, w, step: oracles.loss_budget(loss, w, sigma, ceiling), steps=3)
     assert_equal_to_1e_12(run(tmp_path, config, steps=3), expected)
+    assert_equal_to_1e_12(run(tmp_path, SAMConfig(sigma=sigma, rho=ceiling), steps=3), expected)
 
 
 def test_lesams_budget_falls_by_a_cosine_at_the_end_of_the_run(tmp_path):
