@@ -172,7 +172,7 @@ def test_the_configuration_in_force_says_where_each_value_comes_from(files):
     )
     off = parse(str(files / "off.yaml"), "--sam_method=msam")[3].explain()
     assert off.endswith("; left out: sam_rho=0 of off.yaml, which switched SAM off")
-    assert parse()[3].explain() == "method sam (default), rho 0.005 (default)"
+    assert parse()[3].explain() == "method sam (default), rho 0.005 (default), sigma 0.03 (default)"
     told = parse("--sam_method=lesam", '--sam_options={"sigma": 0.3, "decay_start": 1}')[3].explain()
     assert "sigma 0.3 (command line)" in told
     assert "{'decay_start': 1.0} (command line)" in told
