@@ -15,7 +15,7 @@ from ..suggestions import did_you_mean
 from .ascents import Geometry
 from .base import Ascent, Needs, Step
 from .fields import number, whole
-from .geometry import steepest, usable
+from .geometry import steepest
 
 if TYPE_CHECKING:
     from ..update.vector import Vector
@@ -40,9 +40,7 @@ class LossBudget(Ascent):
         if step.progress > self.decay_start:
             elapsed = (step.progress - self.decay_start) / (1 - self.decay_start)
             sigma *= (1 + math.cos(math.pi * elapsed)) / 2
-        norm = g.norm()
-        rho = (sigma / norm).clamp(max=step.rho)
-        return g * usable(norm, rho / norm)
+        return steepest(g, step.rho, sigma=sigma)
 
     def gradient_in(self, displacement: Tensor) -> Tensor:
         return displacement

@@ -67,7 +67,7 @@ def test_the_linearised_rise_of_the_loss_is_at_most_sigma(p, adaptive):
     torch.testing.assert_close(found(rise * 4), free, rtol=1e-15, atol=0)
 
 
-def test_inner_steps_share_the_bound(tmp_path):
+def test_inner_steps_share_the_bound():
     """Each of K steps has rho / K and sigma / K, so that the rise of all of them is at most sigma."""
     step = SimpleNamespace(rho=0.1)
     whole = Steepest(sigma=0.01).eps(vector(tensors()), step)
