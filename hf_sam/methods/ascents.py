@@ -59,8 +59,8 @@ class Steepest(Geometry):
     Args:
         ascent_steps (`int`): Inner steps K, each of size rho / K.
         weight_decay_in_ascent (`bool`): Perturb along `g + weight_decay * w`, the paper's L2 term.
-        sigma (`float`, *optional*): Upper bound of the linearised rise of the loss, in its units; rho is smaller where
-            `rho ||g||` would exceed it.
+        sigma (`float`, *optional*): Upper bound of the linearised rise of the step's loss, in its units; rho is smaller
+            where `rho ||g||` would exceed it. Of the parts of a step, each may cause its share.
     """
 
     ascent_steps: int = whole(1)
@@ -73,7 +73,7 @@ class Steepest(Geometry):
         return self.adaptive
 
     def eps(self, g: Vector, step: Step) -> Vector:
-        return self.steepest(g, step, sigma=None if self.sigma is None else self.sigma / self.ascent_steps)
+        return self.steepest(g, step, sigma=None if self.sigma is None else self.sigma * step.share / self.ascent_steps)
 
 
 @dataclass(frozen=True)

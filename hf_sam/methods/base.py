@@ -61,6 +61,8 @@ class Step(Protocol):
         index (`int`): Number of optimizer steps before this one.
         progress (`float`): Fraction of the run that is done, in [0, 1).
         rho (`float`): Size of the perturbation: the scheduled rho, divided by the number of inner ascent steps.
+        share (`float`): Fraction of the step's examples that `g` is the gradient of: 1, or less with `scope="micro"` under
+            accumulation and with `m`. The losses of all parts sum to that of the step.
         lr (`float`): The largest learning rate of the optimizer's parameter groups.
         age (`int`): Steps since the last one that was due under `interval`; 0 in a due step.
         is_first (`bool`): Whether the optimizer has not stepped yet since the run started or was resumed.
@@ -78,6 +80,7 @@ class Step(Protocol):
     index: int
     progress: float
     rho: float
+    share: float
     lr: float
     age: int
     is_first: bool

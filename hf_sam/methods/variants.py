@@ -28,7 +28,7 @@ class LossBudget(Ascent):
     `eps = min(sigma_t / ||g||, rho) g / ||g||`, since the linearized loss rises by `rho ||g||`.
 
     Args:
-        sigma (`float`): The budget, in units of the loss.
+        sigma (`float`): The budget of a whole step, in units of the loss; each part of a step has its share of it.
         decay_start (`float`): Fraction of the run after which sigma decays to 0 along a cosine; 1 for never.
     """
 
@@ -36,7 +36,7 @@ class LossBudget(Ascent):
     decay_start: float = number(0.8, 0, 1)
 
     def eps(self, g: Vector, step: Step) -> Vector:
-        sigma = self.sigma
+        sigma = self.sigma * step.share
         if step.progress > self.decay_start:
             elapsed = (step.progress - self.decay_start) / (1 - self.decay_start)
             sigma *= (1 + math.cos(math.pi * elapsed)) / 2

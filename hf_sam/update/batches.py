@@ -61,6 +61,11 @@ class MicroBatch:
         """Number of examples: the most common length of tensors, or else of lists; None if there are neither."""
         return batch_size(self.inputs)
 
+    @property
+    def share(self) -> float:
+        """Fraction of the optimizer step's examples on this process, if all micro-batches of the step are of one size."""
+        return self.fraction / self.accumulation_steps
+
     def chunks(self, m: int) -> list[Tensor]:
         """Indices of consecutive parts of `m` examples; the last may be smaller."""
         return list(torch.arange(self.size or 0).split(m))

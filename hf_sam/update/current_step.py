@@ -21,7 +21,7 @@ class CurrentStep:
     """One optimizer step, or one inner ascent step of it, as a method sees it.
 
     Args:
-        index (`int`), progress (`float`), rho (`float`), age (`int`), is_first (`bool`): As in `Step`.
+        index (`int`), progress (`float`), rho (`float`), share (`float`), age (`int`), is_first (`bool`): As in `Step`.
         selected (`list[Parameter]`): The perturbed parameters.
         optimizer (`torch.optim.Optimizer`): Read only.
         space (`Space`): The space of the Vectors.
@@ -39,6 +39,7 @@ class CurrentStep:
         index: int,
         progress: float,
         rho: float,
+        share: float,
         age: int,
         is_first: bool,
         selected: list[Parameter],
@@ -51,7 +52,8 @@ class CurrentStep:
         loss_scale: Tensor | float,
         hessian_product: Callable[[Vector], Vector] | None = None,
     ):
-        self.index, self.progress, self.rho, self.age, self.is_first = index, progress, rho, age, is_first
+        self.index, self.progress, self.rho, self.share = index, progress, rho, share
+        self.age, self.is_first = age, is_first
         self.memory, self.attached, self.loss_scale = memory, attached, loss_scale
         self.record = telemetry.record
         self._selected, self._optimizer, self._space, self._seed = selected, optimizer, space, seed

@@ -108,7 +108,7 @@ class SharpnessAwareUpdate:
         self._peak_lr = peak_lr(optimizer, scheduler, max_steps) if config.rho_schedule == "lr" else 0.0
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
-        self._micro, self._has_uncommitted_memory, self._retries_ascent = 0, False, False
+        self._micro, self._share, self._has_uncommitted_memory, self._retries_ascent = 0, 1.0, False, False
         self._has_stepped = False
 
     # --- Algorithm 1 -------------------------------------------------------------------------------------------------
@@ -163,6 +163,7 @@ class SharpnessAwareUpdate:
         """Run Algorithm 1: on this micro-batch, or on the accumulation window once its last micro-batch is here."""
         if self.scope == "micro" or not self._window:  # otherwise p.grad holds the ascent gradient of the window so far
             self._accumulated = take_gradients(self.parameters.trainable)
+        self._share = batch.share if self.scope == "micro" else 1.0
         # g = grad L(w), in p.grad
         synced = is_last and self.scope == "global"
         clean_loss = self.runner.ascend(model, batch, self._ascent_parameters, self._step(), synced=synced)
@@ -375,6 +376,7 @@ class SharpnessAwareUpdate:
             index=self.index,
             progress=self.index / self._max_steps,
             rho=self.rho if rho is None else rho,
+            share=self._share,
             age=0 if self.kind is Kind.TWO_PASSES else self.schedule.age(self.index),
             is_first=not self._has_stepped,
             selected=self.parameters.selected,

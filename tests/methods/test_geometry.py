@@ -69,7 +69,7 @@ def test_the_linearised_rise_of_the_loss_is_at_most_sigma(p, adaptive):
 
 def test_inner_steps_share_the_bound():
     """Each of K steps has rho / K and sigma / K, so that the rise of all of them is at most sigma."""
-    step = SimpleNamespace(rho=0.1)
+    step = SimpleNamespace(rho=0.1, share=1.0)
     whole = Steepest(sigma=0.01).eps(vector(tensors()), step)
     half = Steepest(sigma=0.01, ascent_steps=2).eps(vector(tensors()), step)
     torch.testing.assert_close(flat(half.numbers()) * 2, flat(whole.numbers()), rtol=1e-12, atol=0)
@@ -78,7 +78,7 @@ def test_inner_steps_share_the_bound():
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 def test_no_gradient_is_no_perturbation_also_under_a_bound(bad):
     values = [torch.full(shape, bad, dtype=torch.float64) for shape in SHAPES]
-    assert Steepest(sigma=0.01).eps(vector(values), SimpleNamespace(rho=0.1)).factor == 0
+    assert Steepest(sigma=0.01).eps(vector(values), SimpleNamespace(rho=0.1, share=1.0)).factor == 0
 
 
 def test_p_one_shares_rho_among_equal_coordinates():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from integration import tiny
-from methods.test_rows import assert_equal_to_1e_12, reference, run
+from methods.test_rows import DECAY, LR, assert_equal_to_1e_12, reference, run
 from models import OrderedSAMTrainer, arguments, examples, stack, tiny_classifier, train
 
 from hf_sam import SAMConfig
@@ -39,6 +39,33 @@ def test_lesams_budget_falls_by_a_cosine_at_the_end_of_the_run(tmp_path):
 
     config = SAMConfig(method="lesam", sigma=0.1, rho=10.0, options={"decay_start": 0.25})
     assert_equal_to_1e_12(run(tmp_path, config, steps=4), reference(step_gradient, steps=4))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "m", "steps"),
+    [
+        (4, 2, None, [[4, 4]] * 3),
+        (8, 1, 3, [[3, 3, 2]] * 3),
+        (4, 2, 3, [[3, 1, 3, 1]] * 3),
+        (2, 3, None, [[2, 2, 2], [2]]),  # the last window of an epoch is short
+    ],
+)
+def test_each_part_of_a_step_has_the_budget_in_its_own_loss(tmp_path, batch_size, accumulation, m, steps):
+    """Whatever number of parts the step has, by the formula on the mean loss of every part."""
+    sigma, ceiling = 0.05, 10.0
+    model, data = tiny_classifier(), examples(8)
+    w, start = oracles.flatten(oracles.used_parameters(model)), 0
+    for sizes in steps:
+        g_s = torch.zeros_like(w)
+        for size in sizes:
+            loss = oracles.loss_function(model, stack(data[start : start + size]))
+            g_s += size / sum(sizes) * oracles.loss_budget(loss, w, sigma, ceiling)
+            start = (start + size) % len(data)
+        w = w - LR * (g_s + DECAY * w)
+    for method, options in (("sam", {}), ("lesam", {"decay_start": 1.0})):
+        config = SAMConfig(method=method, sigma=sigma, rho=ceiling, m=m, scope="micro", options=options)
+        actual = run(tmp_path / method, config, len(steps), batch_size, accumulation)
+        assert_equal_to_1e_12(actual, w)
 
 
 def test_the_rise_of_a_linear_loss_is_lesams_budget(tmp_path):
