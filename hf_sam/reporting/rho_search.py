@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from ..evaluation.metrics import metric_of
-from ..rho_search.halving import first_pairs
 from ..rho_search.phases import Phase, RhoWorkshop, passes_spent
 from ..rho_search.rule import Gain, recommended
 from .document import Block, Document, Section, Table, Text, write_document
@@ -102,7 +101,7 @@ def write_rho_report(
         "values above 0": ", ".join(f"{rho:g}" for rho in search.rhos),
         **({"probe": f"{plan.probe} steps, which gave the values"} if plan.probe else {}),
         "rungs": "; ".join(f"{rung.rhos} values to step {rung.step}" for rung in plan.rungs),
-        "confirmation": f"0 and the best, {plan.seeds} new seeds, to step {plan.horizon}; {first_pairs(plan.seeds)} if they show no gain",
+        "confirmation": f"0 and the best, {plan.seeds} new seeds, to step {plan.horizon}; fewer if the first settle the question",
         "ordinary run": f"{plan.length} steps",
         "schedule": "annealed by the last step" if plan.schedule == plan.horizon else "that of the whole run, paused",
         "gradient passes": f"{passes['spent']:g} spent, {passes['planned']:g} planned, {passes['allowed']:g} allowed",

@@ -144,14 +144,10 @@ def make_plan(
     return plan(low, seeds)
 
 
-def first_pairs(seeds: int) -> int:
-    """
-    The number of pairs after which a confirmation of `seeds` pairs ends if they show no gain: the first third of them.
-
-    Significance takes gains that agree over seeds, so the other pairs could hardly bring the value back; and ending early
-    for an answer of 0 cannot raise the rate of wrong recommendations.
-    """
-    return max(1, seeds // 3)
+def looks(seeds: int) -> list[int]:
+    """The numbers of pairs after which a confirmation of `seeds` pairs may end: a third of them, and two thirds."""
+    third = max(1, seeds // 3)
+    return [pairs for pairs in (third, 2 * third) if pairs < seeds]
 
 
 def survivors(gains: Mapping[float, float | None], keep: int) -> list[float]:

@@ -17,8 +17,8 @@ from ..experiments.plan import TUNING, command_line
 from ..experiments.records import RECORD_NAME, RunRecord, read_record
 from ..experiments.workshop import Workshop
 from ..update.schedule import Schedule
-from .halving import SearchPlan, first_pairs, survivors
-from .rule import Gain, paired_gain
+from .halving import SearchPlan, looks, survivors
+from .rule import Gain, is_settled, paired_gain
 from .scores import ExampleScores, constant_scores, example_scores
 
 PREDICTIONS_NAME = "test_predictions.parquet"  # trials are scored on the validation split in place of the test split
@@ -158,24 +158,27 @@ class RhoWorkshop(Workshop):
         return [*found, self._confirmation(rhos[0])]
 
     def _confirmation(self, rho: float) -> list[Phase]:
-        """The runs of the confirmation: the first pairs, and the others unless these show no gain."""
-        search, stage = self.search, len(self.search.plan.rungs)
+        """The runs of the confirmation, without the last ones if those before settle the question."""
+        search, stage, horizon = self.search, len(self.search.plan.rungs), self.search.plan.horizon
         seeds = range(search.seed + 1, search.seed + 1 + search.plan.seeds)
-        runs = [Phase(stage, value, seed, 0, search.plan.horizon) for seed in seeds for value in (0.0, rho)]
-        first = runs[: 2 * first_pairs(search.plan.seeds)]
-        return runs if all(map(self.has_ended, first)) and not self._shows_no_gain(first) else first
+        pairs = [[Phase(stage, value, seed, 0, horizon) for value in (rho, 0.0)] for seed in seeds]
+        made = next((k for k in looks(len(pairs)) if not self._goes_on_after(pairs[:k])), len(pairs))
+        return [phase for pair in pairs[:made] for phase in reversed(pair)]
 
-    def _shows_no_gain(self, runs: Sequence[Phase]) -> bool:
-        """Whether a run with rho above 0 failed or diverged, or the mean gain of the pairs is not above 0."""
-        treated = [run for run in runs if run.rho]
-        if any(self.score(run) is None for run in treated):
-            return True
-        gain = self.gain_over([(run, run.control) for run in treated])
-        return gain is not None and not gain.value > 0
+    def _goes_on_after(self, pairs: Sequence[Sequence[Phase]]) -> bool:
+        """Whether all runs of the pairs have ended, those with rho above 0 well, and the question is not settled."""
+        if not all(self.has_ended(run) for pair in pairs for run in pair):
+            return False
+        if any(self.score(treated) is None for treated, _ in pairs):
+            return False
+        scored = self._scored(pairs)
+        return not scored or not is_settled(
+            *scored, self._higher_is_better, len(self.search.rhos), self.search.plan.seeds
+        )
 
     @property
     def ended_early(self) -> bool:
-        """Whether the search ended after the first pairs of the confirmation, which show no gain."""
+        """Whether the search ended before all pairs of the confirmation were made."""
         stages, plan = self.stages(), self.search.plan
         return len(stages) > len(plan.rungs) and len(stages[-1]) < 2 * plan.seeds and not any(self.open_runs())
 
@@ -282,12 +285,17 @@ class RhoWorkshop(Workshop):
 
     def gain_over(self, pairs: Sequence[tuple[Phase, Phase]]) -> Gain | None:
         """The gain over the pairs in which both runs have a score; `None` if there are none."""
-        scored = [(self.score(a), self.score(b)) for a, b in pairs]
-        scored = [(a, b) for a, b in scored if a is not None and b is not None]
-        if not scored:
-            return None
-        higher = metric_of(self.metric).higher_is_better
-        return paired_gain([a for a, _ in scored], [b for _, b in scored], higher, len(self.search.rhos))
+        scored = self._scored(pairs)
+        return paired_gain(*scored, self._higher_is_better, len(self.search.rhos)) if scored else None
+
+    def _scored(self, pairs: Sequence[Sequence[Phase]]) -> tuple[list[ExampleScores], ...]:
+        """The scores of the treated runs and of their controls, of pairs in which both have one; empty if there are none."""
+        scores = [(self.score(treated), self.score(control)) for treated, control in pairs]
+        return tuple(map(list, zip(*(pair for pair in scores if None not in pair), strict=True)))
+
+    @property
+    def _higher_is_better(self) -> bool:
+        return metric_of(self.metric).higher_is_better
 
     @property
     def floor_in_words(self) -> str:

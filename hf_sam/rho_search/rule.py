@@ -12,6 +12,7 @@ from scipy import stats
 from .scores import ExampleScores
 
 LEVEL = 0.05  # probability of recommending a rho if none helps, over all values tried
+HOPELESS = 0.5  # of what significance takes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,27 @@ def paired_gain(
         half = float(stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance))
     mean = float(gains.mean())
     return Gain(mean, mean - half, mean + half, confidence, seeds)
+
+
+def is_settled(
+    treated: Sequence[ExampleScores], control: Sequence[ExampleScores], higher_is_better: bool, rhos: int, seeds: int
+) -> bool:
+    """
+    Whether a confirmation of `seeds` pairs may end after the given ones.
+
+    - Yes, if the gain is significant at half the level; half, because there are further looks at it.
+    - Yes, if it is hopeless: were all other pairs as good as the best one so far, the gain would not reach half of what
+      significance takes. Ending for an answer of 0 cannot raise the rate of wrong recommendations.
+    """
+    now = paired_gain(treated, control, higher_is_better, 2 * rhos)
+    if now.seeds > 1 and now.low > 0:
+        return True
+    sign = 1 if higher_is_better else -1
+    pairs = list(zip(treated, control, strict=True))
+    best = max(pairs, key=lambda pair: sign * (pair[0].value - pair[1].value))
+    pairs += [best] * (seeds - len(pairs))
+    hoped = paired_gain([a for a, _ in pairs], [b for _, b in pairs], higher_is_better, rhos)
+    return not hoped.value > HOPELESS * (hoped.value - hoped.low)
 
 
 def recommended(rho: float | None, gain: Gain | None) -> float:

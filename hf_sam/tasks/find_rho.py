@@ -30,7 +30,7 @@ from ..experiments.json_files import plain, write_json
 from ..experiments.records import RECORD_NAME, RecordError, read_record
 from ..experiments.workshop import retry_failed
 from ..reporting import rho_search as rho_report
-from ..rho_search.halving import Rung, SearchPlan, first_pairs, geometric_grid, make_plan
+from ..rho_search.halving import Rung, SearchPlan, geometric_grid, make_plan
 from ..rho_search.phases import PROBE, UNTRAINED, Phase, RhoWorkshop, Search, pass_counter
 from ..rho_search.probe import has_a_scale, middle_rho, probe_steps, values_around
 from .command_line.arguments import parse_arguments
@@ -257,10 +257,9 @@ def print_plan(search: Search, budget: float, values_follow: bool) -> None:
     for number, rung in enumerate(plan.rungs, start=1):
         print(f"rung {number}: 0 and {rung.rhos} values up to step {rung.step}, seed {search.seed}")
     how = "annealed to that length" if plan.schedule == plan.horizon else "with the schedule of the whole run"
-    first = first_pairs(plan.seeds)
     print(
-        f"confirmation: 0 and the best value up to step {plan.horizon}, {plan.seeds} other seeds; {first} if "
-        f"{'they show' if first > 1 else 'it shows'} no gain"
+        f"confirmation: 0 and the best value up to step {plan.horizon}, {plan.seeds} other seeds; fewer if the first settle "
+        "the question"
     )
     print(f"Runs cover {share} of an ordinary run of {plan.length} steps, {how}.")
     print(

@@ -13,9 +13,9 @@ from hf_sam.reporting.rho_search import conclusion
 from hf_sam.rho_search.halving import (
     Rung,
     SearchPlan,
-    first_pairs,
     geometric_grid,
     halving,
+    looks,
     make_plan,
     search_passes,
     survivors,
@@ -29,7 +29,7 @@ from hf_sam.rho_search.phases import (
     pass_counter,
 )
 from hf_sam.rho_search.probe import has_a_scale, middle_rho, probe_steps, values_around
-from hf_sam.rho_search.rule import paired_gain, recommended
+from hf_sam.rho_search.rule import is_settled, paired_gain, recommended
 from hf_sam.rho_search.scores import ExampleScores, constant_scores, example_scores
 from hf_sam.update.schedule import Schedule
 
@@ -240,10 +240,13 @@ def simulate(rng, gains, *, seeds=3, examples=200, over_examples=0.0, over_seeds
         rhos = survivors({rho: run(rho).value for rho in rhos}, rung.rhos)
     (best,) = survivors({rho: run(rho).value for rho in rhos}, 1)
     treated = [run(best) for _ in range(seeds)]
-    first = first_pairs(seeds)
-    if ends_early and not paired_gain(treated[:first], [zero] * first, True, len(gains)).value > 0:
-        return 0.0
-    return recommended(best, paired_gain(treated, [zero] * seeds, True, len(gains)))
+    made = seeds
+    if ends_early:
+        made = next(
+            (k for k in looks(seeds) if is_settled(treated[:k], [zero] * k, True, len(gains), seeds)),
+            seeds,
+        )
+    return recommended(best, paired_gain(treated[:made], [zero] * made, True, len(gains)))
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 6])
@@ -267,10 +270,56 @@ def test_the_best_rho_of_a_clear_curve_is_recommended():
     assert not any(simulate(rng, harmful, over_examples=0.3, over_seeds=0.02) for _ in range(200))
 
 
+@pytest.mark.parametrize(
+    ("seeds", "expected"), [(1, []), (2, [1]), (3, [1, 2]), (4, [1, 2]), (6, [2, 4]), (10, [3, 6])]
+)
+def test_a_confirmation_may_end_after_a_third_and_two_thirds(seeds, expected):
+    assert looks(seeds) == expected
+
+
+def test_a_question_is_settled_by_agreeing_gains_and_by_hopeless_ones():
+    """Examples that move alike, so that the intervals are those of Student's test over the seeds."""
+
+    def settled(*gains, seeds=3, higher=True):
+        treated = [scores(np.full(50, gain)) for gain in gains]
+        return is_settled(treated, [scores(np.zeros(50))] * len(gains), higher, 1, seeds)
+
+    assert settled(-0.1)
+    assert settled(0.0)
+    assert settled(0.1, higher=False)
+    assert not settled(0.1)  # one seed is never significant, and two more such pairs would be
+    assert settled(0.1, 0.101)
+    assert not settled(0.1, 0.2)  # +0.15, with a one-sided 97.5 % bound of 0.05 * 12.7 below it
+    low = 0.15 - 0.05 * stats.t.ppf(0.975, 1)
+    assert low < 0
+    # [-0.3, 0.1] and another 0.1: -0.033, so not even above 0; [-0.1, 0.1] and another 0.1: 0.033, where significance
+    # takes 2.92 * 0.115 / sqrt(3) = 0.195, of which it is 0.17
+    assert settled(-0.3, 0.1)
+    assert settled(-0.1, 0.1)
+    # [0.02, 0.1, 0.1]: 0.073, where significance takes 2.92 * 0.0267 = 0.078
+    assert not settled(0.02, 0.1)
+
+
+def test_a_search_costs_less_where_no_rho_helps_and_where_one_does():
+    """In horizons: 3 for the rungs, 3 for each pair. All of it is 12."""
+
+    def cost(gain):
+        spent = []
+        for n in range(200):
+            rng = np.random.default_rng(n)
+            treated = [scores(gain + rng.normal(0, 0.02) + rng.normal(0, 0.3, 200)) for _ in range(3)]
+            made = next((k for k in looks(3) if is_settled(treated[:k], [scores(np.zeros(200))] * k, True, 3, 3)), 3)
+            spent.append(3 + 3 * made)
+        return np.mean(spent)
+
+    assert cost(0.0) < 8
+    assert cost(0.2) < 10
+
+
 @pytest.mark.parametrize("seeds", [2, 3, 6])
 @pytest.mark.parametrize("gain", [0.03, 0.06, 0.12])
 def test_ending_early_costs_hardly_any_recommendation(seeds, gain):
-    """At most three in a hundred, over gains of half a standard deviation over seeds to two."""
+    """At most three in a hundred, over gains of half a standard deviation over seeds to two; an early yes adds some."""
     found = [
         sum(
             simulate(np.random.default_rng(n), {0.05: gain}, seeds=seeds, over_seeds=0.06, ends_early=early) > 0
@@ -307,6 +356,10 @@ def test_a_search_that_ended_early_says_after_how_many_seeds(monkeypatch):
     assert (rho, gain.seeds) == (0.0, 1)
     assert sentence.endswith("The search ended there, after 1 of 3 seeds.")
     monkeypatch.setattr(workshop, "score", lambda phase: scores(np.full(8, 0.6 if phase.rho else 0.5)))
+    assert workshop.ended_early  # two pairs that agree
+    assert (conclusion(workshop)[0], len(workshop.stages()[0])) == (0.1, 4)
+    gains = {1: 0.6, 2: 0.7, 3: 0.8}
+    monkeypatch.setattr(workshop, "score", lambda phase: scores(np.full(8, gains[phase.seed] if phase.rho else 0.5)))
     assert not workshop.ended_early
     assert len(workshop.stages()[0]) == 6
 

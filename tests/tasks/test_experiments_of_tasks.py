@@ -69,4 +69,4 @@ def test_a_search_for_rho_compares_what_is_kept_of_each_example(task, tmp_path, 
     assert found["metric"] == "accuracy"
     assert 0 < found["floor"] < 1
     runs = json.loads((tmp_path / "out/find_rho/find_rho.json").read_text())["runs"]
-    assert len(runs) in (5, 7)  # one pair in the confirmation if it shows no gain, else two
+    assert len(runs) in (5, 7)  # one pair in the confirmation if it settles the question, else two
