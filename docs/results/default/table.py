@@ -43,22 +43,27 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
         for metric in SCALES:
             by_arm = cell.pivot(index="seed", columns="arm", values=metric)
             for arm in by_arm.columns.drop(CONTROL):
-                gains = (by_arm[arm] - by_arm[CONTROL]).dropna()
-                rows.append((task, arm, metric, len(gains), gains.mean(), *student_interval(gains)))
-    return pd.DataFrame(rows, columns=["task", "arm", "metric", "seeds", "difference", "low", "high"])
+                pairs = by_arm[[arm, CONTROL]].dropna()
+                gains = pairs[arm] - pairs[CONTROL]
+                found = (pairs[CONTROL].mean(), len(gains), gains.mean(), *student_interval(gains))
+                rows.append((task, arm, metric, *found))
+    columns = ["task", "arm", "metric", "control", "seeds", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).dropna()
 
 
 def markdown(scores: pd.DataFrame) -> dict[str, str]:
-    """The table of every arm: AdamW's mean accuracy, and what the arm adds in each metric, for every task."""
-    control = scores[scores.arm == CONTROL].groupby("task")["accuracy"].mean()
-    found = differences(scores)
+    """
+    The table of every arm: AdamW's mean accuracy with the same seeds, and what the arm adds in each metric, by task.
+    """
     tables = {}
-    for arm, rows in found.groupby("arm"):
+    for arm, rows in differences(scores).groupby("arm"):
         lines = ["| task | AdamW | seeds | accuracy | NLL | ECE |", "|---|---|---|---|---|---|"]
         for task, row in rows.groupby("task"):
             by_metric = {entry.metric: entry for entry in row.itertuples()}
             cells = [interval(by_metric[metric], digits) for metric, digits in DIGITS.items()]
-            lines.append(f"| {task} | {control[task]:.1f} | {by_metric['nll'].seeds} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {task} | {by_metric['accuracy'].control:.1f} | {by_metric['nll'].seeds} | {' | '.join(cells)} |"
+            )
         tables[arm] = "\n".join(lines)
     return tables
 

@@ -3,15 +3,17 @@
     python docs/results/units/table.py          # from runs.csv
     python docs/results/units/table.py outputs/comparison/units_*
 
-`runs.csv`, next to this file, has every run of whole seeds: its scores, and the quantities from which units are
-computed. Prints the tables of the page in Markdown: the best value of every task in every unit, the spread of each unit
-over tasks in decades, and the rho from which `hf-sam find-rho` would start, beside the best.
+`runs.csv`, next to this file, has every run of the seeds with which plain SAM has finished in all tasks: its scores, and
+the quantities from which units are computed. Prints the tables of the page in Markdown: the best value of every task in
+every unit, the spread of each unit over tasks in decades, and the rho from which `hf-sam find-rho` would start, beside
+the best.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +52,11 @@ def describe(run: RunRecord) -> dict:
 
 
 def read(folders: list[str]) -> pd.DataFrame:
-    """All runs of the seeds that are whole in every task."""
+    """All runs of the seeds with which AdamW and plain SAM have finished in every task."""
     runs = pd.DataFrame(
         describe(run) for folder in folders for run in find_records(folder)[0] if run.status == "finished"
     )
-    cells = runs.groupby("seed").size()
+    cells = runs[runs.family.isin([CONTROL, "sam"])].groupby("seed").size()
     runs = runs[runs.seed.isin(cells.index[cells == cells.max()])]
     have = runs[runs.family == "no-embeddings-no-head"].task.unique()
     same = runs[(runs.family == "no-embeddings") & ~runs.task.isin(have)]  # the head is the embedding
@@ -63,23 +65,31 @@ def read(folders: list[str]) -> pd.DataFrame:
 
 
 def best_values(runs: pd.DataFrame) -> pd.DataFrame:
-    """The best value of every family in every task, in all units that it has, and whether it is only a bound."""
+    """
+    The best value of every family in every task, in all units that it has, and whether it is only a bound.
+
+    It is the one with the largest mean gain over AdamW of the same seed, because not all values were run with all seeds.
+    """
+    control = runs[runs.family == CONTROL].set_index(["task", "seed"])["loss"].rename("control")
+    arms = runs[runs.family != CONTROL].join(control, on=["task", "seed"])
+    arms["gain"] = arms.control - arms.loss
     rows = []
-    for (task, family), group in runs[runs.family != CONTROL].groupby(["task", "family"], sort=False):
-        mean = group.groupby("value")["loss"].mean()
-        best = mean.idxmin()
-        control = runs[(runs.task == task) & (runs.family == CONTROL)].set_index("seed")["loss"]
-        gains = control - group[group.value == best].set_index("seed")["loss"]
+    for (task, family), group in arms.groupby(["task", "family"], sort=False):
+        mean = group.groupby("value")["gain"].mean()
+        best = mean.idxmax()
+        at_best = group[group.value == best]
+        gains = at_best.gain
         error = gains.std() / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
         row = {
             "task": task,
             "family": family,
             "value": best,
             "gain": gains.mean(),
+            "seeds": len(gains),
             "is_bound": best in (mean.index.min(), mean.index.max()) or not gains.mean() > 2 * error,
         }
         if family == "sam":
-            at_best = group[group.value == best].mean(numeric_only=True)
+            at_best = at_best.mean(numeric_only=True)
             row |= {
                 "rho ‖g‖": best * at_best["gradient norm"],
                 "rho / ‖w‖": best / at_best["weight norm"],
@@ -91,31 +101,46 @@ def best_values(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def spreads(best: pd.DataFrame) -> dict[str, float]:
-    """Largest minus smallest base-10 logarithm over tasks, by unit; infinite if a value is 0."""
+    """Largest minus smallest base-10 logarithm over tasks, by unit; infinite if a value is 0, NaN if a task is missing."""
     found = {}
     for family in FAMILIES:
         group = best[best.family == family]
         for unit in ["value", *(DERIVED if family == "sam" else [])]:
             values = group[unit].astype(float)
             spread = math.log10(values.max() / values.min()) if values.min() > 0 else math.inf
-            found[family if unit == "value" else f"{family}: {unit}"] = spread
+            is_whole = len(group) == best.task.nunique()
+            found[family if unit == "value" else f"{family}: {unit}"] = spread if is_whole else math.nan
     return found
 
 
 def spread_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """The spread of every unit, its range when each seed is taken alone, and in how many tasks the best is no bound."""
-    best = best_values(runs)
-    alone = [spreads(best_values(runs[runs.seed == seed])) for seed in sorted(runs.seed.unique())]
+    """
+    The spread of every unit, its value when each seed is taken alone, how often it is at most half of that of plain rho
+    over all resamples of the seeds, and in how many tasks the best value is no bound.
+    """
+    seeds, best = sorted(runs.seed.unique()), best_values(runs)
+    alone = [spreads(best_values(runs[runs.seed == seed])) for seed in seeds]
+    resampled = [spreads(best_values(resample(runs, drawn))) for drawn in product(seeds, repeat=len(seeds))]
     inside = best[~best["is_bound"]].groupby("family").size()
-    return pd.DataFrame(
-        {
-            "unit": unit,
-            "decades": f"{spread:.1f}",
-            "by seed": ", ".join(f"{one[unit]:.1f}" for one in alone),
-            "no bound in": int(inside.get(unit.split(":")[0], 0)),
-        }
-        for unit, spread in spreads(best).items()
-    )
+    rows = []
+    for unit, spread in spreads(best).items():
+        halves = [one[unit] <= one["sam"] / 2 for one in resampled]
+        whole = all(math.isfinite(one[unit]) for one in alone) and len(seeds) > 1
+        rows.append(
+            {
+                "unit": unit,
+                "decades": f"{spread:.1f}",
+                "by seed": ", ".join("-" if math.isnan(one[unit]) else f"{one[unit]:.1f}" for one in alone),
+                "at most half of plain rho": f"{100 * np.mean(halves):.0f} %" if whole else "-",
+                "no bound in": int(inside.get(unit.split(":")[0], 0)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def resample(runs: pd.DataFrame, drawn: tuple[int, ...]) -> pd.DataFrame:
+    """The runs of the `drawn` seeds, as if each were a seed of its own."""
+    return pd.concat(runs[runs.seed == seed].assign(seed=place) for place, seed in enumerate(drawn))
 
 
 def probes(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
