@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     args = parse_study(argv)
     plan = plan_of(args)
     choice = choose(plan.executor, args.executor, args.workers, args.executor_options)
-    workshop = open_workshop(plan)
+    workshop = open_workshop(plan, args.tasks, args.arms)
     if cancelled_or_shown(workshop, choice, args.cancel, args.status):
         return None
     workshop.check_unchanged(retry_failed=args.retry_failed)
@@ -114,13 +114,19 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return dataclasses.replace(plan, seeds=args.seeds or plan.seeds, settings=settings)
 
 
-def open_workshop(plan: Plan) -> Workshop:
+def open_workshop(plan: Plan, tasks: Sequence[str] | None = None, arms: Sequence[str] | None = None) -> Workshop:
     """
-    The plan with all its runs. Every arm of every task is parsed as its recipe would parse it.
+    The plan with its runs, or those of some tasks and arms. Every arm of every task is parsed as its recipe would parse it.
 
     Raises:
-        UserError: An arm is not valid for its recipe; the message names task and arm.
+        UserError: An arm is not valid for its recipe; the message names task and arm. Or a chosen name is unknown.
     """
+    for what, chosen, known in (("tasks", tasks, plan.tasks), ("arms", arms, plan.arms)):
+        for name in chosen or ():
+            if name not in known:
+                raise UserError(
+                    f"--{what}: {name!r} is unknown.{did_you_mean(name, known)} Allowed: {', '.join(known)}."
+                )
     for arm in plan.arms.values():
         averaging_of(arm)
     if plan.sharpness is not None:
@@ -142,7 +148,11 @@ def open_workshop(plan: Plan) -> Workshop:
         for name, task in plan.tasks.items()
         if task.get("config")
     }
-    return Workshop(plan, final_runs(plan, passes), length, in_force, bases)
+    # The whole plan sets the length of every run, so that a part of it makes the same ones.
+    runs = [
+        run for run in final_runs(plan, passes) if run.task in (tasks or plan.tasks) and run.arm in (arms or plan.arms)
+    ]
+    return Workshop(plan, runs, length, in_force, bases)
 
 
 def parse_arm(plan: Plan, task: str, arm: str) -> tuple[TrainingArguments, SAMConfig, str]:
@@ -288,8 +298,9 @@ def make_all(workshop: Workshop, choice: Choice, write: Callable[[], object]) ->
 def print_plan(workshop: Workshop, workers: int) -> None:
     """Print the comparison and its runs."""
     plan, count = workshop.plan, counts(workshop)
+    arms, tasks = ([*dict.fromkeys(getattr(run, what) for run in workshop.runs)] for what in ("arm", "task"))
     rows = [("arm", "budget", "steps x", "passes x", "settings")]
-    for arm in plan.arms:
+    for arm in arms:
         first = {run.budget: run for run in workshop.runs if run.arm == arm}
         for budget, run_ in first.items():
             name = " and ".join(BUDGETS[part] for part in budget.split("+"))
@@ -298,16 +309,16 @@ def print_plan(workshop: Workshop, workers: int) -> None:
             rows.append((arm, name, f"{run_.stretch:.3g}", f"{run_.cost:.3g}", settings or "as the base recipe"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(f"{plan.name}: {plan.question.treatment} against {plan.question.control}, by {plan.question.metric}")
-    print(f"tasks {', '.join(plan.tasks)}; conditions {', '.join(plan.conditions)}; seeds {plan.seeds}")
+    print(f"tasks {', '.join(tasks)}; conditions {', '.join(plan.conditions)}; seeds {plan.seeds}")
     for row in rows:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
     print("SAM configuration in force, with the source of each value:")
-    for arm in plan.arms:
+    for arm in arms:
         told: dict[str, list[str]] = {}
-        for task in plan.tasks:
+        for task in tasks:
             told.setdefault(workshop.in_force[task, arm], []).append(task)
-        for words, tasks in told.items():
-            where = f" on {', '.join(tasks)}" if len(told) > 1 else ""
+        for words, where in told.items():
+            where = f" on {', '.join(where)}" if len(told) > 1 else ""
             print(f"  {arm}{where}: {words}")
     print(describe_power(plan))
     trials = f" and {count['trials']} trials" if count["trials"] else ""

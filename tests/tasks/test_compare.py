@@ -321,6 +321,26 @@ def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
     assert "One seed gives no interval" in text
 
 
+def test_some_arms_and_tasks_are_the_same_runs_as_in_the_whole(study, tmp_path, capsys):
+    """The longest arm sets the passes of all others, whether it is among those chosen or not."""
+    arms = {"adamw": {"sam_rho": 0}, "sam": {"sam_rho": 0.1}, "two": {"sam_rho": 0.1, "sam_ascent_steps": 2}}
+    path = study(arms=arms, seeds=[0, 1], budgets=["passes"])
+    words = [path, "--output_dir", str(tmp_path)]
+    whole = compare.open_workshop(compare.plan_of(parse_study(words))).runs
+    part = compare.open_workshop(compare.plan_of(parse_study(words)), arms=["sam", "adamw"]).runs
+    assert part == [run for run in whole if run.arm != "two"]
+    assert {run.arm: run.stretch for run in part} == {"adamw": 3, "sam": 1.5}
+    compare.main([*words, "--plan", "--arms", "sam"])
+    printed = capsys.readouterr().out
+    assert "2 runs in" in printed
+    assert "\n  sam " in printed
+    assert "\n  two" not in printed
+    with pytest.raises(UserError, match=r"--arms: 'Sam' is unknown. Did you mean 'sam'\? Allowed: adamw, sam, two"):
+        compare.main([*words, "--arms", "Sam"])
+    with pytest.raises(UserError, match=r"--tasks: 'nothing' is unknown\. Allowed: "):
+        compare.main([*words, "--tasks", "nothing"])
+
+
 @pytest.mark.parametrize("study_path", sorted((ROOT / "configs/comparison").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_committed_comparison_can_be_planned(study_path, capsys):
     assert compare.main([str(study_path), "--plan"]) is None

@@ -74,6 +74,8 @@ def study_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", nargs="?", help="YAML file of the comparison, or the name of a shipped one.")
     parser.add_argument("--output_dir", type=Path, help="Output folder; overrides the YAML.")
     parser.add_argument("--seeds", type=int, nargs="+", help="Seeds; override those in the YAML.")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="Only the runs of these arms.")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="Only the runs of these tasks.")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="Settings to override in every run.")
     parser.add_argument("--plan", action="store_true", help="Print the plan and exit.")
     parser.add_argument("--report", action="store_true", help="Report on the finished runs, without running anything.")
