@@ -288,5 +288,12 @@ def test_the_tables_of_units_are_those_of_their_raw_data():
         assert text in page
 
 
+def test_the_tables_of_the_finder_are_those_of_its_raw_data():
+    page = (ROOT / "docs/results/finder.md").read_text()
+    table = script("finder/searches.py")
+    for text in table.markdown(pd.read_csv(table.SEARCHES)):
+        assert text in page
+
+
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:
     write()

@@ -191,6 +191,8 @@ def conclusion(workshop: RhoWorkshop) -> tuple[float, Gain | None, str]:
     sentence = f"SAM does not help here, as far as this search can show: at the best rho, {rho:g}, {found}."
     if workshop.ended_early:
         sentence += f" The search ended there, after {gain.seeds} of {plan.seeds} seeds."
+    if len(workshop.search.rhos) > 1 and rho == min(workshop.search.rhos):
+        sentence += f" It is the smallest value tried; --low {rho / 6:.1g} --high {rho:g} looks at smaller ones."
     return 0.0, gain, sentence
 
 

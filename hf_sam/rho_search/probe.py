@@ -1,8 +1,10 @@
 """The values that a search starts from: around the rho whose sharpness is a tenth of the loss, measured in a short probe.
 
 The useful rho depends on the scale of gradients and weights, which differs between models by orders of magnitude. The
-ratio of sharpness to loss does not: it is what `hf_sam.update.diagnosis` judges a running rho by. For a small rho
-sharpness is proportional to it, so one short run with any small rho tells the scale.
+ratio of sharpness to loss differs less: it is what `hf_sam.update.diagnosis` judges a running rho by. For a small rho
+sharpness is proportional to it, so one short run with any small rho tells the scale. A tenth is near the best rho for
+training from scratch with wrong labels, and mostly above it for fine-tuning (docs/results/units.md), so the grid reaches
+further down than up.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 from ..config import SAMConfig
 from ..methods.ascents import Steepest
 
-TARGET = 0.1  # sharpness relative to the loss, at the middle of the grid
+TARGET = 0.1  # sharpness relative to the loss
 FACTOR = 10**0.5  # between neighbouring values
 SHARE, LEAST = 0.05, 4  # of the steps of an ordinary run; number of steps
 
@@ -53,6 +55,6 @@ def middle_rho(curves: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def values_around(middle: float, points: int) -> list[float]:
-    """`points` values half a decade apart, with `middle` in their middle."""
-    exponents = np.arange(points) - (points - 1) / 2
+    """`points` values half a decade apart, around `middle`; if their number is even, one more below it than above."""
+    exponents = np.arange(points) - points // 2
     return sorted({float(f"{middle * FACTOR**exponent:.2g}") for exponent in exponents})

@@ -1,5 +1,6 @@
 """The search for rho as pure functions: cost to the pass, halving by hand, and how often the rule is wrong."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_the_probe_finds_where_sharpness_is_a_tenth_of_the_loss():
         assert middle_rho(unusable) is None
     assert values_around(0.1, 1) == [0.1]
     assert values_around(0.1, 3) == [0.032, 0.1, 0.32]
-    assert values_around(0.1, 2) == [0.056, 0.18]
+    assert values_around(0.1, 4) == [0.01, 0.032, 0.1, 0.32]
 
 
 @pytest.mark.parametrize(
@@ -355,6 +356,10 @@ def test_a_search_that_ended_early_says_after_how_many_seeds(monkeypatch):
     rho, gain, sentence = conclusion(workshop)
     assert (rho, gain.seeds) == (0.0, 1)
     assert sentence.endswith("The search ended there, after 1 of 3 seeds.")
+    workshop.search = dataclasses.replace(workshop.search, rhos=(0.1, 0.3))
+    sentence = conclusion(workshop)[2]
+    assert sentence.endswith(" seeds. It is the smallest value tried; --low 0.02 --high 0.1 looks at smaller ones.")
+    workshop.search = dataclasses.replace(workshop.search, rhos=(0.1,))
     monkeypatch.setattr(workshop, "score", lambda phase: scores(np.full(8, 0.6 if phase.rho else 0.5)))
     assert workshop.ended_early  # two pairs that agree
     assert (conclusion(workshop)[0], len(workshop.stages()[0])) == (0.1, 4)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hf_sam.experiments.plan import Plan, command_line
@@ -26,8 +27,9 @@ PLANS = [
     for part in ("scratch", "language", "images", "texts")
 ]
 FORMS = {
-    "now, 8": ["--budget", "8"],
-    "now, 2.7": ["--budget", "2.7"],
+    "four values, 8": ["--budget", "8"],
+    "three values, 8": ["--budget", "8", "--points", "3"],
+    "three values, 2.7": ["--budget", "2.7", "--points", "3"],
     "before, 8": ["--budget", "8", "--low", "0.005", "--high", "0.2", "--points", "4"],
 }
 
@@ -67,24 +69,43 @@ def best_of_whole_runs() -> pd.Series:
     """The rho of plain SAM with the lowest mean loss on the validation split, by task, from the study of units."""
     runs = pd.read_csv(RUNS)
     means = runs[runs.family == "sam"].groupby(["task", "value"])["loss"].mean()
-    return means.groupby("task").idxmin().map(lambda index: index[1])
+    return means.groupby("task").idxmin().map(lambda place: place[1])
 
 
-def markdown(searches: pd.DataFrame) -> str:
-    """The table of the page."""
+def with_distances(searches: pd.DataFrame) -> pd.DataFrame:
+    """The searches beside the best rho of whole runs, with the distance of theirs in decades."""
     best = best_of_whole_runs()
+    rows = searches.sort_values(["task", "form"]).assign(right=lambda found: found.task.map(best))
+    return rows.assign(distance=np.log10(rows.best / rows.right))
+
+
+def markdown(searches: pd.DataFrame) -> list[str]:
+    """The tables of the page: the forms, and every search."""
+    rows = with_distances(searches)
+    forms = [
+        "| finder | within a factor of two | within half a decade | recommended | mean cost |",
+        "|---|---|---|---|---|",
+    ]
+    for form, group in rows.groupby("form"):
+        near = [int((group.distance.abs() <= limit).sum()) for limit in (math.log10(2), 0.5)]
+        # The earlier finder did not end early.
+        cost = group["planned" if form.startswith("before") else "spent"].mean()
+        cells = [
+            form,
+            *(f"{count} of {len(group)}" for count in near),
+            str(int((group.recommended > 0).sum())),
+            f"{cost:.1f}",
+        ]
+        forms.append(f"| {' | '.join(cells)} |")
     lines = [
-        "| task | best rho | finder | values | its best | decades | answer | gain | spent |",
+        "| task | best rho | finder | values | its best | decades | answer | gain | cost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for _, line in searches.sort_values(["task", "form"]).iterrows():
-        gain = f"{line.gain:+.3f} [{line.low:+.3f}, {line.high:+.3f}]" + (
-            f", {line.seeds:.0f} seeds" if line.seeds > 1 else ""
-        )
-        distance = math.log10(line.best / best[line.task])
-        cells = [line.task, f"{best[line.task]:g}", line.form, line["values"], f"{line.best:g}", f"{distance:+.1f}"]
+    for _, line in rows.iterrows():
+        gain = f"{line.gain:+.3f} [{line.low:+.3f}, {line.high:+.3f}], {line.seeds:.0f} seed{'s' if line.seeds > 1 else ''}"
+        cells = [line.task, f"{line.right:g}", line.form, line["values"], f"{line.best:g}", f"{line.distance:+.1f}"]
         lines.append(f"| {' | '.join([*cells, f'{line.recommended:g}', gain, f'{line.spent:.1f}'])} |")
-    return "\n".join(lines)
+    return ["\n".join(forms), "\n".join(lines)]
 
 
 def main(folders: list[str]) -> None:
@@ -97,7 +118,7 @@ def main(folders: list[str]) -> None:
             for task in plan.tasks
         ]
         pd.DataFrame(found).to_csv(SEARCHES, index=False, float_format="%.5g")
-    print(markdown(pd.read_csv(SEARCHES)))
+    print(*markdown(pd.read_csv(SEARCHES)), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python docs/results/units/table.py          # from runs.csv
     python docs/results/units/table.py outputs/comparison/units_*
 
-`runs.csv`, next to this file, has every run of the seeds with which plain SAM has finished in all tasks: its scores, and
-the quantities from which units are computed. Prints the tables of the page in Markdown: the best value of every task in
+`runs.csv`, next to this file, has the runs of every family with the seeds with which it has finished in all tasks: their
+scores, and the quantities from which units are computed. Prints the tables of the page in Markdown: the best value of every task in
 every unit, the spread of each unit over tasks in decades, and the rho from which `hf-sam find-rho` would start, beside
 the best.
 """
@@ -52,7 +52,7 @@ def describe(run: RunRecord) -> dict:
 
 
 def read(folders: list[str]) -> pd.DataFrame:
-    """All runs of the seeds with which AdamW and plain SAM have finished in every task."""
+    """All runs of the seeds with which AdamW and plain SAM have finished in every task, and the family in every task."""
     runs = pd.DataFrame(
         describe(run) for folder in folders for run in find_records(folder)[0] if run.status == "finished"
     )
@@ -61,6 +61,7 @@ def read(folders: list[str]) -> pd.DataFrame:
     have = runs[runs.family == "no-embeddings-no-head"].task.unique()
     same = runs[(runs.family == "no-embeddings") & ~runs.task.isin(have)]  # the head is the embedding
     runs = pd.concat([runs, same.assign(family="no-embeddings-no-head")])
+    runs = runs[runs.groupby(["family", "seed"])["task"].transform("nunique") == runs.task.nunique()]
     return runs.sort_values(["task", "family", "value", "seed"])
 
 

@@ -128,7 +128,7 @@ def search_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--high", type=float, help="Largest value of the grid; default with --low: four times the paper's rho."
     )
-    parser.add_argument("--points", type=int, default=3, help="Number of values, besides 0.")
+    parser.add_argument("--points", type=int, default=4, help="Number of values, besides 0.")
     parser.add_argument("--reduction", type=int, default=2, help="Keep one in this many values at each rung.")
     parser.add_argument(
         "--seeds", type=int, default=3, help="Minimum number of seeds in the confirmation; more if the budget allows."
