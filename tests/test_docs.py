@@ -276,9 +276,12 @@ def test_the_tables_of_the_default_are_those_of_their_raw_data():
     page = (ROOT / "docs/results/default.md").read_text()
     table = script("default/table.py")
     tables = table.markdown(pd.read_csv(table.SCORES))
-    assert set(tables) == {"sam", "no embeddings", "late", "late, no embeddings", "capped"}
+    assert set(tables) == {"sam", "no embeddings", "late", "late, no embeddings", "capped", "default"}
     for text in tables.values():
         assert text in page
+    overall = table.overall(pd.read_csv(table.SCORES), "default")
+    for kind in ("right", "30 % wrong"):
+        assert overall[kind].replace("-", "−").replace(", +", ", ") in page
 
 
 def test_the_tables_of_units_are_those_of_their_raw_data():

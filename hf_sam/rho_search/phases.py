@@ -161,11 +161,12 @@ class RhoWorkshop(Workshop):
         """The runs of the confirmation, without the last ones if those before settle the question."""
         search, stage, horizon = self.search, len(self.search.plan.rungs), self.search.plan.horizon
         seeds = range(search.seed + 1, search.seed + 1 + search.plan.seeds)
-        pairs = [[Phase(stage, value, seed, 0, horizon) for value in (rho, 0.0)] for seed in seeds]
+        treated = [Phase(stage, rho, seed, 0, horizon) for seed in seeds]
+        pairs = [(run, run.control) for run in treated]
         made = next((k for k in looks(len(pairs)) if not self._goes_on_after(pairs[:k])), len(pairs))
-        return [phase for pair in pairs[:made] for phase in reversed(pair)]
+        return [phase for run, control in pairs[:made] for phase in (control, run)]
 
-    def _goes_on_after(self, pairs: Sequence[Sequence[Phase]]) -> bool:
+    def _goes_on_after(self, pairs: Sequence[tuple[Phase, Phase]]) -> bool:
         """Whether all runs of the pairs have ended, those with rho above 0 well, and the question is not settled."""
         if not all(self.has_ended(run) for pair in pairs for run in pair):
             return False
@@ -265,7 +266,7 @@ class RhoWorkshop(Workshop):
         """
         if self.floor(runs) is None:
             return True
-        sign = 1 if metric_of(self.metric).higher_is_better else -1
+        sign = 1 if self._higher_is_better else -1
         for run in runs:
             scores = self.score(run)
             if scores is None:
@@ -288,7 +289,7 @@ class RhoWorkshop(Workshop):
         scored = self._scored(pairs)
         return paired_gain(*scored, self._higher_is_better, len(self.search.rhos)) if scored else None
 
-    def _scored(self, pairs: Sequence[Sequence[Phase]]) -> tuple[list[ExampleScores], ...]:
+    def _scored(self, pairs: Sequence[tuple[Phase, Phase]]) -> tuple[list[ExampleScores], ...]:
         """The scores of the treated runs and of their controls, of pairs in which both have one; empty if there are none."""
         scores = [(self.score(treated), self.score(control)) for treated, control in pairs]
         return tuple(map(list, zip(*(pair for pair in scores if None not in pair), strict=True)))

@@ -4,7 +4,7 @@
     python docs/results/default/table.py outputs/comparison/default_choice
 
 `scores.csv`, next to this file, has test accuracy (%), NLL and ECE (%) of every run of whole seeds. Prints the tables of
-the page in Markdown, one for each arm.
+the page in Markdown, one for each arm, and the mean over tasks.
 """
 
 from __future__ import annotations
@@ -68,6 +68,20 @@ def markdown(scores: pd.DataFrame) -> dict[str, str]:
     return tables
 
 
+def overall(scores: pd.DataFrame, arm: str) -> dict[str, str]:
+    """The difference in accuracy of one arm, averaged over the tasks of each kind, with its interval over seeds."""
+    kinds = scores.task.map(lambda task: "30 % wrong" if "wrong" in task else "5e-5" if "5e-5" in task else "right")
+    found = {}
+    for kind, cell in scores.groupby(kinds):
+        means = cell[cell.arm.isin([arm, CONTROL])].groupby(["seed", "arm"])["accuracy"].mean().unstack().dropna()
+        if arm not in means:
+            continue
+        gains = means[arm] - means[CONTROL]
+        low, high = student_interval(gains)
+        found[kind] = f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+    return found
+
+
 def interval(row: Any, digits: int) -> str:
     """A difference with its interval."""
     return f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
@@ -78,7 +92,7 @@ def main(folders: list[str]) -> None:
         scores = pd.concat(read(Path(folder)) for folder in folders).drop_duplicates(["task", "arm", "seed"])
         scores.sort_values(["task", "arm", "seed"]).to_csv(SCORES, index=False, float_format="%.5g")
     for arm, table in markdown(pd.read_csv(SCORES)).items():
-        print(f"{arm}\n\n{table}\n")
+        print(f"{arm}\n\n{table}\n\naccuracy over tasks: {overall(pd.read_csv(SCORES), arm)}\n")
 
 
 if __name__ == "__main__":
