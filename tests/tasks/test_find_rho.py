@@ -182,6 +182,7 @@ def test_a_confirmation_in_which_runs_without_sam_failed_has_no_answer_until_the
     assert (after["recommended_rho"], after["gain"]) == (before["recommended_rho"], before["gain"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_the_values_are_around_the_rho_at_which_sharpness_is_a_tenth_of_the_loss(forked, tmp_path, capsys):
     words = ["image_classification", DIGITS, *TINY, f"--output_dir={tmp_path}", "--seeds=2", "--budget=2.5"]
