@@ -317,8 +317,8 @@ def print_plan(workshop: Workshop, workers: int) -> None:
         told: dict[str, list[str]] = {}
         for task in tasks:
             told.setdefault(workshop.in_force[task, arm], []).append(task)
-        for words, where in told.items():
-            where = f" on {', '.join(where)}" if len(told) > 1 else ""
+        for words, its_tasks in told.items():
+            where = f" on {', '.join(its_tasks)}" if len(told) > 1 else ""
             print(f"  {arm}{where}: {words}")
     print(describe_power(plan))
     trials = f" and {count['trials']} trials" if count["trials"] else ""

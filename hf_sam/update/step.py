@@ -108,7 +108,7 @@ class SharpnessAwareUpdate:
         self._peak_lr = peak_lr(optimizer, scheduler, max_steps) if config.rho_schedule == "lr" else 0.0
         self._window: list[MicroBatch] = []
         self._accumulated: Gradients = {}
-        self._micro, self._share, self._has_uncommitted_memory, self._retries_ascent = 0, 1.0, False, False
+        self._micro, self._has_uncommitted_memory, self._retries_ascent = 0, False, False
         self._has_stepped = False
 
     # --- Algorithm 1 -------------------------------------------------------------------------------------------------
@@ -163,7 +163,6 @@ class SharpnessAwareUpdate:
         """Run Algorithm 1: on this micro-batch, or on the accumulation window once its last micro-batch is here."""
         if self.scope == "micro" or not self._window:  # otherwise p.grad holds the ascent gradient of the window so far
             self._accumulated = take_gradients(self.parameters.trainable)
-        self._share = batch.share if self.scope == "micro" else 1.0
         # g = grad L(w), in p.grad
         synced = is_last and self.scope == "global"
         clean_loss = self.runner.ascend(model, batch, self._ascent_parameters, self._step(), synced=synced)
@@ -184,7 +183,7 @@ class SharpnessAwareUpdate:
             self.ascent_step.weights(self._step()) as weights,
             self.parts.ascent.applied(self._step()),
         ):
-            eps = self._eps(g) if can_repeat else None
+            eps = self._eps(g, window) if can_repeat else None
             del g
             if eps is None and self._is_complete:  # no perturbation: step along g
                 self.optimizer_gradient.assign(
@@ -208,7 +207,7 @@ class SharpnessAwareUpdate:
                 self.ascent_step.observe(weights, clean, perturbed)
         if self.parts.combines:  # at w again
             with self.runner.preserving_state():
-                step = self._step(window=window if self.needs & Needs.HVP else None)
+                step = self._step(share=self._share(window), window=window if self.needs & Needs.HVP else None)
                 self.optimizer_gradient.combine(clean, accumulated, step, is_last)
         elif self.parts.ascent.may_skip:
             self.optimizer_gradient.average(is_last)
@@ -222,8 +221,13 @@ class SharpnessAwareUpdate:
         g.norm()
         return g.clone()
 
-    def _eps(self, g: Vector, is_first: bool = True) -> Vector | None:
-        return self.ascent_step.eps(g, self._step(self.rho / self.parts.ascent.ascent_steps), self.rho, is_first)
+    def _eps(self, g: Vector, window: list[MicroBatch], is_first: bool = True) -> Vector | None:
+        step = self._step(self.rho / self.parts.ascent.ascent_steps, self._share(window))
+        return self.ascent_step.eps(g, step, self.rho, is_first)
+
+    def _share(self, window: list[MicroBatch]) -> float:
+        """The fraction of the step's examples that one perturbation serves."""
+        return window[0].share if self.scope == "micro" else 1.0
 
     def _step_with_perturbed_examples(self, model: nn.Module, batch: MicroBatch, is_last: bool) -> Tensor:
         """Run the chosen examples at `w + eps`, with eps from their own gradient, and the others at `w`."""
@@ -269,7 +273,7 @@ class SharpnessAwareUpdate:
             g = self.optimizer_gradient.vector(
                 self.engine.take_gradients(self.parameters.trainable), self.parameters.selected
             )
-            eps = self._eps(g, is_first=False)
+            eps = self._eps(g, window, is_first=False)
             if eps is not None:
                 weights.add(eps)
 
@@ -369,14 +373,16 @@ class SharpnessAwareUpdate:
         # The next step computes what the skipped step should have computed, rather than an interval later.
         self._retries_ascent = was_skipped and bool(self.memory.names) and self.kind is Kind.TWO_PASSES
 
-    def _step(self, rho: float | None = None, window: list[MicroBatch] | None = None) -> CurrentStep:
+    def _step(
+        self, rho: float | None = None, share: float = 1.0, window: list[MicroBatch] | None = None
+    ) -> CurrentStep:
         """The `Step` for the method; with Hessian-vector products if the micro-batches of the `window` are given."""
         rank = self.engine.rank if self.scope != "global" else 0
         return CurrentStep(
             index=self.index,
             progress=self.index / self._max_steps,
             rho=self.rho if rho is None else rho,
-            share=self._share,
+            share=share,
             age=0 if self.kind is Kind.TWO_PASSES else self.schedule.age(self.index),
             is_first=not self._has_stepped,
             selected=self.parameters.selected,

@@ -313,8 +313,13 @@ def test_a_run_of_two_processes_is_measured_by_both(study, tmp_path, monkeypatch
 
 def test_a_report_on_a_part_says_that_it_is_one(study, tmp_path):
     path = study(seeds=[0, 1])
-    compare.main([path, "--output_dir", str(tmp_path / "out"), "--seeds", "0"])
-    report = compare.main([path, "--output_dir", str(tmp_path / "out"), "--report"])
+    words = [path, "--output_dir", str(tmp_path / "out")]
+    compare.main([*words, "--seeds", "0", "--arms", "adamw"])
+    made = {record: record.read_text() for record in (tmp_path / "out").rglob("run_record.json")}
+    assert len(made) == 1
+    compare.main([*words, "--seeds", "0"])
+    assert {record: record.read_text() for record in made} == made
+    report = compare.main([*words, "--report"])
     text = report.with_name("report.md").read_text()
     assert "2 of 4 runs" in text
     assert "0 runs unfinished and 2 not started" in text

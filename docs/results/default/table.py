@@ -1,7 +1,7 @@
 """The tables of the study of the default.
 
     python docs/results/default/table.py          # from scores.csv
-    python docs/results/default/table.py outputs/comparison/default_choice
+    python docs/results/default/table.py outputs/comparison/default_choice outputs/comparison/default_confirm
 
 `scores.csv`, next to this file, has test accuracy (%), NLL and ECE (%) of every run of whole seeds. Prints the tables of
 the page in Markdown, one for each arm, and the mean over tasks.
